@@ -1,0 +1,112 @@
+"""What every figure script shares: claims, provenance, and output that is never half-written."""
+
+from __future__ import annotations
+
+import csv
+import json
+import logging
+import operator
+import os
+import platform
+import subprocess
+import warnings
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from matplotlib.figure import Figure
+
+_RELATIONS: dict[str, Callable[[float, float], bool]] = {"<=": operator.le, ">=": operator.ge}
+
+
+@dataclass
+class Claim:
+    """One sentence with a number: ``measured relation bound``, relation ``<=`` or ``>=``."""
+
+    name: str
+    description: str
+    measured: float
+    relation: str
+    bound: float
+    holds: bool = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.holds = _RELATIONS[self.relation](self.measured, self.bound)
+
+    def __str__(self) -> str:
+        verdict = "holds" if self.holds else "FAILS"
+        return f"  {verdict}  {self.description}: {self.measured:.4g} ({self.relation} {self.bound:.4g})"
+
+
+def provenance() -> dict[str, Any]:
+    """Return versions, commit, machine and date of this run."""
+    packages = ("stepwise_lightning", "torch", "lightning", "torchvision", "scikit-image", "numpy")
+    return {
+        "versions": {"python": platform.python_version()} | {name: version(name) for name in packages},
+        "commit": _commit(),
+        "machine": {
+            "platform": platform.platform(),
+            "cores": os.cpu_count(),
+            "threads": torch.get_num_threads(),
+            "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        },
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+def write_outputs(
+    directory: Path, figure: Figure, columns: list[str], rows: Iterable[list[Any]], claims: list[Claim], **facts: Any
+) -> None:
+    """Write ``figure.png``, ``figure.pdf``, ``data.csv`` and ``claims.json``, each replaced only once it is complete."""
+    directory.mkdir(parents=True, exist_ok=True)
+    _replace(directory / "figure.png", lambda path: figure.savefig(path, format="png", dpi=150))
+    _replace(directory / "figure.pdf", lambda path: figure.savefig(path, format="pdf"))
+
+    def write_csv(path: Path) -> None:
+        with path.open("w", newline="") as file:
+            csv.writer(file).writerows([columns, *rows])
+
+    _replace(directory / "data.csv", write_csv)
+    document = {"claims": [asdict(claim) for claim in claims], "all_hold": all(c.holds for c in claims)} | facts
+    text = json.dumps(document | provenance(), indent=2, ensure_ascii=False) + "\n"
+    _replace(directory / "claims.json", lambda path: path.write_text(text, encoding="utf-8"))
+
+
+def report(directory: Path, claims: list[Claim]) -> int:
+    """Print where everything lies and the verdict; return the exit status, 1 if a claim fails."""
+    directory = directory.resolve()
+    print(f"\nfigure       {directory / 'figure.png'} (and .pdf)")
+    print(f"data         {directory / 'data.csv'}")
+    print(f"claims       {directory / 'claims.json'}")
+    print(f"TensorBoard  tensorboard --logdir {directory / 'tensorboard'}\n")
+    print(*claims, sep="\n")
+    failed = sum(not claim.holds for claim in claims)
+    verdict = f"all {len(claims)} claims hold" if not failed else f"{failed} of {len(claims)} claims FAIL"
+    print(f"\nVERDICT: {verdict}")
+    return 1 if failed else 0
+
+
+def quiet_lightning() -> None:
+    """Silence start-up messages that are not about the experiment."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", message=r"`isinstance\(treespec, LeafSpec\)` is deprecated")
+
+
+def _replace(path: Path, write: Callable[[Path], Any]) -> None:
+    partial = path.with_name(path.name + ".partial")
+    write(partial)
+    os.replace(partial, path)
+
+
+def _commit() -> str | None:
+    git = ["git", "-C", str(Path(__file__).parent)]
+    try:
+        commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+        changed = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return commit + (" (with uncommitted changes)" if changed else "")

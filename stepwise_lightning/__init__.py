@@ -1,0 +1,12 @@
+"""Predict, train and watch joint-embedding models that learn one dimension at a time."""
+
+from importlib.metadata import version
+
+from stepwise_lightning.callbacks import SpectrumLogger
+from stepwise_lightning.data import FixedCropPairs
+from stepwise_lightning.encoders import LinearEncoder
+from stepwise_lightning.losses import barlow_twins_loss
+from stepwise_lightning.modules import BarlowTwins
+
+__all__ = ["BarlowTwins", "FixedCropPairs", "LinearEncoder", "SpectrumLogger", "barlow_twins_loss"]
+__version__ = version("stepwise_lightning")

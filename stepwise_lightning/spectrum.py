@@ -1,0 +1,251 @@
+"""Spectra of embeddings, measures of their rank, and the detection of learning steps: pure functions of tensors.
+
+Everything is computed in float64, whatever comes in: a float32 covariance hides every mode below 1e-8 of the top one.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+def embedding_eigenvalues(z: Tensor, center: bool = True) -> Tensor:
+    """Return the eigenvalues of the embeddings' covariance (1/n) Σ_i z_i z_iᵀ, descending.
+
+    Args:
+        z: embeddings, (n, d), any floating type; cast to float64 before anything is multiplied.
+        center: subtract the mean embedding first, which caps the number of non-zero eigenvalues at n − 1.
+
+    Returns:
+        (d,) float64, ≥ 0, resolved down to about 1e-15 of the largest. For d > n they come from the n × n Gram matrix.
+
+    Raises:
+        ValueError: ``z`` is not a non-empty, finite matrix.
+
+    """
+    z = _matrix(z)
+    if center:
+        z = z - z.mean(0)
+    n, d = z.shape
+    smaller = z.T @ z if d <= n else z @ z.T
+    eigenvalues = torch.linalg.eigvalsh(smaller / n).flip(0).clamp(min=0)
+    return torch.nn.functional.pad(eigenvalues, (0, d - len(eigenvalues)))
+
+
+def cross_correlation_eigenvalues(z1: Tensor, z2: Tensor, center: bool = False) -> Tensor:
+    """Return the eigenvalues of C = (z1ᵀz2 + z2ᵀz1)/2n, descending; they may be negative.
+
+    Args:
+        z1: embeddings of the first views, (n, d), any floating type; cast to float64 first.
+        z2: embeddings of the second views, (n, d).
+        center: subtract each view's mean embedding first.
+
+    Returns:
+        (d,) float64. For d > 2n they come from a 2n × 2n matrix, the other d − 2n being zero.
+
+    Raises:
+        ValueError: the views differ in shape, or are not non-empty, finite matrices.
+
+    """
+    if z1.shape != z2.shape:
+        raise ValueError(f"the two views' embeddings must have one shape, got {tuple(z1.shape)} and {tuple(z2.shape)}")
+    z1, z2 = _matrix(z1), _matrix(z2)
+    if center:
+        z1, z2 = z1 - z1.mean(0), z2 - z2.mean(0)
+    n, d = z1.shape
+    if d > 2 * n:  # with [z1; z2]ᵀ = Q R and P the swap of the views, C = Q (R P Rᵀ/2n) Qᵀ
+        r = torch.linalg.qr(torch.cat([z1, z2]).T, mode="r").R
+        z1, z2 = r[:, :n].T, r[:, n:].T
+    c = z1.T @ z2 / n
+    eigenvalues = torch.linalg.eigvalsh((c + c.T) / 2).flip(0)
+    zeros = eigenvalues.new_zeros(d - len(eigenvalues))
+    return torch.cat([eigenvalues, zeros]).sort(descending=True).values
+
+
+def effective_rank(eigenvalues: Tensor) -> Tensor:
+    """Return exp(H(p)), H the entropy of p_k = λ_k / Σλ: the effective rank of a spectrum, between 1 and d.
+
+    Roy and Vetterli, *The effective rank*, EUSIPCO 2007; they normalise singular values, here it is the eigenvalues of
+    a covariance. Negative eigenvalues count as zero; an all-zero spectrum has rank 0. Shape (…, d) -> (…).
+    """
+    p = _weights(eigenvalues)
+    return torch.where(p.sum(-1) > 0, torch.special.entr(p).sum(-1).exp(), 0.0)
+
+
+def participation_ratio(eigenvalues: Tensor) -> Tensor:
+    """Return (Σλ)² / Σλ², between 1 and d: the number of modes that share the variance.
+
+    Gao et al., *A theory of multineuronal dimensionality*, bioRxiv 214262, 2017. Negative eigenvalues count as zero; an
+    all-zero spectrum has ratio 0. Shape (…, d) -> (…).
+    """
+    p = _weights(eigenvalues)
+    return torch.where(p.sum(-1) > 0, 1 / p.square().sum(-1), 0.0)
+
+
+def alpha_req(eigenvalues: Tensor) -> Tensor:
+    """Return α of the power law λ_k ∝ k^{−α}: minus the least-squares slope of log λ_k against log k.
+
+    Agrawal et al., *α-ReQ*, NeurIPS 2022, who fit a middle range of ranks; here all eigenvalues above 1e-12 of the
+    largest are fitted with equal weight. NaN where fewer than two remain. Shape (…, d) -> (…).
+    """
+    values = eigenvalues.double().sort(dim=-1, descending=True).values
+    kept = values > 1e-12 * values[..., :1].clamp(min=0)
+    count = kept.sum(-1)
+    x = torch.arange(1, values.shape[-1] + 1).to(values).log().expand_as(values) * kept
+    y = torch.where(kept, values, 1.0).log()
+    x_centred = (x - (x.sum(-1) / count)[..., None]) * kept
+    slope = (x_centred * y).sum(-1) / x_centred.square().sum(-1)
+    return torch.where(count >= 2, -slope, math.nan)
+
+
+def rankme(z: Tensor) -> Tensor:
+    """Return exp(−Σ p_k log p_k) with p_k = σ_k / Σσ + 1e-7, σ the singular values of the embeddings (n, d).
+
+    RankMe: Garrido et al., ICML 2023, equation 2 (the 1e-7 is theirs; not centred). At most min(n, d), up to 1e-5.
+
+    Raises:
+        ValueError: ``z`` is not a non-empty, finite matrix.
+
+    """
+    sigma = torch.linalg.svdvals(_matrix(z))
+    if sigma[0] == 0:
+        return torch.zeros_like(sigma[0])
+    return torch.special.entr(sigma / sigma.sum() + 1e-7).sum().exp()
+
+
+class Steps(NamedTuple):
+    """What :func:`detect_steps` found; times are in the unit of the times given."""
+
+    step_times: Tensor
+    """(d,): when each mode is learned; NaN for modes that never are, or that start too high to make a step."""
+    rise_widths: Tensor
+    """(d,): time from a tenth of the threshold to the threshold; NaN with the step time."""
+    num_learned: Tensor
+    """(T,), int64: modes above the threshold at each time."""
+    num_distinct: int
+    """Steps that are separated from the one before by more than their own rise width."""
+    stepwiseness: float
+    """Median over neighbouring steps of min(separation / rise width, 10); 0 with fewer than two steps."""
+    threshold: float
+    """θ, in the unit of the eigenvalues."""
+
+
+def detect_steps(times: Tensor, eigenvalues: Tensor) -> Steps:
+    """Find the times at which the eigenvalues of an embedding rise, and how far they rise one by one.
+
+    Eigenvalues are sorted at each time and median-filtered over three samples. θ is a tenth of the median of the
+    largest eigenvalue over the last tenth of the samples. Mode k is learned at t_k, where it first crosses θ and stays
+    above for three samples (or to the end), interpolated in log λ; its rise width is w_k = t(θ) − t(θ/10). A mode that
+    starts above θ/10 makes no step. Steps k and k+1 are distinct when (t_{k+1} − t_k) / w_{k+1} > 1.
+
+    Args:
+        times: (T,), ascending; learning rate × steps, or steps.
+        eigenvalues: (T, d), in any order; values ≤ 0 are allowed.
+
+    Raises:
+        ValueError: shapes do not match, T < 2, times not ascending, or non-finite values.
+
+    """
+    times, values = torch.as_tensor(times).double().cpu(), torch.as_tensor(eigenvalues).double().cpu()
+    _check_trajectory(times, values)
+    values = _median_of_three(values.sort(dim=1, descending=True).values)
+    tail = values[-max(1, math.ceil(len(values) / 10)) :, 0]
+    threshold = 0.1 * tail.median().clamp(min=0)
+    nan = torch.full((values.shape[1],), math.nan, dtype=torch.float64)
+    step_times, widths = nan.clone(), nan.clone()
+    for mode, path in enumerate(values.T):
+        if threshold > 0 and path[0] <= threshold / 10:
+            index = _first_sustained(path > threshold)
+            if index is not None:
+                step_times[mode] = _crossing(times, path, index, threshold)
+                low = int((path[:index] <= threshold / 10).nonzero()[-1]) + 1
+                widths[mode] = step_times[mode] - _crossing(times, path, low, threshold / 10)
+    found = step_times.isfinite()
+    gaps = step_times[found].diff() / widths[found][1:]
+    return Steps(
+        step_times=step_times,
+        rise_widths=widths,
+        num_learned=(values > threshold).sum(1) if threshold > 0 else torch.zeros(len(values), dtype=torch.int64),
+        num_distinct=int(found.any()) + int((gaps > 1).sum()),
+        stepwiseness=float(gaps.clamp(max=10).quantile(0.5)) if len(gaps) else 0.0,
+        threshold=float(threshold),
+    )
+
+
+def crossing_times(times: Tensor, eigenvalues: Tensor, level: float = 0.5) -> Tensor:
+    """Return when each eigenvalue of C first reaches ``level``, (d,); NaN if never, or if it starts above.
+
+    Between samples the log-odds log(λ/(1−λ)) are interpolated linearly: for an isolated mode of the analytical model
+    they are linear in time.
+
+    Args:
+        times: (T,), ascending.
+        eigenvalues: (T, d), each column one mode.
+        level: between 0 and 1.
+
+    Raises:
+        ValueError: shapes do not match, T < 2, times not ascending, non-finite values, or a level outside (0, 1).
+
+    """
+    times, values = torch.as_tensor(times).double().cpu(), torch.as_tensor(eigenvalues).double().cpu()
+    _check_trajectory(times, values)
+    if not 0 < level < 1:
+        raise ValueError(f"level must lie between 0 and 1, got {level}")
+    crossings = torch.full((values.shape[1],), math.nan, dtype=torch.float64)
+    target = math.log(level / (1 - level))
+    for mode, path in enumerate(values.T):
+        above = (path >= level).nonzero()
+        if len(above) and above[0] > 0:
+            index = int(above[0])
+            before, after = path[index - 1 : index + 1].clamp(1e-12, 1 - 1e-12).logit().tolist()
+            start, end = times[index - 1 : index + 1].tolist()
+            crossings[mode] = start + (end - start) * (target - before) / (after - before)
+    return crossings
+
+
+def _matrix(z: Tensor) -> Tensor:
+    if z.ndim != 2 or z.numel() == 0:
+        raise ValueError(f"embeddings must have shape (samples, dimensions) and not be empty, got {tuple(z.shape)}")
+    z = z.detach().double()
+    if not z.isfinite().all():
+        raise ValueError("the embeddings hold NaN or infinite values: training has diverged, or the input is not clean")
+    return z
+
+
+def _weights(eigenvalues: Tensor) -> Tensor:
+    values = eigenvalues.double().clamp(min=0)
+    total = values.sum(-1, keepdim=True)
+    return torch.where(total > 0, values / total, 0.0)
+
+
+def _check_trajectory(times: Tensor, values: Tensor) -> None:
+    if times.ndim != 1 or values.ndim != 2 or len(times) != len(values) or values.shape[1] < 1:
+        raise ValueError(f"expected times (T,) and eigenvalues (T, d), got {tuple(times.shape)}, {tuple(values.shape)}")
+    if len(times) < 2 or not (times.diff() > 0).all():
+        raise ValueError("times must be ascending, with at least two samples")
+    if not values.isfinite().all():
+        raise ValueError("eigenvalues hold NaN or infinite values")
+
+
+def _median_of_three(values: Tensor) -> Tensor:
+    padded = torch.cat([values[:1], values, values[-1:]])
+    return torch.stack([padded[:-2], padded[1:-1], padded[2:]]).median(0).values
+
+
+def _first_sustained(above: Tensor) -> int | None:
+    """Index of the first sample from which ``above`` holds for three samples, or to the end."""
+    padded = torch.cat([above, above.new_ones(2)])
+    starts = (padded[:-2] & padded[1:-1] & padded[2:]).nonzero()
+    return int(starts[0]) if len(starts) else None
+
+
+def _crossing(times: Tensor, path: Tensor, index: int, level: Tensor) -> float:
+    """Time between samples index − 1 and index at which the path reaches ``level``, linear in log λ."""
+    tiny = torch.finfo(torch.float64).tiny
+    before, after = path[index - 1 : index + 1].clamp(min=tiny).log().tolist()
+    fraction = (math.log(float(level)) - before) / (after - before)
+    start, end = times[index - 1 : index + 1].tolist()
+    return start + fraction * (end - start)
