@@ -37,7 +37,7 @@ PROFILES: dict[str, dict[str, Any]] = {
     "full": dict(num_pairs=500, crop_size=20, dim=10, init_std=1e-5, relative_rate=0.05, precision="64-true"),
 }
 # The control only needs to be stable, not close to the flow.
-CONTROL_RELATIVE_RATE = 0.8
+CONTROL_RELATIVE_RATE = 0.4
 # Above this overlap with a neighbour the paper's step times are marked as not applicable.
 CLOSE_NEIGHBOURS = 0.3
 
