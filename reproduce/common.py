@@ -61,7 +61,7 @@ def provenance() -> dict[str, Any]:
 def write_outputs(
     directory: Path, figure: Figure, columns: list[str], rows: Iterable[list[Any]], claims: list[Claim], **facts: Any
 ) -> None:
-    """Write ``figure.png``, ``figure.pdf``, ``data.csv`` and ``claims.json``, each replaced only once it is complete."""
+    """Write ``figure.png``, ``figure.pdf``, ``data.csv`` and ``claims.json``, each replaced only when complete."""
     directory.mkdir(parents=True, exist_ok=True)
     _replace(directory / "figure.png", lambda path: figure.savefig(path, format="png", dpi=150))
     _replace(directory / "figure.pdf", lambda path: figure.savefig(path, format="pdf"))

@@ -147,11 +147,11 @@ def _train(run: Run, pairs: FixedCropPairs, precision: Any, directory: Path) -> 
     bar = TQDMProgressBar(refresh_rate=max(1, run.steps // 50))
     trainer = L.Trainer(
         max_steps=run.steps, accelerator="cpu", precision=precision, logger=logger, callbacks=[spectra, bar],
-        enable_checkpointing=False, enable_model_summary=False,
+        enable_checkpointing=False, enable_model_summary=False, log_every_n_steps=min(50, run.steps),
     )  # fmt: skip
     print(f"training from {run.name}: {run.steps} steps")
     trainer.fit(module, datamodule=pairs)
-    times = torch.tensor(spectra.times)
+    times, _ = _measured(spectra)
     predicted = run.theory.embedding_eigenvalues(times)
     with SummaryWriter(str(directory / "tensorboard" / f"{run.name}_theory" / f"version_{logger.version}")) as writer:
         for step, values, loss in zip(spectra.steps, predicted, run.theory.loss(times), strict=True):
@@ -161,10 +161,14 @@ def _train(run: Run, pairs: FixedCropPairs, precision: Any, directory: Path) -> 
     return spectra
 
 
+def _measured(log: SpectrumLogger) -> tuple[Tensor, Tensor]:
+    """Return times (T,) and eigenvalues of C (T, d) of a finished run."""
+    return torch.tensor(log.times, dtype=torch.float64), torch.stack(log.eigenvalues["cross_correlation"])
+
+
 def _claims(small: Run, control: Run, logs: dict[str, SpectrumLogger]) -> tuple[list[Claim], list[dict[str, Any]]]:
     log, theory = logs[small.name], small.theory
-    times = torch.tensor(log.times)
-    measured = torch.stack(log.eigenvalues["cross_correlation"])
+    times, measured = _measured(log)
     steps = detect_steps(times, measured)
     predicted = small.predicted_steps
     learnable = int(predicted.isfinite().sum())
@@ -173,9 +177,7 @@ def _claims(small: Run, control: Run, logs: dict[str, SpectrumLogger]) -> tuple[
     deviation = float((measured - theory.embedding_eigenvalues(times)).abs().max())
     losses = [loss for loss in log.losses if not math.isnan(loss)]
     minimum = measured.shape[1] - learnable
-    ordinary = detect_steps(
-        torch.tensor(logs[control.name].times), torch.stack(logs[control.name].eigenvalues["cross_correlation"])
-    )
+    ordinary = detect_steps(*_measured(logs[control.name]))
     claims = [
         Claim("modes_learned", "modes learned, of those with γ > 0", int(steps.num_learned[-1]), ">=", learnable),
         Claim("distinct_steps", "of them as distinct steps", steps.num_distinct, ">=", math.ceil(learnable / 2)),
@@ -199,8 +201,7 @@ def _claims(small: Run, control: Run, logs: dict[str, SpectrumLogger]) -> tuple[
 
 
 def _trajectory(run: Run, log: SpectrumLogger, with_theory: bool) -> Trajectory:
-    times = torch.tensor(log.times)
-    measured = torch.stack(log.eigenvalues["cross_correlation"])
+    times, measured = _measured(log)
     count = detect_steps(times, measured).num_distinct
     trajectory = Trajectory(
         title=f"{run.name.replace('_init', ' initialisation')}: {count} distinct step{'s' * (count != 1)}",
@@ -217,8 +218,7 @@ def _trajectory(run: Run, log: SpectrumLogger, with_theory: bool) -> Trajectory:
 
 def _rows(run: Run, log: SpectrumLogger) -> list[list[Any]]:
     """Rows of ``data.csv``: theory (finite steps, uniform), its continuous-time limit, and the paper's QR form."""
-    times = torch.tensor(log.times)
-    measured = torch.stack(log.eigenvalues["cross_correlation"])
+    times, measured = _measured(log)
     predictions = [
         run.theory.embedding_eigenvalues(times), run.flow.embedding_eigenvalues(times),
         run.flow.embedding_eigenvalues(times, method="qr"),

@@ -151,7 +151,11 @@ class SpectrumLogger(L.Callback):
 
         self._file.close()
         self._file = None
-        arrays = {"step": np.array(self.steps), "time": np.array(self.times), "loss": np.array(self.losses)}
+        arrays: dict[str, Any] = {
+            "step": np.array(self.steps),
+            "time": np.array(self.times),
+            "loss": np.array(self.losses),
+        }
         arrays |= {name: torch.stack(values).numpy() for name, values in self.eigenvalues.items() if values}
         partial = self.directory / "spectrum.npz.partial"
         with partial.open("wb") as file:

@@ -8,7 +8,7 @@ from lightning.pytorch.cli import LightningCLI
 from stepwise_lightning.modules import JointEmbedding
 
 
-def main(args: list[str] | None = None) -> None:
+def main() -> None:
     """Run ``stepwise``; any class of this package or another can be named as model, data or callback."""
     LightningCLI(
         JointEmbedding,
@@ -17,5 +17,4 @@ def main(args: list[str] | None = None) -> None:
         subclass_mode_data=True,
         auto_configure_optimizers=False,
         seed_everything_default=0,
-        args=args,
     )

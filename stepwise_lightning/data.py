@@ -110,9 +110,7 @@ def crop_pairs(images: Tensor, num_pairs: int, crop_size: int, seed: int) -> tup
     columns = torch.randint(width - crop_size + 1, (2, num_pairs), generator=generator)
     views = []
     for top, left in zip(rows.tolist(), columns.tolist(), strict=True):
-        crops = [
-            image[:, i : i + crop_size, j : j + crop_size] for image, i, j in zip(chosen, top, left, strict=True)
-        ]
+        crops = [image[:, i : i + crop_size, j : j + crop_size] for image, i, j in zip(chosen, top, left, strict=True)]
         normalised = (torch.stack(crops) / 255.0 - mean[:, None, None]) / std[:, None, None]
         views.append(normalised.float())
     return views[0], views[1]

@@ -20,7 +20,7 @@ def barlow_twins_loss(
         z1: embeddings of the first views, (n, d).
         z2: embeddings of the second views, (n, d).
         off_diagonal_weight: the published λ.
-        normalize: True for the published loss (Zbontar et al., ICML 2021, equations 1 and 2), where
+        normalize: True for the published loss (Zbontar et al., ICML 2021), where
             C = ẑ1ᵀẑ2 / n and ẑ is z batch-normalised with the biased variance. False for the analytical model of
             Simon et al. (arXiv 2303.15438), where C = (z1ᵀz2 + z2ᵀz1) / 2n; with weight 1 this is ‖C − I‖²_F.
         center: with ``normalize=False``, subtract each view's mean first (the paper does not).

@@ -47,7 +47,7 @@ class JointEmbedding(L.LightningModule):
         """Return the loss of one batch of pairs, logged as ``train/loss``."""
         loss = self.loss(self(batch[0]), self(batch[1]))
         # self.log costs as much as a small model's whole step, so it is called only when Lightning will write.
-        if (self.global_step + 1) % self.trainer.log_every_n_steps == 0:
+        if (self.global_step + 1) % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
             self.log("train/loss", loss, prog_bar=True)
         return loss
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -67,7 +68,7 @@ def _draw_run(loss_axis: Axes, eigenvalue_axis: Axes, run: Trajectory) -> None:
     loss_axis.plot(times, run.losses[shown], color="tab:red", linewidth=2.2)
     for values, colour in zip(run.eigenvalues[shown].T, colours, strict=True):
         eigenvalue_axis.plot(times, values, color=colour, linewidth=2.2)
-    dashed = {"color": "black", "linewidth": 1.1, "linestyle": "--"}
+    dashed: dict[str, Any] = {"color": "black", "linewidth": 1.1, "linestyle": "--"}
     if run.theory_losses is not None:
         loss_axis.plot(times, run.theory_losses[shown], **dashed)
     if run.theory_eigenvalues is not None:

@@ -104,7 +104,7 @@ def alpha_req(eigenvalues: Tensor) -> Tensor:
 def rankme(z: Tensor) -> Tensor:
     """Return exp(−Σ p_k log p_k) with p_k = σ_k / Σσ + 1e-7, σ the singular values of the embeddings (n, d).
 
-    RankMe: Garrido et al., ICML 2023, equation 2 (the 1e-7 is theirs; not centred). At most min(n, d), up to 1e-5.
+    RankMe: Garrido et al., ICML 2023 (the 1e-7 is theirs; not centred). At most min(n, d), up to 1e-5.
 
     Raises:
         ValueError: ``z`` is not a non-empty, finite matrix.

@@ -1,6 +1,6 @@
 r"""Exact learning trajectories of linear Barlow Twins from small initialisation.
 
-Source: Simon et al., *On the Stepwise Nature of Self-Supervised Learning*, ICML 2023, arXiv 2303.15438, section 4.
+Source: Simon et al., *On the Stepwise Nature of Self-Supervised Learning*, ICML 2023, arXiv 2303.15438.
 What goes beyond the paper is marked so.
 
 Legend
@@ -36,7 +36,7 @@ _MAX_ELEMENTS = 2**22
 def feature_cross_correlation(x1: Tensor, x2: Tensor) -> Tensor:
     """Return Γ = (1/2n) Σ_i (x_i x'_iᵀ + x'_i x_iᵀ), the features' cross-correlation between two views.
 
-    Equation 4 of the paper. Γ is symmetric, not centred, and may have negative eigenvalues: it equals shared content
+    Γ is symmetric, not centred, and may have negative eigenvalues: it equals shared content
     minus augmentation noise, (1/n) Σ_i (μ_i μ_iᵀ − δ_i δ_iᵀ) with μ = (x + x')/2 and δ = (x − x')/2.
 
     Args:
@@ -71,7 +71,7 @@ class LinearBarlowTwins:
     ``singular_values(t)``, ``weights(t)``    the paper's form
     ========================================  =============================================================
 
-    **The paper's form** (its equations 6 and 7, result 4.2) is exact for an *aligned* start W(0) = U S(0) V_{≤d}ᵀ:
+    **The paper's form** is exact for an *aligned* start W(0) = U S(0) V_{≤d}ᵀ:
     W(t) = U S(t) V_{≤d}ᵀ with s_j(t) = [γ_j + (s_j(0)⁻² − γ_j) e^{−8 γ_j t}]^{−1/2}, here written so that it holds for
     every sign of γ and cannot overflow. Any other start enters through the QR decomposition W(0) V_{≤d} = U R with
     s_j(0) = R_jj. That is right in the limit of a small start only, with an error ~ α^{1 − γ_{j+1}/γ_j} for weights
@@ -308,7 +308,7 @@ class LinearBarlowTwins:
         return eigenvalues / (eigenvalues + left * ratio ** (6 * self.learning_rate * gamma))
 
     def _times(self, t: Tensor | float) -> tuple[Tensor, bool]:
-        times = torch.as_tensor(t).to(self.eigenvalues)
+        times = torch.as_tensor(t, dtype=torch.float64, device=self.eigenvalues.device)
         if times.ndim > 1:
             raise ValueError(f"t must be a scalar or a vector of times, got shape {tuple(times.shape)}")
         if not (times >= 0).all():

@@ -1,0 +1,44 @@
+# `make demo` and `make test` do all the set-up; a second call installs nothing.
+VENV ?= .venv
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python; do \
+	$$p -c 'import sys, venv; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
+BIN := $(VENV)/bin
+
+.PHONY: demo test test-slow check format benchmark clean
+
+demo: $(VENV)/.installed  ## the linear figure on the bundled photographs
+	$(BIN)/python -m reproduce linear_model
+
+test: $(VENV)/.installed-test  ## the default test suite
+	$(BIN)/python -m pytest
+
+test-slow: $(VENV)/.installed-test  ## what the default suite leaves out
+	$(BIN)/python -m pytest -m slow
+
+check: $(VENV)/.installed-dev  ## formatting, lint and types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: $(VENV)/.installed-dev
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+benchmark: $(VENV)/.installed
+	$(BIN)/python benchmarks/linear.py
+
+clean:
+	rm -rf $(VENV) results runs
+
+# ---- set-up ----
+$(VENV)/bin/python:
+	@test -n "$(PYTHON)" || { echo "error: Python 3.11 or newer with venv is needed: install it, or name one with make PYTHON=/path/to/python"; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e .
+	@touch $@
+
+$(VENV)/.installed-%: pyproject.toml constraints.txt $(VENV)/.installed
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[$*]'
+	@touch $@

@@ -1,0 +1,319 @@
+"""The closed forms of linear Barlow Twins against routes that do not use them."""
+
+import math
+
+import mpmath
+import numpy as np
+import pytest
+import torch
+from scipy.integrate import solve_ivp
+
+from stepwise_lightning.theory import LinearBarlowTwins, feature_cross_correlation
+
+
+def spectrum_to_gamma(eigenvalues, seed=0):
+    """Γ with the given eigenvalues in a random orthonormal basis, and that basis."""
+    generator = torch.Generator().manual_seed(seed)
+    m = len(eigenvalues)
+    basis = torch.linalg.qr(torch.randn(m, m, generator=generator, dtype=torch.float64)).Q
+    values = torch.tensor(eigenvalues, dtype=torch.float64)
+    gamma = (basis * values) @ basis.T
+    return (gamma + gamma.T) / 2, basis
+
+
+def normal(d, m, scale, seed=0):
+    return scale * torch.randn(d, m, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def aligned(basis, singular_values, seed=3):
+    d = len(singular_values)
+    rotation = torch.linalg.qr(normal(d, d, 1.0, seed)).Q
+    return (rotation * torch.tensor(singular_values, dtype=torch.float64)) @ basis[:, :d].T
+
+
+def integrate(gamma, weights0, times):
+    """Eigenvalues of C along dW/dt = −4 (WΓWᵀ − I) WΓ, by an adaptive Runge-Kutta method."""
+    g, shape = gamma.numpy(), tuple(weights0.shape)
+
+    def flow(_, flat):
+        w = flat.reshape(shape)
+        wg = w @ g
+        return (-4 * (wg @ w.T - np.eye(shape[0])) @ wg).ravel()
+
+    solution = solve_ivp(flow, (0, times[-1]), weights0.numpy().ravel(), "DOP853", t_eval=times, rtol=1e-11, atol=1e-16)
+    c = [w.reshape(shape) @ g @ w.reshape(shape).T for w in solution.y.T]
+    return torch.tensor(np.array([np.linalg.eigvalsh((a + a.T) / 2)[::-1] for a in c]))
+
+
+def descend(gamma, weights0, rate, steps):
+    """Eigenvalues of C at each of ``steps`` steps of gradient descent on ‖C − I‖²_F, gradients by autograd."""
+    weights = weights0.clone().requires_grad_()
+    eigenvalues = []
+    for _ in range(steps + 1):
+        c = weights @ gamma @ weights.T
+        eigenvalues.append(torch.linalg.eigvalsh(c.detach()).flip(0))
+        (gradient,) = torch.autograd.grad((c - torch.eye(len(c))).square().sum(), weights)
+        weights = (weights - rate * gradient).detach().requires_grad_()
+    return torch.stack(eigenvalues)
+
+
+MIXED = [3.0, 2.0, 0.7, 0.0, -0.4, -1.5]
+ALIGNED_START = [1e-2, 3e-3, 2e-2, 1e-2, 3e-2, 1e-2]
+
+
+def test_feature_cross_correlation_is_shared_content_minus_noise():
+    x1, x2 = normal(20, 6, 1.0, 0), normal(20, 6, 1.0, 1)
+    mean, half_difference = (x1 + x2) / 2, (x1 - x2) / 2
+    expected = sum(torch.outer(u, u) - torch.outer(v, v) for u, v in zip(mean, half_difference, strict=True)) / len(x1)
+    gamma = feature_cross_correlation(x1.float().reshape(20, 2, 3), x2.float().reshape(20, 2, 3))
+    assert gamma.dtype == torch.float64
+    torch.testing.assert_close(gamma, expected, rtol=0, atol=1e-6)
+
+
+def test_aligned_start_solves_the_differential_equation():
+    gamma, basis = spectrum_to_gamma(MIXED)
+    theory = LinearBarlowTwins(gamma, aligned(basis, ALIGNED_START))
+    times, h = torch.tensor([0.1, 0.4, 0.9, 2.0]).double(), 1e-5
+    derivative = (theory.weights(times + h) - theory.weights(times - h)) / (2 * h)
+    w = theory.weights(times)
+    flow = -4 * (w @ gamma @ w.mT - torch.eye(6)) @ w @ gamma
+    torch.testing.assert_close(derivative, flow, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("method", ["uniform", "qr"])
+def test_aligned_start_matches_the_integrated_flow_for_every_sign(method):
+    gamma, basis = spectrum_to_gamma(MIXED)
+    weights0 = aligned(basis, ALIGNED_START)
+    times = torch.linspace(0, 3, 40)
+    theory = LinearBarlowTwins(gamma, weights0)
+    measured = integrate(gamma, weights0, times.numpy())
+    predicted = theory.embedding_eigenvalues(times, method).sort(descending=True).values
+    torch.testing.assert_close(predicted, measured, rtol=0, atol=1e-9)
+    torch.testing.assert_close(theory.loss(times, method), (1 - measured).square().sum(1), rtol=0, atol=1e-8)
+
+
+def test_large_aligned_start_is_exact_too():
+    gamma, basis = spectrum_to_gamma(MIXED)
+    weights0 = aligned(basis, [0.9, 0.2, 1.1, 0.5, 0.3, 0.4])  # some eigenvalues of C start above 1
+    times = torch.linspace(0, 2, 30)
+    predicted = LinearBarlowTwins(gamma, weights0).embedding_eigenvalues(times)
+    torch.testing.assert_close(predicted, integrate(gamma, weights0, times.numpy()), rtol=0, atol=1e-8)
+
+
+def test_uniform_form_where_neighbours_are_too_close_for_the_paper_s_form():
+    gamma, _ = spectrum_to_gamma([2.0, 1.98, 1.0, 0.99, 0.98, 0.3, -0.2, -0.5])
+    weights0 = normal(4, 8, 1e-5)
+    times = torch.linspace(0, 4, 60)
+    theory = LinearBarlowTwins(gamma, weights0)
+    measured = integrate(gamma, weights0, times.numpy())
+    assert (theory.embedding_eigenvalues(times) - measured).abs().max() < 1e-4
+    assert (theory.embedding_eigenvalues(times, "qr") - measured).abs().max() > 0.1
+    assert theory.neighbour_overlap[0] > 0.5
+
+
+def test_uniform_error_vanishes_with_the_start():
+    gamma, _ = spectrum_to_gamma([3.0, 1.5, 1.0, 0.6, 0.2, -0.3])
+    times = torch.linspace(0, 8, 60)
+    errors = []
+    for scale in (1e-1, 1e-2, 1e-3):
+        weights0 = normal(3, 6, scale)
+        predicted = LinearBarlowTwins(gamma, weights0).embedding_eigenvalues(times)
+        errors.append((predicted - integrate(gamma, weights0, times.numpy())).abs().max())
+    assert errors[0] > 3 * errors[1] > 9 * errors[2]
+    assert errors[2] < 5e-3
+
+
+@pytest.mark.parametrize("method", ["uniform", "qr"])
+@pytest.mark.parametrize("learning_rate", [None, 0.01])
+def test_start_and_end(method, learning_rate):
+    gamma, basis = spectrum_to_gamma(MIXED)
+    theory = LinearBarlowTwins(gamma, aligned(basis, ALIGNED_START), learning_rate)
+    start = torch.tensor([g * s * s for g, s in zip(MIXED, ALIGNED_START, strict=True)], dtype=torch.float64)
+    predicted = theory.embedding_eigenvalues(0.0, method)
+    torch.testing.assert_close(predicted, start.sort(descending=True).values if method == "uniform" else start)
+    for end in (math.inf, 1e6):
+        expected = torch.tensor([1.0, 1, 1, 0, 0, 0]).double()
+        torch.testing.assert_close(theory.embedding_eigenvalues(end, method), expected, rtol=0, atol=1e-12)
+        assert theory.loss(end, method) == pytest.approx(3, abs=1e-12)  # d − number of positive modes
+
+
+def test_singular_value_limits():
+    gamma, basis = spectrum_to_gamma(MIXED)
+    s = LinearBarlowTwins(gamma, aligned(basis, ALIGNED_START)).singular_values(math.inf)
+    expected = torch.tensor([3**-0.5, 2**-0.5, 0.7**-0.5, ALIGNED_START[3], 0, 0], dtype=torch.float64)
+    torch.testing.assert_close(s, expected, rtol=1e-9, atol=1e-12)
+
+
+def test_generic_start_at_time_zero_keeps_negative_eigenvalues():
+    gamma, _ = spectrum_to_gamma([2.0, 1.0, -0.5, -3.0])
+    weights0 = normal(4, 4, 1e-2)
+    c = weights0 @ gamma @ weights0.T
+    predicted = LinearBarlowTwins(gamma, weights0).embedding_eigenvalues(0.0)
+    torch.testing.assert_close(predicted, torch.linalg.eigvalsh(c).flip(0), rtol=1e-9, atol=0)
+
+
+def test_step_times_are_where_half_of_each_mode_is_learned():
+    gamma, basis = spectrum_to_gamma([3.0, 2.0, 0.7, -1.0])
+    theory = LinearBarlowTwins(gamma, aligned(basis, [1e-4, 1e-3, 1e-3, 1e-3]))
+    learned = theory.step_times[:3]
+    s0, g = theory.initial_singular_values[:3], theory.eigenvalues[:3]
+    at_steps = theory.embedding_eigenvalues(learned, "qr").diagonal()
+    torch.testing.assert_close(at_steps, 1 / (2 - s0**2 * g), rtol=1e-12, atol=0)
+    assert theory.step_times[3] == math.inf
+    torch.testing.assert_close(theory.crossing_times().sort().values[:3], learned.sort().values, rtol=1e-6, atol=0)
+    assert theory.crossing_times()[3] == math.inf
+
+
+def test_aligned_gradient_descent_matches_the_finite_step_recursion():
+    gamma, basis = spectrum_to_gamma([1.0, 0.6, 0.3, -0.2])
+    weights0, rate = aligned(basis, [1e-3, 2e-3, 1e-2, 0.3]), 0.1  # 4ηγ_1 = 0.4: far from the flow
+    measured = descend(gamma, weights0, rate, 150)
+    times = rate * torch.arange(151)
+    theory = LinearBarlowTwins(gamma, weights0, learning_rate=rate)
+    predicted = theory.embedding_eigenvalues(times, "qr").sort(descending=True).values
+    torch.testing.assert_close(predicted, measured, rtol=0, atol=1e-10)
+    flow = LinearBarlowTwins(gamma, weights0).embedding_eigenvalues(times)
+    assert (flow - measured).abs().max() > 0.1
+
+
+@pytest.mark.parametrize(("relative_rate", "bound"), [(0.1, 2.5e-3), (0.05, 7e-4)])
+def test_generic_gradient_descent_matches_the_finite_step_uniform_form(relative_rate, bound):
+    gamma, _ = spectrum_to_gamma([2.0, 1.95, 1.0, 0.9, 0.2, -0.3])
+    rate = relative_rate / (4 * 2.0)
+    weights0 = normal(4, 6, 1e-5)
+    steps = round(9 / rate)
+    measured = descend(gamma, weights0, rate, steps)
+    times = rate * torch.arange(steps + 1)
+    theory = LinearBarlowTwins(gamma, weights0, learning_rate=rate)
+    assert (theory.embedding_eigenvalues(times) - measured).abs().max() < bound
+
+
+def exact_uniform(gamma_values, weights0, t, digits=4000):
+    """Eigenvalues ν/(1+ν) of W(0) Γ e^{8Γt} W(0)ᵀ for a diagonal Γ > 0, in arithmetic of thousands of digits."""
+    with mpmath.workdps(digits):
+        d, m = weights0.shape
+        growth = [mpmath.mpf(g) * mpmath.exp(8 * mpmath.mpf(g) * mpmath.mpf(t)) for g in gamma_values]
+        w = mpmath.matrix(weights0.tolist())
+        grown = mpmath.matrix(d, d)
+        for i in range(d):
+            for k in range(d):
+                grown[i, k] = mpmath.fsum(w[i, j] * growth[j] * w[k, j] for j in range(m))
+        nu = sorted(mpmath.eigsy(grown, eigvals_only=True), reverse=True)
+        return [float(v / (1 + v)) for v in nu]
+
+
+@pytest.mark.parametrize("t", [0.3, 1.5, 6.0])
+def test_factors_spanning_thousands_of_orders_of_magnitude(t):
+    values = [300.0, 90.0, 30.0, 3.0, 2.9, 0.5]  # e^{8 · 300 · 6} = 10^6254
+    weights0 = normal(4, 6, 1e-12)
+    theory = LinearBarlowTwins(torch.diag(torch.tensor(values, dtype=torch.float64)), weights0)
+    predicted = theory.embedding_eigenvalues(t)
+    expected = exact_uniform(values, weights0, t, digits=14000 if t > 3 else 4000)
+    expected = torch.tensor(expected, dtype=torch.float64)
+    torch.testing.assert_close(predicted, expected, rtol=1e-9, atol=0)  # relative: small modes are not lost
+
+
+def test_tiny_starts_and_long_times():
+    gamma, _ = spectrum_to_gamma([2.0, 1.0, 0.5, 0.1, -0.3])
+    weights0 = normal(3, 5, 1e-30)
+    theory = LinearBarlowTwins(gamma, weights0)
+    values = theory.embedding_eigenvalues(torch.tensor([0.0, 3.0, 30.0, 1e6]))
+    c = (1e30 * weights0) @ gamma @ (1e30 * weights0).T
+    torch.testing.assert_close(values[0] * 1e60, torch.linalg.eigvalsh(c).flip(0), rtol=1e-9, atol=0)
+    assert (values[1:] > 0).all() and (values.diff(dim=0) >= 0).all()
+    torch.testing.assert_close(values[-1], torch.ones(3).double())
+    assert theory.singular_values(1e6).isfinite().all() and theory.step_times.isfinite().all()
+
+
+def test_repeated_eigenvalues_are_exact():
+    gamma, _ = spectrum_to_gamma([1.0, 1.0, 1.0, 1.0])
+    weights0 = normal(3, 4, 0.2)
+    times = torch.linspace(0, 1.5, 20)
+    predicted = LinearBarlowTwins(gamma, weights0).embedding_eigenvalues(times)
+    torch.testing.assert_close(predicted, integrate(gamma, weights0, times.numpy()), rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    "weights0",
+    [
+        normal(1, 5, 1e-3).expand(3, 5),  # identical rows
+        torch.zeros(2, 5).double(),
+        normal(3, 5, 1e-3) * torch.tensor([0.0, 1, 0, 1, 1]).double(),  # no component along modes 1 and 3
+        normal(7, 5, 1e-3),  # d > m
+        normal(4, 5, 1e-3) * torch.tensor([1.0, 1e-9, 1, 1e-15, 1]).double(),
+    ],
+    ids=["identical rows", "zero", "missing modes", "d > m", "graded"],
+)
+def test_degenerate_starts(weights0):
+    gamma = torch.diag(torch.tensor([2.0, 1.0, 0.5, 0.2, -0.1])).double()
+    # Later, round-off in the integrator would break the tie between identical rows.
+    times = torch.linspace(0, 3 if (weights0 == weights0[0]).all() else 20, 50)
+    predicted = LinearBarlowTwins(gamma, weights0).embedding_eigenvalues(times)
+    assert predicted.shape == (50, len(weights0))
+    assert (predicted - integrate(gamma, weights0, times.numpy())).abs().max() < 2e-3
+
+
+def test_rank_deficient_gamma_learns_no_round_off():
+    x1, x2 = normal(3, 10, 1.0), normal(3, 10, 1.0, 1)  # three pairs: at most three positive modes
+    theory = LinearBarlowTwins(feature_cross_correlation(x1, x2), normal(6, 10, 1e-3))
+    positive = int((theory.eigenvalues > 0).sum())
+    assert positive <= 3
+    assert theory.loss(math.inf) == pytest.approx(6 - positive, abs=1e-9)
+
+
+def test_shapes_types_and_devices():
+    gamma, _ = spectrum_to_gamma([2.0, 1.0, 0.5, -0.3])
+    theory = LinearBarlowTwins(gamma.float(), normal(2, 4, 1e-2).float())
+    for t, lead in ((0.5, ()), (torch.tensor(0.5), ()), (torch.tensor([0.5, 1]), (2,)), (np.array([0.5]), (1,))):
+        assert theory.singular_values(t).shape == (*lead, 2)
+        assert theory.embedding_eigenvalues(t).shape == (*lead, 2)
+        assert theory.embedding_eigenvalues(t, "qr").shape == (*lead, 2)
+        assert theory.loss(t).shape == lead
+        assert theory.weights(t).shape == (*lead, 2, 4)
+    assert theory.eigenvalues.shape == theory.step_times.shape == theory.initial_singular_values.shape == (2,)
+    assert theory.eigenvectors.shape == (4, 2) and theory.rotation.shape == (2, 2)
+    assert theory.embedding_eigenvalues(0.5).dtype == torch.float64
+    double = LinearBarlowTwins(gamma, normal(2, 4, 1e-2))
+    times = torch.linspace(0, 3, 9)
+    difference = theory.embedding_eigenvalues(times) - double.embedding_eigenvalues(times)
+    assert difference.abs().max() < 1e-5
+
+
+@pytest.mark.gpu
+def test_on_a_gpu():
+    gamma, _ = spectrum_to_gamma([2.0, 1.0, 0.5, -0.3])
+    times = torch.linspace(0, 3, 9)
+    on_cpu = LinearBarlowTwins(gamma, normal(2, 4, 1e-2))
+    on_gpu = LinearBarlowTwins(gamma.cuda(), normal(2, 4, 1e-2).cuda())
+    assert on_gpu.embedding_eigenvalues(times).is_cuda
+    torch.testing.assert_close(on_gpu.embedding_eigenvalues(times).cpu(), on_cpu.embedding_eigenvalues(times))
+
+
+GAMMA = torch.diag(torch.tensor([2.0, 1.0, -0.5])).double()
+WEIGHTS = torch.full((2, 3), 0.1).double()
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: LinearBarlowTwins(GAMMA[:2], WEIGHTS), "square"),
+        (lambda: LinearBarlowTwins(GAMMA, WEIGHTS[:, :2]), "m = 3"),
+        (lambda: LinearBarlowTwins(GAMMA, WEIGHTS[:0]), "d ≥ 1"),
+        (lambda: LinearBarlowTwins(GAMMA, WEIGHTS * math.nan), "weights0 holds NaN"),
+        (lambda: LinearBarlowTwins(GAMMA * math.inf, WEIGHTS), "gamma holds NaN"),
+        (lambda: LinearBarlowTwins(GAMMA + torch.ones(3, 3).triu(1), WEIGHTS), "symmetric"),
+        (lambda: LinearBarlowTwins(GAMMA, WEIGHTS, learning_rate=0.125), r"1/\(4γ_1\) = 0.125"),
+        (lambda: LinearBarlowTwins(GAMMA, WEIGHTS, learning_rate=0.0), "learning rate 0"),
+        (lambda: LinearBarlowTwins(GAMMA, WEIGHTS).loss(-1.0), "t must be ≥ 0"),
+        (lambda: LinearBarlowTwins(GAMMA, WEIGHTS).loss(torch.ones(2, 2)), "scalar or a vector"),
+        (lambda: LinearBarlowTwins(GAMMA, WEIGHTS).embedding_eigenvalues(1.0, "exact"), "'uniform' or 'qr'"),
+        (lambda: LinearBarlowTwins(GAMMA, WEIGHTS).crossing_times(1.0), "between 0 and 1"),
+        (lambda: feature_cross_correlation(torch.ones(3, 4), torch.ones(3, 5)), r"\(3, 4\) and \(3, 5\)"),
+        (lambda: feature_cross_correlation(torch.ones(0, 4), torch.ones(0, 4)), "not be empty"),
+        (lambda: feature_cross_correlation(torch.full((3, 4), math.nan), torch.ones(3, 4)), "NaN"),
+    ],
+)
+def test_bad_input_is_refused_in_one_line(call, message):
+    with pytest.raises(ValueError, match=message) as refusal:
+        call()
+    assert "\n" not in str(refusal.value)

@@ -1,0 +1,36 @@
+"""What importing costs, and the command line's front door."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PUBLIC = """
+from stepwise_lightning import BarlowTwins, SpectrumLogger, barlow_twins_loss
+from stepwise_lightning.spectrum import (embedding_eigenvalues, cross_correlation_eigenvalues,
+                                         effective_rank, rankme, participation_ratio, alpha_req, detect_steps)
+from stepwise_lightning.theory import feature_cross_correlation, LinearBarlowTwins
+"""
+
+
+# Lightning's own dependencies may bring these along; after that, any import of them by this package fails.
+WITHOUT_EXTRAS = """
+import sys, lightning
+for name in ("matplotlib", "jsonargparse", "skimage", "torchvision", "tensorboard"):
+    for loaded in [m for m in sys.modules if m.split(".")[0] == name]:
+        del sys.modules[loaded]
+    sys.modules[name] = None
+"""
+
+
+def test_importing_needs_only_torch_and_lightning():
+    done = subprocess.run([sys.executable, "-c", WITHOUT_EXTRAS + PUBLIC], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("command", [["stepwise"], ["python", "-m", "stepwise_lightning"]], ids=" ".join)
+def test_command_line_helps(command):
+    command[0] = str(Path(sys.executable).parent / command[0])
+    done = subprocess.run([*command, "--help"], capture_output=True, text=True)
+    assert done.returncode == 0 and "fit" in done.stdout

@@ -1,0 +1,163 @@
+"""Real training through Lightning: what a step is, what is logged, and where."""
+
+import csv
+import math
+
+import lightning as L
+import numpy as np
+import pytest
+import torch
+from lightning.pytorch.loggers import TensorBoardLogger
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from stepwise_lightning import BarlowTwins, FixedCropPairs, LinearEncoder, SpectrumLogger, barlow_twins_loss
+from stepwise_lightning.callbacks import log_spaced_steps
+from stepwise_lightning.spectrum import cross_correlation_eigenvalues, embedding_eigenvalues
+
+RATE, STEPS = 1e-3, 60
+
+
+def train(directory, steps=STEPS, callbacks=(), **trainer):
+    pairs = FixedCropPairs(num_pairs=32, crop_size=6, steps_per_epoch=25)
+    encoder = LinearEncoder(108, 5, init_std=1e-2)
+    module = BarlowTwins(encoder, learning_rate=RATE, off_diagonal_weight=1.0, normalize=False)
+    start = encoder.weight.detach().clone()
+    logger = TensorBoardLogger(directory, name="run")
+    trainer = L.Trainer(
+        max_steps=steps, accelerator="cpu", logger=logger, callbacks=list(callbacks), log_every_n_steps=10,
+        enable_checkpointing=False, enable_model_summary=False, enable_progress_bar=False, **trainer,
+    )  # fmt: skip
+    trainer.fit(module, datamodule=pairs)
+    return pairs, start, encoder.weight.detach(), logger
+
+
+def by_hand(pairs, weights, steps):
+    """Weights and loss after each of 0 … ``steps`` steps of gradient descent, without Lightning or an optimiser."""
+    weights = weights.clone().requires_grad_()
+    x1, x2 = pairs.x1.flatten(1), pairs.x2.flatten(1)
+    history = []
+    for _ in range(steps + 1):
+        loss = barlow_twins_loss(x1 @ weights.T, x2 @ weights.T, off_diagonal_weight=1.0, normalize=False)
+        history.append((weights.detach(), loss.item()))
+        (gradient,) = torch.autograd.grad(loss, weights)
+        weights = (weights - RATE * gradient).detach().requires_grad_()
+    return history
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    spectra = SpectrumLogger(num_points=20)
+    pairs, start, end, logger = train(tmp_path_factory.mktemp("logs"), callbacks=[spectra])
+    return spectra, by_hand(pairs, start, STEPS), pairs, end, logger
+
+
+def test_step_k_means_the_weights_after_k_optimiser_steps(run):
+    spectra, history, pairs, end, _ = run
+    assert spectra.steps[0] == 0 and spectra.steps[-2:] == [STEPS - 1, STEPS]
+    torch.testing.assert_close(end, history[-1][0], rtol=1e-4, atol=1e-7)
+    for row, step in enumerate(spectra.steps):
+        weights, loss = history[step]
+        z1, z2 = pairs.x1.flatten(1) @ weights.T, pairs.x2.flatten(1) @ weights.T
+        torch.testing.assert_close(
+            spectra.eigenvalues["cross_correlation"][row], cross_correlation_eigenvalues(z1, z2), rtol=1e-3, atol=1e-8
+        )
+        torch.testing.assert_close(
+            spectra.eigenvalues["covariance"][row], embedding_eigenvalues(torch.cat([z1, z2])), rtol=1e-3, atol=1e-8
+        )
+        assert spectra.times[row] == RATE * step
+        if step < STEPS:
+            assert spectra.losses[row] == pytest.approx(loss, rel=1e-4)
+    assert math.isnan(spectra.losses[-1])
+
+
+def test_event_file_read_back_with_tensorboard(run):
+    spectra, history, _, _, logger = run
+    events = EventAccumulator(logger.log_dir, size_guidance={"scalars": 0}).Reload()
+    tags = set(events.Tags()["scalars"])
+    for matrix in ("cross_correlation", "covariance"):
+        for mode in range(5):
+            scalars = events.Scalars(f"spectrum/{matrix}/eig_{mode:03d}")
+            assert [s.step for s in scalars] == spectra.steps
+            expected = [float(values[mode]) for values in spectra.eigenvalues[matrix]]
+            np.testing.assert_allclose([s.value for s in scalars], expected, rtol=1e-5)
+        assert {f"spectrum/{matrix}/num_learned", f"spectrum/{matrix}/effective_rank"} <= tags
+    learned = [s.value for s in events.Scalars("spectrum/cross_correlation/num_learned")]
+    assert learned[0] == 0 and learned[-1] >= 1
+    for scalar in events.Scalars("train/loss"):
+        assert scalar.value == pytest.approx(history[scalar.step][1], rel=1e-4)
+
+
+def test_csv_and_npz_beside_the_event_file(run):
+    spectra, _, _, _, logger = run
+    with open(f"{logger.log_dir}/spectrum.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert list(rows[0]) == ["step", "time", "matrix", "quantity", "mode", "value"]
+    eigenvalues = [float(r["value"]) for r in rows if r["matrix"] == "covariance" and r["quantity"] == "eigenvalue"]
+    expected = torch.stack(spectra.eigenvalues["covariance"])
+    np.testing.assert_array_equal(np.reshape(eigenvalues, expected.shape), expected)
+    losses = {int(r["step"]): float(r["value"]) for r in rows if r["quantity"] == "loss"}
+    assert losses == dict(zip(spectra.steps[:-1], spectra.losses[:-1], strict=True))
+    with np.load(f"{logger.log_dir}/spectrum.npz") as saved:
+        np.testing.assert_array_equal(saved["step"], spectra.steps)
+        np.testing.assert_array_equal(saved["time"], spectra.times)
+        np.testing.assert_array_equal(saved["loss"], spectra.losses)
+        np.testing.assert_array_equal(saved["covariance"], expected)
+
+
+def test_training_is_bit_identical_with_and_without_the_logger(tmp_path, run):
+    assert torch.equal(train(tmp_path)[2], run[3])
+
+
+def test_an_interrupted_run_keeps_what_was_measured(tmp_path):
+    class Stop(L.Callback):
+        def on_train_batch_end(self, trainer, *_):
+            if trainer.global_step == 30:
+                raise RuntimeError("interrupted")
+
+    spectra = SpectrumLogger(num_points=20)
+    with pytest.raises(RuntimeError, match="interrupted"):
+        train(tmp_path, callbacks=[spectra, Stop()])
+    with np.load(spectra.directory / "spectrum.npz") as saved:
+        assert saved["step"].tolist() == spectra.steps and 0 < spectra.steps[-1] < 30
+
+
+def test_time_is_the_sum_of_learning_rates(tmp_path):
+    class Halve(L.Callback):
+        def on_train_batch_end(self, trainer, *_):
+            if trainer.global_step == 20:
+                trainer.optimizers[0].param_groups[0]["lr"] /= 2
+
+    spectra = SpectrumLogger(num_points=20)
+    train(tmp_path, callbacks=[spectra, Halve()])
+    expected = [RATE * min(k, 20) + RATE / 2 * max(k - 20, 0) for k in spectra.steps]
+    np.testing.assert_allclose(spectra.times, expected, rtol=1e-12)
+
+
+def test_schedule_is_spaced_in_the_logarithm():
+    steps = log_spaced_steps(10_000, 50)
+    assert steps[:4] == [0, 1, 2, 3] and steps[-2:] == [9_999, 10_000] and steps == sorted(set(steps))
+    ratios = np.divide(steps[20:-2], steps[19:-3])
+    assert ratios.max() < 1.35 * ratios.min()
+    assert log_spaced_steps(1, 2) == [0, 1]
+    with pytest.raises(ValueError, match="last_step ≥ 1"):
+        log_spaced_steps(0, 5)
+
+
+def test_an_endless_run_needs_a_length(tmp_path):
+    with pytest.raises(ValueError, match="set max_steps or max_epochs"):
+        train(tmp_path, steps=-1, callbacks=[SpectrumLogger()], max_epochs=-1)
+
+
+def test_linear_encoder():
+    before = torch.get_rng_state()
+    encoder = LinearEncoder(12, 3, init_std=1e-3, seed=4)
+    assert torch.equal(before, torch.get_rng_state())
+    assert torch.equal(encoder.weight, LinearEncoder(12, 3, init_std=1e-3, seed=4).weight)
+    x = torch.randn(5, 3, 2, 2, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(encoder(x), torch.nn.functional.linear(x.flatten(1), encoder.weight))
+    ordinary = LinearEncoder(1200, 10).weight.detach()
+    assert ordinary.abs().max() <= 1200**-0.5
+    assert float(ordinary.std()) == pytest.approx((3 * 1200) ** -0.5, rel=0.03)
+    for arguments in ((0, 3), (3, 0), (3, 3, -1.0), (3, 3, math.nan)):
+        with pytest.raises(ValueError, match="≥"):
+            LinearEncoder(*arguments)
