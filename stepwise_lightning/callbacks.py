@@ -30,7 +30,7 @@ class SpectrumLogger(L.Callback):
     """Log the full spectrum of the embeddings while a model trains.
 
     Works on any LightningModule that maps a view (n, …) to embeddings (n, d) and whose batches start with two views.
-    On a log-spaced schedule, the training batch of that step is embedded and, in float64, the eigenvalues computed of
+    On a log-spaced schedule, the training batch of that step is embedded in evaluation mode and, in float64, the eigenvalues computed of
     ``cross_correlation``, C = (z1ᵀz2 + z2ᵀz1)/2n, and of ``covariance``, the centred covariance of both views.
 
     **Step k** is the state after exactly k optimiser steps: step 0 is the initialisation, and a measurement at step k
@@ -65,6 +65,7 @@ class SpectrumLogger(L.Callback):
         self._schedule: list[int] = []
         self._file: TextIO | None = None
         self._batch: Any = None
+        self._loss_due = False
         self._clock = _Clock()
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -93,7 +94,8 @@ class SpectrumLogger(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Record the loss that belongs to the last measurement."""
-        if self.losses and math.isnan(self.losses[-1]) and outputs is not None:
+        if self._loss_due and outputs is not None:
+            self._loss_due = False
             loss = float(outputs["loss"] if isinstance(outputs, dict) else outputs)
             self.losses[-1] = loss
             self._write_rows([("", "loss", "", loss)])
@@ -116,6 +118,7 @@ class SpectrumLogger(L.Callback):
         self.steps.append(step)
         self.times.append(self._clock.time(step))
         self.losses.append(math.nan)
+        self._loss_due = True
         spectra = {
             "cross_correlation": cross_correlation_eigenvalues(z1, z2),
             "covariance": embedding_eigenvalues(torch.cat([z1, z2])),
