@@ -93,6 +93,7 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=1000, help="training steps a round (default: 1000)")
     options = parser.parse_args()
     quiet_lightning()
+    torch.set_num_threads(1)  # as the figure script does
     ok = True
     print(f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}; medians of rounds")
     for num_pairs in (250, 500):
