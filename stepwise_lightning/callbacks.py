@@ -30,8 +30,9 @@ class SpectrumLogger(L.Callback):
     """Log the full spectrum of the embeddings while a model trains.
 
     Works on any LightningModule that maps a view (n, …) to embeddings (n, d) and whose batches start with two views.
-    On a log-spaced schedule, the training batch of that step is embedded in evaluation mode and, in float64, the eigenvalues computed of
-    ``cross_correlation``, C = (z1ᵀz2 + z2ᵀz1)/2n, and of ``covariance``, the centred covariance of both views.
+    On a log-spaced schedule, the training batch of that step is embedded in evaluation mode and the eigenvalues of two
+    matrices are computed in float64: ``cross_correlation``, C = (z1ᵀz2 + z2ᵀz1)/2n, and ``covariance``, the centred
+    covariance of both views.
 
     **Step k** is the state after exactly k optimiser steps: step 0 is the initialisation, and a measurement at step k
     is made just before step k + 1 changes the weights, as is the training loss recorded with it. The last measurement

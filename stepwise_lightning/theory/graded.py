@@ -47,6 +47,38 @@ def ordered_basis(columns: Tensor) -> tuple[Tensor, Tensor]:
     return rows, torch.tensor(pivots, device=columns.device)
 
 
+def grown_eigenvalues(rows: Tensor, pivots: Tensor, weights: Tensor, log_squares: Tensor, start: Tensor) -> Tensor:
+    """Eigenvalues of the pencil (G, I − C_0 + G), G = rows diag(weights · e^log_squares) rowsᵀ, at T times, (T, d).
+
+    Row and column i are scaled by b_i ≤ 1 so that every entry is bounded: entry (i, k ≥ i) of G sums over the columns
+    that row k sees, none of which grows faster than its pivot. Relative to the pivot no term overflows, and none that
+    matters underflows.
+
+    Args:
+        rows: from :func:`ordered_basis`, (d, m), as ``pivots`` (d,).
+        pivots: index of each row's first entry.
+        weights: (m,), of any sign.
+        log_squares: (T, m), descending along m.
+        start: C_0, (d, d): G at log_squares = 0.
+
+    """
+    pivot_squares = log_squares[:, pivots]  # (T, d)
+    seen = weights[pivots] * rows[torch.arange(len(rows)), pivots].square()
+    log_b = -torch.nn.functional.softplus(pivot_squares + seen.clamp(min=0).log()) / 2
+    grown = log_squares.new_empty(len(log_squares), len(rows), len(rows))
+    for k in range(len(rows)):
+        relative = (log_squares - pivot_squares[:, k, None]).clamp_(max=0).exp_()
+        entries = relative @ (weights * rows[k] * rows[: k + 1]).T  # (T, k + 1)
+        entries *= (pivot_squares[:, k, None] + log_b[:, k, None] + log_b[:, : k + 1]).exp()
+        grown[:, k, : k + 1] = grown[:, : k + 1, k] = entries
+    b = log_b.exp()
+    total = b[:, :, None] * (torch.eye(len(rows)).to(rows) - start) * b[:, None] + grown
+    factor = torch.linalg.cholesky(total)
+    half = torch.linalg.solve_triangular(factor, grown, upper=False)
+    pencil = torch.linalg.solve_triangular(factor, half.mT, upper=False)
+    return graded_eigenvalues((pencil + pencil.mT) / 2)
+
+
 def graded_eigenvalues(matrices: Tensor, max_sweeps: int = 30) -> Tensor:
     """Eigenvalues of symmetric (…, d, d) matrices by cyclic Jacobi rotations, descending, (…, d).
 

@@ -22,7 +22,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from stepwise_lightning.theory.graded import graded_eigenvalues, ordered_basis
+from stepwise_lightning.theory.graded import graded_eigenvalues, grown_eigenvalues, ordered_basis
 
 Method = Literal["uniform", "qr"]
 
@@ -269,29 +269,9 @@ class LinearBarlowTwins:
         return values
 
     def _uniform_eigenvalues(self, times: Tensor) -> Tensor:
-        """Eigenvalues of the pencil (C(0)+Δ, I+Δ), row and column i scaled by b_i ≤ 1 so that every entry is bounded.
-
-        Entry (i, k ≥ i) of C(0)+Δ sums over the modes that row k sees, none of which grows faster than its pivot:
-        relative to the pivot no term overflows, and none that matters underflows.
-        """
-        rows, pivots = self._rows, self._pivots
-        log_squares = 2 * self._log_growth(self._spectrum, times)  # (T, m)
-        pivot_squares = log_squares[:, pivots]  # (T, d)
-        seen = self._spectrum[pivots] * rows[torch.arange(len(rows)), pivots].square()
-        log_b = -torch.nn.functional.softplus(pivot_squares + seen.clamp(min=0).log()) / 2
-        grown = times.new_empty(len(times), len(rows), len(rows))
-        for k in range(len(rows)):
-            relative = (log_squares - pivot_squares[:, k, None]).clamp_(max=0).exp_()
-            entries = relative @ (self._spectrum * rows[k] * rows[: k + 1]).T  # (T, k + 1)
-            entries *= (pivot_squares[:, k, None] + log_b[:, k, None] + log_b[:, : k + 1]).exp()
-            grown[:, k, : k + 1] = grown[:, : k + 1, k] = entries
-        b = log_b.exp()
-        identity = torch.eye(len(rows)).to(rows)
-        total = b[:, :, None] * (identity - self._cross_correlation0) * b[:, None] + grown
-        factor = torch.linalg.cholesky(total)
-        half = torch.linalg.solve_triangular(factor, grown, upper=False)
-        pencil = torch.linalg.solve_triangular(factor, half.mT, upper=False)
-        return self._saturate(graded_eigenvalues((pencil + pencil.mT) / 2))
+        log_squares = 2 * self._log_growth(self._spectrum, times)
+        start = self._cross_correlation0
+        return self._saturate(grown_eigenvalues(self._rows, self._pivots, self._spectrum, log_squares, start))
 
     def _saturate(self, eigenvalues: Tensor) -> Tensor:
         """Multiply the odds λ/(1−λ) by ((1−λ(0))/(1−λ))^{6ηγ_j}: what finite steps change while a mode saturates.
