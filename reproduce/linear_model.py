@@ -32,8 +32,8 @@ from stepwise_lightning.theory import LinearBarlowTwins, feature_cross_correlati
 
 # relative_rate is 4 × learning rate × γ_1: gradient descent is stable below 1, close to gradient flow below about 0.1.
 PROFILES: dict[str, dict[str, Any]] = {
-    "smoke": dict(num_pairs=64, crop_size=8, dim=4, init_std=1e-3, relative_rate=0.1, precision="32-true"),
-    "cpu": dict(num_pairs=250, crop_size=20, dim=10, init_std=1e-3, relative_rate=0.1, precision="32-true"),
+    "smoke": dict(num_pairs=64, crop_size=8, dim=4, init_std=1e-4, relative_rate=0.1, precision="32-true"),
+    "cpu": dict(num_pairs=250, crop_size=20, dim=10, init_std=1e-4, relative_rate=0.1, precision="32-true"),
     "full": dict(num_pairs=500, crop_size=20, dim=10, init_std=1e-5, relative_rate=0.05, precision="64-true"),
 }
 # The control only needs to be stable, not close to the flow.
@@ -73,6 +73,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     logs = {run.name: _train(run, pairs, options.precision, directory) for run in (small, control)}
+    _log_theory(small, logs[small.name])
     claims, table = _claims(small, control, logs)
     source = {"photos": "scikit-image's photographs (not the paper's data)", "cifar10": "CIFAR-10"}
     figure = trajectories_figure(
@@ -141,11 +142,11 @@ def _plan(name: str, init_std: float | None, rate: float, gamma: Tensor, options
 
 
 def _train(run: Run, pairs: FixedCropPairs, precision: Any, directory: Path) -> SpectrumLogger:
-    """Train through Lightning and write the prediction beside the run, under the same TensorBoard tags."""
+    """Train through Lightning; return the spectra."""
     pairs.hparams["steps_per_epoch"] = run.steps
     module = BarlowTwins(run.encoder, run.learning_rate, off_diagonal_weight=1.0, normalize=False)
     spectra = SpectrumLogger(num_points=300)
-    logger = TensorBoardLogger(directory / "tensorboard", name=run.name)
+    logger = TensorBoardLogger(directory / "tensorboard", name=run.name, default_hp_metric=False)
     bar = TQDMProgressBar(refresh_rate=max(1, run.steps // 50))
     trainer = L.Trainer(
         max_steps=run.steps, accelerator="cpu", precision=precision, logger=logger, callbacks=[spectra, bar],
@@ -153,14 +154,19 @@ def _train(run: Run, pairs: FixedCropPairs, precision: Any, directory: Path) -> 
     )  # fmt: skip
     print(f"training from {run.name}: {run.steps} steps")
     trainer.fit(module, datamodule=pairs)
-    times, _ = _measured(spectra)
+    return spectra
+
+
+def _log_theory(run: Run, log: SpectrumLogger) -> None:
+    """Write the prediction as a TensorBoard run of its own, under the experiment's tags: one chart shows both."""
+    times, _ = _measured(log)
     predicted = run.theory.embedding_eigenvalues(times)
-    with SummaryWriter(str(directory / "tensorboard" / f"{run.name}_theory" / f"version_{logger.version}")) as writer:
-        for step, values, loss in zip(spectra.steps, predicted, run.theory.loss(times), strict=True):
+    version = log.directory.name
+    with SummaryWriter(str(log.directory.parents[1] / f"{run.name}_theory" / version)) as writer:
+        for step, values, loss in zip(log.steps, predicted, run.theory.loss(times), strict=True):
             writer.add_scalar("train/loss", loss, step)
             for mode, value in enumerate(values):
                 writer.add_scalar(f"spectrum/cross_correlation/eig_{mode:03d}", value, step)
-    return spectra
 
 
 def _measured(log: SpectrumLogger) -> tuple[Tensor, Tensor]:
