@@ -79,6 +79,7 @@ def main(arguments: list[str] | None = None) -> int:
     figure = trajectories_figure(
         [_trajectory(run, logs[run.name], with_theory=run is small) for run in (small, control)],
         title="Linear Barlow Twins learns one eigenmode at a time",
+        loss_label="loss  ‖C − I‖²",
         note=f"{options.num_pairs} pairs of {options.crop_size}×{options.crop_size} crops from "
         f"{source.get(options.data, Path(options.data).resolve().name + ' (folder)')}; seed {options.seed}",
     )
@@ -145,7 +146,7 @@ def _train(run: Run, pairs: FixedCropPairs, precision: Any, directory: Path) -> 
     """Train through Lightning; return the spectra."""
     pairs.hparams["steps_per_epoch"] = run.steps
     module = BarlowTwins(run.encoder, run.learning_rate, off_diagonal_weight=1.0, normalize=False)
-    spectra = SpectrumLogger(num_points=300)
+    spectra = SpectrumLogger(matrices=["cross_correlation", "covariance"], num_points=300)
     logger = TensorBoardLogger(directory / "tensorboard", name=run.name, default_hp_metric=False)
     bar = TQDMProgressBar(refresh_rate=max(1, run.steps // 50))
     trainer = L.Trainer(

@@ -5,14 +5,29 @@ from __future__ import annotations
 import csv
 import math
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
 import lightning as L
 import torch
+from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 
-from stepwise_lightning.spectrum import cross_correlation_eigenvalues, effective_rank, embedding_eigenvalues
+from stepwise_lightning.capture import capture, check_watched
+from stepwise_lightning.spectrum import (
+    alpha_req,
+    cross_correlation_eigenvalues,
+    detect_steps,
+    effective_rank,
+    embedding_eigenvalues,
+    participation_ratio,
+    rankme,
+)
+
+MATRICES = ("cross_correlation", "covariance", "normalized_covariance")
+# The trajectory figure is drawn this often over a run, and at its end.
+_FIGURES = 5
 
 
 def log_spaced_steps(last_step: int, num_points: int) -> list[int]:
@@ -27,42 +42,75 @@ def log_spaced_steps(last_step: int, num_points: int) -> list[int]:
 
 
 class SpectrumLogger(L.Callback):
-    """Log the full spectrum of the embeddings while a model trains.
+    """Log the full spectrum of embeddings while any LightningModule trains.
 
-    Works on any LightningModule that maps a view (n, …) to embeddings (n, d) and whose batches start with two views.
-    On a log-spaced schedule, the training batch of that step is embedded in evaluation mode and the eigenvalues of two
-    matrices are computed in float64: ``cross_correlation``, C = (z1ᵀz2 + z2ᵀz1)/2n, and ``covariance``, the centred
-    covariance of both views.
+    The module is called on one or two views of the same samples, (n, …) each, at log-spaced steps, with batch
+    normalisation on the statistics of those samples (see :func:`stepwise_lightning.capture.capture`); training is
+    bit-identical with and without this callback. In float64, the eigenvalues are computed of
+
+    - ``cross_correlation``: C = (z1ᵀz2 + z2ᵀz1)/2n, where there are two views (``center`` subtracts the means);
+    - ``covariance``: the centred covariance of all embeddings, of both views;
+    - ``normalized_covariance``: the same of the embeddings divided by their norms, as cosine losses see them.
 
     **Step k** is the state after exactly k optimiser steps: step 0 is the initialisation, and a measurement at step k
     is made just before step k + 1 changes the weights, as is the training loss recorded with it. The last measurement
     is made when training ends and has no loss. **Time** is the sum of the learning rates of the steps so far.
 
-    Written at each measurement:
+    Written at each measurement, with ``<what>`` the name of a matrix, or ``submodule.matrix`` for watched submodules:
 
-    - to every logger of the Trainer: ``spectrum/<matrix>/eig_000`` … (descending), ``…/num_learned``,
-      ``…/effective_rank``;
+    - to every logger of the Trainer: ``spectrum/<what>/eig_000`` … (descending), ``num_learned``, ``effective_rank``,
+      ``participation_ratio``, ``alpha_req``, ``rankme`` and, when a mode is learned, ``step_time_000`` …;
+    - to TensorBoard also a custom-scalars layout with all eigenvalues of a matrix on one chart, and the trajectories
+      as a figure;
     - to ``spectrum.csv`` in the Trainer's log directory, one value a row: ``step, time, matrix, quantity, mode, value``
-      with quantity ``eigenvalue`` (mode 0, 1, …), ``num_learned``, ``effective_rank``, or ``loss`` (matrix empty);
-    - at the end of training to ``spectrum.npz`` beside it: ``step``, ``time``, ``loss`` (T,) and, for each matrix,
-      its eigenvalues (T, d).
+      with quantity ``eigenvalue`` (mode 0, 1, …), one of the measures, or ``loss`` (matrix empty);
+    - at the end of training to ``spectrum.npz`` beside it: ``step``, ``time``, ``loss`` (T,), for each ``<what>`` its
+      eigenvalues (T, d) and for each measure ``<what>/<measure>`` (T,).
 
     A mode counts as learned, while training runs, when its eigenvalue has grown tenfold since step 0 and exceeds a
     tenth of the largest. :func:`stepwise_lightning.spectrum.detect_steps` judges a finished run.
 
+    Under DDP every process takes part: all embed the same probe pairs, or their parts of the training batch, which are
+    gathered; rank 0 computes and writes.
+
     Args:
+        watch: names of submodules whose outputs to measure besides the module's own, e.g. ``encoder.backbone``.
+        probe: what to embed. ``"auto"``: ``trainer.datamodule.probe_pairs()`` where there is such a method, else the
+            training batch of the step; ``"batch"``: always the training batch; or one tensor or a pair of tensors.
+            In a batch, the second item counts as a second view if it has the first one's shape.
+        matrices: which of the three matrices to measure.
+        center: subtract the means before C is formed.
         num_points: about how many measurements to make.
+        num_scalars: how many eigenvalues of a matrix become scalars and CSV rows; the ``.npz`` has all.
+
+    Raises:
+        ValueError: bad arguments; when training starts, an unknown submodule name (the error lists those that exist)
+            or a run of unknown length.
 
     """
 
-    def __init__(self, num_points: int = 200) -> None:
+    def __init__(
+        self,
+        watch: Sequence[str] = (),
+        probe: str | Tensor | tuple[Tensor, Tensor] = "auto",
+        matrices: Sequence[str] = MATRICES,
+        center: bool = False,
+        num_points: int = 200,
+        num_scalars: int = 64,
+    ) -> None:
         if num_points < 2:
             raise ValueError(f"num_points must be at least 2, got {num_points}")
-        self.num_points = num_points
+        if isinstance(probe, str) and probe not in ("auto", "batch"):
+            raise ValueError(f"probe must be 'auto', 'batch' or tensors, got {probe!r}")
+        if unknown := set(matrices) - set(MATRICES):
+            raise ValueError(f"unknown matrices {sorted(unknown)}; choose from: {', '.join(MATRICES)}")
+        self.watch, self.probe, self.matrices, self.center = ("", *watch), probe, tuple(matrices), center
+        self.num_points, self.num_scalars = num_points, num_scalars
         self.steps: list[int] = []
         self.times: list[float] = []
         self.losses: list[float] = []
-        self.eigenvalues: dict[str, list[Tensor]] = {"cross_correlation": [], "covariance": []}
+        self.eigenvalues: dict[str, list[Tensor]] = {}
+        self.measures: dict[str, list[float]] = {}
         self._schedule: list[int] = []
         self._file: TextIO | None = None
         self._batch: Any = None
@@ -70,11 +118,16 @@ class SpectrumLogger(L.Callback):
         self._clock = _Clock()
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Lay out the schedule and open the CSV file."""
+        """Lay out the schedule, fetch the probe pairs and open the CSV file."""
+        check_watched(pl_module, self.watch)
         last = trainer.estimated_stepping_batches
         if math.isinf(last):
             raise ValueError("SpectrumLogger needs to know how long training lasts: set max_steps or max_epochs")
         self._schedule = [s for s in log_spaced_steps(int(last), self.num_points) if s >= trainer.global_step][::-1]
+        self._probe = self.probe
+        if isinstance(self.probe, str):
+            pairs = getattr(getattr(trainer, "datamodule", None), "probe_pairs", None)
+            self._probe = pairs() if pairs is not None and self.probe == "auto" else "batch"
         if trainer.is_global_zero:
             self.directory = Path(trainer.log_dir or trainer.default_root_dir)
             self.directory.mkdir(parents=True, exist_ok=True)
@@ -102,9 +155,10 @@ class SpectrumLogger(L.Callback):
             self._write_rows([("", "loss", "", loss)])
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Measure the final weights and write the ``.npz`` file."""
+        """Measure the final weights and write the figure and the ``.npz`` file."""
         if self._batch is not None and (not self.steps or self.steps[-1] < trainer.global_step):
             self._measure(trainer, pl_module)
+        self._draw(trainer)
         self._close()
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
@@ -115,31 +169,69 @@ class SpectrumLogger(L.Callback):
         step = trainer.global_step
         while self._schedule and self._schedule[-1] <= step:
             self._schedule.pop()
-        z1, z2 = _embed(pl_module, self._batch)
+        captured = capture(pl_module, self._views(pl_module), self.watch)
+        if self._probe == "batch" and trainer.world_size > 1:
+            captured = {name: [_gather(pl_module, z) for z in views] for name, views in captured.items()}
+        if not trainer.is_global_zero:
+            return
         self.steps.append(step)
         self.times.append(self._clock.time(step))
         self.losses.append(math.nan)
         self._loss_due = True
-        spectra = {
-            "cross_correlation": cross_correlation_eigenvalues(z1, z2),
-            "covariance": embedding_eigenvalues(torch.cat([z1, z2])),
-        }
         rows: list[tuple[str, str, int | str, float]] = []
-        for matrix, eigenvalues in spectra.items():
-            self.eigenvalues[matrix].append(eigenvalues.cpu())
-            rows += [(matrix, "eigenvalue", mode, value) for mode, value in enumerate(eigenvalues.tolist())]
-            rows.append((matrix, "num_learned", "", self._num_learned(matrix)))
-            rows.append((matrix, "effective_rank", "", float(effective_rank(eigenvalues))))
+        for name, views in captured.items():
+            for matrix in self.matrices:
+                if matrix != "cross_correlation" or len(views) == 2:
+                    rows += self._spectrum(f"{name}.{matrix}" if name else matrix, matrix, views)
         self._write_rows(rows)
-        scalars = {
-            f"spectrum/{matrix}/" + (f"eig_{mode:03d}" if quantity == "eigenvalue" else quantity): value
-            for matrix, quantity, mode, value in rows
-        }
+        scalars = {f"spectrum/{what}/{_tag(quantity, mode)}": value for what, quantity, mode, value in rows}
         for logger in trainer.loggers:
+            if len(self.steps) == 1 and isinstance(logger, TensorBoardLogger):
+                charts = {w: ["Multiline", [f"^spectrum/{w}/eig_[0-9]+$"]] for w in self.eigenvalues}
+                logger.experiment.add_custom_scalars({"spectrum": charts})
             logger.log_metrics(scalars, step=step)
+        if len(self.steps) % max(2, self.num_points // _FIGURES) == 0:
+            self._draw(trainer)
 
-    def _num_learned(self, matrix: str) -> int:
-        first, last = self.eigenvalues[matrix][0], self.eigenvalues[matrix][-1]
+    def _views(self, pl_module: L.LightningModule) -> list[Tensor]:
+        probe = self._batch if isinstance(self._probe, str) else self._probe
+        if isinstance(probe, Tensor):
+            views = [probe]
+        else:
+            second = probe[1] if len(probe) > 1 and isinstance(probe[1], Tensor) else None
+            views = [probe[0]] if second is None or second.shape != probe[0].shape else [probe[0], second]
+        parameter = next(p for p in pl_module.parameters() if p.is_floating_point())
+        return [view.to(parameter) if view.is_floating_point() else view.to(parameter.device) for view in views]
+
+    def _spectrum(self, what: str, matrix: str, views: list[Tensor]) -> list[tuple[str, str, int | str, float]]:
+        """Measure one matrix, keep the result, and return its rows."""
+        views = [z.double() for z in views]
+        if matrix == "cross_correlation":
+            eigenvalues = cross_correlation_eigenvalues(views[0], views[1], center=self.center)
+        else:
+            z = torch.cat(views)
+            z = torch.nn.functional.normalize(z) if matrix == "normalized_covariance" else z
+            eigenvalues = embedding_eigenvalues(z)
+        eigenvalues = eigenvalues.cpu()
+        self.eigenvalues.setdefault(what, []).append(eigenvalues)
+        measures: dict[str, float] = {
+            "num_learned": self._num_learned(what),
+            "effective_rank": float(effective_rank(eigenvalues)),
+            "participation_ratio": float(participation_ratio(eigenvalues)),
+            "alpha_req": float(alpha_req(eigenvalues)),
+        }
+        if matrix != "cross_correlation":  # RankMe is a property of the embeddings
+            measures["rankme"] = float(rankme(z))
+        before = max(self.measures.get(f"{what}/num_learned", [0]))
+        for name, value in measures.items():
+            self.measures.setdefault(f"{what}/{name}", []).append(value)
+        rows: list[tuple[str, str, int | str, float]] = [(what, name, "", value) for name, value in measures.items()]
+        rows += [(what, "step_time", k, self.times[-1]) for k in range(int(before), int(measures["num_learned"]))]
+        shown = eigenvalues[: self.num_scalars].tolist()
+        return rows + [(what, "eigenvalue", mode, value) for mode, value in enumerate(shown)]
+
+    def _num_learned(self, what: str) -> int:
+        first, last = self.eigenvalues[what][0], self.eigenvalues[what][-1]
         return int(((last > 0.1 * last[0]) & (last > 10 * first)).sum())
 
     def _write_rows(self, rows: list[tuple[str, str, int | str, float]]) -> None:
@@ -147,6 +239,24 @@ class SpectrumLogger(L.Callback):
             head = (self.steps[-1], repr(self.times[-1]))
             csv.writer(self._file).writerows((*head, *row[:-1], repr(row[-1])) for row in rows)
             self._file.flush()
+
+    def _draw(self, trainer: L.Trainer) -> None:
+        """Add the trajectories so far, with the steps found in them, to TensorBoard."""
+        boards = [logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
+        if not boards or len(self.steps) < 3:
+            return
+        from stepwise_lightning.plots import Trajectory, trajectories_figure
+
+        times, losses = torch.tensor(self.times, dtype=torch.float64), torch.tensor(self.losses, dtype=torch.float64)
+        for what, values in self.eigenvalues.items():
+            eigenvalues = torch.stack(values)
+            steps = detect_steps(times, eigenvalues)
+            shown = eigenvalues[:, : self.num_scalars].numpy()
+            title = f"{steps.num_distinct} distinct steps so far"
+            run = Trajectory(title, times.numpy(), losses.numpy(), shown, step_times=steps.step_times.numpy())
+            figure = trajectories_figure([run], title=what, eigenvalues_label="eigenvalues", log_eigenvalues=True)
+            for board in boards:
+                board.experiment.add_figure(f"spectrum/{what}", figure, self.steps[-1])
 
     def _close(self) -> None:
         if self._file is None:
@@ -160,7 +270,8 @@ class SpectrumLogger(L.Callback):
             "time": np.array(self.times),
             "loss": np.array(self.losses),
         }
-        arrays |= {name: torch.stack(values).numpy() for name, values in self.eigenvalues.items() if values}
+        arrays |= {what: torch.stack(values).numpy() for what, values in self.eigenvalues.items()}
+        arrays |= {name: np.array(values) for name, values in self.measures.items()}
         partial = self.directory / "spectrum.npz.partial"
         with partial.open("wb") as file:
             np.savez(file, **arrays)
@@ -182,13 +293,13 @@ class _Clock:
         return self._before + self._rate * (step - self._start)
 
 
-@torch.no_grad()
-def _embed(module: L.LightningModule, batch: Any) -> tuple[Tensor, Tensor]:
-    """Embed the two views in evaluation mode and leave the module as it was."""
-    modes = {part: part.training for part in module.modules()}
-    module.eval()
-    try:
-        return module(batch[0]), module(batch[1])
-    finally:
-        for part, training in modes.items():
-            part.training = training
+def _tag(quantity: str, mode: int | str) -> str:
+    short = "eig" if quantity == "eigenvalue" else quantity
+    return short if mode == "" else f"{short}_{mode:03d}"
+
+
+def _gather(pl_module: L.LightningModule, z: Tensor) -> Tensor:
+    """Join the parts of the batch that the processes hold, in rank order."""
+    gathered = pl_module.all_gather(z)
+    assert isinstance(gathered, Tensor)
+    return gathered.flatten(0, 1)

@@ -30,25 +30,37 @@ class Trajectory:
     step_times: Array | None = None
 
 
-def trajectories_figure(runs: list[Trajectory], title: str, note: str = "") -> Figure:
-    """Draw loss above eigenvalues of C against log time, one column per run (in the manner of the paper's Fig. 1 A-B).
+def trajectories_figure(
+    runs: list[Trajectory],
+    title: str,
+    note: str = "",
+    loss_label: str = "loss",
+    eigenvalues_label: str = "eigenvalues of C",
+    log_eigenvalues: bool = False,
+) -> Figure:
+    """Draw loss above eigenvalues against log time, one column per run (in the manner of the paper's Fig. 1 A-B).
 
-    The first column is the main one and wider. Vertical dotted lines are the predicted step times (λ = ½).
+    The first column is the main one and wider. Vertical dotted lines are the step times: predicted ones where there is
+    a prediction, else detected ones.
     """
     figure = Figure(figsize=(5.2 + 3.4 * len(runs), 6.2), layout="constrained")
     widths = [1.7] + [1.0] * (len(runs) - 1)
     axes = figure.subplots(2, len(runs), sharex="col", sharey="row", squeeze=False, width_ratios=widths)
     for column, run in enumerate(runs):
         _draw_run(axes[0, column], axes[1, column], run)
-    axes[0, 0].set_ylabel("loss  ‖C − I‖²")
-    axes[1, 0].set_ylabel("eigenvalues of C")
+    axes[0, 0].set_ylabel(loss_label)
+    axes[1, 0].set_ylabel(eigenvalues_label)
+    if log_eigenvalues:
+        axes[1, 0].set_yscale("log")
     for axis, letter in zip(axes.T.flat, "ABCDEFGH", strict=False):
         axis.set_title(letter, loc="left", fontweight="bold")
-    handles = [
-        matplotlib.lines.Line2D([], [], color="0.35", linewidth=2.2, label="experiment"),
-        matplotlib.lines.Line2D([], [], color="black", linewidth=1.1, linestyle="--", label="theory"),
-        matplotlib.lines.Line2D([], [], color="0.35", linewidth=0.9, linestyle=":", label="predicted step"),
-    ]
+    predicted = any(run.theory_eigenvalues is not None for run in runs)
+    Line = matplotlib.lines.Line2D
+    handles = [Line([], [], color="0.35", linewidth=2.2, label="experiment")]
+    if predicted:
+        handles.append(Line([], [], color="black", linewidth=1.1, linestyle="--", label="theory"))
+    kind = "predicted" if predicted else "detected"
+    handles.append(Line([], [], color="0.35", linewidth=0.9, linestyle=":", label=f"{kind} step"))
     axes[0, 0].legend(handles=handles, loc="upper right", frameon=True, framealpha=0.9)
     figure.suptitle(title)
     if note:
@@ -82,7 +94,8 @@ def _draw_run(loss_axis: Axes, eigenvalue_axis: Axes, run: Trajectory) -> None:
     loss_axis.set_ylim(bottom=0)
     eigenvalue_axis.set_xlabel("time  (learning rate × step)")
     # Start where the first mode begins to rise: before that nothing is to be seen.
-    visible = times[run.eigenvalues[shown].max(1) > 0.01]
+    top = run.eigenvalues[shown].max(1)
+    visible = times[top > 0.01 * top.max()]
     eigenvalue_axis.set_xlim(0.5 * visible[0] if len(visible) else times[0], times[-1])
     for axis in (loss_axis, eigenvalue_axis):
         axis.spines[["top", "right"]].set_visible(False)

@@ -1,0 +1,82 @@
+"""What a network says of a fixed set of inputs, without leaving a trace in it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from difflib import get_close_matches
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+
+def check_watched(module: nn.Module, watch: Sequence[str]) -> None:
+    """Raise a ValueError that lists the names that exist if ``watch`` names a submodule that does not."""
+    names = [name for name, _ in module.named_modules() if name]
+    for name in watch:
+        if name and name not in names:
+            near = get_close_matches(name, names, n=5, cutoff=0.3) or names[:20]
+            raise ValueError(f"no submodule {name!r} to watch; did you mean one of: {', '.join(near)}?")
+
+
+@torch.no_grad()
+def capture(module: nn.Module, views: Sequence[Tensor], watch: Sequence[str]) -> dict[str, list[Tensor]]:
+    """Run ``module`` on each view and return the outputs of the watched submodules.
+
+    Everything is in evaluation mode but batch normalisation, which uses the statistics of the view it is given: its
+    running statistics are worthless for the first tens of steps, when they still remember the initial network. They
+    are neither used nor updated, and no random number is drawn, so that training goes on as if nothing had happened.
+
+    Args:
+        module: called as ``module(view)``.
+        views: inputs, each (n, …).
+        watch: names of submodules; ``""`` is the output of ``module`` itself.
+
+    Returns:
+        For each name, one (n, d) tensor per view; outputs with more dimensions are flattened.
+
+    Raises:
+        ValueError: an unknown name, or a watched output that is not a tensor or was not reached.
+
+    """
+    check_watched(module, watch)
+    outputs: dict[str, list[Tensor]] = {name: [] for name in watch}
+
+    def keep(_module: nn.Module, _inputs: Any, output: Any, name: str) -> None:
+        if not isinstance(output, Tensor) or output.ndim < 2:
+            raise ValueError(f"the output of {name or 'the module'!r} is no (n, …) tensor but {type(output).__name__}")
+        outputs[name].append(output.detach().flatten(1))
+
+    hooks = [module.get_submodule(name).register_forward_hook(partial(keep, name=name)) for name in watch]
+    try:
+        with batch_statistics(module):
+            for view in views:
+                module(view)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    for name, found in outputs.items():
+        if len(found) != len(views):
+            raise ValueError(f"{name!r} ran {len(found)} times on {len(views)} views: watch one that runs once a view")
+    return outputs
+
+
+@contextmanager
+def batch_statistics(module: nn.Module) -> Iterator[None]:
+    """Switch to evaluation, but let batch normalisation use (and not record) the statistics of its batch."""
+    parts = list(module.modules())
+    modes = [part.training for part in parts]
+    norms = [(part, part.track_running_stats) for part in parts if isinstance(part, _BatchNorm)]
+    module.eval()
+    try:
+        for norm, _ in norms:
+            norm.training, norm.track_running_stats = True, False
+        yield
+    finally:
+        for part, training in zip(parts, modes, strict=True):
+            part.training = training
+        for norm, tracked in norms:
+            norm.track_running_stats = tracked
