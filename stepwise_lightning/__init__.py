@@ -3,10 +3,10 @@
 from importlib.metadata import version
 
 from stepwise_lightning.callbacks import SpectrumLogger
-from stepwise_lightning.data import FixedCropPairs
+from stepwise_lightning.data import FixedCropPairs, TwoViewDataModule
 from stepwise_lightning.encoders import LinearEncoder
 from stepwise_lightning.losses import barlow_twins_loss
 from stepwise_lightning.modules import BarlowTwins
 
-__all__ = ["BarlowTwins", "FixedCropPairs", "LinearEncoder", "SpectrumLogger", "barlow_twins_loss"]
+__all__ = ["BarlowTwins", "FixedCropPairs", "LinearEncoder", "SpectrumLogger", "TwoViewDataModule", "barlow_twins_loss"]
 __version__ = version("stepwise_lightning")

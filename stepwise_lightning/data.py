@@ -1,138 +1,221 @@
-"""Images, and the two views made of them.
-
-Image sets come as one uint8 tensor (N, 3, height, width) in memory: ``photos`` (bundled), ``cifar10``, or a folder.
-"""
+"""LightningDataModules: pairs of crops drawn once, and two augmented views drawn anew at every epoch."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import lru_cache
 from itertools import repeat
-from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
 import lightning as L
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
 
-DATA_SETS = ("photos", "cifar10")
+from stepwise_lightning.images import ImageSet, download_images, load_image_set, load_images
+from stepwise_lightning.sampling import GlobalBatchSampler, ResumableLoader, local_batch_size
+from stepwise_lightning.views import (
+    AUGMENTATIONS,
+    PROBE_EPOCH,
+    PlainImages,
+    TwoViews,
+    crop_pairs,
+    hashed_seed,
+    plain_view,
+    random_view,
+)
 
-
-def load_images(data: str, root: str = "data", download: bool = False, image_size: int = 32) -> Tensor:
-    """Return all images of a data set as uint8, (N, 3, image_size, image_size).
-
-    Args:
-        data: ``photos`` (see :func:`photo_tiles`), ``cifar10`` (the training images), or the path of a folder that
-            is searched for image files at any depth.
-        root: where ``cifar10`` is looked for, and put.
-        download: fetch ``cifar10`` if it is not there.
-        image_size: images in a folder that differ are resized (shorter side) and cropped at the centre.
-
-    Raises:
-        ValueError: unknown data set, or a folder without readable images.
-        FileNotFoundError: ``cifar10`` is not there and was not asked to be downloaded.
-
-    """
-    if data == "photos":
-        return photo_tiles()
-    if data == "cifar10":
-        return _cifar10_images(root, download)
-    if Path(data).is_dir():
-        return _folder_images(Path(data), image_size)
-    raise ValueError(f"data set {data!r} is neither one of {', '.join(DATA_SETS)} nor the path of an existing folder")
+if TYPE_CHECKING:  # importing this package needs only torch and lightning
+    from torchvision.transforms import v2
 
 
-@lru_cache(maxsize=1)
-def photo_tiles(size: int = 32, stride: int = 12, shrink: int = 3, min_std: float = 5.0) -> Tensor:
-    """Return tiles of the photographs that scikit-image ships inside its wheel, uint8, (2690, 3, 32, 32) by default.
+class TwoViewDataModule(L.LightningDataModule):
+    """Two augmented views of each image for training; held-out images and pairs for measuring.
 
-    Eight colour photographs are shrunk ``shrink`` times by averaging and cut into tiles; tiles whose pixels have a
-    standard deviation of at most ``min_std`` (of 255) are dropped. Needs no network; the order is fixed.
-    """
-    import numpy as np
-    from skimage import data
-    from skimage.transform import downscale_local_mean
+    Training batches are ``(x1, x2, label)``: two views, float32, (n, 3, image_size, image_size) each, and the labels,
+    int64, (n,), −1 where unknown; losses need ``batch[:2]`` alone, labels are for probes. Validation and test batches
+    are ``(x, label)``, not augmented. What each split holds: :func:`stepwise_lightning.images.load_image_set`.
+    All are normalised with the mean and standard deviation of the training images.
 
-    photographs = [data.astronaut(), data.chelsea(), data.coffee(), data.rocket(), data.hubble_deep_field()]
-    photographs += [data.retina(), data.immunohistochemistry(), data.stereo_motorcycle()[0]]
-    tiles = []
-    for photograph in photographs:
-        small = np.rint(downscale_local_mean(photograph, (shrink, shrink, 1))).astype(np.uint8)
-        windows = np.lib.stride_tricks.sliding_window_view(small, (size, size, 3))[::stride, ::stride, 0]
-        windows = windows.reshape(-1, size, size, 3)
-        tiles.append(windows[windows.std(axis=(1, 2, 3)) > min_std])
-    return torch.from_numpy(np.concatenate(tiles)).permute(0, 3, 1, 2).contiguous()
+    A view is a function of (seed, epoch, image, view) alone and the global batch at step k of (seed, k), so that the
+    number of workers, of processes, and resuming change nothing; see :mod:`stepwise_lightning.sampling`.
 
-
-def channel_statistics(images: Tensor) -> tuple[Tensor, Tensor]:
-    """Return mean and standard deviation of each channel of uint8 images (N, 3, h, w), in [0, 1]: two float64 (3,).
-
-    Raises:
-        ValueError: a channel is constant, so that it cannot be normalised.
-
-    """
-    levels = torch.arange(256, dtype=torch.float64) / 255
-    counts = torch.stack([torch.bincount(channel.flatten(), minlength=256) for channel in images.unbind(1)])
-    share = counts.double() / counts.sum(1, keepdim=True)
-    mean = share @ levels
-    std = (share @ levels.square() - mean.square()).clamp(min=0).sqrt()
-    if (std < 1e-6).any():
-        raise ValueError("a colour channel is constant over the whole data set and cannot be normalised: other images?")
-    return mean, std
-
-
-def crop_pairs(images: Tensor, num_pairs: int, crop_size: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Draw ``num_pairs`` images without repetition and return two independent random crops of each.
-
-    Pixels are normalised per channel with the statistics of all ``images``.
+    Under DDP Lightning pads the validation and test images to a multiple of the number of processes by repeating
+    some; evaluate on one device where the last digit matters.
 
     Args:
-        images: uint8, (N, 3, h, w).
-        num_pairs: n ≤ N.
-        crop_size: side of the square crops, ≤ min(h, w).
-        seed: of the choice of images and of the crops' positions.
+        data: ``photos``, ``cifar10``, ``stl10``, or the path of a folder of images.
+        augmentation: ``standard`` or ``weak``, see :func:`stepwise_lightning.views.random_view`.
+        image_size: side of the views in pixels; None for the images' own (the shorter side).
+        global_batch_size: pairs per step over all processes together.
+        num_probe_pairs: how many pairs of held-out images :meth:`probe_pairs` gives.
+        num_workers: processes that prepare batches, per training process; 0 to do it in the training process.
+        seed: of order, views and probe pairs.
+        root: where ``cifar10`` and ``stl10`` are looked for, and put.
+        download: fetch ``cifar10`` or ``stl10`` if it is not there.
 
-    Returns:
-        First and second views, float32, (n, 3, crop_size, crop_size) each.
+    Attributes (after ``setup``):
+        class_names: what the labels 0, 1, … stand for.
+        mean, std: of the channels of the training images, in [0, 1].
 
-    Raises:
-        ValueError: ``num_pairs`` or ``crop_size`` out of range.
+    Raises (in ``setup`` where it depends on the data or the number of processes):
+        ValueError: a value out of range, ``global_batch_size`` that the processes do not divide, unreadable images.
+        FileNotFoundError: the data set is not there and was not asked to be downloaded.
 
     """
-    total, _, height, width = images.shape
-    if not 1 <= num_pairs <= total:
-        raise ValueError(f"{num_pairs} pairs asked for, but the data set has {total} images: choose 1 to {total}")
-    if not 1 <= crop_size <= min(height, width):
-        raise ValueError(f"crops of {crop_size}×{crop_size} do not fit the images of {height}×{width} pixels")
-    mean, std = channel_statistics(images)
-    generator = torch.Generator().manual_seed(seed)
-    chosen = images[torch.randperm(total, generator=generator)[:num_pairs]]
-    rows = torch.randint(height - crop_size + 1, (2, num_pairs), generator=generator)
-    columns = torch.randint(width - crop_size + 1, (2, num_pairs), generator=generator)
-    views = []
-    for top, left in zip(rows.tolist(), columns.tolist(), strict=True):
-        crops = [image[:, i : i + crop_size, j : j + crop_size] for image, i, j in zip(chosen, top, left, strict=True)]
-        normalised = (torch.stack(crops) / 255.0 - mean[:, None, None]) / std[:, None, None]
-        views.append(normalised.float())
-    return views[0], views[1]
+
+    class_names: list[str]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    def __init__(
+        self,
+        data: str = "photos",
+        augmentation: Literal["standard", "weak"] = "standard",
+        image_size: int | None = None,
+        global_batch_size: int = 64,
+        num_probe_pairs: int = 256,
+        num_workers: int = 0,
+        seed: int = 0,
+        root: str = "data",
+        download: bool = False,
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        if augmentation not in AUGMENTATIONS:
+            raise ValueError(f"augmentation {augmentation!r} is none of {', '.join(AUGMENTATIONS)}")
+        for name, value, least in (("image_size", image_size, 1), ("num_probe_pairs", num_probe_pairs, 2)):
+            if value is not None and value < least:
+                raise ValueError(f"{name} must be at least {least}, got {value}")
+        if num_workers < 0:
+            raise ValueError(f"num_workers must be 0 or more, got {num_workers}")
+        local_batch_size(global_batch_size, 1)
+        self._sets: dict[str, ImageSet] = {}
+        self._probe_pairs: tuple[Tensor, Tensor] | None = None
+
+    def prepare_data(self) -> None:
+        """Download, if asked to (one process of each machine only)."""
+        if self.hparams["download"]:
+            download_images(self.hparams["data"], self.hparams["root"])
+
+    def setup(self, stage: str | None = None) -> None:
+        """Load the images that ``stage`` needs and measure the training images."""
+        h = self.hparams
+        local_batch_size(h["global_batch_size"], self._num_processes)
+        if not hasattr(self, "mean"):
+            train = self._images("train")
+            mean, std = train.statistics()
+            self.mean, self.std, self.class_names = tuple(mean.tolist()), tuple(std.tolist()), train.class_names
+            self._image_size(train)  # refuses here, not at the first batch
+        if stage in (None, "fit", "validate"):
+            self._images("val")
+        if stage in (None, "test"):
+            self._images("test")
+
+    def train_dataloader(self) -> ResumableLoader:
+        """Return batches (x1, x2, label) of this process's share of every global batch."""
+        h = self.hparams
+        if getattr(self.trainer, "overfit_batches", 0):
+            raise ValueError("overfit_batches would replace the order of samples: set limit_train_batches instead")
+        dataset = TwoViews(self._images("train"), self._random_view(), h["seed"])
+        rank = self.trainer.global_rank if self.trainer else 0
+        sampler = GlobalBatchSampler(dataset, h["global_batch_size"], self._num_processes, rank, h["seed"])
+        return ResumableLoader(dataset, sampler.local_batch_size, sampler=sampler, **self._loading())
+
+    def val_dataloader(self) -> DataLoader[Any]:
+        """Return batches (x, label) of the held-out images, not augmented, in order."""
+        return self._plain_dataloader("val")
+
+    def test_dataloader(self) -> DataLoader[Any]:
+        """Return batches (x, label) of the test images, not augmented, in order."""
+        return self._plain_dataloader("test")
+
+    def plain_train_dataloader(self) -> DataLoader[Any]:
+        """Return batches (x, label) of *all* training images, not augmented, in order: what k-NN compares with."""
+        return self._plain_dataloader("train")
+
+    def probe_pairs(self) -> tuple[Tensor, Tensor]:
+        """Return two views of ``num_probe_pairs`` held-out images, drawn once by ``seed``.
+
+        They are augmented as the training images are, but never trained on, and the same in every process and run.
+
+        Returns:
+            x1, x2, float32, (num_probe_pairs, 3, image_size, image_size) each.
+
+        Raises:
+            ValueError: fewer held-out images than ``num_probe_pairs``.
+
+        """
+        if self._probe_pairs is None:
+            held_out, number, seed = self._images("val"), self.hparams["num_probe_pairs"], self.hparams["seed"]
+            if number > len(held_out):
+                raise ValueError(
+                    f"num_probe_pairs {number} is more than the {len(held_out)} held-out images: "
+                    f"choose 2 to {len(held_out)}"
+                )
+            views = TwoViews(held_out, self._random_view(), seed)
+            generator = torch.Generator().manual_seed(hashed_seed(seed, PROBE_EPOCH, "order"))
+            chosen = torch.randperm(len(held_out), generator=generator)[:number].tolist()
+            pairs = [views[PROBE_EPOCH, index] for index in chosen]
+            self._probe_pairs = torch.stack([x1 for x1, _, _ in pairs]), torch.stack([x2 for _, x2, _ in pairs])
+        return self._probe_pairs
+
+    @property
+    def _num_processes(self) -> int:
+        return self.trainer.world_size if self.trainer else 1
+
+    def _images(self, split: str) -> ImageSet:
+        if split not in self._sets:
+            # prepare_data has downloaded what was to be: here, all processes at once would try to.
+            self._sets[split] = load_image_set(self.hparams["data"], split, self.hparams["root"])
+        return self._sets[split]
+
+    def _image_size(self, train: ImageSet) -> int:
+        if self.hparams["image_size"] is not None:
+            return self.hparams["image_size"]
+        if isinstance(train.images, Tensor):
+            return min(train.images.shape[2:])
+        raise ValueError(
+            f"image_size must be given: the images in {self.hparams['data']!r} are large or differ in size"
+        )
+
+    def _random_view(self) -> v2.Transform:
+        return random_view(self.hparams["augmentation"], self._image_size(self._images("train")), self.mean, self.std)
+
+    def _plain_dataloader(self, split: str) -> DataLoader[Any]:
+        transform = plain_view(self._image_size(self._images("train")), self.mean, self.std)
+        dataset: Dataset[Any] = PlainImages(self._images(split), transform)
+        batch_size = local_batch_size(self.hparams["global_batch_size"], self._num_processes)
+        return DataLoader(dataset, batch_size, **self._loading())
+
+    def _loading(self) -> dict[str, Any]:
+        workers = self.hparams["num_workers"]
+        return {
+            "num_workers": workers,
+            "persistent_workers": workers > 0,
+            "pin_memory": torch.cuda.is_available(),
+            # Otherwise each new iterator takes a number from the global generator, and a model with dropout would
+            # train differently when someone looks at the validation images.
+            "generator": torch.Generator(),
+        }
 
 
 class FixedCropPairs(L.LightningDataModule):
     """The data of the linear experiment: pairs of random crops, drawn once, given as one full batch at every step.
 
     Args:
-        data: see :func:`load_images`.
-        num_pairs: see :func:`crop_pairs`, as the next two.
+        data: see :func:`stepwise_lightning.images.load_images`.
+        num_pairs: see :func:`stepwise_lightning.views.crop_pairs`, as the next two.
         crop_size: side of the crops in pixels.
         seed: of the draw.
         steps_per_epoch: how often the batch is repeated before Lightning counts an epoch.
-        root: see :func:`load_images`, as ``download``.
+        root: see :func:`stepwise_lightning.images.load_images`, as ``download``.
         download: fetch the data set if it is not there.
 
     Attributes:
         x1, x2: the views after ``setup``, float32, (num_pairs, 3, crop_size, crop_size).
 
     Raises (in ``setup``):
-        ValueError, FileNotFoundError: see :func:`load_images` and :func:`crop_pairs`.
+        ValueError, FileNotFoundError: see ``load_images`` and ``crop_pairs``.
 
     """
 
@@ -154,8 +237,8 @@ class FixedCropPairs(L.LightningDataModule):
 
     def prepare_data(self) -> None:
         """Download, if asked to (one process only)."""
-        if self.hparams["data"] == "cifar10" and self.hparams["download"]:
-            _cifar10_images(self.hparams["root"], download=True)
+        if self.hparams["download"]:
+            download_images(self.hparams["data"], self.hparams["root"])
 
     def setup(self, stage: str | None = None) -> None:
         """Load the images and cut the pairs."""
@@ -180,36 +263,3 @@ class _Repeated:
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         return repeat(self.batch, self.times)
-
-
-def _cifar10_images(root: str, download: bool) -> Tensor:
-    from torchvision.datasets import CIFAR10
-
-    try:
-        images = CIFAR10(root, train=True, download=download).data
-    except RuntimeError as error:
-        raise FileNotFoundError(
-            f"no CIFAR-10 under {str(Path(root).resolve())!r}; get it (170 MB) by allowing the download, or with: "
-            f"python -c \"import torchvision; torchvision.datasets.CIFAR10('{root}', download=True)\""
-        ) from error
-    return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
-
-
-def _folder_images(folder: Path, image_size: int) -> Tensor:
-    from PIL import UnidentifiedImageError
-    from torchvision.datasets.folder import IMG_EXTENSIONS, pil_loader
-    from torchvision.transforms import v2
-    from tqdm import tqdm
-
-    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMG_EXTENSIONS and path.is_file())
-    if not paths:
-        raise ValueError(f"no images in {str(folder)!r}: expected files ending in {', '.join(IMG_EXTENSIONS)}")
-    fit = v2.Compose([v2.Resize(image_size, antialias=True), v2.CenterCrop(image_size)])
-    images = torch.empty(len(paths), 3, image_size, image_size, dtype=torch.uint8)
-    for index, path in enumerate(tqdm(paths, desc="reading images", leave=False, delay=1)):
-        try:
-            image = v2.functional.pil_to_tensor(pil_loader(str(path)))
-        except (UnidentifiedImageError, OSError) as error:
-            raise ValueError(f"{str(path)!r} cannot be read as an image ({error}): remove or repair it") from error
-        images[index] = image if image.shape[1:] == images.shape[2:] else fit(image)
-    return images

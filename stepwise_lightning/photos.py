@@ -1,0 +1,52 @@
+"""The bundled data set: tiles of eight photographs that scikit-image ships inside its wheel."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import numpy as np
+import torch
+from torch import Tensor
+
+PHOTOGRAPHS = ("astronaut", "chelsea", "coffee", "rocket", "hubble_deep_field", "retina", "ihc", "motorcycle")
+TRAIN, HELD_OUT, BETWEEN = 0, 1, 2
+
+
+@lru_cache(maxsize=1)
+def cut_photos(
+    size: int = 32, stride: int = 12, shrink: int = 3, min_std: float = 5.0, held_out: float = 0.1
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Cut the photographs into tiles. Needs no network; the order is fixed.
+
+    Photographs are shrunk ``shrink`` times by averaging and cut into tiles of ``size`` at every ``stride``-th pixel;
+    tiles whose pixels have a standard deviation of at most ``min_std`` (of 255) are dropped.
+
+    Neighbouring tiles overlap, so a random split would leak. Each photograph is split by a vertical line instead:
+    the tiles to its right, about a share ``held_out`` of all, are held out, those to its left are for training, and
+    those that it crosses are in between. By default 2190, 268 and 232 tiles.
+
+    Returns:
+        Tiles, uint8, (2690, 3, 32, 32) by default; the photograph of each, an index into ``PHOTOGRAPHS``, int64,
+        (2690,); and its place, ``TRAIN``, ``HELD_OUT`` or ``BETWEEN``, int64, (2690,).
+
+    """
+    from skimage import data
+    from skimage.transform import downscale_local_mean
+
+    photographs = [data.astronaut(), data.chelsea(), data.coffee(), data.rocket(), data.hubble_deep_field()]
+    photographs += [data.retina(), data.immunohistochemistry(), data.stereo_motorcycle()[0]]
+    tiles, labels, places = [], [], []
+    for label, photograph in enumerate(photographs):
+        small = np.rint(downscale_local_mean(photograph, (shrink, shrink, 1))).astype(np.uint8)
+        windows = np.lib.stride_tricks.sliding_window_view(small, (size, size, 3))[::stride, ::stride, 0]
+        left = stride * np.arange(windows.shape[1])
+        line = left[-max(1, round(held_out * len(left)))]
+        place = np.where(left >= line, HELD_OUT, np.where(left + size <= line, TRAIN, BETWEEN))
+        place = np.broadcast_to(place, windows.shape[:2]).reshape(-1)
+        windows = windows.reshape(-1, size, size, 3)
+        kept = windows.std(axis=(1, 2, 3)) > min_std
+        tiles.append(windows[kept])
+        labels.append(np.full(kept.sum(), label))
+        places.append(place[kept])
+    images = torch.from_numpy(np.concatenate(tiles)).permute(0, 3, 1, 2).contiguous()
+    return images, torch.from_numpy(np.concatenate(labels)), torch.from_numpy(np.concatenate(places))
