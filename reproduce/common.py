@@ -7,18 +7,15 @@ import json
 import logging
 import operator
 import os
-import platform
-import subprocess
 import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
-from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
 from matplotlib.figure import Figure
+
+from stepwise_lightning.provenance import provenance
 
 _RELATIONS: dict[str, Callable[[float, float], bool]] = {"<=": operator.le, ">=": operator.ge}
 
@@ -40,22 +37,6 @@ class Claim:
     def __str__(self) -> str:
         verdict = "holds" if self.holds else "FAILS"
         return f"  {verdict}  {self.description}: {self.measured:.4g} ({self.relation} {self.bound:.4g})"
-
-
-def provenance() -> dict[str, Any]:
-    """Return versions, commit, machine and date of this run."""
-    packages = ("stepwise_lightning", "torch", "lightning", "torchvision", "scikit-image", "numpy")
-    return {
-        "versions": {"python": platform.python_version()} | {name: version(name) for name in packages},
-        "commit": _commit(),
-        "machine": {
-            "platform": platform.platform(),
-            "cores": os.cpu_count(),
-            "threads": torch.get_num_threads(),
-            "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        },
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-    }
 
 
 def write_outputs(
@@ -100,13 +81,3 @@ def _replace(path: Path, write: Callable[[Path], Any]) -> None:
     partial = path.with_name(path.name + ".partial")
     write(partial)
     os.replace(partial, path)
-
-
-def _commit() -> str | None:
-    git = ["git", "-C", str(Path(__file__).parent)]
-    try:
-        commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
-        changed = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True, check=True).stdout
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return commit + (" (with uncommitted changes)" if changed else "")

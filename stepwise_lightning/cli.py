@@ -1,11 +1,25 @@
-"""The command line: ``stepwise fit --config configs/linear_photos.yaml``."""
+"""The command line: ``stepwise fit --config configs/barlow_twins_photos.yaml``."""
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import lightning as L
-from lightning.pytorch.cli import LightningCLI
+from lightning.pytorch.cli import LightningCLI, SaveConfigCallback
 
 from stepwise_lightning.modules import JointEmbedding
+from stepwise_lightning.provenance import provenance
+
+
+class SaveRun(SaveConfigCallback):
+    """Writes ``config.yaml`` (complete, as run) and ``provenance.json`` (versions, commit, machine) beside the logs."""
+
+    def save_config(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Write ``provenance.json``; called once, on rank 0."""
+        if trainer.log_dir is not None:
+            text = json.dumps(provenance(), indent=2) + "\n"
+            Path(trainer.log_dir, "provenance.json").write_text(text, encoding="utf-8")
 
 
 def main() -> None:
@@ -13,6 +27,7 @@ def main() -> None:
     LightningCLI(
         JointEmbedding,
         L.LightningDataModule,
+        save_config_callback=SaveRun,
         subclass_mode_model=True,
         subclass_mode_data=True,
         auto_configure_optimizers=False,
