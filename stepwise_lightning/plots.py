@@ -51,7 +51,7 @@ def trajectories_figure(
     axes[0, 0].set_ylabel(loss_label)
     axes[1, 0].set_ylabel(eigenvalues_label)
     if log_eigenvalues:
-        axes[1, 0].set_yscale("log")
+        axes[1, 0].set_yscale("log", nonpositive="mask")
     for axis, letter in zip(axes.T.flat, "ABCDEFGH", strict=False):
         axis.set_title(letter, loc="left", fontweight="bold")
     predicted = any(run.theory_eigenvalues is not None for run in runs)
