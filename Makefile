@@ -4,7 +4,7 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python; do \
 	$$p -c 'import sys, venv; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-slow check format benchmark clean
+.PHONY: demo test test-slow test-peers check format benchmark clean
 
 demo: $(VENV)/.installed  ## the linear figure on the bundled photographs
 	$(BIN)/python -m reproduce linear_model
@@ -14,6 +14,9 @@ test: $(VENV)/.installed-test  ## the default test suite
 
 test-slow: $(VENV)/.installed-test  ## what the default suite leaves out
 	$(BIN)/python -m pytest -m slow
+
+test-peers: $(VENV)/.installed-test $(VENV)/.installed-peers  ## the same losses in other libraries
+	$(BIN)/python -m pytest tests/peers
 
 check: $(VENV)/.installed-dev  ## formatting, lint and types
 	$(BIN)/ruff format --check .

@@ -5,8 +5,19 @@ from importlib.metadata import version
 from stepwise_lightning.callbacks import SpectrumLogger
 from stepwise_lightning.data import FixedCropPairs, TwoViewDataModule
 from stepwise_lightning.encoders import LinearEncoder
-from stepwise_lightning.losses import barlow_twins_loss
-from stepwise_lightning.modules import BarlowTwins
+from stepwise_lightning.losses import barlow_twins_loss, simclr_loss, vicreg_loss
+from stepwise_lightning.modules import BarlowTwins, SimCLR, VICReg
 
-__all__ = ["BarlowTwins", "FixedCropPairs", "LinearEncoder", "SpectrumLogger", "TwoViewDataModule", "barlow_twins_loss"]
+__all__ = [
+    "BarlowTwins",
+    "FixedCropPairs",
+    "LinearEncoder",
+    "SimCLR",
+    "SpectrumLogger",
+    "TwoViewDataModule",
+    "VICReg",
+    "barlow_twins_loss",
+    "simclr_loss",
+    "vicreg_loss",
+]
 __version__ = version("stepwise_lightning")

@@ -1,18 +1,37 @@
-"""The losses, as pure functions of the two views' embeddings z1, z2 of shape (n, d). No distributed code in here."""
+"""The losses, as pure functions of the two views' embeddings z1, z2 of shape (n, d). No distributed code in here.
+
+Each loss is the sum of named terms, which ``…_terms`` returns as they enter the sum, weights included. The defaults of
+the losses are the constants below, which the LightningModules share; the terms have none of their own.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from functools import reduce
+
 import torch
+import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
+
+OFF_DIAGONAL_WEIGHT = 0.0051
+BARLOW_TWINS_EPS = 1e-5
+TEMPERATURE = 0.5
+INVARIANCE_WEIGHT, VARIANCE_WEIGHT, COVARIANCE_WEIGHT = 25.0, 25.0, 1.0
+VICREG_EPS = 1e-4
+
+
+def sum_terms(terms: Mapping[str, Tensor]) -> Tensor:
+    """Return the sum of the scalars in ``terms``: the loss they make up."""
+    return reduce(torch.add, terms.values())
 
 
 def barlow_twins_loss(
     z1: Tensor,
     z2: Tensor,
-    off_diagonal_weight: float = 0.0051,
+    off_diagonal_weight: float = OFF_DIAGONAL_WEIGHT,
     normalize: bool = True,
     center: bool = False,
-    eps: float = 1e-5,
+    eps: float = BARLOW_TWINS_EPS,
 ) -> Tensor:
     """Return Σ_i (C_ii − 1)² + off_diagonal_weight · Σ_{i≠j} C_ij² for a cross-correlation C (d, d) of the views.
 
@@ -30,25 +49,128 @@ def barlow_twins_loss(
         A scalar of the embeddings' type.
 
     Raises:
-        ValueError: the views' shapes differ, are not (n, d), or are empty.
+        ValueError: the views' shapes differ, are not (n, d), or are empty; one pair where means are subtracted.
 
     """
-    _check_views(z1, z2)
+    return sum_terms(barlow_twins_terms(z1, z2, off_diagonal_weight, normalize, center, eps))
+
+
+def barlow_twins_terms(
+    z1: Tensor, z2: Tensor, off_diagonal_weight: float, normalize: bool, center: bool, eps: float
+) -> dict[str, Tensor]:
+    """Return the terms of :func:`barlow_twins_loss`, ``on_diagonal`` and ``off_diagonal``."""
     if normalize or center:
+        _check_views(z1, z2, 2, "a centred Barlow Twins loss")
         z1, z2 = z1 - z1.mean(0), z2 - z2.mean(0)
+    else:
+        _check_views(z1, z2)
     if normalize:
         z1 = z1 * (z1.square().mean(0) + eps).rsqrt()
         z2 = z2 * (z2.square().mean(0) + eps).rsqrt()
     c = z1.T @ z2
     c = c / len(z1) if normalize else (c + c.T) / (2 * len(z1))
-    identity = torch.eye(len(c), dtype=c.dtype, device=c.device)
-    weight = off_diagonal_weight + (1 - off_diagonal_weight) * identity
-    return (weight * (c - identity).square()).sum()
+    return {
+        "on_diagonal": (c.diagonal() - 1).square().sum(),
+        "off_diagonal": off_diagonal_weight * _off_diagonal(c).square().sum(),
+    }
 
 
-def _check_views(z1: Tensor, z2: Tensor) -> None:
+def simclr_loss(z1: Tensor, z2: Tensor, temperature: float = TEMPERATURE) -> Tensor:
+    """Return NT-Xent, the mean over the 2n views of −log(exp(s_ij/τ) / Σ_{k≠i} exp(s_ik/τ)).
+
+    j is the other view of i's sample, k runs over all other views, and s is the cosine similarity
+    (Chen et al., ICML 2020).
+
+    Args:
+        z1: embeddings of the first views, (n, d).
+        z2: embeddings of the second views, (n, d).
+        temperature: τ > 0.
+
+    Returns:
+        A scalar of the embeddings' type.
+
+    Raises:
+        ValueError: the views' shapes differ, are not (n, d), or are empty; fewer than 2 pairs; τ ≤ 0.
+
+    """
+    return sum_terms(simclr_terms(z1, z2, temperature))
+
+
+def simclr_terms(z1: Tensor, z2: Tensor, temperature: float) -> dict[str, Tensor]:
+    """Return the terms of :func:`simclr_loss`: ``alignment``, mean −s_ij/τ, and ``uniformity``, mean log Σ_k exp."""
+    _check_views(z1, z2, 2, "SimCLR (one pair has no negatives)")
+    if not temperature > 0:
+        raise ValueError(f"the temperature must be above 0, got {temperature}")
+    z = F.normalize(torch.cat([z1, z2]), dim=1)
+    similarities = z @ z.T / temperature
+    # The other view of sample i is n rows further, in either direction.
+    positives = similarities.diagonal(len(z1))
+    itself = torch.eye(len(z), dtype=torch.bool, device=z.device)
+    return {
+        "alignment": -positives.mean(),
+        "uniformity": similarities.masked_fill(itself, -torch.inf).logsumexp(1).mean(),
+    }
+
+
+def vicreg_loss(
+    z1: Tensor,
+    z2: Tensor,
+    invariance_weight: float = INVARIANCE_WEIGHT,
+    variance_weight: float = VARIANCE_WEIGHT,
+    covariance_weight: float = COVARIANCE_WEIGHT,
+    eps: float = VICREG_EPS,
+) -> Tensor:
+    """Return VICReg's weighted sum of invariance, variance and covariance, as its authors' code defines it.
+
+    - invariance: the mean of (z1 − z2)² over samples and dimensions;
+    - variance: (v(z1) + v(z2)) / 2, where v is the mean over dimensions of max(0, 1 − √(variance + eps));
+    - covariance: c(z1) + c(z2), where c is the sum of the squared off-diagonal covariances, over d.
+
+    Variances and covariances are unbiased, with 1/(n − 1) (Bardes, Ponce and LeCun, ICLR 2022, and
+    ``facebookresearch/vicreg``, whose variance term has a ½ that the paper's formula lacks).
+
+    Args:
+        z1: embeddings of the first views, (n, d).
+        z2: embeddings of the second views, (n, d).
+        invariance_weight: the published λ.
+        variance_weight: the published μ.
+        covariance_weight: the published ν.
+        eps: added to the variance under the root; bounds the pull on an embedding that has no variance yet.
+
+    Returns:
+        A scalar of the embeddings' type.
+
+    Raises:
+        ValueError: the views' shapes differ, are not (n, d), or are empty; fewer than 2 pairs.
+
+    """
+    return sum_terms(vicreg_terms(z1, z2, invariance_weight, variance_weight, covariance_weight, eps))
+
+
+def vicreg_terms(
+    z1: Tensor, z2: Tensor, invariance_weight: float, variance_weight: float, covariance_weight: float, eps: float
+) -> dict[str, Tensor]:
+    """Return the terms of :func:`vicreg_loss`, ``invariance``, ``variance`` and ``covariance``."""
+    _check_views(z1, z2, 2, "VICReg")
+    covariances = [centred.T @ centred / (len(centred) - 1) for centred in (z1 - z1.mean(0), z2 - z2.mean(0))]
+    hinges = [F.relu(1 - (c.diagonal() + eps).sqrt()).mean() for c in covariances]
+    squares = [_off_diagonal(c).square().sum() / len(c) for c in covariances]
+    return {
+        "invariance": invariance_weight * (z1 - z2).square().mean(),
+        "variance": variance_weight * (hinges[0] + hinges[1]) / 2,
+        "covariance": covariance_weight * (squares[0] + squares[1]),
+    }
+
+
+def _off_diagonal(matrix: Tensor) -> Tensor:
+    return matrix - matrix.diagonal().diag_embed()
+
+
+def _check_views(z1: Tensor, z2: Tensor, min_samples: int = 1, loss: str = "this loss") -> None:
     if z1.shape != z2.shape or z1.ndim != 2 or z1.numel() == 0:
         raise ValueError(
             f"the two views' embeddings must have one shape (samples, dimensions), not empty, "
             f"got {tuple(z1.shape)} and {tuple(z2.shape)}"
         )
+    if len(z1) < min_samples:
+        raise ValueError(f"{loss} needs at least {min_samples} pairs in a batch, got {len(z1)}: raise the batch size")

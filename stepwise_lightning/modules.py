@@ -2,36 +2,55 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 
-from stepwise_lightning.losses import barlow_twins_loss
+from stepwise_lightning import losses
+from stepwise_lightning.collectives import check_equal_shards, gather_views, let_sync_batch_norm_run_on_cpu
 
 
 class JointEmbedding(L.LightningModule):
-    """What all joint-embedding methods share; a method adds ``loss(z1, z2)``.
+    """What all joint-embedding methods share; a method adds ``loss_terms(z1, z2)``.
 
-    A batch is a sequence whose first two items are the two views, (n, …) each.
+    A batch is a sequence whose first two items are the two views, (n, …) each. On several ranks each holds an equal
+    shard, and the loss is that of the *global* batch: training follows exactly the path of one process on the joined
+    batches. An encoder with batch normalisation needs ``Trainer(sync_batchnorm=True)`` for that, on CPUs too.
 
     **Step k** means, everywhere in this package, the weights after exactly k optimiser steps: ``train/loss`` at step k
     is the loss of those weights on the batch that is about to change them, and a spectrum at step k is theirs too.
+
+    Training stops with a FloatingPointError when the loss is NaN or infinite, and a checkpoint of such weights is
+    never written, so that the last good one stays.
 
     Args:
         encoder: module from a view (n, …) to embeddings (n, d).
         learning_rate: of SGD.
         momentum: of SGD.
         weight_decay: of SGD; small modes starve under it.
+        warmup_steps: the learning rate rises linearly over so many steps; see :func:`rate_factor`.
+        cosine: let the learning rate fall to 0 along a half cosine over the rest of training.
 
     """
 
     def __init__(
-        self, encoder: nn.Module, learning_rate: float, momentum: float = 0.0, weight_decay: float = 0.0
+        self,
+        encoder: nn.Module,
+        learning_rate: float,
+        momentum: float = 0.0,
+        weight_decay: float = 0.0,
+        warmup_steps: int = 0,
+        cosine: bool = False,
     ) -> None:
         super().__init__()
+        if warmup_steps < 0:
+            raise ValueError(f"warmup_steps must be at least 0, got {warmup_steps}")
+        # Called here, it collects the arguments of the method's own __init__ too.
         self.save_hyperparameters(ignore=["encoder"])
         self.encoder = encoder
 
@@ -39,26 +58,98 @@ class JointEmbedding(L.LightningModule):
         """Return the embeddings (n, d) of one view (n, …)."""
         return self.encoder(x)
 
+    def loss_terms(self, z1: Tensor, z2: Tensor) -> dict[str, Tensor]:
+        """Return named scalars, whose sum is the loss of two views' embeddings, (n, d) each."""
+        raise NotImplementedError(f"{type(self).__name__} must define loss_terms(z1, z2)")
+
     def loss(self, z1: Tensor, z2: Tensor) -> Tensor:
         """Return the scalar loss of two views' embeddings, (n, d) each."""
-        raise NotImplementedError(f"{type(self).__name__} must define loss(z1, z2)")
+        return losses.sum_terms(self.loss_terms(z1, z2))
+
+    def on_fit_start(self) -> None:
+        """Let ``Trainer(sync_batchnorm=True)``, which has replaced the layers by now, work on CPUs."""
+        let_sync_batch_norm_run_on_cpu(self)
 
     def training_step(self, batch: Sequence[Tensor], batch_idx: int) -> Tensor:
-        """Return the loss of one batch of pairs, logged as ``train/loss``."""
-        loss = self.loss(self(batch[0]), self(batch[1]))
+        """Return the loss of one batch of pairs, logged as ``train/loss`` with its terms as ``train/<term>``."""
+        check_equal_shards(batch[0])
+        z1, z2 = (gather_views(self(view)) for view in batch[:2])
+        # In half precision the squares of a small initialisation's embeddings would vanish.
+        with torch.autocast(self.device.type, enabled=False):
+            terms = self.loss_terms(_at_least_single(z1), _at_least_single(z2))
+            loss = losses.sum_terms(terms)
         # self.log costs as much as a small model's whole step, so it is called only when Lightning will write.
-        if (self.global_step + 1) % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+        every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
+        writing = every > 0 and (self.global_step + 1) % every == 0
+        # Reading a loss on a GPU makes the CPU wait for it, so there it is read only when it is written anyway.
+        if (writing or loss.device.type == "cpu") and not math.isfinite(loss):
+            self._stop(f"the loss at step {self.global_step} is {loss.item()}", batch)
+        if writing:
             self.log("train/loss", loss, prog_bar=True)
+            self.log_dict({f"train/{name}": term for name, term in terms.items()})
         return loss
 
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        """Return plain SGD."""
-        settings: dict[str, Any] = {name: self.hparams[name] for name in ("momentum", "weight_decay")}
-        return torch.optim.SGD(self.parameters(), lr=self.hparams["learning_rate"], **settings)
+    def on_train_end(self) -> None:
+        """Stop with an error if the last steps, between two looks at the loss, have destroyed the weights."""
+        self._check_weights()
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse to save weights that are not finite over good ones."""
+        self._check_weights()
+
+    def _check_weights(self) -> None:
+        if not self._weights_are_finite():
+            self._stop(f"the weights at step {self.global_step} are not finite")
+
+    def _weights_are_finite(self) -> bool:
+        return bool(torch.stack([weights.isfinite().all() for weights in self.parameters()]).all())
+
+    def _stop(self, what: str, batch: Sequence[Tensor] = ()) -> None:
+        if any(view.is_floating_point() and not view.isfinite().all() for view in batch[:2]):
+            cause = "the batch holds values that are not finite, so look at the data"
+        elif what.startswith("the weights") or not self._weights_are_finite():
+            cause = f"training has diverged, so lower learning_rate (now {self.hparams['learning_rate']})"
+        else:
+            cause = (
+                f"the embeddings have become too large, most likely because learning_rate "
+                f"({self.hparams['learning_rate']}) is too large, so lower it"
+            )
+        raise FloatingPointError(f"training stopped: {what}; {cause}")
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """Return plain SGD, with a schedule stepped at every optimiser step if one is asked for."""
+        h = self.hparams
+        optimizer = torch.optim.SGD(
+            self.parameters(), lr=h["learning_rate"], momentum=h["momentum"], weight_decay=h["weight_decay"]
+        )
+        if not h["warmup_steps"] and not h["cosine"]:
+            return optimizer
+        num_steps = self.trainer.estimated_stepping_batches if h["cosine"] else math.inf
+        if h["cosine"] and math.isinf(num_steps):
+            raise ValueError("cosine=True needs to know how long training lasts: set max_steps or max_epochs")
+        # A lambda, because the scheduler's state would hold a callable object's attributes.
+        schedule = torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda step: rate_factor(step, h["warmup_steps"], num_steps)
+        )
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+def rate_factor(step: int, warmup_steps: int, num_steps: float) -> float:
+    """Return what the learning rate is multiplied with at the optimiser step that follows ``step`` steps.
+
+    It is (step + 1) / warmup_steps during the warm-up, and then (1 + cos π p) / 2, where p runs from 0 after the
+    warm-up to 1 at ``num_steps``; with ``num_steps = inf`` it stays 1.
+    """
+    if step < warmup_steps:
+        return (step + 1) / warmup_steps
+    if math.isinf(num_steps):
+        return 1.0
+    progress = (step - warmup_steps) / max(num_steps - warmup_steps, 1)
+    return (1 + math.cos(math.pi * min(progress, 1))) / 2
 
 
 class BarlowTwins(JointEmbedding):
-    """Barlow Twins; for ``off_diagonal_weight``, ``normalize`` and ``center`` see :func:`barlow_twins_loss`.
+    """Barlow Twins; for the loss's arguments see :func:`barlow_twins_loss`, for others :class:`JointEmbedding`.
 
     The analytical model of the paper is ``off_diagonal_weight=1, normalize=False``.
     """
@@ -67,16 +158,58 @@ class BarlowTwins(JointEmbedding):
         self,
         encoder: nn.Module,
         learning_rate: float,
-        off_diagonal_weight: float = 0.0051,
+        off_diagonal_weight: float = losses.OFF_DIAGONAL_WEIGHT,
         normalize: bool = True,
         center: bool = False,
-        momentum: float = 0.0,
-        weight_decay: float = 0.0,
+        eps: float = losses.BARLOW_TWINS_EPS,
+        **optimization: Any,
     ) -> None:
-        super().__init__(encoder, learning_rate, momentum, weight_decay)
-        self.save_hyperparameters(ignore=["encoder"])
+        super().__init__(encoder, learning_rate, **optimization)
 
-    def loss(self, z1: Tensor, z2: Tensor) -> Tensor:
-        """Return the Barlow Twins loss of two views' embeddings."""
+    def loss_terms(self, z1: Tensor, z2: Tensor) -> dict[str, Tensor]:
+        """Return ``on_diagonal`` and ``off_diagonal``."""
         h = self.hparams
-        return barlow_twins_loss(z1, z2, h["off_diagonal_weight"], h["normalize"], h["center"])
+        return losses.barlow_twins_terms(z1, z2, h["off_diagonal_weight"], h["normalize"], h["center"], h["eps"])
+
+
+class SimCLR(JointEmbedding):
+    """SimCLR; for ``temperature`` see :func:`simclr_loss`, for other arguments :class:`JointEmbedding`."""
+
+    def __init__(
+        self,
+        encoder: nn.Module,
+        learning_rate: float,
+        temperature: float = losses.TEMPERATURE,
+        **optimization: Any,
+    ) -> None:
+        super().__init__(encoder, learning_rate, **optimization)
+
+    def loss_terms(self, z1: Tensor, z2: Tensor) -> dict[str, Tensor]:
+        """Return ``alignment`` and ``uniformity``."""
+        return losses.simclr_terms(z1, z2, self.hparams["temperature"])
+
+
+class VICReg(JointEmbedding):
+    """VICReg; for the loss's arguments see :func:`vicreg_loss`, for others :class:`JointEmbedding`."""
+
+    def __init__(
+        self,
+        encoder: nn.Module,
+        learning_rate: float,
+        invariance_weight: float = losses.INVARIANCE_WEIGHT,
+        variance_weight: float = losses.VARIANCE_WEIGHT,
+        covariance_weight: float = losses.COVARIANCE_WEIGHT,
+        eps: float = losses.VICREG_EPS,
+        **optimization: Any,
+    ) -> None:
+        super().__init__(encoder, learning_rate, **optimization)
+
+    def loss_terms(self, z1: Tensor, z2: Tensor) -> dict[str, Tensor]:
+        """Return ``invariance``, ``variance`` and ``covariance``."""
+        h = self.hparams
+        weights = h["invariance_weight"], h["variance_weight"], h["covariance_weight"]
+        return losses.vicreg_terms(z1, z2, *weights, h["eps"])
+
+
+def _at_least_single(z: Tensor) -> Tensor:
+    return z.float() if z.dtype in (torch.float16, torch.bfloat16) else z

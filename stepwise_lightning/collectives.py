@@ -1,0 +1,90 @@
+"""Communication between the ranks of a distributed run; the only file that imports torch.distributed.
+
+Why the gradient is exact. W ranks hold the shards z_r of one batch Z = (z_0, …, z_{W−1}). Each gathers Z and computes
+its loss L_r(Z), and gradients are averaged over ranks (as DDP does), so what is followed is the gradient of
+(1/W) Σ_r L_r. As every rank computes the same loss L_r = L of the same Z, that is the gradient of L: what one process
+computes on the joined batch. For it, each shard must hear from all ranks: the adjoint of the gather sums the gradients
+over ranks and hands each its own rows, ∂(Σ_r L_r)/∂z_r = W ∂L/∂z_r. Back-propagated into the weights θ and averaged,
+(1/W) Σ_r (∂z_r/∂θ)ᵀ W ∂L/∂z_r = dL/dθ. Without the sum (an in-place ``all_gather`` or ``all_reduce``), the gradient
+comes out W times too small.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+
+def gather_views(z: Tensor) -> Tensor:
+    """Return the rows of all ranks, differentiably: (n, …) to (W·n, …), rank 0's first; ``z`` itself in one process.
+
+    All ranks must call this in the same order with shards of the same shape: see :func:`check_equal_shards`.
+    """
+    return _Gather.apply(z) if _is_distributed() else z
+
+
+def check_equal_shards(view: Tensor) -> None:
+    """Raise if the ranks hold unequal numbers of samples in ``view`` (n, …); all ranks must call this together.
+
+    On a CPU the back-end would abort the process without saying why. On a GPU nothing is checked: it would stall the
+    queue at every step. There the back-end reports the mismatch itself, or times out.
+
+    Raises:
+        ValueError: unequal shards.
+
+    """
+    if not _is_distributed() or view.device.type != "cpu":
+        return
+    sizes = torch.empty(dist.get_world_size(), dtype=torch.long)
+    dist.all_gather_into_tensor(sizes, torch.tensor([len(view)]))
+    if (sizes != len(view)).any():
+        raise ValueError(
+            f"every rank must hold equally many samples, but they hold {sizes.tolist()}: "
+            "use a distributed sampler and drop_last=True"
+        )
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, z: Tensor) -> Tensor:
+        rows = z.new_empty(dist.get_world_size() * len(z), *z.shape[1:])
+        dist.all_gather_into_tensor(rows, z.contiguous())
+        return rows
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        # A copy, because autograd may hand the same tensor to other branches and all_reduce writes in place.
+        gradient = gradient.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(gradient)
+        return _own_rows(gradient)
+
+
+def let_sync_batch_norm_run_on_cpu(module: nn.Module) -> None:
+    """Make the ``torch.nn.SyncBatchNorm`` layers inside ``module`` accept CPU tensors, which torch's own refuses.
+
+    Parameters, buffers and state dict stay what they are, as does all behaviour on a GPU.
+    """
+    for layer in module.modules():
+        if type(layer) is nn.SyncBatchNorm and layer.process_group is None:
+            layer.__class__ = _CPUSyncBatchNorm
+
+
+class _CPUSyncBatchNorm(nn.SyncBatchNorm):
+    def forward(self, x: Tensor) -> Tensor:
+        if x.device.type != "cpu" or not self.training or not _is_distributed():
+            return super().forward(x)
+        # Each rank normalises the joined batch with torch's ordinary kernel and keeps its own rows. That repeats work,
+        # but statistics, running statistics and gradients are by construction those of one process.
+        return _own_rows(_BatchNorm.forward(self, gather_views(x)))
+
+
+def _own_rows(rows: Tensor) -> Tensor:
+    return rows.chunk(dist.get_world_size())[dist.get_rank()]
+
+
+def _is_distributed() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1

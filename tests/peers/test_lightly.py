@@ -1,0 +1,43 @@
+"""Our losses against lightly's (1.6), values and gradients; ``make test-peers`` installs it.
+
+All three definitions are the same there, with these differences:
+
+- its Barlow Twins weighs the off-diagonal with 5e-3 by default, ours with the published 0.0051, and it has fixed eps to
+  1e-5; it has no counterpart of ``normalize=False``;
+- its VICReg takes the variances apart from the covariances, with the same 1/(n − 1).
+"""
+
+import pytest
+import torch
+from lightly.loss import BarlowTwinsLoss, NTXentLoss, VICRegLoss
+
+from stepwise_lightning import barlow_twins_loss, simclr_loss, vicreg_loss
+
+PAIRS = {
+    "barlow_twins": (barlow_twins_loss, BarlowTwinsLoss(lambda_param=0.0051)),
+    "barlow_twins_their_default": (lambda a, b: barlow_twins_loss(a, b, 5e-3), BarlowTwinsLoss()),
+    "simclr": (simclr_loss, NTXentLoss()),
+    "simclr_cold": (lambda a, b: simclr_loss(a, b, 0.1), NTXentLoss(temperature=0.1)),
+    "vicreg": (vicreg_loss, VICRegLoss()),
+    "vicreg_other_arguments": (lambda a, b: vicreg_loss(a, b, 3.0, 5.0, 7.0, 1e-2), VICRegLoss(3, 5, 7, eps=1e-2)),
+}
+
+
+@pytest.mark.parametrize(("ours", "theirs"), PAIRS.values(), ids=PAIRS)
+def test_values_and_gradients_are_the_same(ours, theirs):
+    generator = torch.Generator().manual_seed(0)
+    z = torch.randn(2, 12, 5, dtype=torch.float64, generator=generator)
+    z = (z + z[:1]) * torch.linspace(0.2, 1, 5, dtype=torch.float64)
+    (mine, (mine_gradient,)), (other, (other_gradient,)) = (
+        (value := loss(leaf[0], leaf[1]), torch.autograd.grad(value, leaf))
+        for loss, leaf in ((ours, z.clone().requires_grad_()), (theirs, z.clone().requires_grad_()))
+    )
+    torch.testing.assert_close(mine, other, rtol=1e-12, atol=0)
+    torch.testing.assert_close(mine_gradient, other_gradient, rtol=1e-10, atol=1e-13)
+
+
+def test_their_published_loss_differs_only_in_the_weight_of_the_off_diagonal():
+    z1, z2 = torch.randn(2, 12, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    without = barlow_twins_loss(z1, z2, off_diagonal_weight=0.0)
+    ratio = (barlow_twins_loss(z1, z2) - without) / (BarlowTwinsLoss()(z1, z2) - without)
+    assert ratio.item() == pytest.approx(0.0051 / 5e-3, rel=1e-10)
