@@ -82,7 +82,7 @@ class JointEmbedding(L.LightningModule):
         every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
         writing = every > 0 and (self.global_step + 1) % every == 0
         # Reading a loss on a GPU makes the CPU wait for it, so there it is read only when it is written anyway.
-        if (writing or loss.device.type == "cpu") and not math.isfinite(loss):
+        if (writing or loss.device.type == "cpu") and not math.isfinite(loss.item()):
             self._stop(f"the loss at step {self.global_step} is {loss.item()}", batch)
         if writing:
             self.log("train/loss", loss, prog_bar=True)

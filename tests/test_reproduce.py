@@ -81,7 +81,7 @@ def test_claims(measured, relation, holds):
         (["--data", "cifar11"], "'cifar11' is neither one of photos, cifar10"),
         (["--data", "{empty}"], "no images in"),
         (["--data", "{texts}"], "no images in"),
-        (["--data", "cifar10", "--root", "{empty}"], "no CIFAR-10 under"),
+        (["--data", "cifar10", "--root", "{empty}"], "no intact CIFAR-10 under"),
         (["--crop-size", "33"], "crops of 33×33 do not fit the images of 32×32 pixels"),
         (["--crop-size", "0"], "crops of 0×0"),
         (["--num-pairs", "99999"], "99999 pairs asked for, but the data set has 2690 images"),
