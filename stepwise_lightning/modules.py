@@ -89,6 +89,12 @@ class JointEmbedding(L.LightningModule):
             self.log_dict({f"train/{name}": term for name, term in terms.items()})
         return loss
 
+    def validation_step(self, batch: Sequence[Tensor], batch_idx: int) -> None:
+        """Do nothing: what is done with labelled held-out images is up to callbacks."""
+
+    def test_step(self, batch: Sequence[Tensor], batch_idx: int) -> None:
+        """Do nothing, as in validation."""
+
     def on_train_end(self) -> None:
         """Stop with an error if the last steps, between two looks at the loss, have destroyed the weights."""
         self._check_weights()
