@@ -251,6 +251,10 @@ class FixedCropPairs(L.LightningDataModule):
         """Return the full batch (x1, x2), ``steps_per_epoch`` times."""
         return _Repeated((self.x1, self.x2), self.hparams["steps_per_epoch"])
 
+    def val_dataloader(self) -> list[Any]:
+        """Return nothing: no images are held out."""
+        return []
+
 
 class _Repeated:
     """An iterable of one batch, many times over: a DataLoader would copy it at every step."""
