@@ -251,9 +251,9 @@ class FixedCropPairs(L.LightningDataModule):
         """Return the full batch (x1, x2), ``steps_per_epoch`` times."""
         return _Repeated((self.x1, self.x2), self.hparams["steps_per_epoch"])
 
-    def val_dataloader(self) -> list[Any]:
-        """Return nothing: no images are held out."""
-        return []
+    def val_dataloader(self) -> _Repeated:
+        """Return the same batch once: no images are held out."""
+        return _Repeated((self.x1, self.x2), 1)
 
 
 class _Repeated:
