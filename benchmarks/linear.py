@@ -36,7 +36,7 @@ class Stopwatch(L.Callback):
         self._start = time.perf_counter()
 
     def on_train_end(self, *_: object) -> None:
-        """Stop."""
+        """Stop, before other callbacks write their results."""
         self.seconds = time.perf_counter() - self._start
 
 

@@ -151,7 +151,8 @@ def _train(run: Run, pairs: FixedCropPairs, precision: Any, directory: Path) -> 
     bar = TQDMProgressBar(refresh_rate=max(1, run.steps // 50))
     trainer = L.Trainer(
         max_steps=run.steps, accelerator="cpu", precision=precision, logger=logger, callbacks=[spectra, bar],
-        enable_checkpointing=False, enable_model_summary=False, limit_val_batches=0, log_every_n_steps=min(50, run.steps),
+        enable_checkpointing=False, enable_model_summary=False, limit_val_batches=0,
+        log_every_n_steps=min(50, run.steps),
     )  # fmt: skip
     print(f"training from {run.name}: {run.steps} steps")
     trainer.fit(module, datamodule=pairs)

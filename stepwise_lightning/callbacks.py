@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import math
 import os
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TextIO
@@ -26,8 +27,8 @@ from stepwise_lightning.spectrum import (
 )
 
 MATRICES = ("cross_correlation", "covariance", "normalized_covariance")
-# The trajectory figure is drawn this often over a run, and at its end.
-_FIGURES = 5
+# Seconds of training per second of drawing: what the figures that are redrawn while a run goes on may cost.
+_DRAWING_SHARE = 200
 
 
 def log_spaced_steps(last_step: int, num_points: int) -> list[int]:
@@ -61,7 +62,7 @@ class SpectrumLogger(L.Callback):
     - to every logger of the Trainer: ``spectrum/<what>/eig_000`` … (descending), ``num_learned``, ``effective_rank``,
       ``participation_ratio``, ``alpha_req``, ``rankme`` and, when a mode is learned, ``step_time_000`` …;
     - to TensorBoard also a custom-scalars layout with all eigenvalues of a matrix on one chart, and the trajectories
-      as a figure;
+      as a figure, at the end and from time to time before;
     - to ``spectrum.csv`` in the Trainer's log directory, one value a row: ``step, time, matrix, quantity, mode, value``
       with quantity ``eigenvalue`` (mode 0, 1, …), one of the measures, or ``loss`` (matrix empty);
     - at the end of training to ``spectrum.npz`` beside it: ``step``, ``time``, ``loss`` (T,), for each ``<what>`` its
@@ -124,6 +125,7 @@ class SpectrumLogger(L.Callback):
         if math.isinf(last):
             raise ValueError("SpectrumLogger needs to know how long training lasts: set max_steps or max_epochs")
         self._schedule = [s for s in log_spaced_steps(int(last), self.num_points) if s >= trainer.global_step][::-1]
+        self._next_figure = time.perf_counter() + _DRAWING_SHARE
         self._probe = self.probe
         if isinstance(self.probe, str):
             pairs = getattr(getattr(trainer, "datamodule", None), "probe_pairs", None)
@@ -190,8 +192,10 @@ class SpectrumLogger(L.Callback):
                 charts = {w: ["Multiline", [f"^spectrum/{w}/eig_[0-9]+$"]] for w in self.eigenvalues}
                 logger.experiment.add_custom_scalars({"spectrum": charts})
             logger.log_metrics(scalars, step=step)
-        if len(self.steps) % max(2, self.num_points // _FIGURES) == 0:
+        if time.perf_counter() > self._next_figure:
+            start = time.perf_counter()
             self._draw(trainer)
+            self._next_figure = time.perf_counter() + _DRAWING_SHARE * (time.perf_counter() - start)
 
     def _views(self, pl_module: L.LightningModule) -> list[Tensor]:
         probe = self._batch if isinstance(self._probe, str) else self._probe
