@@ -15,8 +15,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from lightning.pytorch.plugins.layer_sync import TorchSyncBatchNorm
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.hooks import RemovableHandle
 
 
 def gather_views(z: Tensor) -> Tensor:
@@ -63,23 +65,44 @@ class _Gather(torch.autograd.Function):
         return _own_rows(gradient)
 
 
-def let_sync_batch_norm_run_on_cpu(module: nn.Module) -> None:
-    """Make the ``torch.nn.SyncBatchNorm`` layers inside ``module`` accept CPU tensors, which torch's own refuses.
+class SyncBatchNorm(TorchSyncBatchNorm):
+    """Batch normalisation over the global batch, on CPUs too: ``Trainer(plugins=[SyncBatchNorm()])``.
 
-    Parameters, buffers and state dict stay what they are, as does all behaviour on a GPU.
+    On GPUs this is Lightning's ``sync_batchnorm=True``, that is, ``torch.nn.SyncBatchNorm``, which refuses CPUs, as DDP
+    does with such layers. On CPUs (precisely: the gloo back-end) each rank gathers the layer's input, normalises the
+    joined batch with torch's ordinary kernel and keeps its own rows. That repeats work on every rank, but statistics,
+    running statistics and gradients are by construction those of one process. In evaluation mode nothing is sent.
     """
-    for layer in module.modules():
-        if type(layer) is nn.SyncBatchNorm and layer.process_group is None:
-            layer.__class__ = _CPUSyncBatchNorm
+
+    def __init__(self) -> None:
+        self._hooks: list[RemovableHandle] = []
+
+    def apply(self, model: nn.Module) -> nn.Module:
+        """Synchronise all batch-normalisation layers of ``model``."""
+        # Lightning moves the model to its device only after this, so the back-end has to tell which it will be.
+        if not dist.is_available() or not dist.is_initialized() or dist.get_backend() != "gloo":
+            return super().apply(model)
+        for layer in model.modules():
+            if isinstance(layer, _BatchNorm):
+                self._hooks.append(layer.register_forward_pre_hook(_gather_input))
+                self._hooks.append(layer.register_forward_hook(_keep_own_rows))
+        return model
+
+    def revert(self, model: nn.Module) -> nn.Module:
+        """Undo :meth:`apply`."""
+        if not self._hooks:
+            return super().revert(model)
+        while self._hooks:
+            self._hooks.pop().remove()
+        return model
 
 
-class _CPUSyncBatchNorm(nn.SyncBatchNorm):
-    def forward(self, x: Tensor) -> Tensor:
-        if x.device.type != "cpu" or not self.training or not _is_distributed():
-            return super().forward(x)
-        # Each rank normalises the joined batch with torch's ordinary kernel and keeps its own rows. That repeats work,
-        # but statistics, running statistics and gradients are by construction those of one process.
-        return _own_rows(_BatchNorm.forward(self, gather_views(x)))
+def _gather_input(layer: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor] | None:
+    return (gather_views(inputs[0]),) if layer.training else None
+
+
+def _keep_own_rows(layer: nn.Module, inputs: tuple[Tensor], output: Tensor) -> Tensor | None:
+    return _own_rows(output) if layer.training and _is_distributed() else None
 
 
 def _own_rows(rows: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 
 from stepwise_lightning import losses
-from stepwise_lightning.collectives import check_equal_shards, gather_views, let_sync_batch_norm_run_on_cpu
+from stepwise_lightning.collectives import check_equal_shards, gather_views
 
 
 class JointEmbedding(L.LightningModule):
@@ -20,7 +20,8 @@ class JointEmbedding(L.LightningModule):
 
     A batch is a sequence whose first two items are the two views, (n, …) each. On several ranks each holds an equal
     shard, and the loss is that of the *global* batch: training follows exactly the path of one process on the joined
-    batches. An encoder with batch normalisation needs ``Trainer(sync_batchnorm=True)`` for that, on CPUs too.
+    batches. An encoder with batch normalisation needs ``Trainer(sync_batchnorm=True)`` for that, or, on CPUs,
+    ``plugins=[SyncBatchNorm()]`` from :mod:`stepwise_lightning.collectives`.
 
     **Step k** means, everywhere in this package, the weights after exactly k optimiser steps: ``train/loss`` at step k
     is the loss of those weights on the batch that is about to change them, and a spectrum at step k is theirs too.
@@ -65,10 +66,6 @@ class JointEmbedding(L.LightningModule):
     def loss(self, z1: Tensor, z2: Tensor) -> Tensor:
         """Return the scalar loss of two views' embeddings, (n, d) each."""
         return losses.sum_terms(self.loss_terms(z1, z2))
-
-    def on_fit_start(self) -> None:
-        """Let ``Trainer(sync_batchnorm=True)``, which has replaced the layers by now, work on CPUs."""
-        let_sync_batch_norm_run_on_cpu(self)
 
     def training_step(self, batch: Sequence[Tensor], batch_idx: int) -> Tensor:
         """Return the loss of one batch of pairs, logged as ``train/loss`` with its terms as ``train/<term>``."""

@@ -1,0 +1,172 @@
+"""Two and three real processes, each with its own shard, compute what one process computes on the joined batch."""
+
+import warnings
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from stepwise_lightning import BarlowTwins, SimCLR, VICReg
+from stepwise_lightning.collectives import SyncBatchNorm, check_equal_shards, gather_views
+
+GLOBAL_BATCH, IMAGE, STEPS = 12, 8, 20
+METHODS = {
+    "barlow_twins": (BarlowTwins, {}),
+    "barlow_twins_analytical": (BarlowTwins, {"off_diagonal_weight": 1.0, "normalize": False}),
+    "simclr": (SimCLR, {}),
+    "vicreg": (VICReg, {}),
+}
+RATES = {"barlow_twins": 0.03, "barlow_twins_analytical": 0.03, "simclr": 0.1, "vicreg": 0.01}
+
+
+class Block(nn.Module):
+    """A residual block with batch normalisation."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Conv2d(channels, channels, 3, padding=1, bias=False), nn.BatchNorm2d(channels), nn.ReLU(),
+            nn.Conv2d(channels, channels, 3, padding=1, bias=False), nn.BatchNorm2d(channels),
+        )  # fmt: skip
+
+    def forward(self, x):
+        return (x + self.layers(x)).relu()
+
+
+def resnet():
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return nn.Sequential(
+            nn.Conv2d(3, 6, 3, padding=1, bias=False), nn.BatchNorm2d(6), nn.ReLU(),
+            Block(6), nn.AvgPool2d(2), Block(6), nn.Flatten(),
+            nn.Linear(6 * 16, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 4),
+        )  # fmt: skip
+
+
+def plain_network():
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Flatten(), nn.Linear(3 * IMAGE**2, 16), nn.Tanh(), nn.Linear(16, 4))
+
+
+def batches(steps=STEPS, dtype=torch.float64):
+    """Return global batches, (steps, 2 views, samples, 3, h, w); the views have much in common."""
+    generator = torch.Generator().manual_seed(1)
+    common = torch.randn(steps, 1, GLOBAL_BATCH, 3, IMAGE, IMAGE, dtype=dtype, generator=generator)
+    noise = torch.randn(steps, 2, GLOBAL_BATCH, 3, IMAGE, IMAGE, dtype=dtype, generator=generator)
+    return common + 0.5 * noise
+
+
+class Step(nn.Module):
+    """What Lightning wraps into DDP: the training step, logging apart."""
+
+    def __init__(self, method, encoder):
+        super().__init__()
+        kind, arguments = METHODS[method]
+        self.module = kind(encoder.double(), learning_rate=RATES[method], momentum=0.9, **arguments)
+
+    def forward(self, views):
+        return self.module.loss(*(gather_views(self.module(view)) for view in views))
+
+
+def gradients(step, shards):
+    step(shards[0]).backward()
+    return {name.split("module.")[-1]: p.grad.clone() for name, p in step.named_parameters()}
+
+
+def trained(step, rate, shards):
+    """Return the losses on the way and the state after one step of SGD on each shard."""
+    optimizer = torch.optim.SGD(step.parameters(), lr=rate, momentum=0.9)
+    losses = []
+    for views in shards:
+        optimizer.zero_grad()
+        loss = step(views)
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    state = {name.split("module.")[-1]: value for name, value in step.state_dict().items()}
+    return {"losses": torch.tensor(losses, dtype=torch.float64), **state}
+
+
+def everything(wrap, shards):
+    """Return what is compared: gradients without, and training with, batch normalisation, for each method."""
+    results = {}
+    for method in METHODS:
+        results[method, "gradients"] = gradients(wrap(Step(method, plain_network())), shards)
+        results[method, "resnet_gradients"] = gradients(wrap(Step(method, resnet())), shards)
+        results[method, "trained"] = trained(wrap(Step(method, resnet())), RATES[method], shards)
+    return results
+
+
+def wrap_in_ddp(step):
+    return DistributedDataParallel(SyncBatchNorm().apply(step))
+
+
+def unequal_shards_message(rank):
+    try:
+        check_equal_shards(torch.zeros(3 + rank, 2))
+    except ValueError as error:
+        return str(error)
+
+
+def worker(rank, world_size, directory):
+    warnings.simplefilter("error")
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{directory}/rendezvous", rank=rank, world_size=world_size)
+    shard = slice(rank * GLOBAL_BATCH // world_size, (rank + 1) * GLOBAL_BATCH // world_size)
+    results = everything(wrap_in_ddp, batches()[:, :, shard])
+    results["unequal"] = unequal_shards_message(rank)
+    torch.save(results, f"{directory}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def one_process():
+    return everything(lambda step: step, batches())
+
+
+@pytest.fixture(scope="module", params=[2, 3])
+def ranks(request, tmp_path_factory):
+    """Return the results of each rank."""
+    directory = tmp_path_factory.mktemp("ranks")
+    torch.multiprocessing.spawn(worker, (request.param, str(directory)), request.param)
+    return [torch.load(directory / f"{rank}.pt") for rank in range(request.param)]
+
+
+def assert_same(actual, expected, tolerance):
+    """Compare tensor by tensor in the norm, relative to the largest where one is zero up to rounding."""
+    assert actual.keys() == expected.keys()
+    scale = max(value.double().norm() for value in expected.values())
+    for name, value in expected.items():
+        difference = (actual[name].double() - value.double()).norm()
+        assert difference <= tolerance * max(value.double().norm(), 1e-3 * scale), (name, difference, value.norm())
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("what", ["gradients", "resnet_gradients"])
+def test_gradients_averaged_by_ddp_are_those_of_the_joined_batch(one_process, ranks, method, what):
+    for rank in ranks:
+        assert_same(rank[method, what], one_process[method, what], 1e-10)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_weights_after_20_steps_with_sync_batchnorm_are_those_of_one_process(one_process, ranks, method):
+    expected = one_process[method, "trained"]
+    assert expected["losses"][-1] < 0.9 * expected["losses"][0]  # it did learn
+    for rank in ranks:
+        # Sums over the batch are taken in another order; 20 steps amplify that rounding.
+        assert_same(rank[method, "trained"], expected, 1e-9)
+
+
+def test_unequal_shards_are_one_clear_line_on_every_rank(ranks):
+    sizes = [3 + rank for rank in range(len(ranks))]
+    for rank in ranks:
+        assert rank["unequal"].startswith(f"every rank must hold equally many samples, but they hold {sizes}: ")
+
+
+def test_one_process_gathers_nothing():
+    z = torch.zeros(3, 2)
+    assert gather_views(z) is z
+    check_equal_shards(z)
