@@ -101,23 +101,14 @@ class JointEmbedding(L.LightningModule):
         self._check_weights()
 
     def _check_weights(self) -> None:
-        if not self._weights_are_finite():
+        if not all(torch.stack([weights.isfinite().all() for weights in self.parameters()]).tolist()):
             self._stop(f"the weights at step {self.global_step} are not finite")
 
-    def _weights_are_finite(self) -> bool:
-        return bool(torch.stack([weights.isfinite().all() for weights in self.parameters()]).all())
-
     def _stop(self, what: str, batch: Sequence[Tensor] = ()) -> None:
-        if any(view.is_floating_point() and not view.isfinite().all() for view in batch[:2]):
-            cause = "the batch holds values that are not finite, so look at the data"
-        elif what.startswith("the weights") or not self._weights_are_finite():
-            cause = f"training has diverged, so lower learning_rate (now {self.hparams['learning_rate']})"
-        else:
-            cause = (
-                f"the embeddings have become too large, most likely because learning_rate "
-                f"({self.hparams['learning_rate']}) is too large, so lower it"
-            )
-        raise FloatingPointError(f"training stopped: {what}; {cause}")
+        cause = f"training has most likely diverged: lower learning_rate (now {self.hparams['learning_rate']})"
+        if not all(view.isfinite().all() for view in batch[:2]):
+            cause = "the batch holds values that are not finite: look at the data"
+        raise FloatingPointError(f"training stopped, because {what}; {cause}")
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Return plain SGD, with a schedule stepped at every optimiser step if one is asked for."""
