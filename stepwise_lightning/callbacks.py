@@ -130,8 +130,8 @@ class SpectrumLogger(L.Callback):
         if isinstance(self.probe, str):
             pairs = getattr(getattr(trainer, "datamodule", None), "probe_pairs", None)
             self._probe = pairs() if pairs is not None and self.probe == "auto" else "batch"
+        self.directory = Path(trainer.log_dir or trainer.default_root_dir)  # a broadcast: every rank must ask
         if trainer.is_global_zero:
-            self.directory = Path(trainer.log_dir or trainer.default_root_dir)
             self.directory.mkdir(parents=True, exist_ok=True)
             self._file = (self.directory / "spectrum.csv").open("w", newline="")
             csv.writer(self._file).writerow(["step", "time", "matrix", "quantity", "mode", "value"])

@@ -15,11 +15,13 @@ from stepwise_lightning.provenance import provenance
 class SaveRun(SaveConfigCallback):
     """Writes ``config.yaml`` (complete, as run) and ``provenance.json`` (versions, commit, machine) beside the logs."""
 
-    def save_config(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Write ``provenance.json``; called once, on rank 0."""
-        if trainer.log_dir is not None:
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Write both files on rank 0."""
+        super().setup(trainer, pl_module, stage)
+        directory = trainer.log_dir  # a broadcast: every rank must ask
+        if trainer.is_global_zero and directory is not None:
             text = json.dumps(provenance(), indent=2) + "\n"
-            Path(trainer.log_dir, "provenance.json").write_text(text, encoding="utf-8")
+            Path(directory, "provenance.json").write_text(text, encoding="utf-8")
 
 
 def main() -> None:

@@ -106,7 +106,8 @@ def _keep_own_rows(layer: nn.Module, inputs: tuple[Tensor], output: Tensor) -> T
 
 
 def _own_rows(rows: Tensor) -> Tensor:
-    return rows.chunk(dist.get_world_size())[dist.get_rank()]
+    # A copy, because a following layer may work in place, as torchvision's ReLUs do.
+    return rows.chunk(dist.get_world_size())[dist.get_rank()].clone()
 
 
 def _is_distributed() -> bool:
