@@ -309,3 +309,23 @@ def test_large_images_need_an_image_size(tmp_path: Path) -> None:
     (tmp_path / "03.png").write_text("damaged since")
     with pytest.raises(ValueError, match=r"03\.png' cannot be read as an image.*repair it"):
         epoch(data)
+
+
+def test_a_loader_continues_where_its_state_was_taken(folder: str) -> None:
+    data = module(folder)
+    loader = data.train_dataloader()
+    iterator = iter(loader)
+    for _ in range(3):
+        next(iterator)
+    state = loader.state_dict()
+    assert state == {"epoch": 0, "batches": 3}
+    fresh = data.train_dataloader()
+    fresh.load_state_dict(state)
+    assert fresh.state_dict() == state
+    rest = [torch.cat([x1, x2]) for x1, x2, _ in fresh]
+    assert torch.equal(torch.stack(rest), torch.stack(epoch(data)[3:]))
+    fresh.load_state_dict(state)
+    fresh.sampler.set_epoch(1)  # as after limit_train_batches: what was left of the epoch is not made up for
+    assert len(list(fresh)) == 5
+    fresh.load_state_dict({"epoch": 1, "batches": 5})
+    assert torch.equal(next(iter(fresh))[0], epoch(data, 2)[0][:8])
