@@ -157,11 +157,11 @@ class SpectrumLogger(L.Callback):
             self._write_rows([("", "loss", "", loss)])
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Measure the final weights and write the figure and the ``.npz`` file."""
+        """Measure the final weights and write the ``.npz`` file and the figure."""
         if self._batch is not None and (not self.steps or self.steps[-1] < trainer.global_step):
             self._measure(trainer, pl_module)
-        self._draw(trainer)
         self._close()
+        self._draw(trainer)
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """Keep what has been measured when training is interrupted."""
