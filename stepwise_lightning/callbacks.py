@@ -174,6 +174,12 @@ class SpectrumLogger(L.Callback):
         captured = capture(pl_module, self._views(pl_module), self.watch)
         if self._probe == "batch" and trainer.world_size > 1:
             captured = {name: [_gather(pl_module, z) for z in views] for name, views in captured.items()}
+        for name, views in captured.items():
+            if not all(z.isfinite().all() for z in views):
+                raise FloatingPointError(
+                    f"the output of {name or type(pl_module).__name__} at step {step} is not finite: training has most "
+                    "likely diverged; lower the learning rate"
+                )
         if not trainer.is_global_zero:
             return
         self.steps.append(step)

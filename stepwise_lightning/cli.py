@@ -3,13 +3,32 @@
 from __future__ import annotations
 
 import json
+import re
+import sys
+import traceback
+from difflib import get_close_matches
+from inspect import isclass, signature
 from pathlib import Path
+from typing import NoReturn
 
 import lightning as L
-from lightning.pytorch.cli import LightningCLI, SaveConfigCallback
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 
+from stepwise_lightning import callbacks, data, encoders, modules
 from stepwise_lightning.modules import JointEmbedding
 from stepwise_lightning.provenance import provenance
+
+# What a parser says around the one sentence that matters to whoever mistyped something.
+_NOISE = re.compile(
+    r"^(?:- )*(Does not validate against|Subtypes:|Errors:|Expected a <class 'NoneType'>|Expected a path but|"
+    r"Given value|Problem with given class_path .*:$|$)"
+)
+_EXAMPLES = {
+    "model": "BarlowTwins, SimCLR, VICReg",
+    "encoder": "stepwise_lightning.encoders.Encoder, ….LinearEncoder, ….MLP, ….ResNet",
+    "data": "TwoViewDataModule, FixedCropPairs",
+}
 
 
 class SaveRun(SaveConfigCallback):
@@ -24,14 +43,65 @@ class SaveRun(SaveConfigCallback):
             Path(directory, "provenance.json").write_text(text, encoding="utf-8")
 
 
+class _Parser(LightningArgumentParser):
+    """Reports a mistake in one line instead of pages of usage."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        parser = getattr(ex, "subcommand_parser", None) or self
+        self.exit(2, f"{parser.prog.replace(' [options]', '')}: error: {_one_line(message)} (see --help)\n")
+
+
 def main() -> None:
-    """Run ``stepwise``; any class of this package or another can be named as model, data or callback."""
-    LightningCLI(
-        JointEmbedding,
-        L.LightningDataModule,
-        save_config_callback=SaveRun,
-        subclass_mode_model=True,
-        subclass_mode_data=True,
-        auto_configure_optimizers=False,
-        seed_everything_default=0,
-    )
+    """Run ``stepwise``; any class of this package or another can be named as model, data or callback.
+
+    A mistake in the configuration, missing data or diverging training end it with one line on standard error and exit
+    status 2 or 1; errors inside other libraries keep their traceback.
+    """
+    try:
+        LightningCLI(
+            JointEmbedding,
+            L.LightningDataModule,
+            save_config_callback=SaveRun,
+            parser_class=_Parser,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            auto_configure_optimizers=False,
+            seed_everything_default=0,
+        )
+    except (ValueError, ArithmeticError, OSError, RuntimeError, MisconfigurationException) as error:
+        if not _is_ours(error):
+            raise
+        sys.exit(f"\nstepwise: error: {_one_line(str(error))}")  # a progress bar may have left its line open
+
+
+def _is_ours(error: Exception) -> bool:
+    """Whether the error was raised to tell the user something: by this package, or about the configuration."""
+    raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
+    by_parser = raised_in.parent.name == "jsonargparse" or raised_in.name == "cli.py"
+    return by_parser or raised_in.is_relative_to(Path(__file__).parent) or isinstance(error, MisconfigurationException)
+
+
+def _one_line(message: str) -> str:
+    """Condense a parser's message to what was given, and what was expected."""
+    lines = [line.strip().removeprefix("- ") for line in message.splitlines()]
+    text = ": ".join(line.rstrip(":") for line in lines if not _NOISE.match(line))
+    if found := re.search(r"[Oo]ption '([\w.]+)'", text):
+        return text + _suggestion(found[1])
+    keys = re.findall(r'key "(\w+)"', text)
+    if (found := re.search(r"Expected a dot import path string: (\S+)", text)) and keys and keys[-1] in _EXAMPLES:
+        return (
+            f"unknown {keys[-1]} {found[1]!r}; choose from: {_EXAMPLES[keys[-1]]}, or give the dotted path of a class"
+        )
+    return text
+
+
+def _suggestion(option: str) -> str:
+    """Say what an option was probably meant to be: one of the Trainer, or of a class of this package."""
+    classes: list[type] = [L.Trainer]
+    for module in (modules, encoders, data, callbacks):
+        classes += [thing for thing in vars(module).values() if isclass(thing) and thing.__module__ == module.__name__]
+    known = {name for cls in classes for name in signature(cls).parameters}
+    known |= {"trainer", "model", "data", "seed_everything", "ckpt_path", "class_path", "init_args"}
+    wrong = next((part for part in option.split(".") if part not in known), option)
+    near = get_close_matches(wrong, known, n=1)
+    return f"; did you mean {near[0]!r}?" if near else ""
