@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import sys
 
-from reproduce import linear_model
+from reproduce import linear_model, three_losses
 
-FIGURES = {"linear_model": linear_model}
+FIGURES = {"linear_model": linear_model, "three_losses": three_losses}
 
 
 def main(arguments: list[str]) -> int:

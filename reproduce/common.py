@@ -71,6 +71,12 @@ def report(directory: Path, claims: list[Claim]) -> int:
     return 1 if failed else 0
 
 
+def data_name(data: str) -> str:
+    """Return what a figure calls the data set that an option names."""
+    names = {"photos": "scikit-image's photographs (not the paper's data)", "cifar10": "CIFAR-10", "stl10": "STL-10"}
+    return names.get(data, f"{Path(data).resolve().name} (folder)")
+
+
 def quiet_lightning() -> None:
     """Silence start-up messages that are not about the experiment."""
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)

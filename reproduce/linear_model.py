@@ -24,7 +24,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
-from reproduce.common import Claim, quiet_lightning, report, write_outputs
+from reproduce.common import Claim, data_name, quiet_lightning, report, write_outputs
 from stepwise_lightning import BarlowTwins, FixedCropPairs, LinearEncoder, SpectrumLogger
 from stepwise_lightning.plots import Trajectory, trajectories_figure
 from stepwise_lightning.spectrum import crossing_times, detect_steps
@@ -75,13 +75,12 @@ def main(arguments: list[str] | None = None) -> int:
     logs = {run.name: _train(run, pairs, options.precision, directory) for run in (small, control)}
     _log_theory(small, logs[small.name])
     claims, table = _claims(small, control, logs)
-    source = {"photos": "scikit-image's photographs (not the paper's data)", "cifar10": "CIFAR-10"}
     figure = trajectories_figure(
         [_trajectory(run, logs[run.name], with_theory=run is small) for run in (small, control)],
         title="Linear Barlow Twins learns one eigenmode at a time",
         loss_label="loss  ‖C − I‖²",
         note=f"{options.num_pairs} pairs of {options.crop_size}×{options.crop_size} crops from "
-        f"{source.get(options.data, Path(options.data).resolve().name + ' (folder)')}; seed {options.seed}",
+        f"{data_name(options.data)}; seed {options.seed}",
     )
     columns = ["run", "step", "time", "quantity", "mode", "experiment", "theory", "theory_flow", "theory_qr"]
     rows = [row for run in (small, control) for row in _rows(run, logs[run.name])]

@@ -13,6 +13,7 @@ from typing import Any, TextIO
 import lightning as L
 import torch
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from stepwise_lightning.capture import capture, check_watched
@@ -258,6 +259,9 @@ class SpectrumLogger(L.Callback):
         from stepwise_lightning.plots import Trajectory, trajectories_figure
 
         times, losses = torch.tensor(self.times, dtype=torch.float64), torch.tensor(self.losses, dtype=torch.float64)
+        if not (times.diff() > 0).all():
+            rank_zero_warn("no trajectories are drawn: the learning rate was 0, so that time stood still")
+            return
         for what, values in self.eigenvalues.items():
             eigenvalues = torch.stack(values)
             steps = detect_steps(times, eigenvalues)

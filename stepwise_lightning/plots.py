@@ -19,6 +19,7 @@ class Trajectory:
     """One training run, with its prediction where there is one.
 
     times (T,), losses (T,), eigenvalues (T, d), theory_losses (T,), theory_eigenvalues (T, d), step_times (d,).
+    ``eigenvalues_label`` names the matrix, where runs beside each other differ in it.
     """
 
     title: str
@@ -28,6 +29,7 @@ class Trajectory:
     theory_losses: Array | None = None
     theory_eigenvalues: Array | None = None
     step_times: Array | None = None
+    eigenvalues_label: str = ""
 
 
 def trajectories_figure(
@@ -37,21 +39,26 @@ def trajectories_figure(
     loss_label: str = "loss",
     eigenvalues_label: str = "eigenvalues of C",
     log_eigenvalues: bool = False,
+    same_axes: bool = True,
 ) -> Figure:
     """Draw loss above eigenvalues against log time, one column per run (in the manner of the paper's Fig. 1 A-B).
 
-    The first column is the main one and wider. Vertical dotted lines are the step times: predicted ones where there is
-    a prediction, else detected ones.
+    With ``same_axes`` the runs share their vertical axes, and the first is the main one and wider; without, they are
+    different experiments of equal rank, such as different losses. Vertical dotted lines are the step times: predicted
+    ones where there is a prediction, else detected ones.
     """
     figure = Figure(figsize=(5.2 + 3.4 * len(runs), 6.2), layout="constrained")
-    widths = [1.7] + [1.0] * (len(runs) - 1)
-    axes = figure.subplots(2, len(runs), sharex="col", sharey="row", squeeze=False, width_ratios=widths)
+    widths = [1.7 if same_axes else 1.0] + [1.0] * (len(runs) - 1)
+    sharey: Any = "row" if same_axes else "none"
+    axes = figure.subplots(2, len(runs), sharex="col", sharey=sharey, squeeze=False, width_ratios=widths)
     for column, run in enumerate(runs):
         _draw_run(axes[0, column], axes[1, column], run)
+        if log_eigenvalues:
+            axes[1, column].set_yscale("log", nonpositive="mask")
+        if not same_axes:
+            axes[1, column].set_ylabel(run.eigenvalues_label)
     axes[0, 0].set_ylabel(loss_label)
-    axes[1, 0].set_ylabel(eigenvalues_label)
-    if log_eigenvalues:
-        axes[1, 0].set_yscale("log", nonpositive="mask")
+    axes[1, 0].set_ylabel(runs[0].eigenvalues_label or eigenvalues_label)
     for axis, letter in zip(axes.T.flat, "ABCDEFGH", strict=False):
         axis.set_title(letter, loc="left", fontweight="bold")
     predicted = any(run.theory_eigenvalues is not None for run in runs)
@@ -65,6 +72,53 @@ def trajectories_figure(
     figure.suptitle(title)
     if note:
         figure.supxlabel(note, fontsize="small", color="0.3")
+    return figure
+
+
+def spectra_figure(times: Array, eigenvalues: Array, chosen: Array, title: str = "") -> Figure:
+    """Draw the whole spectrum, eigenvalue against mode, at chosen times: each is drawn at the nearest sample.
+
+    times (T,), eigenvalues (T, d) and descending, chosen (k,).
+    """
+    figure = Figure(figsize=(6.4, 4.6), layout="constrained")
+    axis = figure.subplots()
+    samples = np.abs(np.asarray(times)[:, None] - np.asarray(chosen)).argmin(0)
+    modes = np.arange(1, eigenvalues.shape[1] + 1)
+    for sample, colour in zip(samples, mode_colours(len(samples)), strict=True):
+        axis.plot(modes, eigenvalues[sample], "o-", color=colour, markersize=4, label=f"{times[sample]:.3g}")
+    axis.set(xlabel="mode", ylabel="eigenvalue", title=title)
+    axis.set_yscale("log", nonpositive="mask")
+    if len(modes) > 30:
+        axis.set_xscale("log")
+    else:
+        axis.set_xticks(modes)
+    axis.legend(title="time  (learning rate × step)", frameon=False, fontsize="small")
+    axis.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+def embedding_figure(embeddings: Array, titles: list[str], labels: Array | None = None, title: str = "") -> Figure:
+    """Draw the embeddings of one set of images at k times in their top three principal components, a panel per time.
+
+    The components are those of the last time, and every panel has the same scale, so that a point grows into a line, a
+    plane and a volume. With fewer than three dimensions the missing ones are zero.
+
+    embeddings (k, n, d), titles (k,), labels (n,) to colour the points by, or None.
+    """
+    centred = embeddings - embeddings.mean(1, keepdims=True)
+    _, _, components = np.linalg.svd(centred[-1], full_matrices=False)
+    shown = centred @ components[:3].T
+    shown = np.pad(shown, ((0, 0), (0, 0), (0, 3 - shown.shape[2])))
+    limit = float(np.abs(shown[-1]).max()) or 1.0
+    figure = Figure(figsize=(3.2 * len(shown), 3.6), layout="constrained")
+    colours: Any = "tab:blue" if labels is None else labels
+    for index, points in enumerate(shown):
+        axis: Any = figure.add_subplot(1, len(shown), index + 1, projection="3d")
+        axis.scatter(*points.T, c=colours, cmap="tab10", s=8, alpha=0.8, linewidths=0)
+        axis.set(xlim=(-limit, limit), ylim=(-limit, limit), zlim=(-limit, limit), title=titles[index])
+        axis.set(xticklabels=[], yticklabels=[], zticklabels=[], xlabel="PC 1", ylabel="PC 2")
+        axis.set_zlabel("PC 3")
+    figure.suptitle(title)
     return figure
 
 
