@@ -16,7 +16,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from stepwise_lightning.capture import capture, check_watched
+from stepwise_lightning.capture import capture, check_watched, from_all_ranks
 from stepwise_lightning.spectrum import (
     alpha_req,
     cross_correlation_eigenvalues,
@@ -174,7 +174,9 @@ class SpectrumLogger(L.Callback):
             self._schedule.pop()
         captured = capture(pl_module, self._views(pl_module), self.watch)
         if self._probe == "batch" and trainer.world_size > 1:
-            captured = {name: [_gather(pl_module, z) for z in views] for name, views in captured.items()}
+            captured = {
+                name: [from_all_ranks(pl_module, z).flatten(0, 1) for z in views] for name, views in captured.items()
+            }
         for name, views in captured.items():
             if not all(z.isfinite().all() for z in views):
                 raise FloatingPointError(
@@ -310,10 +312,3 @@ class _Clock:
 def _tag(quantity: str, mode: int | str) -> str:
     short = "eig" if quantity == "eigenvalue" else quantity
     return short if mode == "" else f"{short}_{mode:03d}"
-
-
-def _gather(pl_module: L.LightningModule, z: Tensor) -> Tensor:
-    """Join the parts of the batch that the processes hold, in rank order."""
-    gathered = pl_module.all_gather(z)
-    assert isinstance(gathered, Tensor)
-    return gathered.flatten(0, 1)

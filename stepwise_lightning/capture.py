@@ -8,6 +8,7 @@ from difflib import get_close_matches
 from functools import partial
 from typing import Any
 
+import lightning as L
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -23,17 +24,20 @@ def check_watched(module: nn.Module, watch: Sequence[str]) -> None:
 
 
 @torch.no_grad()
-def capture(module: nn.Module, views: Sequence[Tensor], watch: Sequence[str]) -> dict[str, list[Tensor]]:
+def capture(
+    module: nn.Module, views: Sequence[Tensor], watch: Sequence[str], running_statistics: bool = False
+) -> dict[str, list[Tensor]]:
     """Run ``module`` on each view and return the outputs of the watched submodules.
 
     Everything is in evaluation mode but batch normalisation, which uses the statistics of the view it is given: its
     running statistics are worthless for the first tens of steps, when they still remember the initial network. They
-    are neither used nor updated, and no random number is drawn, so that training goes on as if nothing had happened.
+    are not updated, and no random number is drawn, so that training goes on as if nothing had happened.
 
     Args:
         module: called as ``module(view)``.
         views: inputs, each (n, …).
         watch: names of submodules; ``""`` is the output of ``module`` itself.
+        running_statistics: let batch normalisation use its running statistics, as in ordinary evaluation.
 
     Returns:
         For each name, one (n, d) tensor per view; outputs with more dimensions are flattened.
@@ -52,7 +56,7 @@ def capture(module: nn.Module, views: Sequence[Tensor], watch: Sequence[str]) ->
 
     hooks = [module.get_submodule(name).register_forward_hook(partial(keep, name=name)) for name in watch]
     try:
-        with batch_statistics(module):
+        with _evaluation(module) if running_statistics else batch_statistics(module):
             for view in views:
                 module(view)
     finally:
@@ -64,19 +68,35 @@ def capture(module: nn.Module, views: Sequence[Tensor], watch: Sequence[str]) ->
     return outputs
 
 
+def from_all_ranks(module: L.LightningModule, x: Tensor) -> Tensor:
+    """Stack what R processes hold, in rank order: (…) of equal shapes to (R, …), without gradients."""
+    gathered = module.all_gather(x)
+    assert isinstance(gathered, Tensor)
+    return gathered
+
+
 @contextmanager
 def batch_statistics(module: nn.Module) -> Iterator[None]:
     """Switch to evaluation, but let batch normalisation use (and not record) the statistics of its batch."""
+    norms = [(part, part.track_running_stats) for part in module.modules() if isinstance(part, _BatchNorm)]
+    with _evaluation(module):
+        try:
+            for norm, _ in norms:
+                norm.training, norm.track_running_stats = True, False
+            yield
+        finally:
+            for norm, tracked in norms:
+                norm.track_running_stats = tracked
+
+
+@contextmanager
+def _evaluation(module: nn.Module) -> Iterator[None]:
+    """Switch to evaluation, and back to whatever mode each part was in."""
     parts = list(module.modules())
     modes = [part.training for part in parts]
-    norms = [(part, part.track_running_stats) for part in parts if isinstance(part, _BatchNorm)]
     module.eval()
     try:
-        for norm, _ in norms:
-            norm.training, norm.track_running_stats = True, False
         yield
     finally:
         for part, training in zip(parts, modes, strict=True):
             part.training = training
-        for norm, tracked in norms:
-            norm.track_running_stats = tracked

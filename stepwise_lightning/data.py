@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import repeat
 from typing import TYPE_CHECKING, Any, Literal
 
 import lightning as L
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Subset
 
 from stepwise_lightning.images import ImageSet, download_images, load_image_set, load_images
 from stepwise_lightning.sampling import GlobalBatchSampler, ResumableLoader, local_batch_size
@@ -123,15 +123,23 @@ class TwoViewDataModule(L.LightningDataModule):
 
     def val_dataloader(self) -> DataLoader[Any]:
         """Return batches (x, label) of the held-out images, not augmented, in order."""
-        return self._plain_dataloader("val")
+        return self._plain_dataloader(self._plain_images("val"))
 
     def test_dataloader(self) -> DataLoader[Any]:
         """Return batches (x, label) of the test images, not augmented, in order."""
-        return self._plain_dataloader("test")
+        return self._plain_dataloader(self._plain_images("test"))
 
-    def plain_train_dataloader(self) -> DataLoader[Any]:
-        """Return batches (x, label) of *all* training images, not augmented, in order: what k-NN compares with."""
-        return self._plain_dataloader("train")
+    def labelled_train_dataloader(self) -> DataLoader[Any]:
+        """Return batches (x, label) of the labelled training images, not augmented: what k-NN compares with.
+
+        Process r of R gets images r, r + R, …; where R does not divide their number, the first ones are repeated, so
+        that all processes have equally many. ``len(loader.dataset)`` is the number of labelled images.
+        """
+        images = self._images("train")
+        labelled = (images.labels >= 0).nonzero().flatten().tolist()
+        count, rank = self._num_processes, self.trainer.global_rank if self.trainer else 0
+        share = [position % len(labelled) for position in range(rank, len(labelled) + -len(labelled) % count, count)]
+        return self._plain_dataloader(Subset(self._plain_images("train"), labelled), share)
 
     def probe_pairs(self) -> tuple[Tensor, Tensor]:
         """Return two views of ``num_probe_pairs`` held-out images, drawn once by ``seed``.
@@ -181,11 +189,13 @@ class TwoViewDataModule(L.LightningDataModule):
     def _random_view(self) -> v2.Transform:
         return random_view(self.hparams["augmentation"], self._image_size(self._images("train")), self.mean, self.std)
 
-    def _plain_dataloader(self, split: str) -> DataLoader[Any]:
+    def _plain_images(self, split: str) -> PlainImages:
         transform = plain_view(self._image_size(self._images("train")), self.mean, self.std)
-        dataset: Dataset[Any] = PlainImages(self._images(split), transform)
+        return PlainImages(self._images(split), transform)
+
+    def _plain_dataloader(self, dataset: Dataset[Any], sampler: Sequence[int] | None = None) -> DataLoader[Any]:
         batch_size = local_batch_size(self.hparams["global_batch_size"], self._num_processes)
-        return DataLoader(dataset, batch_size, **self._loading())
+        return DataLoader(dataset, batch_size, sampler=sampler, **self._loading())
 
     def _loading(self) -> dict[str, Any]:
         workers = self.hparams["num_workers"]

@@ -229,7 +229,7 @@ def test_probe_pairs_are_fixed_and_held_out(folder: str) -> None:
     # Disjoint: no training file of a folder is among the held-out ones.
     plain = module(folder, image_size=None)
     train, val = (
-        torch.cat([x for x, _ in loader]) for loader in (plain.plain_train_dataloader(), plain.val_dataloader())
+        torch.cat([x for x, _ in loader]) for loader in (plain.labelled_train_dataloader(), plain.val_dataloader())
     )
     assert len(train) == 45 and len(val) == 5 and len(torch.cat([train, val]).unique(dim=0)) == 50
     with pytest.raises(ValueError, match="num_probe_pairs 6 is more than the 5 held-out images: choose 2 to 5"):
@@ -239,7 +239,7 @@ def test_probe_pairs_are_fixed_and_held_out(folder: str) -> None:
 def test_plain_loaders_give_every_image_once_with_its_label(folder: str) -> None:
     data = module(folder, image_size=None)
     data.setup("test")
-    x, labels = (torch.cat(part) for part in zip(*data.plain_train_dataloader(), strict=True))
+    x, labels = (torch.cat(part) for part in zip(*data.labelled_train_dataloader(), strict=True))
     images = data._images("train").images
     pixels = x * torch.tensor(data.std)[:, None, None] + torch.tensor(data.mean)[:, None, None]
     torch.testing.assert_close(pixels, images / 255)
