@@ -2,8 +2,6 @@
 
 import hashlib
 import http.server
-import io
-import pickle
 import re
 import tarfile
 import threading
@@ -15,17 +13,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tiny_sets import CIFAR_CLASSES, STL_CLASSES, md5, noise, write_cifar10, write_stl10
 from torchvision.datasets import CIFAR10, STL10
 
 from stepwise_lightning.images import channel_statistics, load_image_set, load_images
 from stepwise_lightning.photos import BETWEEN, HELD_OUT, TRAIN, cut_photos
-
-CIFAR_CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
-STL_CLASSES = ["airplane", "bird", "car", "cat", "deer", "dog", "horse", "monkey", "ship", "truck"]
-
-
-def noise(*shape: int, seed: int = 0) -> np.ndarray:
-    return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
 
 
 def write_png(path: Path, size: tuple[int, int] = (12, 12), seed: int = 0) -> None:
@@ -33,55 +25,14 @@ def write_png(path: Path, size: tuple[int, int] = (12, 12), seed: int = 0) -> No
     Image.fromarray(noise(*size, 3, seed=seed)).save(path)
 
 
-def md5(path: Path) -> str:
-    return hashlib.md5(path.read_bytes()).hexdigest()
-
-
-def old_pickle(content: dict) -> bytes:
-    """Pickle as the published files are: protocol 2, arrays and dtypes as NumPy of 2009 wrote them."""
-
-    class Pickler(pickle._Pickler):  # the pure-Python one, so that NumPy's own way can be overridden
-        def reducer_override(self, value):
-            if isinstance(value, np.dtype):
-                return np.dtype, ("u1", 0, 1), (3, "|", None, None, None, -1, -1, 0)
-            return NotImplemented
-
-    buffer = io.BytesIO()
-    Pickler(buffer, protocol=2).dump(content)
-    return buffer.getvalue().replace(b"numpy._core.multiarray", b"numpy.core.multiarray")
-
-
 @pytest.fixture
 def cifar10_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Four images in each of CIFAR-10's six files, in its real format."""
-    folder = tmp_path / "origin" / CIFAR10.base_folder
-    folder.mkdir(parents=True)
-    for number, (name, _) in enumerate(CIFAR10.train_list + CIFAR10.test_list):
-        labels = [(number + k) % 10 for k in range(4)]
-        content = {"data": noise(4, 3072, seed=number), "labels": labels, "batch_label": "tiny", "filenames": ["x.png"]}
-        (folder / name).write_bytes(old_pickle(content))
-    (folder / "batches.meta").write_bytes(pickle.dumps({"label_names": CIFAR_CLASSES, "num_vis": 3072}, protocol=2))
-    for attribute in ("train_list", "test_list"):
-        names = [name for name, _ in getattr(CIFAR10, attribute)]
-        monkeypatch.setattr(CIFAR10, attribute, [[name, md5(folder / name)] for name in names])
-    monkeypatch.setattr(CIFAR10, "meta", CIFAR10.meta | {"md5": md5(folder / "batches.meta")})
-    return folder.parent
+    return write_cifar10(tmp_path / "origin", monkeypatch)
 
 
 @pytest.fixture
 def stl10_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Two training, three unlabelled and two test images in STL-10's real format: columns first, labels from 1."""
-    folder = tmp_path / "origin" / STL10.base_folder
-    folder.mkdir(parents=True)
-    for seed, (name, count) in enumerate({"train": 2, "unlabeled": 3, "test": 2}.items()):
-        noise(count, 96, 96, 3, seed=seed).transpose(0, 3, 2, 1).tofile(folder / f"{name}_X.bin")
-        np.arange(9, 9 + count).clip(max=10).astype(np.uint8).tofile(folder / f"{name}_y.bin")
-    (folder / "unlabeled_y.bin").unlink()
-    (folder / "class_names.txt").write_text("\n".join(STL_CLASSES) + "\n")
-    for attribute in ("train_list", "test_list"):
-        names = [name for name, _ in getattr(STL10, attribute)]
-        monkeypatch.setattr(STL10, attribute, [[name, md5(folder / name)] for name in names])
-    return folder.parent
+    return write_stl10(tmp_path / "origin", monkeypatch)
 
 
 @pytest.fixture

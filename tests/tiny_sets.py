@@ -1,0 +1,69 @@
+"""CIFAR-10 and STL-10 in their real formats, with a handful of images, where torchvision believes them to be whole."""
+
+import hashlib
+import io
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+from torchvision.datasets import CIFAR10, STL10
+
+CIFAR_CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
+STL_CLASSES = ["airplane", "bird", "car", "cat", "deer", "dog", "horse", "monkey", "ship", "truck"]
+
+
+def noise(*shape: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
+
+
+def md5(path: Path) -> str:
+    return hashlib.md5(path.read_bytes()).hexdigest()
+
+
+def old_pickle(content: dict) -> bytes:
+    """Pickle as the published files are: protocol 2, arrays and dtypes as NumPy of 2009 wrote them."""
+
+    class Pickler(pickle._Pickler):  # the pure-Python one, so that NumPy's own way can be overridden
+        def reducer_override(self, value):
+            if isinstance(value, np.dtype):
+                return np.dtype, ("u1", 0, 1), (3, "|", None, None, None, -1, -1, 0)
+            return NotImplemented
+
+    buffer = io.BytesIO()
+    Pickler(buffer, protocol=2).dump(content)
+    return buffer.getvalue().replace(b"numpy._core.multiarray", b"numpy.core.multiarray")
+
+
+def write_cifar10(root: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Write four images into each of CIFAR-10's six files, in its real format, and return ``root``."""
+    folder = root / CIFAR10.base_folder
+    folder.mkdir(parents=True)
+    for number, (name, _) in enumerate(CIFAR10.train_list + CIFAR10.test_list):
+        labels = [(number + k) % 10 for k in range(4)]
+        content = {"data": noise(4, 3072, seed=number), "labels": labels, "batch_label": "tiny", "filenames": ["x.png"]}
+        (folder / name).write_bytes(old_pickle(content))
+    (folder / "batches.meta").write_bytes(pickle.dumps({"label_names": CIFAR_CLASSES, "num_vis": 3072}, protocol=2))
+    for attribute in ("train_list", "test_list"):
+        names = [name for name, _ in getattr(CIFAR10, attribute)]
+        monkeypatch.setattr(CIFAR10, attribute, [[name, md5(folder / name)] for name in names])
+    monkeypatch.setattr(CIFAR10, "meta", CIFAR10.meta | {"md5": md5(folder / "batches.meta")})
+    return root
+
+
+def write_stl10(root: Path, monkeypatch: pytest.MonkeyPatch, train: int = 2) -> Path:
+    """Write a few training, three unlabelled and two test images in STL-10's real format; return ``root``.
+
+    It has columns first, and labels from 1.
+    """
+    folder = root / STL10.base_folder
+    folder.mkdir(parents=True)
+    for seed, (name, count) in enumerate({"train": train, "unlabeled": 3, "test": 2}.items()):
+        noise(count, 96, 96, 3, seed=seed).transpose(0, 3, 2, 1).tofile(folder / f"{name}_X.bin")
+        np.arange(9, 9 + count).clip(max=10).astype(np.uint8).tofile(folder / f"{name}_y.bin")
+    (folder / "unlabeled_y.bin").unlink()
+    (folder / "class_names.txt").write_text("\n".join(STL_CLASSES) + "\n")
+    for attribute in ("train_list", "test_list"):
+        names = [name for name, _ in getattr(STL10, attribute)]
+        monkeypatch.setattr(STL10, attribute, [[name, md5(folder / name)] for name in names])
+    return root
