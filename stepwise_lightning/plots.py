@@ -9,6 +9,7 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 from numpy.typing import NDArray
 
 Array = NDArray[np.float64]
@@ -55,6 +56,7 @@ def trajectories_figure(
         _draw_run(axes[0, column], axes[1, column], run)
         if log_eigenvalues:
             axes[1, column].set_yscale("log", nonpositive="mask")
+            axes[1, column].set_ylim(bottom=max(axes[1, column].get_ylim()[0], 1e-10 * run.eigenvalues.max()))
         if not same_axes:
             axes[1, column].set_ylabel(run.eigenvalues_label)
     axes[0, 0].set_ylabel(loss_label)
@@ -145,6 +147,9 @@ def _draw_run(loss_axis: Axes, eigenvalue_axis: Axes, run: Trajectory) -> None:
                 axis.axvline(time, color=colour, linewidth=0.9, linestyle=":", zorder=0)
     loss_axis.set_title(run.title)
     loss_axis.set_xscale("log")
+    loss_axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    loss_axis.xaxis.set_major_formatter("{x:g}")
+    loss_axis.xaxis.set_minor_formatter(NullFormatter())
     loss_axis.set_ylim(bottom=0)
     eigenvalue_axis.set_xlabel("time  (learning rate × step)")
     # Start where the first mode begins to rise: before that nothing is to be seen.
