@@ -20,24 +20,13 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.loggers import TensorBoardLogger
+from timing import Stopwatch, within
 
 from reproduce.common import quiet_lightning
 from stepwise_lightning import BarlowTwins, FixedCropPairs, LinearEncoder, SpectrumLogger
 from stepwise_lightning.theory import LinearBarlowTwins, feature_cross_correlation
 
 STEPS = 24_000  # about the length of the cpu profile on photographs; training time is scaled to it
-
-
-class Stopwatch(L.Callback):
-    """Seconds from the first to the last training step, set-up left out."""
-
-    def on_train_start(self, *_: object) -> None:
-        """Start."""
-        self._start = time.perf_counter()
-
-    def on_train_end(self, *_: object) -> None:
-        """Stop, before other callbacks write their results."""
-        self.seconds = time.perf_counter() - self._start
 
 
 def new_module(rate: float) -> BarlowTwins:
@@ -117,9 +106,7 @@ def main() -> int:
             f"closed form at 300 times / training of {STEPS} steps": (seconds["theory"] / training, 0.01),
         }
         print(f"\n{num_pairs} pairs of 20×20 crops; bare step {1e3 * seconds['bare'] / options.steps:.2f} ms")
-        for name, (ratio, limit) in ratios.items():
-            ok &= ratio <= limit
-            print(f"  {name}: {ratio:.3g}  (limit {limit}){'' if ratio <= limit else '  OVER'}")
+        ok &= all([within(name, ratio, limit) for name, (ratio, limit) in ratios.items()])
     return 0 if ok else 1
 
 

@@ -12,7 +12,6 @@ from typing import Any, TextIO
 
 import lightning as L
 import torch
-from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
@@ -196,10 +195,11 @@ class SpectrumLogger(L.Callback):
                     rows += self._spectrum(f"{name}.{matrix}" if name else matrix, matrix, views)
         self._write_rows(rows)
         scalars = {f"spectrum/{what}/{_tag(quantity, mode)}": value for what, quantity, mode, value in rows}
+        if len(self.steps) == 1:
+            charts = {w: ["Multiline", [f"^spectrum/{w}/eig_[0-9]+$"]] for w in self.eigenvalues}
+            for board in _boards(trainer):
+                board.add_custom_scalars({"spectrum": charts})
         for logger in trainer.loggers:
-            if len(self.steps) == 1 and isinstance(logger, TensorBoardLogger):
-                charts = {w: ["Multiline", [f"^spectrum/{w}/eig_[0-9]+$"]] for w in self.eigenvalues}
-                logger.experiment.add_custom_scalars({"spectrum": charts})
             logger.log_metrics(scalars, step=step)
         if time.perf_counter() > self._next_figure:
             start = time.perf_counter()
@@ -255,7 +255,7 @@ class SpectrumLogger(L.Callback):
 
     def _draw(self, trainer: L.Trainer) -> None:
         """Add the trajectories so far, with the steps found in them, to TensorBoard."""
-        boards = [logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
+        boards = _boards(trainer)
         if not boards or len(self.steps) < 3:
             return
         from stepwise_lightning.plots import Trajectory, trajectories_figure
@@ -272,7 +272,7 @@ class SpectrumLogger(L.Callback):
             run = Trajectory(title, times.numpy(), losses.numpy(), shown, step_times=steps.step_times.numpy())
             figure = trajectories_figure([run], title=what, eigenvalues_label="eigenvalues", log_eigenvalues=True)
             for board in boards:
-                board.experiment.add_figure(f"spectrum/{what}", figure, self.steps[-1])
+                board.add_figure(f"spectrum/{what}", figure, self.steps[-1])
 
     def _close(self) -> None:
         if self._file is None:
@@ -312,3 +312,9 @@ class _Clock:
 def _tag(quantity: str, mode: int | str) -> str:
     short = "eig" if quantity == "eigenvalue" else quantity
     return short if mode == "" else f"{short}_{mode:03d}"
+
+
+def _boards(trainer: L.Trainer) -> list[Any]:
+    """Return the TensorBoard writers, of ``lightning`` as of ``pytorch_lightning``, whose loggers share no class."""
+    writers = [getattr(logger, "experiment", None) for logger in trainer.loggers]
+    return [writer for writer in writers if hasattr(writer, "add_custom_scalars")]

@@ -77,7 +77,7 @@ def main() -> None:
 def _is_ours(error: Exception) -> bool:
     """Whether the error was raised to tell the user something: by this package, or about the configuration."""
     raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
-    by_parser = raised_in.parent.name == "jsonargparse" or raised_in.name == "cli.py"
+    by_parser = raised_in.parent.name == "jsonargparse" or raised_in.name in ("cli.py", "torch_io.py")
     return by_parser or raised_in.is_relative_to(Path(__file__).parent) or isinstance(error, MisconfigurationException)
 
 

@@ -110,7 +110,8 @@ def rankme(z: Tensor) -> Tensor:
         ValueError: ``z`` is not a non-empty, finite matrix.
 
     """
-    sigma = torch.linalg.svdvals(_matrix(z))
+    z = _matrix(z)
+    sigma = torch.linalg.svdvals(z if len(z) >= z.shape[1] else z.T)  # tall, which is up to four times as fast
     if sigma[0] == 0:
         return torch.zeros_like(sigma[0])
     return torch.special.entr(sigma / sigma.sum() + 1e-7).sum().exp()

@@ -28,7 +28,8 @@ MISTAKES = {
     "unknown data": (["--data.init_args.data=imagenet"], "data set 'imagenet' is neither one of photos, cifar10"),
     "missing data": (["--data.init_args.data=stl10"], "STL10('data', download=True)"),
     "missing file": (["--config=nowhere.yaml"], "File does not exist"),
-    "divergence": (["--model.init_args.learning_rate=1e9"], "is not finite: training has most likely diverged"),
+    "missing checkpoint": (["--ckpt_path=nowhere.ckpt"], "Checkpoint file not found: "),
+    "divergence": (["--model.init_args.learning_rate=1e9"], "training has most likely diverged"),
 }  # fmt: skip
 
 
@@ -62,10 +63,16 @@ def test_typos_in_a_file_are_named(right, wrong, message, monkeypatch, tmp_path,
     assert message in (stop.value.code if isinstance(stop.value.code, str) else capsys.readouterr().err)
 
 
-def test_errors_of_other_libraries_keep_their_traceback(monkeypatch, tmp_path):
+def test_errors_in_the_user_s_own_code_keep_their_traceback(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(FileNotFoundError, match="nowhere.ckpt"):
-        run(monkeypatch, "fit", f"--config={CONFIG}", "--ckpt_path=nowhere.ckpt")
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "my_losses.py").write_text(
+        "from stepwise_lightning import VICReg\n\n"
+        "class Mine(VICReg):\n    def loss_terms(self, z1, z2):\n        raise ValueError('my own mistake')\n"
+    )
+    (tmp_path / "mine.yaml").write_text(CONFIG.read_text().replace("stepwise_lightning.VICReg", "my_losses.Mine"))
+    with pytest.raises(ValueError, match="my own mistake"):
+        run(monkeypatch, "fit", "--config=mine.yaml")
 
 
 def test_configurations_combine_and_print_whole(monkeypatch, tmp_path, capsys):
