@@ -31,8 +31,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from reproduce.common import quiet_lightning
 from stepwise_lightning import BarlowTwins, SpectrumLogger, TwoViewDataModule
-from stepwise_lightning.callbacks import log_spaced_steps
 from stepwise_lightning.encoders import Encoder
+from stepwise_lightning.schedule import log_spaced_steps
 
 RUN_STEPS, RUN_PAIRS = 5000, 512
 

@@ -16,6 +16,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from stepwise_lightning.capture import capture, check_watched, from_all_ranks
+from stepwise_lightning.schedule import Clock, log_spaced_steps
 from stepwise_lightning.spectrum import (
     alpha_req,
     cross_correlation_eigenvalues,
@@ -29,17 +30,6 @@ from stepwise_lightning.spectrum import (
 MATRICES = ("cross_correlation", "covariance", "normalized_covariance")
 # Seconds of training per second of drawing: what the figures that are redrawn while a run goes on may cost.
 _DRAWING_SHARE = 200
-
-
-def log_spaced_steps(last_step: int, num_points: int) -> list[int]:
-    """Return about ``num_points`` steps, ascending, evenly spaced in the logarithm: 0, 1, 2, …, last_step.
-
-    The step before the last is always among them: it is the last one that has a training loss.
-    """
-    if last_step < 1 or num_points < 2:
-        raise ValueError(f"a schedule needs last_step ≥ 1 and num_points ≥ 2, got {last_step} and {num_points}")
-    spaced = torch.logspace(0, math.log10(last_step), num_points, dtype=torch.float64).round().long().tolist()
-    return sorted({0, *spaced, last_step - 1, last_step})
 
 
 class SpectrumLogger(L.Callback):
@@ -116,7 +106,7 @@ class SpectrumLogger(L.Callback):
         self._file: TextIO | None = None
         self._batch: Any = None
         self._loss_due = False
-        self._clock = _Clock()
+        self._clock = Clock()
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Lay out the schedule, fetch the probe pairs and open the CSV file."""
@@ -292,21 +282,6 @@ class SpectrumLogger(L.Callback):
         with partial.open("wb") as file:
             np.savez(file, **arrays)
         os.replace(partial, self.directory / "spectrum.npz")
-
-
-class _Clock:
-    """Sums the learning rates of the steps taken; exactly rate × step while the rate is constant."""
-
-    def __init__(self) -> None:
-        self._before, self._start, self._rate = 0.0, 0, 0.0
-
-    def advance(self, step: int, rate: float) -> None:
-        """Note the rate with which the step after ``step`` is about to be taken."""
-        if rate != self._rate:
-            self._before, self._start, self._rate = self.time(step), step, rate
-
-    def time(self, step: int) -> float:
-        return self._before + self._rate * (step - self._start)
 
 
 def _tag(quantity: str, mode: int | str) -> str:

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -15,6 +16,7 @@ from reproduce import linear_model
 from reproduce.__main__ import main
 from reproduce.common import Claim
 from stepwise_lightning import FixedCropPairs
+from stepwise_lightning.spectrum import detect_steps
 from stepwise_lightning.theory import feature_cross_correlation
 
 ROOT = Path(__file__).parent.parent
@@ -109,7 +111,7 @@ def test_bad_input_is_one_line_status_2_and_nothing_written_over(arguments, mess
 def test_front_door(capsys):
     assert main([]) == 0 and "linear_model" in capsys.readouterr().out
     assert main(["fig1"]) == 2
-    assert capsys.readouterr().err == "error: unknown figure 'fig1'; choose from: linear_model\n"
+    assert capsys.readouterr().err == "error: unknown figure 'fig1'; choose from: linear_model, three_losses\n"
 
 
 def test_as_a_script_from_anywhere(tmp_path):
@@ -118,3 +120,25 @@ def test_as_a_script_from_anywhere(tmp_path):
         [sys.executable, str(script), "--data", "nowhere"], capture_output=True, text=True, cwd=tmp_path
     )
     assert done.returncode == 2 and "nowhere" in done.stderr and not list(tmp_path.iterdir())
+
+
+def test_three_losses_refuses_what_is_not_there(tmp_path, capsys):
+    assert main(["three_losses", "--data", str(tmp_path / "nowhere"), "--out", str(tmp_path / "out")]) == 2
+    assert "neither one of photos, cifar10, stl10 nor the path" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_three_losses_step_and_their_controls_do_not(tmp_path):
+    arguments = ["three_losses", "--profile", "smoke", "--seeds", "0", "--out", str(tmp_path)]
+    assert main(arguments) == 0
+    document = json.loads((tmp_path / "three_losses" / "claims.json").read_text(encoding="utf-8"))
+    assert document["all_hold"] and len(document["claims"]) == len(document["runs"]) == 6
+    # The counts are those of the runs' own spectra, read by another route.
+    with np.load(tmp_path / "three_losses/tensorboard/vicreg_small_seed0/version_0/spectrum.npz") as saved:
+        steps = detect_steps(torch.tensor(saved["time"]), torch.tensor(saved["covariance"]))
+    assert steps.num_distinct == next(r for r in document["runs"] if r["loss"] == "vicreg")["distinct_steps"]
+    before = (tmp_path / "three_losses/tensorboard/vicreg_small_seed0/version_0/spectrum.npz").stat().st_mtime_ns
+    assert main([*arguments, "--resume"]) == 0  # nothing is trained again
+    after = (tmp_path / "three_losses/tensorboard/vicreg_small_seed0/version_0/spectrum.npz").stat().st_mtime_ns
+    assert before == after
