@@ -1,0 +1,208 @@
+r"""Contrastive kernel PCA: what a kernel machine learns with Barlow Twins, in closed form, for any kernel.
+
+Source: Simon et al., *On the Stepwise Nature of Self-Supervised Learning*, ICML 2023, arXiv 2303.15438.
+What goes beyond the paper is marked so.
+
+Legend
+    n           number of positive pairs (x_i, x'_i); Z = [X; X'] all 2n views
+    K̃ (2n, 2n)  kernel matrix of Z
+    P (2n, 2n)  the swap of the two views, [[0, I], [I, 0]]
+    γ_j, β_j    eigenpairs of (1/2n) P K̃, γ_1 ≥ γ_2 ≥ … > 0, with β_iᵀ K̃ β_j = δ_ij
+    s_j(t)      singular values of the learned map; time t = learning rate × steps
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from stepwise_lightning.theory.krylov import KernelProducts, top_modes
+from stepwise_lightning.theory.linear import LinearBarlowTwins
+
+Kernel = Callable[[Tensor, Tensor], Tensor]
+# Eigenvalues below this share of the largest cannot be told from zero.
+_ZERO = 1e-12
+
+
+class ContrastiveKernelPCA:
+    r"""The embedding that kernel Barlow Twins learns from small initialisation, and the way there.
+
+    The model minimises ‖C − I_d‖²_F, C = (1/2n) Σ_i (f(x_i) f(x'_i)ᵀ + f(x'_i) f(x_i)ᵀ), over functions of the kernel's
+    Hilbert space. From small initialisation it learns the top eigenfunctions of the contrastive kernel one after the
+    other and ends at f_j(x) = γ_j^{−1/2} Σ_i β_ij K(z_i, x), up to a rotation of the embedding.
+
+    The paper writes this with K̃^{−1/2}. Here (beyond the paper) neither a root nor an inverse is taken: the operator
+    β ↦ (1/2n) P K̃ β is self-adjoint in ⟨u, v⟩ = uᵀ K̃ v, and its top eigenpairs are found by block Lanczos iteration in
+    that inner product, which needs products with K̃ only and does not mind singular K̃ (identical crops happen). Up to
+    300 pairs a dense eigendecomposition on the range of K̃ is used instead.
+
+    Args:
+        kernel: any callable ``kernel(x, y)``, (k, …) and (l, …) to (k, l), symmetric and positive semi-definite, such
+            as those of :mod:`stepwise_lightning.theory.kernels`; wrap arguments with ``functools.partial``.
+        n_components: d, number of modes.
+        max_bytes: memory for kernel values. The kernel matrix is held where its 32 n² bytes fit; otherwise it is
+            recomputed in blocks of rows at each iteration.
+        tolerance: residual at which the iteration stops, relative to γ_1; eigenvalues are then right to its square.
+        progress: show a progress bar on fits that take long.
+
+    Attributes (after ``fit``):
+        eigenvalues_: γ_1 … γ_d, (d,).
+        coefficients_: β, (2n, d), the first n rows for X; signs make the largest |f_j| on Z positive.
+        residuals_: ‖A β_j − γ_j β_j‖ in the K̃ norm, A the operator, (d,).
+
+    Everything is float64 on the device of the views.
+
+    Raises:
+        ValueError: ``n_components`` or ``tolerance`` out of range; see :meth:`fit`.
+
+    """
+
+    eigenvalues_: Tensor
+    coefficients_: Tensor
+    residuals_: Tensor
+
+    def __init__(
+        self,
+        kernel: Kernel,
+        n_components: int,
+        max_bytes: int = 4 * 2**30,
+        tolerance: float = 1e-9,
+        progress: bool = True,
+    ) -> None:
+        if n_components < 1:
+            raise ValueError(f"n_components must be at least 1, got {n_components}")
+        if not 0 < tolerance < 1:
+            raise ValueError(f"tolerance must lie between 0 and 1, got {tolerance}")
+        self.kernel, self.n_components, self.max_bytes = kernel, n_components, max_bytes
+        self.tolerance, self.progress = tolerance, progress
+
+    def fit(self, x1: Tensor, x2: Tensor) -> Self:
+        """Find the top modes on pairs of views ``x1``, ``x2``, (n, …) each, as the kernel takes them.
+
+        Raises:
+            ValueError: views that differ in shape, are empty or not finite; a kernel matrix of wrong shape, complex,
+                not finite or not symmetric; fewer positive modes than ``n_components`` (the error says how many there
+                are); ``max_bytes`` too small for one row of the kernel matrix (the error says what is enough).
+
+        """
+        self._views = torch.cat(_checked_views(x1, x2))
+        products = KernelProducts(self.kernel, self._views, self.max_bytes)
+        eigenvalues, coefficients, residuals = top_modes(products, self.n_components, self.tolerance, self.progress)
+        positive = int((eigenvalues > _ZERO * eigenvalues.abs().max()).sum())
+        if positive < self.n_components:
+            raise ValueError(
+                f"n_components {self.n_components} is more than the {positive} positive modes that these "
+                f"{len(x1)} pairs have under this kernel: choose 1 to {positive}"
+                if positive
+                else "these pairs have no positive mode under this kernel: the views of a pair have nothing in common"
+            )
+        values = products.times(coefficients)
+        peaks = values.gather(0, values.abs().argmax(0, keepdim=True)).sign()
+        self.eigenvalues_, self.coefficients_, self.residuals_ = eigenvalues, coefficients * peaks, residuals
+        return self
+
+    def fit_transform(self, x1: Tensor, x2: Tensor) -> tuple[Tensor, Tensor]:
+        """Fit and return the final embeddings of both views, (n, d) each."""
+        self.fit(x1, x2)
+        return self.transform(x1), self.transform(x2)
+
+    def transform(self, x: Tensor) -> Tensor:
+        """Return the final embeddings γ_j^{−1/2} Σ_i β_ij K(z_i, x) of any points: (k, …) to (k, d).
+
+        Raises:
+            ValueError: called before ``fit``.
+
+        """
+        return self._eigenfunctions(x) / self.eigenvalues_.sqrt()
+
+    def transform_at(self, x: Tensor, t: Tensor | float, initial_singular_values: Tensor) -> Tensor:
+        """Return the embeddings during training, Σ_i β_ij K(z_i, x) s_j(t) with s_j(t) of :class:`LinearBarlowTwins`.
+
+        Args:
+            x: (k, …).
+            t: learning rate × steps, ≥ 0, scalar or (T,).
+            initial_singular_values: s_j(0), (d,), in the order of the modes.
+
+        Returns:
+            (k, d) for a scalar ``t``, (T, k, d) for ``t`` of shape (T,).
+
+        Raises:
+            ValueError: called before ``fit``; negative times; ``initial_singular_values`` of another shape or negative.
+
+        """
+        singular_values = self._trajectory(initial_singular_values).singular_values(t)
+        return self._eigenfunctions(x) * singular_values.unsqueeze(-2)
+
+    def step_times(self, initial_singular_values: Tensor) -> Tensor:
+        """Return τ_j = −log(s_j(0)² γ_j) / 8γ_j, when each mode is learned, (d,); see :class:`LinearBarlowTwins`."""
+        return self._trajectory(initial_singular_values).step_times
+
+    def contrastive_kernel(self, x: Tensor, y: Tensor) -> Tensor:
+        """Return k_Γ(x, y) = (1/2n) Σ_i [K(x, x_i) K(x'_i, y) + K(x, x'_i) K(x_i, y)], (k, l)."""
+        self._check_fitted()
+        left, right = (self._kernel_to(points) for points in (x, y))
+        half = len(self._views) // 2
+        return (left[:, :half] @ right[:, half:].T + left[:, half:] @ right[:, :half].T) / (2 * half)
+
+    def loss(self, x1: Tensor, x2: Tensor) -> Tensor:
+        """Return ‖C − I_d‖²_F of the final embeddings on other pairs, (n, …) each: 0 on those of ``fit``."""
+        f1, f2 = (self.transform(view) for view in _checked_views(x1, x2))
+        c = f1.T @ f2 / len(f1)
+        return ((c + c.T) / 2 - torch.eye(self.n_components).to(c)).square().sum()
+
+    def save(self, path: str | Path) -> None:
+        """Save what was fitted, as plain tensors; the kernel is code and stays with you.
+
+        Raises:
+            ValueError: called before ``fit``.
+
+        """
+        self._check_fitted()
+        fitted = {"eigenvalues": self.eigenvalues_, "coefficients": self.coefficients_, "residuals": self.residuals_}
+        torch.save(fitted | {"views": self._views}, path)
+
+    @classmethod
+    def load(cls, path: str | Path, kernel: Kernel) -> Self:
+        """Return a fitted model from :meth:`save`, with the kernel it was fitted with."""
+        fitted = torch.load(path, weights_only=True)
+        model = cls(kernel, len(fitted["eigenvalues"]))
+        model.eigenvalues_, model.coefficients_ = fitted["eigenvalues"], fitted["coefficients"]
+        model.residuals_, model._views = fitted["residuals"], fitted["views"]
+        return model
+
+    def _check_fitted(self) -> None:
+        if not hasattr(self, "eigenvalues_"):
+            raise ValueError("this ContrastiveKernelPCA is not fitted yet: call fit(x1, x2) first")
+
+    def _trajectory(self, initial_singular_values: Tensor) -> LinearBarlowTwins:
+        """Return the linear model in the basis of the eigenfunctions, where it is diagonal."""
+        self._check_fitted()
+        start = torch.as_tensor(initial_singular_values).to(self.eigenvalues_)
+        if start.shape != self.eigenvalues_.shape or not (start >= 0).all():
+            raise ValueError(
+                f"initial_singular_values must be {self.n_components} values ≥ 0, got {initial_singular_values}"
+            )
+        return LinearBarlowTwins(torch.diag(self.eigenvalues_), torch.diag(start))
+
+    def _eigenfunctions(self, x: Tensor) -> Tensor:
+        self._check_fitted()
+        rows = KernelProducts.rows_within(self.max_bytes, len(self._views))
+        return torch.cat([self._kernel_to(part) @ self.coefficients_ for part in x.split(rows)])
+
+    def _kernel_to(self, x: Tensor) -> Tensor:
+        return self.kernel(x.to(self._views), self._views).to(self.coefficients_)
+
+
+def _checked_views(x1: Tensor, x2: Tensor) -> tuple[Tensor, Tensor]:
+    if x1.shape != x2.shape:
+        raise ValueError(f"the two views must have one shape, got {tuple(x1.shape)} and {tuple(x2.shape)}")
+    if x1.ndim < 2 or x1.numel() == 0:
+        raise ValueError(f"views must have shape (pairs, features…) and not be empty, got {tuple(x1.shape)}")
+    for name, x in (("first", x1), ("second", x2)):
+        if not x.isfinite().all():
+            raise ValueError(f"the {name} views hold NaN or infinite values: clean them")
+    return x1, x2.to(x1)
