@@ -9,9 +9,11 @@ from stepwise_lightning.theory.alignment import (
 from stepwise_lightning.theory.contrastive import ContrastiveKernelPCA
 from stepwise_lightning.theory.kernels import laplace_kernel, linear_kernel, rbf_kernel, relu_ntk
 from stepwise_lightning.theory.linear import LinearBarlowTwins, feature_cross_correlation
+from stepwise_lightning.theory.ntk import EmpiricalNTK
 
 __all__ = [
     "ContrastiveKernelPCA",
+    "EmpiricalNTK",
     "LinearBarlowTwins",
     "chance_alignment",
     "feature_cross_correlation",
