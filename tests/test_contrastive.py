@@ -84,6 +84,22 @@ def test_the_linear_kernel_is_the_linear_model(route):
     torch.testing.assert_close(found * signs, expected, rtol=1e-6, atol=1e-8)
 
 
+def test_a_start_enters_as_in_the_linear_model(route):
+    x1, x2 = pairs()
+    weights = 1e-4 * torch.randn(5, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    linear = LinearBarlowTwins(feature_cross_correlation(x1, x2), weights)
+    model = ContrastiveKernelPCA(linear_kernel, 5, **route).fit(x1, x2)
+    start = model.initial_singular_values(x1 @ weights.T, x2 @ weights.T)
+    torch.testing.assert_close(start, linear.initial_singular_values, rtol=1e-8, atol=0)
+    torch.testing.assert_close(model.step_times(start), linear.step_times, rtol=1e-8, atol=0)
+    t = torch.linspace(0, 2 * float(linear.step_times.max()), 7)
+    aligned = model.embedding_eigenvalues(t, start)
+    expected = linear.embedding_eigenvalues(t, method="qr").sort(dim=1, descending=True).values
+    torch.testing.assert_close(aligned, expected, rtol=1e-6, atol=1e-10)
+    with pytest.raises(ValueError, match=r"shape \(30, at least 5\) for each view, got \(30, 4\) and \(30, 4\)"):
+        model.initial_singular_values(x1[:, :4], x2[:, :4])
+
+
 def test_the_trajectory_is_that_of_gradient_flow():
     """dA/dt = −4 (C − I) A K̃ P / 2n for f(x) = A [K(z_i, x)], integrated by Runge-Kutta from an aligned small start."""
     x1, x2 = pairs(12)

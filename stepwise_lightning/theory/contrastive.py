@@ -137,6 +137,38 @@ class ContrastiveKernelPCA:
         singular_values = self._trajectory(initial_singular_values).singular_values(t)
         return self._eigenfunctions(x) * singular_values.unsqueeze(-2)
 
+    def initial_singular_values(self, f1: Tensor, f2: Tensor) -> Tensor:
+        """Return s_j(0) of a model whose initial embeddings of the pairs of ``fit`` are ``f1``, ``f2``, (n, d') each.
+
+        In the basis of the eigenfunctions the start is W(0) V = Fᵀ β, F = [f1; f2], and its QR decomposition gives
+        s_j(0) = |R_jj|, as for :class:`LinearBarlowTwins`. So a network's own start, with its tangent kernel, predicts
+        when it learns what: the kernel need not generate the embeddings, only their part in its span is seen.
+
+        Returns:
+            (d,); d' must be at least d.
+
+        Raises:
+            ValueError: called before ``fit``; embeddings of other shapes, or not finite.
+
+        """
+        self._check_fitted()
+        f = torch.cat([f1, f2]).detach().to(self.coefficients_)
+        if f1.shape != f2.shape or f.ndim != 2 or len(f) != len(self._views) or f.shape[1] < self.n_components:
+            raise ValueError(
+                f"initial embeddings must have shape ({len(self._views) // 2}, at least {self.n_components}) for each "
+                f"view, got {tuple(f1.shape)} and {tuple(f2.shape)}"
+            )
+        if not f.isfinite().all():
+            raise ValueError("the initial embeddings hold NaN or infinite values")
+        return torch.linalg.qr(f.T @ self.coefficients_, mode="r").R.diagonal().abs()
+
+    def embedding_eigenvalues(self, t: Tensor | float, initial_singular_values: Tensor) -> Tensor:
+        """Return the eigenvalues of C during training, by the uniform form of :class:`LinearBarlowTwins`.
+
+        (d,) for a scalar ``t`` (learning rate × steps), (T, d) for ``t`` of shape (T,).
+        """
+        return self._trajectory(initial_singular_values).embedding_eigenvalues(t)
+
     def step_times(self, initial_singular_values: Tensor) -> Tensor:
         """Return τ_j = −log(s_j(0)² γ_j) / 8γ_j, when each mode is learned, (d,); see :class:`LinearBarlowTwins`."""
         return self._trajectory(initial_singular_values).step_times
