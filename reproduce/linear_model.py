@@ -79,6 +79,7 @@ def main(arguments: list[str] | None = None) -> int:
         [_trajectory(run, logs[run.name], with_theory=run is small) for run in (small, control)],
         title="Linear Barlow Twins learns one eigenmode at a time",
         loss_label="loss  ‖C − I‖²",
+        steps_label="predicted step",
         note=f"{options.num_pairs} pairs of {options.crop_size}×{options.crop_size} crops from "
         f"{data_name(options.data)}; seed {options.seed}",
     )

@@ -35,7 +35,7 @@ from stepwise_lightning.spectrum import Steps, detect_steps
 CONFIGS = Path(__file__).parent.parent / "configs"
 JUDGED = {"barlow_twins": "cross_correlation", "vicreg": "covariance", "simclr": "normalized_covariance"}
 TITLES = {"barlow_twins": "Barlow Twins", "vicreg": "VICReg", "simclr": "SimCLR"}
-EIGENVALUES = {"barlow_twins": "C", "vicreg": "the covariance", "simclr": "the normalised covariance"}
+EIGENVALUES = {"barlow_twins": "C", "vicreg": "covariance", "simclr": "normalised covariance"}
 # How many distinct steps every seed must show; smoke is a size for tests, with four dimensions.
 LEAST_STEPS = {
     "cpu": {"barlow_twins": 6, "vicreg": 4, "simclr": 4},
@@ -204,7 +204,7 @@ def _trajectory(run: Run) -> Trajectory:
         losses=run.losses,
         eigenvalues=run.eigenvalues,
         step_times=run.found.step_times.numpy(),
-        eigenvalues_label=f"eigenvalues of {EIGENVALUES[run.loss]}",
+        eigenvalues_label=f"eigenvalues, {EIGENVALUES[run.loss]}",
     )
 
 

@@ -6,7 +6,7 @@ import csv
 import math
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -73,6 +73,9 @@ class SpectrumLogger(L.Callback):
         center: subtract the means before C is formed.
         num_points: about how many measurements to make.
         num_scalars: how many eigenvalues of a matrix become scalars and CSV rows; the ``.npz`` has all.
+        prediction: the theory's eigenvalues of C, as a function from time (T,) to (T, d), for instance
+            ``LinearBarlowTwins.embedding_eigenvalues``. They are written beside the module's own as
+            ``predicted_eigenvalue`` (``cross_correlation/predicted`` in the ``.npz``) and drawn dashed.
 
     Raises:
         ValueError: bad arguments; when training starts, an unknown submodule name (the error lists those that exist)
@@ -88,6 +91,7 @@ class SpectrumLogger(L.Callback):
         center: bool = False,
         num_points: int = 200,
         num_scalars: int = 64,
+        prediction: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         if num_points < 2:
             raise ValueError(f"num_points must be at least 2, got {num_points}")
@@ -96,7 +100,7 @@ class SpectrumLogger(L.Callback):
         if unknown := set(matrices) - set(MATRICES):
             raise ValueError(f"unknown matrices {sorted(unknown)}; choose from: {', '.join(MATRICES)}")
         self.watch, self.probe, self.matrices, self.center = ("", *watch), probe, tuple(matrices), center
-        self.num_points, self.num_scalars = num_points, num_scalars
+        self.num_points, self.num_scalars, self.prediction = num_points, num_scalars, prediction
         self.steps: list[int] = []
         self.times: list[float] = []
         self.losses: list[float] = []
@@ -230,8 +234,16 @@ class SpectrumLogger(L.Callback):
             self.measures.setdefault(f"{what}/{name}", []).append(value)
         rows: list[tuple[str, str, int | str, float]] = [(what, name, "", value) for name, value in measures.items()]
         rows += [(what, "step_time", k, self.times[-1]) for k in range(int(before), int(measures["num_learned"]))]
-        shown = eigenvalues[: self.num_scalars].tolist()
-        return rows + [(what, "eigenvalue", mode, value) for mode, value in enumerate(shown)]
+        shown = {"eigenvalue": eigenvalues}
+        if self.prediction is not None and what == "cross_correlation":
+            shown["predicted_eigenvalue"] = self._predicted(self.times[-1:])[0]
+        for quantity, values in shown.items():
+            rows += [(what, quantity, mode, value) for mode, value in enumerate(values[: self.num_scalars].tolist())]
+        return rows
+
+    def _predicted(self, times: list[float]) -> Tensor:
+        assert self.prediction is not None
+        return self.prediction(torch.tensor(times, dtype=torch.float64)).detach().double().cpu()
 
     def _num_learned(self, what: str) -> int:
         first, last = self.eigenvalues[what][0], self.eigenvalues[what][-1]
@@ -260,6 +272,8 @@ class SpectrumLogger(L.Callback):
             shown = eigenvalues[:, : self.num_scalars].numpy()
             title = f"{steps.num_distinct} distinct steps so far"
             run = Trajectory(title, times.numpy(), losses.numpy(), shown, step_times=steps.step_times.numpy())
+            if self.prediction is not None and what == "cross_correlation":
+                run.theory_eigenvalues = self._predicted(self.times)[:, : self.num_scalars].numpy()
             figure = trajectories_figure([run], title=what, eigenvalues_label="eigenvalues", log_eigenvalues=True)
             for board in boards:
                 board.add_figure(f"spectrum/{what}", figure, self.steps[-1])
@@ -278,6 +292,8 @@ class SpectrumLogger(L.Callback):
         }
         arrays |= {what: torch.stack(values).numpy() for what, values in self.eigenvalues.items()}
         arrays |= {name: np.array(values) for name, values in self.measures.items()}
+        if self.prediction is not None and "cross_correlation" in self.eigenvalues:
+            arrays["cross_correlation/predicted"] = self._predicted(self.times).numpy()
         partial = self.directory / "spectrum.npz.partial"
         with partial.open("wb") as file:
             np.savez(file, **arrays)
@@ -285,7 +301,7 @@ class SpectrumLogger(L.Callback):
 
 
 def _tag(quantity: str, mode: int | str) -> str:
-    short = "eig" if quantity == "eigenvalue" else quantity
+    short = {"eigenvalue": "eig", "predicted_eigenvalue": "predicted"}.get(quantity, quantity)
     return short if mode == "" else f"{short}_{mode:03d}"
 
 

@@ -39,14 +39,14 @@ def trajectories_figure(
     note: str = "",
     loss_label: str = "loss",
     eigenvalues_label: str = "eigenvalues of C",
+    steps_label: str = "detected step",
     log_eigenvalues: bool = False,
     same_axes: bool = True,
 ) -> Figure:
     """Draw loss above eigenvalues against log time, one column per run (in the manner of the paper's Fig. 1 A-B).
 
     With ``same_axes`` the runs share their vertical axes, and the first is the main one and wider; without, they are
-    different experiments of equal rank, such as different losses. Vertical dotted lines are the step times: predicted
-    ones where there is a prediction, else detected ones.
+    different experiments of equal rank, such as different losses. Vertical dotted lines are the step times.
     """
     figure = Figure(figsize=(5.2 + 3.4 * len(runs), 6.2), layout="constrained")
     widths = [1.7 if same_axes else 1.0] + [1.0] * (len(runs) - 1)
@@ -63,13 +63,11 @@ def trajectories_figure(
     axes[1, 0].set_ylabel(runs[0].eigenvalues_label or eigenvalues_label)
     for axis, letter in zip(axes.T.flat, "ABCDEFGH", strict=False):
         axis.set_title(letter, loc="left", fontweight="bold")
-    predicted = any(run.theory_eigenvalues is not None for run in runs)
     Line = matplotlib.lines.Line2D
     handles = [Line([], [], color="0.35", linewidth=2.2, label="experiment")]
-    if predicted:
+    if any(run.theory_eigenvalues is not None for run in runs):
         handles.append(Line([], [], color="black", linewidth=1.1, linestyle="--", label="theory"))
-    kind = "predicted" if predicted else "detected"
-    handles.append(Line([], [], color="0.35", linewidth=0.9, linestyle=":", label=f"{kind} step"))
+    handles.append(Line([], [], color="0.35", linewidth=0.9, linestyle=":", label=steps_label))
     axes[0, 0].legend(handles=handles, loc="upper right", frameon=True, framealpha=0.9)
     figure.suptitle(title)
     if note:

@@ -13,6 +13,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from stepwise_lightning import BarlowTwins, FixedCropPairs, LinearEncoder, SpectrumLogger, barlow_twins_loss
 from stepwise_lightning.schedule import log_spaced_steps
 from stepwise_lightning.spectrum import cross_correlation_eigenvalues, embedding_eigenvalues
+from stepwise_lightning.theory import LinearBarlowTwins, feature_cross_correlation
 
 RATE, STEPS = 1e-3, 60
 
@@ -161,3 +162,23 @@ def test_linear_encoder():
     for arguments in ((0, 3), (3, 0), (3, 3, -1.0), (3, 3, math.nan)):
         with pytest.raises(ValueError, match="≥"):
             LinearEncoder(*arguments)
+
+
+def test_a_prediction_is_laid_over_the_run(tmp_path):
+    pairs = FixedCropPairs(num_pairs=32, crop_size=6)
+    pairs.setup()
+    weights = LinearEncoder(108, 5, init_std=1e-2).weight.detach()
+    theory = LinearBarlowTwins(feature_cross_correlation(pairs.x1, pairs.x2), weights, learning_rate=RATE)
+    spectra = SpectrumLogger(num_points=20, prediction=theory.embedding_eigenvalues)
+    train(tmp_path, callbacks=[spectra])
+    with np.load(spectra.directory / "spectrum.npz") as saved:
+        expected = theory.embedding_eigenvalues(torch.tensor(saved["time"])).numpy()
+        np.testing.assert_array_equal(saved["cross_correlation/predicted"], expected)
+        # The start is not small, so that theory and experiment agree roughly: it is the right curve, at the right time.
+        assert np.abs(saved["cross_correlation"] - expected).max() < 0.1
+    with (spectra.directory / "spectrum.csv").open(newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["quantity"] == "predicted_eigenvalue"]
+    assert {row["matrix"] for row in rows} == {"cross_correlation"} and len(rows) == 5 * len(spectra.steps)
+    assert float(rows[-1]["value"]) == expected[-1, -1]
+    events = EventAccumulator(str(spectra.directory), size_guidance={"scalars": 0}).Reload()
+    assert len(events.Scalars("spectrum/cross_correlation/predicted_000")) == len(spectra.steps)
