@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import sys
 
-from reproduce import linear_model, three_losses
+from reproduce import kernel_mlp, kernel_pca, linear_model, three_losses
 
-FIGURES = {"linear_model": linear_model, "three_losses": three_losses}
+FIGURES = {
+    "linear_model": linear_model,
+    "three_losses": three_losses,
+    "kernel_mlp": kernel_mlp,
+    "kernel_pca": kernel_pca,
+}
 
 
 def main(arguments: list[str]) -> int:

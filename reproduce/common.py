@@ -77,6 +77,14 @@ def data_name(data: str) -> str:
     return names.get(data, f"{Path(data).resolve().name} (folder)")
 
 
+def print_table(table: list[dict[str, Any]]) -> None:
+    """Print rows of equal keys as Markdown."""
+    print("\n| " + " | ".join(name.replace("_", " ") for name in table[0]) + " |\n" + "|---" * len(table[0]) + "|")
+    for row in table:
+        cells = ("" if v is None else f"{v:.4g}" if isinstance(v, float) else str(v) for v in row.values())
+        print("| " + " | ".join(cells) + " |")
+
+
 def quiet_lightning() -> None:
     """Silence start-up messages that are not about the experiment."""
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)

@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from reproduce.common import Claim, data_name, report, write_outputs
+from reproduce.common import Claim, data_name, print_table, report, write_outputs
 from stepwise_lightning.images import load_image_set
 from stepwise_lightning.plots import Trajectory, trajectories_figure
 from stepwise_lightning.spectrum import Steps, detect_steps
@@ -118,7 +118,7 @@ def main(arguments: list[str] | None = None) -> int:
         name="three_losses", data_set=options.data, seeds=options.seeds, profile=options.profile, runs=table,
         seconds=round(time.perf_counter() - started, 1),
     )  # fmt: skip
-    _print_table(table)
+    print_table(table)
     return report(directory, claims)
 
 
@@ -228,12 +228,6 @@ def _rows(run: Run) -> list[list[Any]]:
         rows.append([*head, "loss", "", run.losses[index]])
         rows += [[*head, "eigenvalue", mode, value] for mode, value in enumerate(run.eigenvalues[index])]
     return rows
-
-
-def _print_table(table: list[dict[str, Any]]) -> None:
-    print("\n| " + " | ".join(name.replace("_", " ") for name in table[0]) + " |\n" + "|---" * len(table[0]) + "|")
-    for row in table:
-        print("| " + " | ".join("" if value is None else str(value) for value in row.values()) + " |")
 
 
 if __name__ == "__main__":

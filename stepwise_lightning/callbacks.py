@@ -236,12 +236,13 @@ class SpectrumLogger(L.Callback):
         rows += [(what, "step_time", k, self.times[-1]) for k in range(int(before), int(measures["num_learned"]))]
         shown = {"eigenvalue": eigenvalues}
         if self.prediction is not None and what == "cross_correlation":
-            shown["predicted_eigenvalue"] = self._predicted(self.times[-1:])[0]
+            shown["predicted_eigenvalue"] = self.predicted(self.times[-1:])[0]
         for quantity, values in shown.items():
             rows += [(what, quantity, mode, value) for mode, value in enumerate(values[: self.num_scalars].tolist())]
         return rows
 
-    def _predicted(self, times: list[float]) -> Tensor:
+    def predicted(self, times: list[float]) -> Tensor:
+        """Return the prediction at these times, (T, d)."""
         assert self.prediction is not None
         return self.prediction(torch.tensor(times, dtype=torch.float64)).detach().double().cpu()
 
@@ -273,7 +274,7 @@ class SpectrumLogger(L.Callback):
             title = f"{steps.num_distinct} distinct steps so far"
             run = Trajectory(title, times.numpy(), losses.numpy(), shown, step_times=steps.step_times.numpy())
             if self.prediction is not None and what == "cross_correlation":
-                run.theory_eigenvalues = self._predicted(self.times)[:, : self.num_scalars].numpy()
+                run.theory_eigenvalues = self.predicted(self.times)[:, : self.num_scalars].numpy()
             figure = trajectories_figure([run], title=what, eigenvalues_label="eigenvalues", log_eigenvalues=True)
             for board in boards:
                 board.add_figure(f"spectrum/{what}", figure, self.steps[-1])
@@ -293,7 +294,7 @@ class SpectrumLogger(L.Callback):
         arrays |= {what: torch.stack(values).numpy() for what, values in self.eigenvalues.items()}
         arrays |= {name: np.array(values) for name, values in self.measures.items()}
         if self.prediction is not None and "cross_correlation" in self.eigenvalues:
-            arrays["cross_correlation/predicted"] = self._predicted(self.times).numpy()
+            arrays["cross_correlation/predicted"] = self.predicted(self.times).numpy()
         partial = self.directory / "spectrum.npz.partial"
         with partial.open("wb") as file:
             np.savez(file, **arrays)

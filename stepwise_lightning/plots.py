@@ -13,6 +13,7 @@ from matplotlib.ticker import LogLocator, NullFormatter
 from numpy.typing import NDArray
 
 Array = NDArray[np.float64]
+_TIME = "time  (learning rate × step)"
 
 
 @dataclass
@@ -75,6 +76,56 @@ def trajectories_figure(
     return figure
 
 
+def alignment_figure(runs: list[Trajectory], alignments: list[dict[str, Array]], title: str, note: str = "") -> Figure:
+    """Draw eigenvalues above alignments, in [0, 1], against log time, one column per run.
+
+    alignments: for each run, three of them by name, the baseline last: (T,), NaN where undefined.
+    """
+    figure = Figure(figsize=(6.2 * len(runs), 6.2), layout="constrained")
+    axes = figure.subplots(2, len(runs), sharex="col", sharey="row", squeeze=False)
+    for column, (run, values) in enumerate(zip(runs, alignments, strict=True)):
+        upper, lower = axes[:, column]
+        _draw_run(None, upper, run)
+        upper.set(title=run.title, xlabel="")
+        for (name, alignment), colour in zip(values.items(), ("tab:blue", "tab:orange", "0.6"), strict=True):
+            lower.plot(run.times, alignment, color=colour, linewidth=2.2, label=name)
+        lower.set(ylim=(0, 1.03), xlabel=_TIME)
+        lower.spines[["top", "right"]].set_visible(False)
+    axes[0, 0].set_ylabel("eigenvalues of C; dashed: theory")
+    axes[1, 0].set_ylabel("alignment with the closed form")
+    axes[1, 0].legend(loc="lower right")
+    figure.suptitle(title)
+    if note:
+        figure.supxlabel(note, fontsize="small", color="0.3")
+    return figure
+
+
+def eigenfunctions_figure(runs: list[Trajectory], extremes: list[list[Array]], title: str, note: str = "") -> Figure:
+    """Draw eigenvalues against log time, one column per run, above the images at both ends of its first eigenfunctions.
+
+    extremes: for each run and mode, images (2k, h, w, 3) in [0, 1], the k lowest before the k highest.
+    """
+    rows = len(extremes[0])
+    figure = Figure(figsize=(6.2 * len(runs), 3.4 + 0.72 * rows), layout="constrained")
+    axes = figure.subplots(1 + rows, len(runs), squeeze=False, height_ratios=[4.5] + [1.0] * rows)
+    for column, (run, images_of) in enumerate(zip(runs, extremes, strict=True)):
+        _draw_run(None, axes[0, column], run)
+        axes[0, column].set_title(run.title)
+        for mode, images in enumerate(images_of):
+            axis, half = axes[1 + mode, column], len(images) // 2
+            gap = np.ones((images.shape[1], images.shape[2] // 2, 3))
+            axis.imshow(np.concatenate([*images[:half], gap, *images[half:]], axis=1), interpolation="nearest")
+            axis.set(xticks=[], yticks=[], ylabel=mode + 1)
+            axis.spines[:].set_visible(False)
+    axes[0, 0].set_ylabel("eigenvalues of C; dashed: theory")
+    for axis in axes[1]:
+        axis.set_title("lowest" + 48 * " " + "highest", fontsize="small")
+    figure.suptitle(title)
+    if note:
+        figure.supxlabel(note, fontsize="small", color="0.3")
+    return figure
+
+
 def spectra_figure(times: Array, eigenvalues: Array, chosen: Array, title: str = "") -> Figure:
     """Draw the whole spectrum, eigenvalue against mode, at chosen times: each is drawn at the nearest sample.
 
@@ -92,7 +143,7 @@ def spectra_figure(times: Array, eigenvalues: Array, chosen: Array, title: str =
         axis.set_xscale("log")
     else:
         axis.set_xticks(modes)
-    axis.legend(title="time  (learning rate × step)", frameon=False, fontsize="small")
+    axis.legend(title=_TIME, frameon=False, fontsize="small")
     axis.spines[["top", "right"]].set_visible(False)
     return figure
 
@@ -127,32 +178,35 @@ def mode_colours(count: int) -> list[tuple[float, float, float, float]]:
     return [tuple(colour) for colour in matplotlib.colormaps["viridis"](np.linspace(0, 0.9, count))]
 
 
-def _draw_run(loss_axis: Axes, eigenvalue_axis: Axes, run: Trajectory) -> None:
+def _draw_run(loss_axis: Axes | None, eigenvalue_axis: Axes, run: Trajectory) -> None:
     colours = mode_colours(run.eigenvalues.shape[1])
+    axes = [axis for axis in (loss_axis, eigenvalue_axis) if axis is not None]
     shown = run.times > 0  # time 0 has no place on a logarithmic axis
     times = run.times[shown]
-    loss_axis.plot(times, run.losses[shown], color="tab:red", linewidth=2.2)
+    dashed: dict[str, Any] = {"color": "black", "linewidth": 1.1, "linestyle": "--"}
+    if loss_axis is not None:
+        loss_axis.plot(times, run.losses[shown], color="tab:red", linewidth=2.2)
+        if run.theory_losses is not None:
+            loss_axis.plot(times, run.theory_losses[shown], **dashed)
+        loss_axis.set_title(run.title)
     for values, colour in zip(run.eigenvalues[shown].T, colours, strict=True):
         eigenvalue_axis.plot(times, values, color=colour, linewidth=2.2)
-    dashed: dict[str, Any] = {"color": "black", "linewidth": 1.1, "linestyle": "--"}
-    if run.theory_losses is not None:
-        loss_axis.plot(times, run.theory_losses[shown], **dashed)
     if run.theory_eigenvalues is not None:
         eigenvalue_axis.plot(times, run.theory_eigenvalues[shown], **dashed)
     for time, colour in zip(run.step_times if run.step_times is not None else (), colours, strict=False):
         if np.isfinite(time):
-            for axis in (loss_axis, eigenvalue_axis):
+            for axis in axes:
                 axis.axvline(time, color=colour, linewidth=0.9, linestyle=":", zorder=0)
-    loss_axis.set_title(run.title)
-    loss_axis.set_xscale("log")
-    loss_axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    loss_axis.xaxis.set_major_formatter("{x:g}")
-    loss_axis.xaxis.set_minor_formatter(NullFormatter())
-    loss_axis.set_ylim(bottom=0)
-    eigenvalue_axis.set_xlabel("time  (learning rate × step)")
+    eigenvalue_axis.set_xscale("log")
+    eigenvalue_axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    eigenvalue_axis.xaxis.set_major_formatter("{x:g}")
+    eigenvalue_axis.xaxis.set_minor_formatter(NullFormatter())
+    eigenvalue_axis.set_xlabel(_TIME)
     # Start where the first mode begins to rise: before that nothing is to be seen.
     top = run.eigenvalues[shown].max(1)
     visible = times[top > 0.01 * top.max()]
     eigenvalue_axis.set_xlim(0.5 * visible[0] if len(visible) else times[0], times[-1])
-    for axis in (loss_axis, eigenvalue_axis):
+    if loss_axis is not None:
+        loss_axis.set_ylim(bottom=0)
+    for axis in axes:
         axis.spines[["top", "right"]].set_visible(False)

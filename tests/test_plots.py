@@ -3,7 +3,14 @@
 import numpy as np
 import pytest
 
-from stepwise_lightning.plots import Trajectory, embedding_figure, spectra_figure, trajectories_figure
+from stepwise_lightning.plots import (
+    Trajectory,
+    alignment_figure,
+    eigenfunctions_figure,
+    embedding_figure,
+    spectra_figure,
+    trajectories_figure,
+)
 
 
 def growth(rates: np.ndarray) -> Trajectory:
@@ -53,3 +60,23 @@ def test_embeddings_are_shown_in_the_components_of_the_last(dimensions):
     eigenvalues = np.linalg.eigvalsh(np.cov(last.T, bias=True))[::-1][:3]
     np.testing.assert_allclose(end.var(1)[: len(eigenvalues)], eigenvalues, rtol=1e-10)
     assert figure.axes[0].get_xlim() == figure.axes[1].get_zlim()
+
+
+def test_alignments_lie_below_the_eigenvalues_they_belong_to():
+    runs = [growth(np.array([8.0, 4, 2])), growth(np.array([9.0, 5, 1]))]
+    values = {"first": runs[0].times / 10, "second": runs[0].times / 20, "baseline": 0 * runs[0].times}
+    figure = alignment_figure(runs, [values, values], title="alignments")
+    lines = figure.axes[2].lines
+    assert [line.get_label() for line in lines] == list(values)
+    np.testing.assert_array_equal(lines[1].get_ydata(), values["second"])
+    assert figure.axes[2].get_ylim()[0] == 0 and figure.axes[0].get_shared_x_axes().joined(*figure.axes[::2])
+
+
+def test_the_images_at_both_ends_of_a_mode_stand_in_order():
+    runs = [growth(np.array([8.0, 4, 2]))]
+    images = np.random.default_rng(0).random((3, 4, 5, 6, 3))
+    figure = eigenfunctions_figure(runs, [list(images)], title="modes")
+    shown = np.asarray(figure.axes[2].images[0].get_array())
+    assert shown.shape == (5, 4 * 6 + 3, 3)
+    np.testing.assert_array_equal(shown[:, :6], images[1, 0])
+    np.testing.assert_array_equal(shown[:, -6:], images[1, 3])

@@ -111,7 +111,10 @@ def test_bad_input_is_one_line_status_2_and_nothing_written_over(arguments, mess
 def test_front_door(capsys):
     assert main([]) == 0 and "linear_model" in capsys.readouterr().out
     assert main(["fig1"]) == 2
-    assert capsys.readouterr().err == "error: unknown figure 'fig1'; choose from: linear_model, three_losses\n"
+    assert (
+        capsys.readouterr().err
+        == "error: unknown figure 'fig1'; choose from: linear_model, three_losses, kernel_mlp, kernel_pca\n"
+    )
 
 
 def test_as_a_script_from_anywhere(tmp_path):

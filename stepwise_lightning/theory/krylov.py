@@ -120,7 +120,7 @@ def _block_lanczos(
                 rest = rest - vectors @ (products_of.T @ rest)
             block, images, coupling = _orthonormalised(rest, products.times(rest), _ROUND_OFF * float(ritz.abs().max()))
             residuals = (coupling @ coordinates[-applied.shape[1] :]).norm(dim=0)
-            bar.set_postfix_str(f"residual {float(residuals.max() / ritz.abs().max()):.1e}")
+            bar.set_postfix_str(f"residual {float(residuals.max() / ritz.abs().max()):.1e}", refresh=False)
             enough = len(ritz) == count and bool((residuals <= tolerance * ritz.abs().max()).all())
             if enough or block.shape[1] == 0 or vectors.shape[1] >= products.size:
                 return ritz, vectors @ coordinates, residuals
