@@ -145,3 +145,25 @@ def test_three_losses_step_and_their_controls_do_not(tmp_path):
     assert main([*arguments, "--resume"]) == 0  # nothing is trained again
     after = (tmp_path / "three_losses/tensorboard/vicreg_small_seed0/version_0/spectrum.npz").stat().st_mtime_ns
     assert before == after
+
+
+def test_kernel_pca_claims_hold(tmp_path):
+    assert main(["kernel_pca", "--profile", "smoke", "--seeds", "0", "--out", str(tmp_path)]) == 0
+    document = json.loads((tmp_path / "kernel_pca" / "claims.json").read_text(encoding="utf-8"))
+    assert {claim["name"] for claim in document["claims"]} == {
+        "rbf_training", "rbf_held_out", "relu_training", "relu_held_out"
+    }  # fmt: skip
+    with (tmp_path / "kernel_pca" / "data.csv").open(newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["quantity"] == "eigenvalue" and row["kernel"] == "RBF"]
+    assert all(abs(float(row["experiment"]) - float(row["theory"])) < 1e-3 for row in rows[-2:])
+    with Image.open(tmp_path / "kernel_pca" / "figure.png") as figure:
+        assert figure.size[0] > 1000
+
+
+@pytest.mark.slow
+def test_kernel_mlp_claims_hold(tmp_path):
+    assert main(["kernel_mlp", "--profile", "smoke", "--seeds", "0", "--out", str(tmp_path)]) == 0
+    document = json.loads((tmp_path / "kernel_mlp" / "claims.json").read_text(encoding="utf-8"))
+    assert [run["variant"] for run in document["runs"]] == ["lazy", "rich"]
+    # The network at initialisation says less of the rich run, whose kernel changes.
+    assert document["runs"][1]["largest_step_time_error"] > document["runs"][0]["largest_step_time_error"]
