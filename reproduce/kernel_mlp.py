@@ -41,7 +41,7 @@ PROFILES: dict[str, dict[str, Any]] = {
     "cpu": dict(num_pairs=50, crop_size=20, dim=10, width=2048, steps=7000, most_untrained=0.6),
 }
 # 4 × learning rate × γ_1 at initialisation. In the rich variant γ grows during training, by a factor of about ten.
-RELATIVE_RATES = {"lazy": 0.25, "rich": 0.05}
+RELATIVE_RATES = {"lazy": 0.25, "rich": 0.02}
 LAST_LAYER, ALL_WEIGHTS = 1e-4, 0.1
 # Modes whose eigenvalue of C is above this are learned: it ends at 1.
 LEARNED = 0.5
