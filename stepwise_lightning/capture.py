@@ -52,7 +52,8 @@ def capture(
     def keep(_module: nn.Module, _inputs: Any, output: Any, name: str) -> None:
         if not isinstance(output, Tensor) or output.ndim < 2:
             raise ValueError(f"the output of {name or 'the module'!r} is no (n, …) tensor but {type(output).__name__}")
-        outputs[name].append(output.detach().flatten(1))
+        # A copy: an in-place activation further on would write into the tensor itself.
+        outputs[name].append(output.detach().flatten(1).clone())
 
     hooks = [module.get_submodule(name).register_forward_hook(partial(keep, name=name)) for name in watch]
     try:

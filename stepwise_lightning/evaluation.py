@@ -12,19 +12,22 @@ from typing import Any
 import lightning as L
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, normalize, one_hot
+from torch.nn.functional import cross_entropy, normalize
 from torchmetrics.classification import MulticlassAccuracy
 from tqdm import tqdm
 
 from stepwise_lightning.capture import capture, check_watched, from_all_ranks
 
 REPRESENTATION = "encoder.backbone"
+# Entries of the table of similarities that k-NN holds at a time: 256 MB.
+_TABLE = 2**26
 
 
 class _Evaluation(L.Callback):
     """Accuracy on labelled validation and test batches (x, label); a subclass adds ``_scores(features)``.
 
-    Labels below 0 mean unknown and are left out. Accuracies are of all processes together.
+    Labels below 0 mean unknown and are left out. Accuracies are of all processes together; where these do not divide
+    the number of images, Lightning counts a few twice.
     """
 
     tag: str
@@ -34,6 +37,7 @@ class _Evaluation(L.Callback):
             raise ValueError(f"num_classes must be at least 2, got {num_classes}")
         self.watch, self.num_classes = watch, num_classes
         self._accuracies: dict[str, MulticlassAccuracy] = {}
+        self._num_labels = 0
 
     @property
     def state_key(self) -> str:
@@ -56,21 +60,35 @@ class _Evaluation(L.Callback):
         }
 
     def _start(self, pl_module: L.LightningModule) -> None:
+        self._num_labels = 0
         for accuracy in self._accuracies.values():
             accuracy.to(pl_module.device).reset()
 
     def _update(self, pl_module: L.LightningModule, batch: Sequence[Tensor]) -> None:
-        known = batch[1] >= 0
+        known = self._known(batch[1])
         if known.any():
+            self._num_labels += int(known.sum())
             scores = self._scores(self._features(pl_module, batch[0][known]))
             for accuracy in self._accuracies.values():
                 accuracy.update(scores, batch[1][known])
 
     def _finish(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         stage = "test" if trainer.testing else "val"
+        if not from_all_ranks(pl_module, torch.tensor(self._num_labels, device=pl_module.device)).any():
+            raise ValueError(
+                f"{type(self).__name__} cannot be right or wrong: no {stage} image has a label of at least 0"
+            )
         for name, accuracy in self._accuracies.items():
             # computed over all processes already; sync_dist only tells Lightning so
             pl_module.log(f"{stage}/{name}", accuracy.compute(), prog_bar=name.endswith("1"), sync_dist=True)
+
+    def _known(self, labels: Tensor) -> Tensor:
+        if len(labels) and labels.max() >= (self.num_classes or 0):
+            raise ValueError(
+                f"{type(self).__name__} got the label {int(labels.max())}, but there are {self.num_classes} classes, "
+                "counted from 0: give the right num_classes"
+            )
+        return labels >= 0
 
     def _features(self, pl_module: L.LightningModule, x: Tensor) -> Tensor:
         return capture(pl_module, [x], [self.watch], running_statistics=True)[self.watch][0].float()
@@ -123,9 +141,9 @@ class OnlineLinearProbe(_Evaluation):
         num_classes: None for the number of ``trainer.datamodule.class_names``.
         learning_rate: of Adam.
 
-    Raises (when training or evaluation starts):
-        ValueError: unknown submodule, no classes, no labels in the training batches, or an evaluation without a
-            trained probe.
+    Raises (when training or evaluation starts, the last three while it runs):
+        ValueError: unknown submodule, no classes, a checkpoint of other classes, no labels in the training batches, an
+            evaluation without a trained probe or without labels, or labels beyond the classes.
 
     """
 
@@ -147,10 +165,21 @@ class OnlineLinearProbe(_Evaluation):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue with the probe of a checkpoint."""
         if state_dict:
-            self._build(*reversed(state_dict["probe"]["1.weight"].shape))
+            num_classes, in_features = state_dict["probe"]["1.weight"].shape
+            if self.num_classes not in (None, num_classes):
+                raise ValueError(
+                    f"the checkpoint's linear probe knows {num_classes} classes, but the data have {self.num_classes}: "
+                    "use the data it was trained on"
+                )
+            self._build(in_features, num_classes)
             assert self._probe is not None
             self._probe.load_state_dict(state_dict["probe"])
             self._optimizer.load_state_dict(state_dict["optimizer"])
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Move a probe that has been restored, or used in an evaluation, with its optimiser's state."""
+        if self._probe is not None:
+            self._to(pl_module.device)
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -161,15 +190,15 @@ class OnlineLinearProbe(_Evaluation):
             raise ValueError("OnlineLinearProbe needs labels, int64, (n,), as the last item of a training batch")
         if trainer.world_size > 1:
             features, labels = (from_all_ranks(pl_module, part).flatten(0, 1) for part in (features, labels))
-        features, labels = features[labels >= 0], labels[labels >= 0]
+        known = self._known(labels)
+        features, labels = features[known], labels[known]
         if len(labels) < 2:  # nothing to standardise
             return
         if self._probe is None:
             assert self.num_classes is not None
             self._build(features.shape[1], self.num_classes)
-        assert self._probe is not None
-        if self._probe[1].weight.device != features.device:
             self._to(features.device)
+        assert self._probe is not None
         with torch.enable_grad():
             loss = cross_entropy(self._probe.train()(features), labels)
             self._optimizer.zero_grad()
@@ -216,8 +245,9 @@ class OnlineKNN(_Evaluation):
         temperature: of their votes.
         num_classes: None for the number of ``trainer.datamodule.class_names``.
 
-    Raises (when training or evaluation starts):
-        ValueError: unknown submodule, no classes, or a datamodule without ``labelled_train_dataloader()``.
+    Raises (when training or evaluation starts, the last two while it runs):
+        ValueError: unknown submodule, no classes, a datamodule without ``labelled_train_dataloader()``, no labels, or
+            labels beyond the classes.
 
     """
 
@@ -248,19 +278,29 @@ class OnlineKNN(_Evaluation):
         for x, label in tqdm(
             loader, "embedding training images", leave=False, delay=2, disable=trainer.global_rank > 0
         ):
+            x = trainer.precision_plugin.convert_input(x)  # as Lightning does with its own batches
             features.append(normalize(self._features(pl_module, x.to(pl_module.device))))
             labels.append(label.to(pl_module.device))
+        if not any(self._known(label).any() for label in labels):
+            raise ValueError(
+                "OnlineKNN has nothing to compare with: labelled_train_dataloader() gave no labelled image"
+            )
         bank, answers = torch.cat(features), torch.cat(labels)
         if trainer.world_size > 1:  # dealt out in turn, so that the order is that of one process
             bank, answers = (from_all_ranks(pl_module, part).transpose(0, 1).flatten(0, 1) for part in (bank, answers))
-        self._bank, self._answers = bank[: len(loader.dataset)], answers[: len(loader.dataset)]
+        bank, answers = bank[: len(loader.dataset)], answers[: len(loader.dataset)]
+        self._bank, self._answers = bank[answers >= 0], answers[answers >= 0]
 
     def _finish(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         super()._finish(trainer, pl_module)
         del self._bank, self._answers  # room for training
 
     def _scores(self, features: Tensor) -> Tensor:
+        rows = max(1, _TABLE // len(self._bank))
+        return torch.cat([self._votes(part) for part in normalize(features).split(rows)])
+
+    def _votes(self, features: Tensor) -> Tensor:
         assert self.num_classes is not None
-        similarity, nearest = (normalize(features) @ self._bank.T).topk(min(self.k, len(self._bank)))
+        similarity, nearest = (features @ self._bank.T).topk(min(self.k, len(self._bank)))
         votes = ((similarity - 1) / self.temperature).exp()  # at most 1, in the same proportions
-        return (one_hot(self._answers[nearest], self.num_classes) * votes[..., None]).sum(1)
+        return votes.new_zeros(len(features), self.num_classes).scatter_add_(1, self._answers[nearest], votes)

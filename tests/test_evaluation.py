@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import lightning as L
 import numpy as np
@@ -10,8 +11,9 @@ import pytest
 import torch
 from PIL import Image
 
-from stepwise_lightning import TwoViewDataModule, VICReg
-from stepwise_lightning.encoders import Encoder
+from stepwise_lightning import TwoViewDataModule, VICReg, evaluation
+from stepwise_lightning.cli import main
+from stepwise_lightning.encoders import MLP, Encoder
 from stepwise_lightning.evaluation import OnlineKNN, OnlineLinearProbe
 
 
@@ -154,6 +156,133 @@ def test_top5_is_logged_where_it_says_something(tmp_path: Path) -> None:
     module, data = VICReg(Encoder(4), learning_rate=1e-3), TwoViewDataModule("photos", "weak", 8)
     (metrics,) = running.validate(module, data, verbose=False)
     assert 0.125 < metrics["val/knn_top1"] < metrics["val/knn_top5"] <= 1
+
+
+@pytest.mark.parametrize("precision", ["64-true", "bf16-true"])
+def test_other_precisions(folder: str, precision: str) -> None:
+    running = fit(folder, [OnlineLinearProbe(), OnlineKNN(k=5)], 1, precision=precision, limit_train_batches=2)
+    assert {"val/probe_top1", "val/knn_top1"} <= set(running.callback_metrics)
+
+
+def test_votes_in_blocks_are_those_of_one_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    neighbours, generator = OnlineKNN(k=4, num_classes=3), torch.Generator().manual_seed(0)
+    neighbours._bank = torch.nn.functional.normalize(torch.randn(10, 6, generator=generator))
+    neighbours._answers = torch.randint(3, (10,), generator=generator)
+    features = torch.randn(7, 6, generator=generator)
+    whole, sizes = neighbours._scores(features), []
+    monkeypatch.setattr(evaluation, "_TABLE", 25)  # two rows of ten
+    votes = neighbours._votes
+    monkeypatch.setattr(neighbours, "_votes", lambda part: sizes.append(len(part)) or votes(part))
+    torch.testing.assert_close(neighbours._scores(features), whole)
+    assert sizes == [2, 2, 2, 1]
+
+
+def test_the_optimiser_follows_a_probe_that_an_evaluation_has_moved() -> None:
+    probe = OnlineLinearProbe(num_classes=2)
+    probe._build(3, 2)
+    probe._probe(torch.ones(2, 3)).sum().backward()
+    probe._optimizer.step()
+    probe._probe.double()  # stands for a move to a GPU: the same parameters, with other tensors inside
+    probe.on_train_start(None, SimpleNamespace(device=torch.device("cpu")))
+    assert {state["exp_avg"].dtype for state in probe._optimizer.state.values()} == {torch.float64}
+
+
+class Rows(L.LightningDataModule):
+    """Points of labelled classes that lie apart; −1 lies with class 0."""
+
+    def __init__(self, train: list[int], val: list[int], bank: list[int] | None = None, num_classes: int = 2) -> None:
+        super().__init__()
+        self.train, self.val, self.bank = train, val, train if bank is None else bank
+        self.class_names = [str(number) for number in range(num_classes)]
+
+    def loader(self, labels: list[int], views: int) -> torch.utils.data.DataLoader:
+        y = torch.tensor(labels, dtype=torch.long)
+        x = torch.randn(len(y), 6, generator=torch.Generator().manual_seed(0)) + 3 * y.clamp(min=0)[:, None]
+        return torch.utils.data.DataLoader(torch.utils.data.TensorDataset(*[x] * views, y), 8)
+
+    def train_dataloader(self) -> torch.utils.data.DataLoader:
+        return self.loader(self.train, 2)
+
+    def val_dataloader(self) -> torch.utils.data.DataLoader:
+        return self.loader(self.val, 1)
+
+    def labelled_train_dataloader(self) -> torch.utils.data.DataLoader:
+        return self.loader(self.bank, 1)
+
+
+def rows(callback: L.Callback, data: Rows) -> L.Trainer:
+    running = trainer([callback], 1)
+    running.fit(VICReg(MLP(6, [4], 3), learning_rate=1e-3), datamodule=data)
+    return running
+
+
+LABELS = {
+    "no held-out label": (Rows([0, 1] * 8, [-1] * 8), "cannot be right or wrong: no val image has a label"),
+    "label beyond the classes": (Rows([0, 2] * 8, [0, 1] * 4), "label 2, but there are 2 classes, counted from 0"),
+}
+
+
+@pytest.mark.parametrize(("data", "message"), LABELS.values(), ids=LABELS)
+@pytest.mark.parametrize("kind", [OnlineLinearProbe, OnlineKNN])
+def test_labels_that_cannot_be_counted_are_refused(kind: type, data: Rows, message: str) -> None:
+    with pytest.raises(ValueError, match=f"^{kind.__name__} .*{message}"):
+        rows(kind(watch="encoder.1"), data)
+
+
+def test_a_bank_needs_labels_and_drops_what_has_none() -> None:
+    for bank in ([], [-1] * 8):
+        with pytest.raises(ValueError, match="nothing to compare with: labelled_train_dataloader.. gave no labelled"):
+            rows(OnlineKNN("encoder.1"), Rows([0, 1] * 8, [0, 1] * 4, bank))
+    some, all_known = (
+        rows(OnlineKNN("encoder.1", k=1), Rows([0, 1] * 8, [0, 1] * 4, bank)).callback_metrics["val/knn_top1"]
+        for bank in ([0, 1] * 8 + [-1] * 8, [0, 1] * 8)
+    )
+    assert some == all_known > 0.5
+
+
+def test_training_without_a_single_label_leaves_no_probe_to_evaluate() -> None:
+    with pytest.raises(ValueError, match="the linear probe has seen no labelled image"):
+        rows(OnlineLinearProbe("encoder.1"), Rows([-1] * 16, [0, 1] * 4))
+
+
+def test_a_checkpoint_of_other_classes_is_refused(tmp_path: Path) -> None:
+    running = rows(OnlineLinearProbe("encoder.1"), Rows([0, 1] * 8, [0, 1] * 4))
+    running.save_checkpoint(tmp_path / "two.ckpt")
+    data = Rows([0, 1] * 8, [0, 1] * 4, num_classes=3)
+    with pytest.raises(ValueError, match="knows 2 classes, but the data have 3: use the data it was trained on"):
+        trainer([OnlineLinearProbe("encoder.1")]).validate(
+            running.lightning_module, data, ckpt_path=tmp_path / "two.ckpt", weights_only=True
+        )
+
+
+# Lightning, of the ModelCheckpoint in a run's configuration when that run is evaluated.
+@pytest.mark.filterwarnings("ignore:The dirpath has changed from")
+def test_the_command_line_trains_and_then_evaluates(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    callbacks = [
+        "stepwise_lightning.evaluation.OnlineLinearProbe",
+        "stepwise_lightning.evaluation.OnlineKNN",
+        "lightning.pytorch.callbacks.ModelCheckpoint",
+    ]
+    lines = "".join(f"    - class_path: {name}\n" for name in callbacks)
+    (tmp_path / "mine.yaml").write_text(f"trainer:\n  max_steps: 2\n  callbacks:\n{lines}")
+    config = Path(__file__).parent.parent / "configs" / "vicreg_photos.yaml"
+
+    def stepwise(*arguments: str) -> str:
+        monkeypatch.setattr(sys, "argv", ["stepwise", *arguments, "--trainer.enable_progress_bar=false"])
+        main()
+        return capsys.readouterr().out
+
+    stepwise("fit", f"--config={config}", "--config=mine.yaml")
+    (checkpoint,) = tmp_path.glob("runs/*/version_0/checkpoints/*.ckpt")
+    run = checkpoint.parent.parent / "config.yaml"
+    for command, stage in (("validate", "val"), ("test", "test")):
+        shown = stepwise(command, f"--config={run}", f"--ckpt_path={checkpoint}")
+        assert all(f"{stage}/{name}" in shown for name in ("probe_top1", "probe_top5", "knn_top1", "knn_top5"))
+    with pytest.raises(SystemExit, match="the linear probe has seen no labelled image.*--ckpt_path"):
+        stepwise("validate", f"--config={run}")
 
 
 def test_what_cannot_be_is_refused(folder: str, tmp_path: Path) -> None:

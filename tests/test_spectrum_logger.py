@@ -133,6 +133,13 @@ def test_capture_uses_the_batch_s_statistics_and_leaves_no_trace():
     assert all(part.track_running_stats for part in module.modules() if isinstance(part, nn.BatchNorm1d))
 
 
+def test_what_was_captured_is_not_overwritten_further_on():
+    net = nn.Sequential(nn.Linear(4, 3), nn.ReLU(inplace=True))
+    x = torch.randn(5, 4, generator=torch.Generator().manual_seed(0))
+    found = capture(net, [x], ["0"])["0"][0]
+    assert found.min() < 0 and torch.equal(found, net[0](x))
+
+
 def test_batch_statistics_restores_after_an_error():
     module = Classifier()
     with pytest.raises(RuntimeError), batch_statistics(module):
