@@ -27,8 +27,9 @@ format: $(VENV)/.installed-dev
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-benchmark: $(VENV)/.installed
-	$(BIN)/python benchmarks/linear.py
+benchmark: $(VENV)/.installed  ## ratios against their limits; every script runs, whatever the others find
+	@status=0; for script in linear training views kernel; do \
+		$(BIN)/python benchmarks/$$script.py || status=1; done; exit $$status
 
 clean:
 	rm -rf $(VENV) results runs

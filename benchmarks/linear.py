@@ -20,7 +20,7 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.loggers import TensorBoardLogger
-from timing import Stopwatch, within
+from timing import Stopwatch, alternate, within
 
 from reproduce.common import quiet_lightning
 from stepwise_lightning import BarlowTwins, FixedCropPairs, LinearEncoder, SpectrumLogger
@@ -97,8 +97,7 @@ def main() -> int:
             "figure": lambda p=pairs, r=rate: lightning_run(p, r, options.steps, everything=True),
             "theory": lambda t=theory: closed_form(t),
         }
-        rounds = [{name: run() for name, run in timed.items()} for _ in range(options.rounds + 1)][1:]  # one warm-up
-        seconds = {name: statistics.median(r[name] for r in rounds) for name in timed}
+        seconds = {name: statistics.median(values) for name, values in alternate(timed, options.rounds).items()}
         training = seconds["figure"] / options.steps * STEPS
         ratios = {
             "Lightning step / bare step": (seconds["trainer"] / seconds["bare"], 3),

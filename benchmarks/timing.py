@@ -2,21 +2,60 @@
 
 from __future__ import annotations
 
+import statistics
 import time
+from collections.abc import Callable, Mapping
 
 import lightning as L
+import torch
 
 
 class Stopwatch(L.Callback):
-    """Seconds from the first to the last training step, set-up left out."""
+    """Seconds from the first to the last training step, set-up left out.
+
+    Args:
+        skip: leave out so many steps too, in which workers start and kernels are chosen.
+
+    """
+
+    def __init__(self, skip: int = 0) -> None:
+        self.skip = skip
 
     def on_train_start(self, *_: object) -> None:
         """Start."""
-        self._start = time.perf_counter()
+        self._start = _now()
+
+    def on_train_batch_end(self, trainer: L.Trainer, *_: object) -> None:
+        """Start anew after the steps that do not count."""
+        if trainer.global_step == self.skip:
+            self._start = _now()
 
     def on_train_end(self, *_: object) -> None:
         """Stop, before other callbacks write their results."""
-        self.seconds = time.perf_counter() - self._start
+        self.seconds = _now() - self._start
+
+
+def _now() -> float:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def alternate(timed: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
+    """Return the seconds of each competitor in each round; a first round to warm up does not count.
+
+    Every other round is run backwards, so that none always follows the same other.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in timed}
+    for index in range(rounds + 1):
+        for name in list(timed)[:: -1 if index % 2 else 1]:
+            seconds[name].append(timed[name]())
+    return {name: values[1:] for name, values in seconds.items()}
+
+
+def ratio(one: list[float], other: list[float]) -> float:
+    """Return the median over the rounds of one / other, so that drift of the machine cancels."""
+    return statistics.median(a / b for a, b in zip(one, other, strict=True))
 
 
 def within(name: str, ratio: float, limit: float | None = None, least: bool = False) -> bool:

@@ -1,14 +1,15 @@
 """What watching and Lightning cost when networks are trained, as ratios measured in one run: ``make benchmark``.
 
-1. Spectrum logging, all of it, as a share of training time: limit 1 % for 64 and 512 dimensions, 3 % for 2048, over
-   5000 steps of 512 pairs, the shortest run that the GPU configurations are meant for. A step and a measurement (256
-   pairs, the default) are timed with ResNet-18 at 32×32; a step is timed with 64 pairs, and counts eight times.
-2. A training step with our module, data and Trainer against a bare loop over the same encoder, loss and loader:
-   ResNet-18 at 32×32 (limit 1.05), and the small ResNet at 16×16, whose steps are so short that the overhead shows.
-3. Images per second of two augmented views against lightly's transforms of equal strength (at least 1).
-4. Where there is a GPU: ResNet-50 at 32×32, 512 pairs, mixed precision: images per second, utilisation, logging.
+1. A training step with our module, data and Trainer against a bare loop over the same encoder, loss and loader:
+   ResNet-18 at 32×32 (limit 1.05), and the small ResNet at 16×16, whose steps are so short that the overhead shows;
+   there, beside it, a plain LightningModule in a Trainer with nothing attached.
+2. Spectrum logging, all of it, as a share of the training time of that ResNet-18: limit 1 % for 64 and 512 dimensions,
+   3 % for 2048, over 5000 steps of 512 pairs, the shortest run that the GPU configurations are meant for. The step is
+   timed with 64 pairs and counts eight times. The logger embeds 256 pairs (the default) at each measurement; that,
+   and the rest of a measurement, are timed apart, and the figures are counted as if they were drawn each time.
+3. Where there is a GPU: ResNet-50 at 32×32, 512 pairs, mixed precision: images per second, utilisation, logging.
 
-Competitors alternate, and medians over the rounds are compared, so that drift of the machine cancels.
+Competitors alternate, and the median ratio of the rounds counts, so that drift of the machine cancels.
 """
 
 from __future__ import annotations
@@ -17,24 +18,28 @@ import argparse
 import platform
 import statistics
 import sys
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from itertools import count, islice
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import lightning as L
 import torch
 from lightning.pytorch.loggers import TensorBoardLogger
-from timing import Stopwatch, within
+from timing import Stopwatch, alternate, ratio, within
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, TensorDataset
 
 from reproduce.common import quiet_lightning
 from stepwise_lightning import BarlowTwins, SpectrumLogger, TwoViewDataModule
+from stepwise_lightning.capture import capture
 from stepwise_lightning.encoders import Encoder
+from stepwise_lightning.images import ImageSet
 from stepwise_lightning.schedule import log_spaced_steps
 
-RUN_STEPS, RUN_PAIRS = 5000, 512
+RUN_STEPS, RUN_PAIRS, BATCH = 5000, 512, 64
 
 
 class TimedLogger(SpectrumLogger):
@@ -64,203 +69,207 @@ class TimedLogger(SpectrumLogger):
 class Plain(L.LightningModule):
     """The same step, written as in Lightning's tutorials: what Lightning costs without us."""
 
-    def __init__(self, module: BarlowTwins) -> None:
+    def __init__(self, method: BarlowTwins) -> None:
         super().__init__()
-        self.encoder, self.method = module.encoder, [module]  # a list hides it from Lightning
+        self.encoder, self.method = method.encoder, [method]  # a list hides it from Lightning
 
     def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
         """Return the loss."""
         return self.method[0].loss(self.encoder(batch[0]), self.encoder(batch[1]))
+
+    def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:
+        """Do nothing; without it, Lightning warns of the held-out images."""
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Return the same SGD."""
         return torch.optim.SGD(self.parameters(), lr=1e-3, momentum=0.9)
 
 
-def module(backbone: str, dim: int = 64) -> BarlowTwins:
+class Embedded(L.LightningModule):
+    """A module whose inputs are the embeddings: measuring it costs all but a network's forward pass."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(dim))
+
+    def forward(self, z: Tensor) -> Tensor:
+        """Return the embeddings."""
+        return z * self.scale
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        """Let them shrink."""
+        return self(batch[0]).square().mean()
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """Return plain SGD."""
+        return torch.optim.SGD(self.parameters(), lr=1e-3)
+
+
+def new_module(backbone: str, dim: int = 64) -> BarlowTwins:
     """Return the analytical model from a small start."""
     encoder = Encoder(dim, backbone, alpha=1e-3)
     return BarlowTwins(encoder, 1e-3, momentum=0.9, off_diagonal_weight=1.0, normalize=False, center=True)
 
 
-def photographs(image_size: int, batch: int, **settings: Any) -> TwoViewDataModule:
-    """Return the bundled photographs as two views."""
+def photographs(image_size: int, batch: int = BATCH, copies: int = 1, **settings: Any) -> TwoViewDataModule:
+    """Return the bundled photographs as two views, each so many times over."""
     data = TwoViewDataModule("photos", image_size=image_size, global_batch_size=batch, **settings)
     data.setup("fit")
+    train = data._images("train")
+    assert isinstance(train.images, Tensor)
+    data._sets["train"] = ImageSet(train.images.repeat(copies, 1, 1, 1), train.labels.repeat(copies), train.class_names)
     return data
 
 
-def train(model: L.LightningModule, data: TwoViewDataModule, steps: int, **settings: Any) -> float:
-    """Return seconds of training through a Trainer, set-up left out."""
-    watch = Stopwatch()
-    settings = {"accelerator": "cpu", "logger": False} | settings
-    callbacks = [watch, *settings.pop("callbacks", [])]
+def train(
+    model: L.LightningModule, steps: int, data: Any, *callbacks: L.Callback, skip: int = 1, **settings: Any
+) -> float:
+    """Return seconds a step of training through a Trainer, set-up and the first ``skip`` steps left out."""
+    watch = Stopwatch(skip)
     trainer = L.Trainer(
-        max_steps=steps, callbacks=callbacks, enable_checkpointing=False, enable_model_summary=False,
-        enable_progress_bar=False, limit_val_batches=0, **settings,
+        max_steps=steps + skip, callbacks=[watch, *callbacks], enable_checkpointing=False, enable_model_summary=False,
+        enable_progress_bar=False, limit_val_batches=0, **{"accelerator": "cpu", "logger": False} | settings,
     )  # fmt: skip
-    trainer.fit(model, datamodule=data)
-    return watch.seconds
+    trainer.fit(model, data)
+    return watch.seconds / steps
 
 
-def bare_loop(method: BarlowTwins, data: TwoViewDataModule, steps: int) -> float:
-    """Return seconds of the same training in a plain loop."""
-    optimizer = method.configure_optimizers()
-    batches = iter(data.train_dataloader())
-    start = time.perf_counter()
-    for _ in range(steps):
-        x1, x2, _ = next(batches)
+def endless(loader: Any) -> Iterator[Any]:
+    """Yield the batches of one epoch after the other."""
+    for epoch in count():
+        loader.sampler.set_epoch(epoch)
+        yield from loader
+
+
+def bare_loop(method: BarlowTwins, steps: int, data: TwoViewDataModule) -> float:
+    """Return seconds a step of the same training in a plain loop, the first step left out."""
+    optimizer = torch.optim.SGD(method.parameters(), lr=1e-3, momentum=0.9)
+    start = 0.0
+    for x1, x2, _ in islice(endless(data.train_dataloader()), 1 + steps):
         loss = method.loss(method(x1), method(x2))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
+        start = start or time.perf_counter()
+    return (time.perf_counter() - start) / steps
+
+
+def probe(method: BarlowTwins, data: TwoViewDataModule) -> float:
+    """Return seconds for embedding the 256 probe pairs."""
+    pairs = data.probe_pairs()
+    start = time.perf_counter()
+    capture(method, pairs, [""])
     return time.perf_counter() - start
 
 
-def medians(timed: dict[str, Callable[[], float]], rounds: int) -> dict[str, float]:
-    """Run all in turn, so many times, after one round to warm up; return the medians."""
-    results = [{name: run() for name, run in timed.items()} for _ in range(rounds + 1)][1:]
-    return {name: statistics.median(result[name] for result in results) for name in timed}
+def step_overhead(
+    backbone: str, size: int, steps: int, rounds: int, limit: float | None, plain: bool = False
+) -> tuple[bool, float, float]:
+    """Print our training step against a bare loop; return the verdict, and seconds of our step and of the probe."""
+    data = photographs(size)
+    timed: dict[str, Callable[[], float]] = {
+        "bare": lambda: bare_loop(new_module(backbone), steps, data),
+        "ours": lambda: train(new_module(backbone), steps, data),
+        "probe": lambda: probe(new_module(backbone), data),
+    }
+    if plain:
+        timed["plain"] = lambda: train(Plain(new_module(backbone)), steps, data)
+    rounds_of = alternate(timed, rounds)
+    bare, ours, forward = (statistics.median(rounds_of[name]) for name in ("bare", "ours", "probe"))
+    print(f"\n{backbone} at {size}×{size}, {BATCH} pairs; bare step {1e3 * bare:.1f} ms", flush=True)
+    ok = within(
+        f"our step / bare step ({1e3 * (ours - bare):+.1f} ms)", ratio(rounds_of["ours"], rounds_of["bare"]), limit
+    )
+    if plain:
+        extra = 1e3 * (statistics.median(rounds_of["plain"]) - bare)
+        within(f"plain Lightning / bare step ({extra:+.1f} ms)", ratio(rounds_of["plain"], rounds_of["bare"]))
+    return ok, ours, forward
 
 
-def logging_costs(dim: int, steps: int, **settings: Any) -> tuple[float, float, float]:
-    """Return seconds of a training step, of a measurement, and of the files and figures at the end."""
-    backbone, batch, size = (settings.pop(name) for name in ("backbone", "batch", "image_size"))
+def logging_costs(dim: int, measurements: int) -> tuple[float, float]:
+    """Return seconds of a measurement of 256 pairs, all but the forward pass, and of writing files and figures."""
+    generator = torch.Generator().manual_seed(0)
+    z1 = torch.randn(256, dim, generator=generator) / torch.arange(1, dim + 1)
+    z2 = z1 + 0.1 * torch.randn(256, dim, generator=generator) / torch.arange(1, dim + 1)
+    spectra = TimedLogger(probe=(z1, z2), num_points=100 * measurements)  # at every step
+    loader = DataLoader(TensorDataset(torch.ones(measurements, dim)))
     with TemporaryDirectory() as directory:
-        spectra = TimedLogger(num_points=steps + 2)
-        logger = TensorBoardLogger(directory)
-        data = photographs(size, batch)
-        seconds = train(module(backbone, dim), data, steps, logger=logger, callbacks=[spectra], **settings)
-    measurement = spectra.seconds / (len(spectra.steps) - 1)
-    return (seconds - spectra.seconds) / steps, measurement, max(spectra.final - measurement, 0.0)
+        train(
+            Embedded(dim), measurements, loader, spectra,
+            skip=0, logger=TensorBoardLogger(directory), log_every_n_steps=1,
+        )  # fmt: skip
+    assert len(spectra.steps) == measurements + 1
+    measurement = spectra.seconds / measurements
+    return measurement, max(spectra.final - measurement, 0.0)
 
 
-def logging_share(steps: int) -> bool:
-    """Print the share of training time that spectra take."""
+def logging_share(step: float, forward: float, measurements: int) -> bool:
+    """Print the share of training time that spectra take, given seconds of a step and of embedding the probe."""
     points = len(log_spaced_steps(RUN_STEPS, SpectrumLogger().num_points))
-    print(f"\nspectrum logging / training, {RUN_STEPS} steps of {RUN_PAIRS} pairs, {points} measurements of 256 pairs")
+    print(f"\nspectrum logging / training, {RUN_STEPS} steps, {points} measurements of 256 pairs; "
+          f"embedding these takes {forward / step:.2f} steps of {BATCH} pairs")  # fmt: skip
     ok = True
     for dim, limit in ((64, 0.01), (512, 0.01), (2048, 0.03)):
-        step, measurement, final = logging_costs(dim, steps, backbone="resnet18", batch=64, image_size=32)
-        cost = points * measurement + final
-        ok &= within(f"{dim} dimensions", cost / (RUN_STEPS * step * RUN_PAIRS / 64), limit)
-        within(f"{dim} dimensions, at 64 pairs a step (one measurement / one step: {measurement / step:.2f})",
-               cost / (RUN_STEPS * step))  # fmt: skip
-    return ok
-
-
-def step_overhead(rounds: int, tiny_steps: int, steps: int) -> bool:
-    """Print our training step against a bare loop."""
-    ok = True
-    for backbone, size, count, limit in (("resnet18", 32, steps, 1.05), ("resnet_small", 16, tiny_steps, None)):
-        data = photographs(size, 64)
-        timed = {
-            "bare": lambda b=backbone, d=data, n=count: bare_loop(module(b), d, n),
-            "ours": lambda b=backbone, d=data, n=count: train(module(b), d, n),
-            "plain": lambda b=backbone, d=data, n=count: train(Plain(module(b)), d, n),
-        }
-        seconds = {name: value / count for name, value in medians(timed, rounds).items()}
-        print(f"\n{backbone} at {size}×{size}, 64 pairs; bare step {1e3 * seconds['bare']:.1f} ms, "
-              f"ours {1e3 * (seconds['ours'] - seconds['bare']):+.1f} ms, "
-              f"plain Lightning {1e3 * (seconds['plain'] - seconds['bare']):+.1f} ms")  # fmt: skip
-        ok &= within("our step / bare step", seconds["ours"] / seconds["bare"], limit)
-    return ok
-
-
-class TheirViews(Dataset[Any]):
-    """The same photographs through a transform of lightly's, which returns the views of one image."""
-
-    def __init__(self, data: TwoViewDataModule, transform: Callable[[Any], list[Tensor]]) -> None:
-        self.images, self.transform = data._images("train"), transform
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor, int]:
-        x1, x2 = self.transform(self.images.picture(index))
-        return x1, x2, int(self.images.labels[index])
-
-
-def their_loader(data: TwoViewDataModule, size: int, workers: int) -> DataLoader[Any] | None:
-    """Return lightly's pipeline with the strengths of our standard augmentation; None where it is not installed."""
-    try:
-        from lightly.transforms import SimCLRTransform
-    except ImportError:
-        return None
-    transform = SimCLRTransform(
-        input_size=size, cj_prob=0.8, cj_strength=1.0, cj_bright=0.4, cj_contrast=0.4, cj_sat=0.2, cj_hue=0.1,
-        min_scale=0.2, random_gray_scale=0.2, gaussian_blur=0.5, sigmas=(0.1, 2.0), vf_prob=0.0, hf_prob=0.5,
-        rr_prob=0.0, normalize={"mean": list(data.mean), "std": list(data.std)},
-    )  # fmt: skip
-    return DataLoader(TheirViews(data, transform), 64, shuffle=True, drop_last=True, num_workers=workers)
-
-
-def seconds_over(loader: Any, batches: int, network: nn.Module | None) -> float:
-    """Return seconds for so many batches, trained on where there is a network."""
-    iterator = iter(loader)
-    next(iterator)  # workers have started
-    start = time.perf_counter()
-    for _ in range(batches):
-        x1, x2, _ = next(iterator)
-        if network is not None:
-            network(torch.cat([x1, x2])).square().mean().backward()
-    return time.perf_counter() - start
-
-
-def against_lightly(rounds: int, batches: int) -> bool:
-    """Print images per second, ours over theirs."""
-    ok = True
-    for workers in (0, 2):
-        ours = photographs(32, 64, num_workers=workers)
-        theirs = their_loader(ours, 32, workers)
-        if theirs is None:
-            print("\nnot compared: lightly is not installed (pip install -e '.[peers]')")
-            return True
-        print(f"\nimages per second, ours / lightly's; 32×32, standard augmentation, {workers} workers")
-        for name, network in (("loader alone", None), ("with the small ResNet", Encoder(64))):
-            timed = {
-                "ours": lambda d=ours, n=network: seconds_over(d.train_dataloader(), batches, n),
-                "theirs": lambda t=theirs, n=network: seconds_over(t, batches, n),
-            }
-            seconds = medians(timed, rounds)
-            ok &= within(name, seconds["theirs"] / seconds["ours"], 1.0, least=True)
+        measurement, figures = logging_costs(dim, measurements)
+        share = points * (forward + measurement + figures) / (RUN_STEPS * step)
+        what = f"{dim} dimensions (spectra {1e3 * measurement:.0f} ms, figures {1e3 * figures:.0f} ms)"
+        ok &= within(f"{what}, {RUN_PAIRS} pairs a step", share * BATCH / RUN_PAIRS, limit)
+        within(f"{what}, {BATCH} pairs a step", share)
     return ok
 
 
 def throughput(accelerator: str, backbone: str, pairs: int, precision: str, steps: int, workers: int) -> None:
-    """Print images per second, utilisation and logging overhead of mixed-precision training."""
-    data = photographs(32, pairs, num_workers=workers)
-    settings: dict[str, Any] = {"accelerator": accelerator, "precision": precision, "devices": 1}
-    train(module(backbone), data, steps, **settings)  # warm up
-    seconds = train(module(backbone), data, steps, **settings)
-    try:
-        busy = f"{torch.cuda.utilization()} %" if accelerator == "gpu" else "not measured"
-    except ModuleNotFoundError:
-        busy = "not measured (pip install nvidia-ml-py)"
-    step, measurement, final = logging_costs(
-        64, steps, backbone=backbone, batch=pairs, image_size=32, **settings
-    )  # fmt: skip
-    points = len(log_spaced_steps(RUN_STEPS, SpectrumLogger().num_points))
+    """Print images per second, utilisation and logging overhead of mixed-precision training, on any device."""
+    # As many images as CIFAR-10 has, so that epochs end no more often; the first steps choose kernels.
+    data = photographs(32, pairs, copies=max(1, 100 * pairs // 2190), num_workers=workers)
+    settings: dict[str, Any] = {"accelerator": accelerator, "precision": precision, "devices": 1, "skip": 4}
+    busy: list[int] = []
+    done = threading.Event()
+    sampler = threading.Thread(target=sample_utilisation, args=(busy, done))
+    sampler.start()
+    plain = train(new_module(backbone), steps, data, **settings)
+    done.set()
+    sampler.join()
+    with TemporaryDirectory() as directory:
+        spectra = SpectrumLogger(num_points=100 * steps)  # at every step
+        settings |= {"logger": TensorBoardLogger(directory), "log_every_n_steps": 1}
+        watched = train(new_module(backbone), steps, data, spectra, **settings)
+    used = f"{statistics.median(busy):.0f} %" if busy else "not measured (on a GPU: pip install nvidia-ml-py)"
     print(f"\n{backbone} at 32×32, {pairs} pairs, {precision}, {workers} workers: "
-          f"{2 * pairs * steps / seconds:.0f} images/s, GPU utilisation at the end: {busy}")  # fmt: skip
-    within(f"spectrum logging / training, {RUN_STEPS} steps", (points * measurement + final) / (RUN_STEPS * step))
+          f"{2 * pairs / plain:.0f} images/s, GPU utilisation {used}")  # fmt: skip
+    points = len(log_spaced_steps(RUN_STEPS, SpectrumLogger().num_points))
+    within(f"spectrum logging / training, {RUN_STEPS} steps", points * (watched - plain) / (RUN_STEPS * plain))
+
+
+def sample_utilisation(busy: list[int], done: threading.Event) -> None:
+    """Note the GPU's utilisation in per cent ten times a second, until told that training is done."""
+    while torch.cuda.is_available() and not done.wait(0.1):
+        try:
+            busy.append(torch.cuda.utilization())
+        except ModuleNotFoundError:
+            return
 
 
 def main() -> int:
     """Print the ratios; return 1 if one misses its limit."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5, help="how often each is timed (default: 5)")
-    parser.add_argument("--steps", type=int, default=4, help="steps of ResNet-18 a round (default: 4)")
-    parser.add_argument("--tiny-steps", type=int, default=60, help="steps of the small ResNet a round (default: 60)")
+    parser.add_argument("--smoke", action="store_true", help="only see that everything runs: tiny, on the CPU")
     options = parser.parse_args()
     quiet_lightning()
     torch.set_num_threads(1)
     print(f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}; medians of rounds")
-    ok = logging_share(options.steps)
-    ok &= step_overhead(options.rounds, options.tiny_steps, options.steps)
-    ok &= against_lightly(options.rounds, batches=10)
+    if options.smoke:
+        ok, step, forward = step_overhead("resnet_small", 16, 2, 1, 1.05, plain=True)
+        ok &= logging_share(step, forward, 2)
+        throughput("cpu", "resnet_small", 4, "bf16-mixed", steps=2, workers=0)
+        return 0 if ok else 1
+    ok, step, forward = step_overhead("resnet18", 32, 1, (options.rounds + 1) // 2, 1.05)
+    ok &= logging_share(step, forward, 20)
+    step_overhead("resnet_small", 16, 10, 2 * options.rounds, None, plain=True)
     if torch.cuda.is_available():
-        throughput("gpu", "resnet50", 512, "bf16-mixed", steps=4, workers=8)
+        for precision in ("16-mixed", "bf16-mixed"):
+            throughput("gpu", "resnet50", 512, precision, steps=40, workers=8)
     return 0 if ok else 1
 
 

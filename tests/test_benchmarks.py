@@ -1,0 +1,37 @@
+"""The benchmarks run and print their ratios; whether these keep their limits is for a quiet machine to say."""
+
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+def run(script, *arguments):
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))}
+    command = [sys.executable, "-W", "error::UserWarning", str(ROOT / "benchmarks" / script), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode in (0, 1) and not done.stderr, done.stderr
+    assert done.returncode == (1 if "MISSED" in done.stdout else 0)
+    return done.stdout
+
+
+@pytest.mark.slow
+def test_training():
+    printed = run("training.py", "--smoke")
+    for name in ("our step / bare step", "plain Lightning / bare step", "2048 dimensions", "images/s, GPU utilisation"):
+        assert name in printed
+    assert printed.count("(limit 0.01)") == 2 and printed.count("(limit 0.03)") == 1
+
+
+@pytest.mark.slow
+def test_views():
+    printed = run("views.py", "--rounds", "1", "--batches", "2")
+    if find_spec("lightly"):
+        assert printed.count("(at least 1.0)") == 4
+    else:
+        assert printed == "views not compared: lightly is not installed (pip install -e '.[peers]')\n"
