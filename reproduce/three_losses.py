@@ -188,7 +188,7 @@ def _claims(runs: list[Run], least: dict[str, int]) -> list[Claim]:
     for start in ("small", "ordinary"):
         for loss in JUDGED:
             counts = [run.found.num_distinct for run in runs if (run.loss, run.start) == (loss, start)]
-            what = f"{TITLES[loss]}: distinct steps from {start} initialisation, seeds {', '.join(map(str, counts))}"
+            what = f"{TITLES[loss]}: distinct steps from {start} initialisation, {', '.join(map(str, counts))} by seed"
             if start == "small":
                 claims.append(Claim(f"{loss}_steps", f"{what}; fewest", min(counts), ">=", least[loss]))
             else:
