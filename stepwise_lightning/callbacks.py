@@ -29,7 +29,7 @@ from stepwise_lightning.spectrum import (
 
 MATRICES = ("cross_correlation", "covariance", "normalized_covariance")
 # Seconds of training per second of drawing: what the figures that are redrawn while a run goes on may cost.
-_DRAWING_SHARE = 200
+_DRAWING_SHARE = 500
 
 
 class SpectrumLogger(L.Callback):
