@@ -164,16 +164,21 @@ def test_other_precisions(folder: str, precision: str) -> None:
     assert {"val/probe_top1", "val/knn_top1"} <= set(running.callback_metrics)
 
 
-def test_votes_in_blocks_are_those_of_one_table(monkeypatch: pytest.MonkeyPatch) -> None:
-    neighbours, generator = OnlineKNN(k=4, num_classes=3), torch.Generator().manual_seed(0)
+def test_votes_in_blocks_are_those_of_a_plain_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    neighbours, generator = OnlineKNN(k=4, temperature=0.3, num_classes=3), torch.Generator().manual_seed(0)
     neighbours._bank = torch.nn.functional.normalize(torch.randn(10, 6, generator=generator))
     neighbours._answers = torch.randint(3, (10,), generator=generator)
     features = torch.randn(7, 6, generator=generator)
-    whole, sizes = neighbours._scores(features), []
+    expected, sizes = torch.zeros(7, 3), []
+    for row, z in enumerate(features):
+        cosines = [torch.cosine_similarity(z, b, dim=0).item() for b in neighbours._bank]
+        for index in np.argsort(cosines)[-4:]:
+            expected[row, neighbours._answers[index]] += np.exp((cosines[index] - 1) / 0.3)
+    torch.testing.assert_close(neighbours._scores(features), expected)
     monkeypatch.setattr(evaluation, "_TABLE", 25)  # two rows of ten
     votes = neighbours._votes
     monkeypatch.setattr(neighbours, "_votes", lambda part: sizes.append(len(part)) or votes(part))
-    torch.testing.assert_close(neighbours._scores(features), whole)
+    torch.testing.assert_close(neighbours._scores(features), expected)
     assert sizes == [2, 2, 2, 1]
 
 
