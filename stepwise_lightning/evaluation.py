@@ -128,8 +128,8 @@ class _Evaluation(L.Callback):
 class OnlineLinearProbe(_Evaluation):
     """Train a linear classifier on a representation while that is being learned; log its accuracy.
 
-    After each training step the network, in evaluation mode, embeds the first view of the batch once more (about a
-    quarter of the cost of the step), and the classifier takes one step of Adam on the cross-entropy. The features are
+    After each training step the network, in evaluation mode, embeds the first view of the batch once more (one
+    forward pass on half of the views), and the classifier takes one step of Adam on the cross-entropy. The features are
     standardised with running statistics first, since those of a small initialisation have any scale. Several processes
     train it on the global batch, and hold equal copies. It is kept in the checkpoint, so that resuming, and
     ``stepwise validate --ckpt_path``, go on with it.
