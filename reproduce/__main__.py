@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import sys
 
-from reproduce import kernel_mlp, kernel_pca, linear_model, three_losses
+from reproduce import kernel_mlp, kernel_pca, linear_model, standard_init, three_losses
 
 FIGURES = {
     "linear_model": linear_model,
     "three_losses": three_losses,
+    "standard_init": standard_init,
     "kernel_mlp": kernel_mlp,
     "kernel_pca": kernel_pca,
 }

@@ -1,19 +1,28 @@
-"""What every figure script shares: claims, provenance, and output that is never half-written."""
+"""What every figure script shares: options, claims, provenance, and output that is never half-written."""
 
 from __future__ import annotations
 
+import argparse
 import csv
 import json
 import logging
 import operator
 import os
+import sys
+import time
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
+from multiprocessing import get_context, parent_process
 from pathlib import Path
 from typing import Any
 
+import torch
+from lightning.pytorch.callbacks import TQDMProgressBar
 from matplotlib.figure import Figure
+from tqdm import tqdm
 
 from stepwise_lightning.provenance import provenance
 
@@ -39,22 +48,167 @@ class Claim:
         return f"  {verdict}  {self.description}: {self.measured:.4g} ({self.relation} {self.bound:.4g})"
 
 
-def write_outputs(
-    directory: Path, figure: Figure, columns: list[str], rows: Iterable[list[Any]], claims: list[Claim], **facts: Any
-) -> None:
+@dataclass
+class Outcome:
+    """What a figure script comes to: a figure, long-format data, claims, a row per run, and settings of its own."""
+
+    figure: Figure
+    columns: list[str]
+    rows: Iterable[list[Any]]
+    claims: list[Claim]
+    runs: list[dict[str, Any]]
+    settings: dict[str, Any] = field(default_factory=dict)
+
+
+Produce = Callable[[argparse.Namespace, Path], Outcome]
+
+
+def run_figure(
+    name: str,
+    description: str,
+    paper: str,
+    profiles: dict[str, dict[str, Any]],
+    produce: Produce,
+    arguments: list[str] | None = None,
+    extend: Callable[[argparse.ArgumentParser], None] = lambda parser: None,
+) -> int:
+    """Run a figure script; return 0 if every claim holds, 1 if one fails, 2 for bad input.
+
+    Args:
+        name: of the script, and of the folder that it writes, under ``--out``.
+        description: the script's docstring, whose first line is the figure's title.
+        paper: what the paper shows, and where.
+        profiles: settings by profile, each an attribute of the options unless ``extend`` made it an option given.
+        produce: from options and folder to the outcome; it raises ValueError, OSError or RuntimeError for bad input.
+        arguments: of the command line.
+        extend: adds options.
+
+    """
+    options = _options(name, description, profiles, arguments, extend)
+    directory, started = Path(options.out) / name, time.perf_counter()
+    asked = {k: v for k, v in vars(options).items() if k not in ("out", "root", "download", "resume", "seeds", "data")}
+    identity = {"data_set": options.data, "seeds": options.seeds, "options": asked}
+    identity |= {"version": version("stepwise_lightning")}
+    if options.resume and (kept := _finished(directory, identity)) is not None:
+        print(f"{name}: kept, it was finished before")
+        return report(directory, kept)
+    quiet_lightning()
+    torch.set_num_threads(1)  # these experiments are small: runs side by side use the cores better than threads
+    try:
+        _check_writable(directory)
+        outcome = produce(options, directory)
+    except (ValueError, OSError, RuntimeError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    facts = {
+        "name": name, "title": description.splitlines()[0], "paper": paper, **identity, "settings": outcome.settings,
+        "runs": outcome.runs, "seconds": round(time.perf_counter() - started, 1),
+    }  # fmt: skip
+    write_outputs(directory, outcome, facts)
+    print_table(outcome.runs)
+    return report(directory, outcome.claims)
+
+
+def _options(
+    name: str,
+    description: str,
+    profiles: dict[str, dict[str, Any]],
+    arguments: list[str] | None,
+    extend: Callable[[argparse.ArgumentParser], None],
+) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog=f"python -m reproduce {name}",
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--profile", choices=profiles, default="cpu", help="size of the experiment (default: cpu)")
+    parser.add_argument("--data", help="photos, cifar10, stl10 or a folder of images (default: the profile's, photos)")
+    parser.add_argument("--out", default="results", help="folder for the outputs (default: results)")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of data and weights (default: 0 1 2)")
+    parser.add_argument("--resume", action="store_true", help="keep what an earlier call with these options finished")
+    parser.add_argument("--root", default="data", help="where cifar10 and stl10 lie (default: data)")
+    parser.add_argument("--download", action="store_true", help="fetch them if they are not there")
+    extend(parser)
+    options = parser.parse_args(arguments)
+    for key, value in ({"data": "photos"} | profiles[options.profile]).items():
+        if getattr(options, key, None) is None:
+            setattr(options, key, value)
+    return options
+
+
+def _finished(directory: Path, identity: dict[str, Any]) -> list[Claim] | None:
+    """Return the claims of an earlier call that was asked for the same, or None."""
+    path = directory / "claims.json"
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+        claims = [Claim(**{k: v for k, v in claim.items() if k != "holds"}) for claim in document["claims"]]
+    except FileNotFoundError:
+        return None
+    except (ValueError, KeyError, TypeError, OSError):
+        print(f"warning: {path} cannot be read; the figure is made again", file=sys.stderr)
+        return None
+    same = json.loads(json.dumps(identity)) == {key: document.get(key) for key in identity}
+    return claims if same and all((directory / file).exists() for file in FILES) else None
+
+
+def _check_writable(directory: Path) -> None:
+    """Refuse an output folder before hours are spent; nothing is left behind."""
+    existing = next(path for path in (directory, *directory.resolve().parents) if path.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise PermissionError(f"cannot write to {str(existing)!r}: choose another folder with --out")
+
+
+def each(function: Callable[..., Any], items: Sequence[tuple[Any, ...]], what: str) -> list[Any]:
+    """Call ``function(*item)`` for every item, in as many processes as there are cores, behind one progress bar.
+
+    Function, items and results must be picklable. A single item runs here.
+    """
+    if len(items) == 1 or os.cpu_count() == 1:
+        return [function(*item) for item in tqdm(items, what, unit="run", disable=len(items) == 1)]
+    with ProcessPoolExecutor(min(len(items), os.cpu_count() or 1), get_context("spawn"), _prepare_process) as pool:
+        futures = [pool.submit(function, *item) for item in items]
+        try:
+            for future in tqdm(as_completed(futures), what, len(futures), unit="run"):
+                future.result()
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+        return [future.result() for future in futures]
+
+
+def is_alone() -> bool:
+    """Return whether this process is the one that was started: others run side by side, behind one bar for all."""
+    return parent_process() is None
+
+
+def progress_bar(steps: int) -> list[TQDMProgressBar]:
+    """Return the bar of a single training run, redrawn 50 times; none beside others."""
+    return [TQDMProgressBar(refresh_rate=max(1, steps // 50))] if is_alone() else []
+
+
+def _prepare_process() -> None:
+    quiet_lightning()
+    torch.set_num_threads(1)
+
+
+FILES = ("figure.png", "figure.pdf", "data.csv", "claims.json")
+
+
+def write_outputs(directory: Path, outcome: Outcome, facts: dict[str, Any]) -> None:
     """Write ``figure.png``, ``figure.pdf``, ``data.csv`` and ``claims.json``, each replaced only when complete."""
     directory.mkdir(parents=True, exist_ok=True)
-    _replace(directory / "figure.png", lambda path: figure.savefig(path, format="png", dpi=150))
-    _replace(directory / "figure.pdf", lambda path: figure.savefig(path, format="pdf"))
+    replace(directory / "figure.png", lambda path: outcome.figure.savefig(path, format="png", dpi=150))
+    replace(directory / "figure.pdf", lambda path: outcome.figure.savefig(path, format="pdf"))
 
     def write_csv(path: Path) -> None:
         with path.open("w", newline="") as file:
-            csv.writer(file).writerows([columns, *rows])
+            csv.writer(file).writerows([outcome.columns, *outcome.rows])
 
-    _replace(directory / "data.csv", write_csv)
-    document = {"claims": [asdict(claim) for claim in claims], "all_hold": all(c.holds for c in claims)} | facts
-    text = json.dumps(document | provenance(), indent=2, ensure_ascii=False) + "\n"
-    _replace(directory / "claims.json", lambda path: path.write_text(text, encoding="utf-8"))
+    replace(directory / "data.csv", write_csv)
+    claims = [asdict(claim) for claim in outcome.claims]
+    document = {"claims": claims, "all_hold": all(claim.holds for claim in outcome.claims)} | facts | provenance()
+    text = json.dumps(document, indent=2, ensure_ascii=False) + "\n"
+    replace(directory / "claims.json", lambda path: path.write_text(text, encoding="utf-8"))
 
 
 def report(directory: Path, claims: list[Claim]) -> int:
@@ -63,12 +217,18 @@ def report(directory: Path, claims: list[Claim]) -> int:
     print(f"\nfigure       {directory / 'figure.png'} (and .pdf)")
     print(f"data         {directory / 'data.csv'}")
     print(f"claims       {directory / 'claims.json'}")
-    print(f"TensorBoard  tensorboard --logdir {directory / 'tensorboard'}\n")
-    print(*claims, sep="\n")
+    if (directory / "tensorboard").is_dir():
+        print(f"TensorBoard  tensorboard --logdir {directory / 'tensorboard'}")
+    print("", *claims, sep="\n")
     failed = sum(not claim.holds for claim in claims)
     verdict = f"all {len(claims)} claims hold" if not failed else f"{failed} of {len(claims)} claims FAIL"
     print(f"\nVERDICT: {verdict}")
     return 1 if failed else 0
+
+
+def seeds_of(options: argparse.Namespace) -> str:
+    """Return ``seeds 0, 1, 2``, for the texts of claims."""
+    return f"seed{'s' * (len(options.seeds) > 1)} {', '.join(map(str, options.seeds))}"
 
 
 def data_name(data: str) -> str:
@@ -91,7 +251,8 @@ def quiet_lightning() -> None:
     warnings.filterwarnings("ignore", message=r"`isinstance\(treespec, LeafSpec\)` is deprecated")
 
 
-def _replace(path: Path, write: Callable[[Path], Any]) -> None:
+def replace(path: Path, write: Callable[[Path], Any]) -> None:
+    """Write beside ``path`` and move the file there when it is complete."""
     partial = path.with_name(path.name + ".partial")
     write(partial)
     os.replace(partial, path)

@@ -56,7 +56,8 @@ class SpectrumLogger(L.Callback):
     - to ``spectrum.csv`` in the Trainer's log directory, one value a row: ``step, time, matrix, quantity, mode, value``
       with quantity ``eigenvalue`` (mode 0, 1, …), one of the measures, or ``loss`` (matrix empty);
     - at the end of training to ``spectrum.npz`` beside it: ``step``, ``time``, ``loss`` (T,), for each ``<what>`` its
-      eigenvalues (T, d) and for each measure ``<what>/<measure>`` (T,).
+      eigenvalues (T, d) and for each measure ``<what>/<measure>`` (T,); with ``keep_embeddings`` also ``embeddings``
+      (T, views, n, d), float32.
 
     A mode counts as learned, while training runs, when its eigenvalue has grown tenfold since step 0 and exceeds a
     tenth of the largest. :func:`stepwise_lightning.spectrum.detect_steps` judges a finished run.
@@ -76,6 +77,8 @@ class SpectrumLogger(L.Callback):
         prediction: the theory's eigenvalues of C, as a function from time (T,) to (T, d), for instance
             ``LinearBarlowTwins.embedding_eigenvalues``. They are written beside the module's own as
             ``predicted_eigenvalue`` (``cross_correlation/predicted`` in the ``.npz``) and drawn dashed.
+        keep_embeddings: keep the module's own embeddings of every measurement, for questions asked later: 4 bytes per
+            measurement, view, sample and dimension, in memory and in the ``.npz``.
 
     Raises:
         ValueError: bad arguments; when training starts, an unknown submodule name (the error lists those that exist)
@@ -92,6 +95,7 @@ class SpectrumLogger(L.Callback):
         num_points: int = 200,
         num_scalars: int = 64,
         prediction: Callable[[Tensor], Tensor] | None = None,
+        keep_embeddings: bool = False,
     ) -> None:
         if num_points < 2:
             raise ValueError(f"num_points must be at least 2, got {num_points}")
@@ -101,6 +105,8 @@ class SpectrumLogger(L.Callback):
             raise ValueError(f"unknown matrices {sorted(unknown)}; choose from: {', '.join(MATRICES)}")
         self.watch, self.probe, self.matrices, self.center = ("", *watch), probe, tuple(matrices), center
         self.num_points, self.num_scalars, self.prediction = num_points, num_scalars, prediction
+        self.keep_embeddings = keep_embeddings
+        self.embeddings: list[Tensor] = []  # (views, n, d) each
         self.steps: list[int] = []
         self.times: list[float] = []
         self.losses: list[float] = []
@@ -183,6 +189,8 @@ class SpectrumLogger(L.Callback):
         self.losses.append(math.nan)
         self._loss_due = True
         rows: list[tuple[str, str, int | str, float]] = []
+        if self.keep_embeddings:
+            self.embeddings.append(torch.stack(captured[""]).float().cpu())
         for name, views in captured.items():
             for matrix in self.matrices:
                 if matrix != "cross_correlation" or len(views) == 2:
@@ -295,6 +303,8 @@ class SpectrumLogger(L.Callback):
         arrays |= {name: np.array(values) for name, values in self.measures.items()}
         if self.prediction is not None and "cross_correlation" in self.eigenvalues:
             arrays["cross_correlation/predicted"] = self.predicted(self.times).numpy()
+        if self.embeddings:
+            arrays["embeddings"] = torch.stack(self.embeddings).numpy()
         partial = self.directory / "spectrum.npz.partial"
         with partial.open("wb") as file:
             np.savez(file, **arrays)

@@ -48,8 +48,9 @@ class TwoViewDataModule(L.LightningDataModule):
         image_size: side of the views in pixels; None for the images' own (the shorter side).
         global_batch_size: pairs per step over all processes together.
         num_probe_pairs: how many pairs of held-out images :meth:`probe_pairs` gives.
+        probe_seed: of their choice and views, apart from ``seed``: runs that differ in that are measured on the same.
         num_workers: processes that prepare batches, per training process; 0 to do it in the training process.
-        seed: of order, views and probe pairs.
+        seed: of order and views.
         root: where ``cifar10`` and ``stl10`` are looked for, and put.
         download: fetch ``cifar10`` or ``stl10`` if it is not there.
 
@@ -74,6 +75,7 @@ class TwoViewDataModule(L.LightningDataModule):
         image_size: int | None = None,
         global_batch_size: int = 64,
         num_probe_pairs: int = 256,
+        probe_seed: int = 0,
         num_workers: int = 0,
         seed: int = 0,
         root: str = "data",
@@ -142,7 +144,7 @@ class TwoViewDataModule(L.LightningDataModule):
         return self._plain_dataloader(Subset(self._plain_images("train"), labelled), share)
 
     def probe_pairs(self) -> tuple[Tensor, Tensor]:
-        """Return two views of ``num_probe_pairs`` held-out images, drawn once by ``seed``.
+        """Return two views of ``num_probe_pairs`` held-out images, drawn once by ``probe_seed``.
 
         They are augmented as the training images are, but never trained on, and the same in every process and run.
 
@@ -154,7 +156,7 @@ class TwoViewDataModule(L.LightningDataModule):
 
         """
         if self._probe_pairs is None:
-            held_out, number, seed = self._images("val"), self.hparams["num_probe_pairs"], self.hparams["seed"]
+            held_out, number, seed = self._images("val"), self.hparams["num_probe_pairs"], self.hparams["probe_seed"]
             if number > len(held_out):
                 raise ValueError(
                     f"num_probe_pairs {number} is more than the {len(held_out)} held-out images: "

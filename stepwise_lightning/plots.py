@@ -76,6 +76,24 @@ def trajectories_figure(
     return figure
 
 
+def eigenvalues_figure(rows: list[list[Trajectory]], labels: list[str], title: str, note: str = "") -> Figure:
+    """Draw eigenvalues against log time, a panel per run: rows of runs, named by labels; a column is one experiment."""
+    figure = Figure(figsize=(1.6 + 3.6 * len(rows[0]), 0.9 + 2.7 * len(rows)), layout="constrained")
+    axes = figure.subplots(len(rows), len(rows[0]), sharex="col", squeeze=False)
+    for i, (runs, label) in enumerate(zip(rows, labels, strict=True)):
+        for j, run in enumerate(runs):
+            axis = axes[i, j]
+            _draw_run(None, axis, run)
+            axis.set_yscale("log", nonpositive="mask")
+            axis.set_ylim(bottom=max(axis.get_ylim()[0], 1e-10 * run.eigenvalues.max()))
+            axis.set(title=run.title, ylabel=run.eigenvalues_label, xlabel=_TIME if i == len(rows) - 1 else "")
+        axes[i, 0].set_ylabel(f"{label}\n{runs[0].eigenvalues_label}")
+    figure.suptitle(title)
+    if note:
+        figure.supxlabel(note, fontsize="small", color="0.3")
+    return figure
+
+
 def alignment_figure(runs: list[Trajectory], alignments: list[dict[str, Array]], title: str, note: str = "") -> Figure:
     """Draw eigenvalues above alignments, in [0, 1], against log time, one column per run.
 

@@ -225,7 +225,8 @@ def test_probe_pairs_are_fixed_and_held_out(folder: str) -> None:
     assert data.probe_pairs()[0] is x1
     again = module("photos", num_probe_pairs=20, num_workers=2, global_batch_size=2).probe_pairs()
     assert torch.equal(again[0], x1) and torch.equal(again[1], x2)
-    assert not torch.equal(module("photos", num_probe_pairs=20, seed=1).probe_pairs()[0], x1)
+    assert torch.equal(module("photos", num_probe_pairs=20, seed=1).probe_pairs()[0], x1)
+    assert not torch.equal(module("photos", num_probe_pairs=20, probe_seed=1).probe_pairs()[0], x1)
     # Disjoint: no training file of a folder is among the held-out ones.
     plain = module(folder, image_size=None)
     train, val = (

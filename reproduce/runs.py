@@ -1,0 +1,250 @@
+"""The training runs behind the figures of the three losses: trained once, read by all of them.
+
+Each loss trains an encoder from small or from ordinary initialisation with a shipped configuration and the command line
+that anybody would use, ``stepwise fit --config configs/<loss>_<data>[_ordinary].yaml``, and is read back from what that
+writes. All lie in ``<out>/runs``; with ``--resume`` a figure takes those that another one has trained.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
+from importlib.metadata import version
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from reproduce.common import replace
+from stepwise_lightning import TwoViewDataModule
+from stepwise_lightning.capture import capture
+from stepwise_lightning.encoders import Encoder
+from stepwise_lightning.images import load_image_set
+from stepwise_lightning.plots import Trajectory
+from stepwise_lightning.spectrum import Steps, detect_steps
+from stepwise_lightning.theory import LinearBarlowTwins, feature_cross_correlation
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+LOSSES = ("barlow_twins", "vicreg", "simclr")
+TITLES = {"barlow_twins": "Barlow Twins", "vicreg": "VICReg", "simclr": "SimCLR"}
+# Barlow Twins drives the eigenvalues of C from 0 to 1; VICReg knows no scale but that of its variance; SimCLR sees
+# normalised embeddings alone.
+JUDGED = {"barlow_twins": "cross_correlation", "vicreg": "covariance", "simclr": "normalized_covariance"}
+EIGENVALUES = {"barlow_twins": "C", "vicreg": "covariance", "simclr": "normalised covariance"}
+# cpu is the shipped configuration as it is; smoke is a size for tests; full is the paper's.
+PROFILES: dict[str, dict[str, Any]] = {"smoke": {}, "cpu": {}, "full": {"data": "stl10"}}
+_CONFIGURATION = {"smoke": "photos", "cpu": "photos", "full": "stl10"}
+_SMOKE_RATES = {"barlow_twins": 0.003, "vicreg": 0.001, "simclr": 0.0005}
+# The layer whose output the last linear layer of each projector takes, by the projector's depth.
+_FEATURES = {1: "backbone", 2: "projector.2"}
+
+
+class Run:
+    """One training run: how it is trained, and what came of it."""
+
+    def __init__(self, loss: str, start: str, seed: int, options: argparse.Namespace) -> None:
+        self.loss, self.start, self.seed = loss, start, seed
+        self.name = f"{loss}_{start}_seed{seed}"
+        self.logs = Path(options.out) / "runs"
+        self.directory = self.logs / self.name / "version_0"
+        suffix = "_ordinary" if start == "ordinary" else ""
+        self.config = CONFIGS / f"{loss}_{_CONFIGURATION[options.profile]}{suffix}.yaml"
+        self.settings = self._settings(options)
+
+    def _settings(self, options: argparse.Namespace) -> dict[str, Any]:
+        settings: dict[str, Any] = {
+            "seed_everything": self.seed,
+            "model.init_args.encoder.init_args.seed": self.seed,
+            "data.init_args.seed": self.seed,
+            "data.init_args.data": options.data,
+            "data.init_args.root": options.root,
+            "trainer.logger.init_args.save_dir": str(self.logs),
+            "trainer.logger.init_args.name": self.name,
+            "trainer.enable_progress_bar": "false",
+        }
+        if options.profile == "smoke":
+            settings |= {
+                "model.init_args.encoder.init_args.out_features": 4,
+                "model.init_args.learning_rate": _SMOKE_RATES[self.loss],
+                "data.init_args.global_batch_size": 32,
+                "data.init_args.num_probe_pairs": 64,
+                "trainer.max_steps": 300,
+            }
+        return settings
+
+    @property
+    def command(self) -> list[str]:
+        """What trains it."""
+        settings = [f"--{name}={value}" for name, value in self.settings.items()]
+        return [sys.executable, "-m", "stepwise_lightning", "fit", f"--config={self.config}", *settings]
+
+    @property
+    def _identity(self) -> dict[str, Any]:
+        text = self.config.read_text(encoding="utf-8")
+        return {"settings": self.settings, "config": text, "version": version("stepwise_lightning")}
+
+    def is_finished(self) -> bool:
+        """Return whether it was trained, to the end, with these very settings."""
+        note = self.directory.parent / "settings.json"
+        if not note.exists() or not (self.directory / "spectrum.npz").exists():
+            return False
+        return note.read_text(encoding="utf-8") == json.dumps(self._identity)
+
+    def train(self) -> None:
+        """Train it anew.
+
+        Raises:
+            RuntimeError: it failed; the message ends with the last line that it wrote.
+
+        """
+        shutil.rmtree(self.directory.parent, ignore_errors=True)
+        self.directory.parent.mkdir(parents=True)
+        environment = os.environ | {"OMP_NUM_THREADS": "1"} if not torch.cuda.is_available() else os.environ
+        done = subprocess.run(self.command, capture_output=True, text=True, env=environment)
+        if done.returncode:
+            lines = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
+            raise RuntimeError(f"{self.name} failed: {lines[-1]}")
+        text = json.dumps(self._identity)
+        replace(self.directory.parent / "settings.json", lambda path: path.write_text(text, encoding="utf-8"))
+
+    @cached_property
+    def spectra(self) -> dict[str, np.ndarray[Any, Any]]:
+        """``spectrum.npz``: see :class:`stepwise_lightning.SpectrumLogger`."""
+        with np.load(self.directory / "spectrum.npz") as saved:
+            return dict(saved)
+
+    @cached_property
+    def found(self) -> Steps:
+        """The steps in the eigenvalues that this loss is judged by."""
+        return detect_steps(torch.from_numpy(self.spectra["time"]), torch.from_numpy(self.eigenvalues()))
+
+    def eigenvalues(self, submodule: str = "") -> np.ndarray[Any, Any]:
+        """Return the eigenvalues, (T, d), of the matrix that this loss is judged by; a submodule's covariance."""
+        return self.spectra[f"{submodule}.covariance" if submodule else JUDGED[self.loss]]
+
+    def embeddings(self, learned: int) -> Tensor | None:
+        """Return what SpectrumLogger kept, (views · n, d), where so many modes were learned; None if that never was.
+
+        The last such measurement: there the modes are learned best. Embeddings are centred, and normalised first for
+        SimCLR, which sees no others.
+        """
+        there = (self.found.num_learned == learned).nonzero().flatten()
+        return self.embedded(int(there[-1])) if len(there) else None
+
+    def embedded(self, index: int) -> Tensor:
+        """Return the embeddings of measurement ``index``, as :meth:`embeddings`."""
+        z = torch.from_numpy(self.spectra["embeddings"][index]).double().flatten(0, 1)
+        z = nn.functional.normalize(z) if self.loss == "simclr" else z
+        return z - z.mean(0)
+
+    @cached_property
+    def _config(self) -> dict[str, Any]:
+        return yaml.safe_load((self.directory / "config.yaml").read_text(encoding="utf-8"))
+
+    def encoder(self, trained: bool) -> Encoder:
+        """Return its encoder as it was at the start or at the end."""
+        encoder = Encoder(**self._config["model"]["init_args"]["encoder"]["init_args"])
+        if trained:
+            path = next((self.directory / "checkpoints").glob("*.ckpt"))
+            state = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
+            encoder.load_state_dict({key.removeprefix("encoder."): value for key, value in state.items()})
+        return encoder
+
+    def probe_pairs(self) -> tuple[Tensor, Tensor]:
+        """Return the pairs that its spectra were measured on."""
+        data = TwoViewDataModule(**self._config["data"]["init_args"])
+        data.setup("fit")
+        return data.probe_pairs()
+
+    def predicted(self) -> LinearBarlowTwins:
+        """Return what the linear theory says of Barlow Twins' last layer, were the features before it to stay.
+
+        Its time is learning rate × steps / (1 − momentum): see :meth:`theory_times`.
+        """
+        encoder = self.encoder(trained=False)
+        depth = sum(isinstance(layer, nn.Linear) for layer in encoder.projector)
+        with torch.no_grad():
+            h1, h2 = capture(encoder, list(self.probe_pairs()), [_FEATURES[depth]])[_FEATURES[depth]]
+        gamma = feature_cross_correlation(h1 - h1.mean(0), h2 - h2.mean(0))
+        last = encoder.projector[-1]
+        assert isinstance(last, nn.Linear)
+        return LinearBarlowTwins(gamma, last.weight.detach())
+
+    def theory_times(self) -> Tensor:
+        """Return the times of the measurements as gradient flow counts them, (T,)."""
+        momentum = self._config["model"]["init_args"]["momentum"]
+        return torch.from_numpy(self.spectra["time"]) / (1 - momentum)
+
+    def trajectory(self) -> Trajectory:
+        """Return loss and eigenvalues, and the steps detected."""
+        count = self.found.num_distinct
+        return Trajectory(
+            title=f"{TITLES[self.loss]}: {count} distinct step{'s' * (count != 1)}",
+            times=self.spectra["time"],
+            losses=self.spectra["loss"],
+            eigenvalues=self.eigenvalues(),
+            step_times=self.found.step_times.numpy(),
+            eigenvalues_label=f"eigenvalues, {EIGENVALUES[self.loss]}",
+        )
+
+    def rows(self) -> list[list[Any]]:
+        """Return rows ``loss, start, seed, step, time, quantity, mode, value``."""
+        rows: list[list[Any]] = []
+        spectra, values = self.spectra, self.eigenvalues()
+        for index, step in enumerate(spectra["step"]):
+            head = [self.loss, self.start, self.seed, step, spectra["time"][index]]
+            rows.append([*head, "loss", "", spectra["loss"][index]])
+            rows += [[*head, "eigenvalue", mode, value] for mode, value in enumerate(values[index])]
+        return rows
+
+    def summary(self) -> dict[str, Any]:
+        """Return its row in the table."""
+        return {
+            "loss": self.loss,
+            "start": self.start,
+            "seed": self.seed,
+            "modes_learned": int(self.found.num_learned[-1]),
+            "distinct_steps": self.found.num_distinct,
+            "stepwiseness": round(self.found.stepwiseness, 2),
+            "training_steps": int(self.spectra["step"][-1]),
+        }
+
+
+ROW_COLUMNS = ["loss", "start", "seed", "step", "time", "quantity", "mode", "value"]
+
+
+def trained_runs(
+    options: argparse.Namespace, losses: tuple[str, ...] = LOSSES, starts: tuple[str, ...] = ("small",)
+) -> list[Run]:
+    """Train what is missing (all of it without ``--resume``), as many at once as there are cores; on GPUs, one.
+
+    Raises:
+        ValueError, FileNotFoundError: bad data; raised before anything is written.
+        RuntimeError: a run failed.
+
+    """
+    if not CONFIGS.is_dir():
+        raise FileNotFoundError(f"no configurations in {str(CONFIGS)!r}: run this from a clone of the repository")
+    load_image_set(options.data, "val", options.root, options.download)
+    runs = [Run(loss, start, seed, options) for seed, start, loss in product(options.seeds, starts, losses)]
+    missing = [run for run in runs if not (options.resume and run.is_finished())]
+    workers = 1 if torch.cuda.is_available() else min(os.cpu_count() or 1, max(len(missing), 1))
+    bar = tqdm(total=len(runs), initial=len(runs) - len(missing), desc="training networks", unit="run")
+    with ThreadPoolExecutor(workers) as pool, bar:
+        futures = [pool.submit(run.train) for run in missing]
+        for future in futures:
+            future.add_done_callback(lambda _: bar.update())
+        for future in futures:
+            future.result()
+    return runs
