@@ -1,31 +1,82 @@
-"""Run a figure by name: ``python -m reproduce linear_model --profile smoke``."""
+"""Run figures by name, or all of them: ``python -m reproduce linear_model --profile smoke``."""
 
 from __future__ import annotations
 
 import sys
+import traceback
 
-from reproduce import kernel_mlp, kernel_pca, linear_model, standard_init, three_losses
+from reproduce import (
+    cross_loss_alignment,
+    embedding_growth,
+    hidden_spectra,
+    kernel_mlp,
+    kernel_pca,
+    linear_model,
+    resnet_barlow_twins,
+    standard_init,
+    three_losses,
+)
+from reproduce.common import parser
+from reproduce.report import write_report
 
+# In the order of the paper; those that share their training runs follow each other.
 FIGURES = {
     "linear_model": linear_model,
+    "resnet_barlow_twins": resnet_barlow_twins,
     "three_losses": three_losses,
     "standard_init": standard_init,
-    "kernel_mlp": kernel_mlp,
+    "hidden_spectra": hidden_spectra,
+    "cross_loss_alignment": cross_loss_alignment,
+    "embedding_growth": embedding_growth,
     "kernel_pca": kernel_pca,
+    "kernel_mlp": kernel_mlp,
 }
+USAGE = """usage: python -m reproduce FIGURE [FIGURE ...] [options]
+       python -m reproduce all [options]
+       python -m reproduce list
+
+One figure runs anew unless --resume is given. Several, and all, run what is missing, go on after a failure, and write
+one page with every picture and verdict, <out>/report.html. Options: python -m reproduce FIGURE --help
+
+figures:
+"""
 
 
 def main(arguments: list[str]) -> int:
-    """Run the named figure with the remaining arguments; return its exit status."""
-    lines = [f"  {name:20}{(module.__doc__ or '').splitlines()[0]}" for name, module in FIGURES.items()]
-    usage = "usage: python -m reproduce FIGURE [--help] [options]\n\nfigures:\n" + "\n".join(lines)
-    if not arguments or arguments[0] in ("-h", "--help", "list"):
-        print(usage)
+    """Run the named figures with the remaining arguments; return 0, 1 if a claim fails, 2 for errors."""
+    names = []
+    while arguments and not arguments[0].startswith("-"):
+        names.append(arguments[0])
+        arguments = arguments[1:]
+    if names in ([], ["list"]):
+        print(USAGE + "\n".join(f"  {n:22}{(m.__doc__ or '').splitlines()[0]}" for n, m in FIGURES.items()))
         return 0
-    if arguments[0] not in FIGURES:
-        print(f"error: unknown figure {arguments[0]!r}; choose from: {', '.join(FIGURES)}", file=sys.stderr)
+    names = list(FIGURES) if names == ["all"] else names
+    if unknown := [name for name in names if name not in FIGURES]:
+        print(f"error: unknown figure {unknown[0]!r}; choose from: all, {', '.join(FIGURES)}", file=sys.stderr)
         return 2
-    return FIGURES[arguments[0]].main(arguments[1:])
+    return FIGURES[names[0]].main(arguments) if len(names) == 1 else _several(names, arguments)
+
+
+def _several(names: list[str], arguments: list[str]) -> int:
+    """Run what is missing; after each figure the report is written, so that a killed run leaves one too."""
+    figure_parser = parser("all", "Run several figures.", {"smoke": {}, "cpu": {}, "full": {}})
+    out = figure_parser.parse_args(arguments).out  # refuses bad options once, not for every figure
+    status = 0
+    for number, name in enumerate(names, 1):
+        print(f"\n=== {number}/{len(names)}  {name}", flush=True)
+        try:
+            status = max(status, FIGURES[name].main([*arguments, "--resume"]))
+        except Exception:  # one figure's bug must not cost the others
+            traceback.print_exc()
+            status = 2
+        try:
+            path = write_report(out, names)
+        except OSError as error:
+            print(f"error: the report cannot be written: {error}", file=sys.stderr)
+            return 2
+    print(f"\nreport       {path.resolve()}")
+    return status
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from multiprocessing import get_context, parent_process
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from lightning.pytorch.callbacks import TQDMProgressBar
@@ -70,7 +70,7 @@ def run_figure(
     profiles: dict[str, dict[str, Any]],
     produce: Produce,
     arguments: list[str] | None = None,
-    extend: Callable[[argparse.ArgumentParser], None] = lambda parser: None,
+    extend: Callable[[argparse.ArgumentParser], None] = lambda _: None,
 ) -> int:
     """Run a figure script; return 0 if every claim holds, 1 if one fails, 2 for bad input.
 
@@ -84,7 +84,12 @@ def run_figure(
         extend: adds options.
 
     """
-    options = _options(name, description, profiles, arguments, extend)
+    figure_parser = parser(name, description, profiles)
+    extend(figure_parser)
+    options = figure_parser.parse_args(arguments)
+    for key, value in ({"data": "photos"} | profiles[options.profile]).items():
+        if getattr(options, key, None) is None:
+            setattr(options, key, value)
     directory, started = Path(options.out) / name, time.perf_counter()
     asked = {k: v for k, v in vars(options).items() if k not in ("out", "root", "download", "resume", "seeds", "data")}
     identity = {"data_set": options.data, "seeds": options.seeds, "options": asked}
@@ -109,31 +114,27 @@ def run_figure(
     return report(directory, outcome.claims)
 
 
-def _options(
-    name: str,
-    description: str,
-    profiles: dict[str, dict[str, Any]],
-    arguments: list[str] | None,
-    extend: Callable[[argparse.ArgumentParser], None],
-) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """Say what is wrong in one line, without the usage."""
+        self.exit(2, f"error: {message} (see --help)\n")
+
+
+def parser(name: str, description: str, profiles: dict[str, dict[str, Any]]) -> argparse.ArgumentParser:
+    """Return a parser of the options that every figure has."""
+    result = _Parser(
         prog=f"python -m reproduce {name}",
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--profile", choices=profiles, default="cpu", help="size of the experiment (default: cpu)")
-    parser.add_argument("--data", help="photos, cifar10, stl10 or a folder of images (default: the profile's, photos)")
-    parser.add_argument("--out", default="results", help="folder for the outputs (default: results)")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of data and weights (default: 0 1 2)")
-    parser.add_argument("--resume", action="store_true", help="keep what an earlier call with these options finished")
-    parser.add_argument("--root", default="data", help="where cifar10 and stl10 lie (default: data)")
-    parser.add_argument("--download", action="store_true", help="fetch them if they are not there")
-    extend(parser)
-    options = parser.parse_args(arguments)
-    for key, value in ({"data": "photos"} | profiles[options.profile]).items():
-        if getattr(options, key, None) is None:
-            setattr(options, key, value)
-    return options
+    result.add_argument("--profile", choices=profiles, default="cpu", help="size of the experiment (default: cpu)")
+    result.add_argument("--data", help="photos, cifar10, stl10 or a folder of images (default: the profile's, photos)")
+    result.add_argument("--out", default="results", help="folder for the outputs (default: results)")
+    result.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of data and weights (default: 0 1 2)")
+    result.add_argument("--resume", action="store_true", help="keep what an earlier call with these options finished")
+    result.add_argument("--root", default="data", help="where cifar10 and stl10 lie (default: data)")
+    result.add_argument("--download", action="store_true", help="fetch them if they are not there")
+    return result
 
 
 def _finished(directory: Path, identity: dict[str, Any]) -> list[Claim] | None:

@@ -133,17 +133,19 @@ class Run:
         """Return the eigenvalues, (T, d), of the matrix that this loss is judged by; a submodule's covariance."""
         return self.spectra[f"{submodule}.covariance" if submodule else JUDGED[self.loss]]
 
-    def embeddings(self, learned: int) -> Tensor | None:
-        """Return what SpectrumLogger kept, (views · n, d), where so many modes were learned; None if that never was.
+    def plateau(self, learned: int) -> list[int]:
+        """Return the measurements at which so many modes were learned; perhaps none."""
+        return (self.found.num_learned == learned).nonzero().flatten().tolist()
 
-        The last such measurement: there the modes are learned best. Embeddings are centred, and normalised first for
-        SimCLR, which sees no others.
-        """
-        there = (self.found.num_learned == learned).nonzero().flatten()
-        return self.embedded(int(there[-1])) if len(there) else None
+    def embeddings(self, learned: int) -> Tensor | None:
+        """Return the last embeddings with so many learned modes, as :meth:`embedded`; None if there never were."""
+        return self.embedded(self.plateau(learned)[-1]) if self.plateau(learned) else None
 
     def embedded(self, index: int) -> Tensor:
-        """Return the embeddings of measurement ``index``, as :meth:`embeddings`."""
+        """Return the embeddings of measurement ``index``, both views, (2n, d), centred.
+
+        Those of SimCLR are normalised first: it sees no others.
+        """
         z = torch.from_numpy(self.spectra["embeddings"][index]).double().flatten(0, 1)
         z = nn.functional.normalize(z) if self.loss == "simclr" else z
         return z - z.mean(0)
@@ -161,30 +163,33 @@ class Run:
             encoder.load_state_dict({key.removeprefix("encoder."): value for key, value in state.items()})
         return encoder
 
-    def probe_pairs(self) -> tuple[Tensor, Tensor]:
-        """Return the pairs that its spectra were measured on."""
+    @cached_property
+    def data(self) -> TwoViewDataModule:
+        """The data that it was trained and measured on."""
         data = TwoViewDataModule(**self._config["data"]["init_args"])
         data.setup("fit")
-        return data.probe_pairs()
+        return data
 
     def predicted(self) -> LinearBarlowTwins:
         """Return what the linear theory says of Barlow Twins' last layer, were the features before it to stay.
 
-        Its time is learning rate × steps / (1 − momentum): see :meth:`theory_times`.
+        Momentum m is not in the theory. While a mode grows, heavy-ball descent multiplies its weights by x at each
+        step, (x − 1)(1 − m/x) = 4 η γ; the mode is given the γ′ = ln x / 4η that grows as fast without momentum.
         """
-        encoder = self.encoder(trained=False)
+        encoder, optimization = self.encoder(trained=False), self._config["model"]["init_args"]
+        rate, momentum = optimization["learning_rate"], optimization["momentum"]
         depth = sum(isinstance(layer, nn.Linear) for layer in encoder.projector)
         with torch.no_grad():
-            h1, h2 = capture(encoder, list(self.probe_pairs()), [_FEATURES[depth]])[_FEATURES[depth]]
-        gamma = feature_cross_correlation(h1 - h1.mean(0), h2 - h2.mean(0))
+            h1, h2 = capture(encoder, list(self.data.probe_pairs()), [_FEATURES[depth]])[_FEATURES[depth]]
+        gamma, basis = torch.linalg.eigh(feature_cross_correlation(h1 - h1.mean(0), h2 - h2.mean(0)))
+        total = 1 + momentum + 4 * rate * gamma
+        growth = (total + (total.square() - 4 * momentum).clamp(min=0).sqrt()) / 2
+        effective = torch.where(gamma > 0, growth.log() / (4 * rate), gamma / (1 - momentum))
         last = encoder.projector[-1]
         assert isinstance(last, nn.Linear)
-        return LinearBarlowTwins(gamma, last.weight.detach())
-
-    def theory_times(self) -> Tensor:
-        """Return the times of the measurements as gradient flow counts them, (T,)."""
-        momentum = self._config["model"]["init_args"]["momentum"]
-        return torch.from_numpy(self.spectra["time"]) / (1 - momentum)
+        # W Γ Wᵀ, the embeddings' C, must stay what it is.
+        weights = last.weight.detach().double() @ basis * (gamma / effective).clamp(min=0).sqrt() @ basis.T
+        return LinearBarlowTwins(basis * effective @ basis.T, weights)
 
     def trajectory(self) -> Trajectory:
         """Return loss and eigenvalues, and the steps detected."""

@@ -92,7 +92,7 @@ class TwoViewDataModule(L.LightningDataModule):
             raise ValueError(f"num_workers must be 0 or more, got {num_workers}")
         local_batch_size(global_batch_size, 1)
         self._sets: dict[str, ImageSet] = {}
-        self._probe_pairs: tuple[Tensor, Tensor] | None = None
+        self._probe: tuple[Tensor, Tensor, Tensor] | None = None
 
     def prepare_data(self) -> None:
         """Download, if asked to (one process of each machine only)."""
@@ -155,7 +155,14 @@ class TwoViewDataModule(L.LightningDataModule):
             ValueError: fewer held-out images than ``num_probe_pairs``.
 
         """
-        if self._probe_pairs is None:
+        return self._probes()[:2]
+
+    def probe_labels(self) -> Tensor:
+        """Return the labels of the images of :meth:`probe_pairs`, int64, (num_probe_pairs,), −1 where unknown."""
+        return self._probes()[2]
+
+    def _probes(self) -> tuple[Tensor, Tensor, Tensor]:
+        if self._probe is None:
             held_out, number, seed = self._images("val"), self.hparams["num_probe_pairs"], self.hparams["probe_seed"]
             if number > len(held_out):
                 raise ValueError(
@@ -166,8 +173,9 @@ class TwoViewDataModule(L.LightningDataModule):
             generator = torch.Generator().manual_seed(hashed_seed(seed, PROBE_EPOCH, "order"))
             chosen = torch.randperm(len(held_out), generator=generator)[:number].tolist()
             pairs = [views[PROBE_EPOCH, index] for index in chosen]
-            self._probe_pairs = torch.stack([x1 for x1, _, _ in pairs]), torch.stack([x2 for _, x2, _ in pairs])
-        return self._probe_pairs
+            x1, x2, labels = zip(*pairs, strict=True)
+            self._probe = torch.stack(x1), torch.stack(x2), torch.tensor(labels)
+        return self._probe
 
     @property
     def _num_processes(self) -> int:

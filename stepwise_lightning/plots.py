@@ -54,7 +54,7 @@ def trajectories_figure(
     sharey: Any = "row" if same_axes else "none"
     axes = figure.subplots(2, len(runs), sharex="col", sharey=sharey, squeeze=False, width_ratios=widths)
     for column, run in enumerate(runs):
-        _draw_run(axes[0, column], axes[1, column], run)
+        draw_run(axes[0, column], axes[1, column], run)
         if log_eigenvalues:
             axes[1, column].set_yscale("log", nonpositive="mask")
             axes[1, column].set_ylim(bottom=max(axes[1, column].get_ylim()[0], 1e-10 * run.eigenvalues.max()))
@@ -83,7 +83,7 @@ def eigenvalues_figure(rows: list[list[Trajectory]], labels: list[str], title: s
     for i, (runs, label) in enumerate(zip(rows, labels, strict=True)):
         for j, run in enumerate(runs):
             axis = axes[i, j]
-            _draw_run(None, axis, run)
+            draw_run(None, axis, run)
             axis.set_yscale("log", nonpositive="mask")
             axis.set_ylim(bottom=max(axis.get_ylim()[0], 1e-10 * run.eigenvalues.max()))
             axis.set(title=run.title, ylabel=run.eigenvalues_label, xlabel=_TIME if i == len(rows) - 1 else "")
@@ -103,7 +103,7 @@ def alignment_figure(runs: list[Trajectory], alignments: list[dict[str, Array]],
     axes = figure.subplots(2, len(runs), sharex="col", sharey="row", squeeze=False)
     for column, (run, values) in enumerate(zip(runs, alignments, strict=True)):
         upper, lower = axes[:, column]
-        _draw_run(None, upper, run)
+        draw_run(None, upper, run)
         upper.set(title=run.title, xlabel="")
         for (name, alignment), colour in zip(values.items(), ("tab:blue", "tab:orange", "0.6"), strict=True):
             lower.plot(run.times, alignment, color=colour, linewidth=2.2, label=name)
@@ -112,6 +112,27 @@ def alignment_figure(runs: list[Trajectory], alignments: list[dict[str, Array]],
     axes[0, 0].set_ylabel("eigenvalues of C; dashed: theory")
     axes[1, 0].set_ylabel("alignment with the closed form")
     axes[1, 0].legend(loc="lower right")
+    figure.suptitle(title)
+    if note:
+        figure.supxlabel(note, fontsize="small", color="0.3")
+    return figure
+
+
+def alignments_figure(
+    matrices: list[Array], titles: list[str], rows: list[str], columns: list[str], title: str, note: str = ""
+) -> Figure:
+    """Draw matrices (rows, columns) of alignments in [0, 1] side by side, each number in its cell; NaN stays empty."""
+    figure = Figure(figsize=(1.8 + 3.9 * len(matrices), 1.9 + 0.5 * len(rows)), layout="constrained")
+    axes = figure.subplots(1, len(matrices), sharey=True, squeeze=False)[0]
+    for axis, matrix, name in zip(axes, matrices, titles, strict=True):
+        image = axis.imshow(matrix, vmin=0, vmax=1, cmap="viridis", aspect="auto")
+        for (i, j), value in np.ndenumerate(matrix):
+            if np.isfinite(value):
+                axis.text(j, i, f"{value:.2f}", ha="center", va="center", color="black" if value > 0.6 else "white")
+        axis.set_xticks(range(len(columns)), columns, rotation=30, ha="right", rotation_mode="anchor")
+        axis.set_yticks(range(len(rows)), rows)
+        axis.set_title(name)
+    figure.colorbar(image, ax=axes, label="subspace alignment")
     figure.suptitle(title)
     if note:
         figure.supxlabel(note, fontsize="small", color="0.3")
@@ -127,7 +148,7 @@ def eigenfunctions_figure(runs: list[Trajectory], extremes: list[list[Array]], t
     figure = Figure(figsize=(6.2 * len(runs), 3.4 + 0.72 * rows), layout="constrained")
     axes = figure.subplots(1 + rows, len(runs), squeeze=False, height_ratios=[4.5] + [1.0] * rows)
     for column, (run, images_of) in enumerate(zip(runs, extremes, strict=True)):
-        _draw_run(None, axes[0, column], run)
+        draw_run(None, axes[0, column], run)
         axes[0, column].set_title(run.title)
         for mode, images in enumerate(images_of):
             axis, half = axes[1 + mode, column], len(images) // 2
@@ -166,37 +187,13 @@ def spectra_figure(times: Array, eigenvalues: Array, chosen: Array, title: str =
     return figure
 
 
-def embedding_figure(embeddings: Array, titles: list[str], labels: Array | None = None, title: str = "") -> Figure:
-    """Draw the embeddings of one set of images at k times in their top three principal components, a panel per time.
-
-    The components are those of the last time, and every panel has the same scale, so that a point grows into a line, a
-    plane and a volume. With fewer than three dimensions the missing ones are zero.
-
-    embeddings (k, n, d), titles (k,), labels (n,) to colour the points by, or None.
-    """
-    centred = embeddings - embeddings.mean(1, keepdims=True)
-    _, _, components = np.linalg.svd(centred[-1], full_matrices=False)
-    shown = centred @ components[:3].T
-    shown = np.pad(shown, ((0, 0), (0, 0), (0, 3 - shown.shape[2])))
-    limit = float(np.abs(shown[-1]).max()) or 1.0
-    figure = Figure(figsize=(3.2 * len(shown), 3.6), layout="constrained")
-    colours: Any = "tab:blue" if labels is None else labels
-    for index, points in enumerate(shown):
-        axis: Any = figure.add_subplot(1, len(shown), index + 1, projection="3d")
-        axis.scatter(*points.T, c=colours, cmap="tab10", s=8, alpha=0.8, linewidths=0)
-        axis.set(xlim=(-limit, limit), ylim=(-limit, limit), zlim=(-limit, limit), title=titles[index])
-        axis.set(xticklabels=[], yticklabels=[], zticklabels=[], xlabel="PC 1", ylabel="PC 2")
-        axis.set_zlabel("PC 3")
-    figure.suptitle(title)
-    return figure
-
-
 def mode_colours(count: int) -> list[tuple[float, float, float, float]]:
     """Return one colour per mode, dark for the first to light for the last."""
     return [tuple(colour) for colour in matplotlib.colormaps["viridis"](np.linspace(0, 0.9, count))]
 
 
-def _draw_run(loss_axis: Axes | None, eigenvalue_axis: Axes, run: Trajectory) -> None:
+def draw_run(loss_axis: Axes | None, eigenvalue_axis: Axes, run: Trajectory) -> None:
+    """Draw loss (where there is an axis for it) and eigenvalues of a run against log time, theory dashed."""
     colours = mode_colours(run.eigenvalues.shape[1])
     axes = [axis for axis in (loss_axis, eigenvalue_axis) if axis is not None]
     shown = run.times > 0  # time 0 has no place on a logarithmic axis

@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 
+from stepwise_lightning.embedding_plots import embedding_figure
 from stepwise_lightning.plots import (
     Trajectory,
     alignment_figure,
     eigenfunctions_figure,
-    embedding_figure,
     spectra_figure,
     trajectories_figure,
 )

@@ -1,0 +1,166 @@
+"""Different losses learn the same first directions, which the tangent kernel predicts (last experiment of the paper).
+
+Embeddings of the three losses are compared as subspaces, on the same held-out pairs, at times when they have learned
+equally many modes. Beside them stand the closed form from the tangent kernel of the network at initialisation and after
+training (contrastive kernel PCA), and what makes the numbers readable: the same loss from another seed, the network
+before training, and chance. Embeddings are centred, as the losses see them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from reproduce.common import Claim, Outcome, data_name, each, run_figure, seeds_of
+from reproduce.runs import LOSSES, PROFILES, TITLES, Run, trained_runs
+from stepwise_lightning.encoders import Encoder
+from stepwise_lightning.plots import alignments_figure
+from stepwise_lightning.theory import ContrastiveKernelPCA, EmpiricalNTK, chance_alignment, subspace_alignment
+
+PAPER = (
+    "Last experiment: subspace alignment between the embeddings of Barlow Twins, SimCLR and VICReg, and with the "
+    "predictions of the tangent kernel; the losses learn similar top directions, far above chance."
+)
+KERNELS = ("tangent kernel at initialisation", "tangent kernel after training")
+BASELINES = ("another seed", "untrained", "chance")
+MODES = (1, 3, 5)  # numbers of learned modes at which embeddings are compared
+KERNEL_PAIRS = 96  # held-out pairs that the tangent kernels are made of
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the experiment; return 0 if every claim holds, 1 if one fails, 2 for bad input."""
+    return run_figure("cross_loss_alignment", __doc__, PAPER, PROFILES, produce, arguments)
+
+
+def produce(options: argparse.Namespace, directory: Path) -> Outcome:
+    """Train what is missing, make the tangent kernels, and align all with all."""
+    runs = trained_runs(options)
+    items = [(run, trained) for run in runs if run.loss == "barlow_twins" for trained in (False, True)]
+    predictions = dict(zip([(run.seed, t) for run, t in items], each(predicted, items, "tangent kernels"), strict=True))
+    rows = [row for seed in options.seeds for row in _alignments(seed, runs, predictions)]
+    matrices = [_matrix(rows, modes) for modes in MODES]
+    names = [*(TITLES[loss] for loss in LOSSES), *KERNELS, *BASELINES]
+    figure = alignments_figure(
+        matrices,
+        [f"{modes} learned mode{'s' * (modes > 1)}" for modes in MODES],
+        names,
+        names[: len(LOSSES) + len(KERNELS)],
+        title="Different losses learn the same first directions",
+        note=f"subspace alignment on held-out pairs, {data_name(options.data)}; mean of {seeds_of(options)}",
+    )
+    columns = ["seed", "modes", "one", "other", "alignment"]
+    return Outcome(figure, columns, rows, _claims(rows, options), [run.summary() for run in runs])
+
+
+def predicted(run: Run, trained: bool) -> Tensor:
+    """Return the closed form from the tangent kernel of a run's network, (2 · KERNEL_PAIRS, modes), centred."""
+    x1, x2 = (view[:KERNEL_PAIRS] for view in run.data.probe_pairs())
+    x = torch.cat([x1, x2])
+    kernel = EmpiricalNTK(_with_statistics(run.encoder(trained), x))(x, x)
+    # Centred embeddings are those of the kernel that is centred.
+    kernel = kernel - kernel.mean(0) - kernel.mean(1, keepdim=True) + kernel.mean()
+    index = torch.arange(len(x), dtype=torch.float64)[:, None]  # the kernel as a function of the samples' numbers
+    machine = ContrastiveKernelPCA(lambda a, b: kernel[a[:, 0].long()][:, b[:, 0].long()], max(MODES), progress=False)
+    return torch.cat(machine.fit_transform(*index.chunk(2)))
+
+
+def _with_statistics(encoder: Encoder, x: Tensor) -> Encoder:
+    """Give batch normalisation the statistics of these images, layer after layer, and switch it to use them."""
+    encoder = copy.deepcopy(encoder)
+    for part in encoder.modules():
+        if isinstance(part, _BatchNorm):
+            part.reset_running_stats()
+            part.momentum = 1.0
+    with torch.no_grad():
+        encoder.train()(x)
+    return encoder.eval()
+
+
+def _alignments(seed: int, runs: list[Run], predictions: dict[tuple[int, bool], Tensor]) -> list[list[Any]]:
+    """Return rows ``seed, modes, one, other, alignment`` of one seed."""
+    mine = {run.loss: run for run in runs if run.seed == seed}
+    others = {run.loss: run for run in runs if run.seed == _next_seed(seed, runs)}
+    rows: list[list[Any]] = []
+    for modes in MODES:
+        subspaces = {TITLES[loss]: _subspace(run.embeddings(modes), modes) for loss, run in mine.items()}
+        kernels = {name: predictions[seed, trained] for name, trained in zip(KERNELS, (False, True), strict=True)}
+        for one, a in subspaces.items():
+            rows += [[seed, modes, one, other, _align(a, b)] for other, b in subspaces.items()]
+            rows += [[seed, modes, one, name, _align(a, _top(b, modes))] for name, b in kernels.items()]
+        for loss, run in mine.items():
+            a = subspaces[TITLES[loss]]
+            other_seed = _subspace(others[loss].embeddings(modes), modes) if others[loss] is not run else None
+            rows.append([seed, modes, TITLES[loss], "another seed", _align(a, other_seed)])
+            rows.append([seed, modes, TITLES[loss], "untrained", _align(a, _subspace(run.embedded(0), modes))])
+            size = 2 * KERNEL_PAIRS if a is None else len(a)
+            rows.append([seed, modes, TITLES[loss], "chance", chance_alignment(size, modes)])
+        first, second = (_top(kernel, modes) for kernel in kernels.values())
+        rows.append([seed, modes, *KERNELS, _align(first, second)])
+    return rows
+
+
+def _next_seed(seed: int, runs: list[Run]) -> int:
+    seeds = sorted({run.seed for run in runs})
+    return seeds[(seeds.index(seed) + 1) % len(seeds)]
+
+
+def _subspace(z: Tensor | None, modes: int) -> Tensor | None:
+    """Return the top principal directions over the samples, (2n, modes)."""
+    return None if z is None else torch.linalg.svd(z, full_matrices=False).U[:, :modes]
+
+
+def _top(z: Tensor, modes: int) -> Tensor:
+    return z[:, :modes]
+
+
+def _align(a: Tensor | None, b: Tensor | None) -> float:
+    """Align two subspaces on the samples that both have; NaN where one of them never had so many modes."""
+    if a is None or b is None:
+        return float("nan")
+    (a1, a2), (b1, b2) = a.chunk(2), b.chunk(2)
+    n = min(len(a1), len(b1))
+    return float(subspace_alignment(torch.cat([a1[:n], a2[:n]]), torch.cat([b1[:n], b2[:n]])))
+
+
+def _matrix(rows: list[list[Any]], modes: int) -> np.ndarray[Any, Any]:
+    """Return the mean over seeds: rows losses, kernels and baselines; columns losses and kernels."""
+    columns = [*(TITLES[loss] for loss in LOSSES), *KERNELS]
+    matrix = np.full((len(columns) + len(BASELINES), len(columns)), np.nan)
+    for i, one in enumerate([*columns, *BASELINES]):
+        for j, other in enumerate(columns):
+            values = [row[4] for row in rows if row[1] == modes and {row[2], row[3]} == {one, other}]
+            values = [value for value in values if np.isfinite(value)]
+            matrix[i, j] = 1.0 if one == other else np.mean(values) if values else np.nan
+    return matrix
+
+
+def _claims(rows: list[list[Any]], options: argparse.Namespace) -> list[Claim]:
+    def values(modes: int, one: str, other: str) -> list[float]:
+        return [row[4] for row in rows if row[1] == modes and (row[2], row[3]) == (one, other)]
+
+    titles = [TITLES[loss] for loss in LOSSES]
+    claims = []
+    for index, one in enumerate(titles):
+        for other in titles[index + 1 :]:
+            what = f"{one} and {other}: alignment of the first mode, least of {seeds_of(options)}"
+            claims.append(
+                Claim(f"{one}_{other}".lower().replace(" ", "_"), what, min(values(1, one, other)), ">=", 0.7)
+            )
+    for name, kernel in zip(("initial", "final"), KERNELS, strict=True):
+        what = f"Barlow Twins and the {kernel}: alignment of the first mode, least of {seeds_of(options)}"
+        claims.append(Claim(f"kernel_{name}", what, min(values(1, titles[0], kernel)), ">=", 0.7))
+    chance = max(values(1, titles[0], "chance"))
+    claims.append(Claim("chance", "chance, for comparison", chance, "<=", 0.1))
+    return claims
+
+
+if __name__ == "__main__":
+    sys.exit(main())

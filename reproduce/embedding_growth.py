@@ -1,0 +1,116 @@
+"""The embedding grows from a point to a line, a plane and a volume (the first figure of the authors' blog post).
+
+Embeddings of held-out images under Barlow Twins, from small initialisation, in their top three principal components, in
+the middle of the plateaus with no, one, two and three learned modes. Colours are the photographs that the crops are
+from, or classes. The same as an animation: ``animation.gif``. The crops at either end of each direction show what it
+stands for.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from reproduce.common import Claim, Outcome, data_name, replace, run_figure, seeds_of
+from reproduce.runs import PROFILES, Run, trained_runs
+from stepwise_lightning.embedding_plots import growth_animation, growth_figure, principal_components
+
+PAPER = (
+    "The authors' blog post, Fig. 1: top three principal components of the embeddings as the loss steps down; they are "
+    "a point, then a line, a plane and a volume."
+)
+MODES = (0, 1, 2, 3)
+FRAMES = 60
+EXTREMES = 4  # crops at either end
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the experiment; return 0 if every claim holds, 1 if one fails, 2 for bad input."""
+    return run_figure("embedding_growth", __doc__, PAPER, PROFILES, produce, arguments)
+
+
+def produce(options: argparse.Namespace, directory: Path) -> Outcome:
+    """Train what is missing, and look at the embeddings on their plateaus."""
+    runs = trained_runs(options, losses=("barlow_twins",))
+    summaries = [run.summary() | _shares(run) for run in runs]
+    first = runs[0]
+    embeddings, labels = _embeddings(first), first.data.probe_labels().numpy()
+    trajectory, samples = first.trajectory(), _samples(first)
+    title = "The embedding grows one dimension at a time"
+    figure = growth_figure(
+        trajectory, embeddings[samples], samples, labels, first.data.class_names,
+        _extremes(first, embeddings[samples]), title,
+        note=f"ResNet on held-out crops, {data_name(options.data)}, seed {options.seeds[0]}; Barlow Twins",
+    )  # fmt: skip
+    start = max(samples[0] - 10, 0)
+    frames = np.unique(np.linspace(start, samples[-1], FRAMES).round().astype(int)).tolist()
+    directory.mkdir(parents=True, exist_ok=True)
+    replace(
+        directory / "animation.gif",
+        lambda path: growth_animation(path, trajectory, embeddings, labels, frames, title),
+    )
+    claims = []
+    for modes, shape in ((1, "a line"), (2, "a plane"), (3, "a volume")):
+        what = f"{shape}: variance in the top {modes} direction{'s' * (modes > 1)} with as many learned modes"
+        least = min(summary[f"share_{modes}"] for summary in summaries)
+        claims.append(Claim(f"share_{modes}", f"{what}, least of {seeds_of(options)}", least, ">=", 0.95))
+    size = max(summary["size_0"] for summary in summaries)
+    what = f"a point: its extent before the first step over that with three modes, most of {seeds_of(options)}"
+    claims.append(Claim("size_0", what, size, "<=", 0.2))
+    rows = (row for run in runs for row in _rows(run))
+    return Outcome(figure, ["seed", "modes", "sample", "pc_1", "pc_2", "pc_3"], rows, claims, summaries)
+
+
+def _embeddings(run: Run) -> np.ndarray[Any, Any]:
+    """Return the embeddings of the first views at every measurement, (T, n, d)."""
+    return run.spectra["embeddings"][:, 0].astype(np.float64)
+
+
+def _samples(run: Run) -> list[int]:
+    """Return the middle of each plateau.
+
+    Raises:
+        RuntimeError: some number of modes was never learned.
+
+    """
+    plateaus = [run.plateau(modes) for modes in MODES]
+    if missing := [modes for modes, there in zip(MODES, plateaus, strict=True) if not there]:
+        raise RuntimeError(
+            f"{run.name} was never seen with {missing} learned modes: train it longer or measure more often"
+        )
+    # Time 0 has no place on a logarithmic axis.
+    return [there[len(there) // 2] for there in plateaus]
+
+
+def _shares(run: Run) -> dict[str, float]:
+    samples = _samples(run)
+    variances = [torch.linalg.svdvals(run.embedded(sample)).square() for sample in samples]
+    shares = {f"share_{m}": float(v[:m].sum() / v.sum()) for m, v in zip(MODES, variances, strict=True) if m}
+    return shares | {"size_0": float((variances[0].sum() / variances[-1].sum()).sqrt())}
+
+
+def _extremes(run: Run, embeddings: np.ndarray[Any, Any]) -> list[np.ndarray[Any, Any]]:
+    """Return the crops at both ends of each component, for display."""
+    crops = run.data.probe_pairs()[0]
+    scale = [torch.tensor(values)[:, None, None] for values in (run.data.std, run.data.mean)]
+    images = (crops * scale[0] + scale[1]).clamp(0, 1).permute(0, 2, 3, 1).numpy()
+    order = principal_components(embeddings)[-1].argsort(0)
+    return [images[np.concatenate([mode[:EXTREMES], mode[-EXTREMES:]])] for mode in order.T]
+
+
+def _rows(run: Run) -> list[list[Any]]:
+    shown = principal_components(_embeddings(run)[_samples(run)])
+    return [
+        [run.seed, modes, sample, *point]
+        for modes, points in zip(MODES, shown.tolist(), strict=True)
+        for sample, point in enumerate(points)
+    ]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

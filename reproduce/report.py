@@ -1,0 +1,105 @@
+"""One self-contained page with every figure and its verdict."""
+
+from __future__ import annotations
+
+import base64
+import json
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from reproduce.common import data_name, replace
+
+STYLE = """
+:root { color-scheme: light dark; }
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 0 auto; padding: 1rem; }
+section { border-top: 1px solid #8886; margin-top: 2.5rem; }
+img { max-width: 100%; height: auto; background: white; border-radius: 4px; }
+.table { overflow-x: auto; }
+table { border-collapse: collapse; margin: .8rem 0; }
+td, th { border-bottom: 1px solid #8884; padding: .25rem .8rem .25rem 0; text-align: left; vertical-align: top; }
+td.number { font-variant-numeric: tabular-nums; white-space: nowrap; }
+.holds { color: #1a7f37; font-weight: 600; } .fails { color: #cf222e; font-weight: 600; }
+code { overflow-wrap: anywhere; } summary { cursor: pointer; } pre { overflow-x: auto; font-size: .8rem; }
+"""
+
+
+def write_report(out: str | Path, names: list[str]) -> Path:
+    """Write ``<out>/report.html`` from what the named figures have left in ``<out>``, and return its path.
+
+    Raises:
+        OSError: it cannot be written.
+
+    """
+    documents = {name: _read(Path(out) / name / "claims.json") for name in names}
+    lines = "".join(_line(name, document) for name, document in documents.items())
+    sections = "".join(_section(Path(out) / name, document) for name, document in documents.items() if document)
+    page = (
+        '<!DOCTYPE html><html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>stepwise_lightning: figures and verdicts</title><style>{STYLE}</style></head><body>"
+        "<h1>On the stepwise nature of self-supervised learning: figures and verdicts</h1>"
+        "<p>Each figure of <a href='https://arxiv.org/abs/2303.15438'>Simon et al., ICML 2023</a>, made again, with "
+        "what it claims in numbers. A claim holds when the number measured is on the right side of its bound.</p>"
+        "<div class='table'><table><tr><th>figure</th><th>claims</th><th>data</th><th>time</th></tr>"
+        f"{lines}</table></div>"
+        f"{sections}</body></html>\n"
+    )
+    path = Path(out) / "report.html"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    replace(path, lambda partial: partial.write_text(page, encoding="utf-8"))
+    return path
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
+def _line(name: str, document: dict[str, Any] | None) -> str:
+    if document is None:
+        return f"<tr><td>{escape(name)}</td><td class='fails'>not there</td><td></td><td></td></tr>"
+    return (
+        f"<tr><td><a href='#{name}'>{escape(name)}</a></td><td>{_verdict(document)}</td>"
+        f"<td>{escape(data_name(document['data_set']))}</td><td class='number'>{document['seconds']:.0f} s</td></tr>"
+    )
+
+
+def _verdict(document: dict[str, Any]) -> str:
+    holding = sum(claim["holds"] for claim in document["claims"])
+    kind = "holds" if document["all_hold"] else "fails"
+    return f"<span class='{kind}'>{holding} of {len(document['claims'])} hold</span>"
+
+
+def _section(directory: Path, document: dict[str, Any]) -> str:
+    pictures = [_picture(path) for path in (directory / "figure.png", directory / "animation.gif") if path.exists()]
+    rows = "".join(
+        f"<tr><td class='{'holds' if claim['holds'] else 'fails'}'>{'holds' if claim['holds'] else 'fails'}</td>"
+        f"<td>{escape(claim['description'])}</td><td class='number'>{claim['measured']:.4g}</td>"
+        f"<td class='number'>{escape({'<=': '≤', '>=': '≥'}[claim['relation']])} {claim['bound']:.4g}</td></tr>"
+        for claim in document["claims"]
+    )
+    seeds = " ".join(map(str, document["seeds"]))
+    command = (
+        f"python -m reproduce {document['name']} --profile {document['options']['profile']} "
+        f"--data {document['data_set']} --seeds {seeds}"
+    )
+    keys = ("options", "settings", "versions", "commit", "machine", "date")
+    details = json.dumps({key: document[key] for key in keys}, indent=1, ensure_ascii=False)
+    return (
+        f"<section id='{document['name']}'><h2>{escape(document['title'])}</h2>"
+        f"<p><b>The paper.</b> {escape(document['paper'])}</p>"
+        f"<p><b>Here.</b> {escape(data_name(document['data_set']))}, seeds {seeds}, "
+        f"{document['seconds']:.0f} s. {_verdict(document)}</p>{''.join(pictures)}"
+        f"<div class='table'><table><tr><th></th><th>claim</th><th>measured</th><th>bound</th></tr>{rows}</table></div>"
+        f"<p>Again: <code>{escape(command)}</code></p>"
+        f"<details><summary>settings, versions, machine</summary><pre>{escape(details)}</pre></details></section>"
+    )
+
+
+def _picture(path: Path) -> str:
+    kind = path.suffix[1:]
+    data = base64.b64encode(path.read_bytes()).decode()
+    return f"<p><img alt='{path.parent.name}, {path.stem}' src='data:image/{kind};base64,{data}'></p>"
