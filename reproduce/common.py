@@ -254,6 +254,6 @@ def quiet_lightning() -> None:
 
 def replace(path: Path, write: Callable[[Path], Any]) -> None:
     """Write beside ``path`` and move the file there when it is complete."""
-    partial = path.with_name(path.name + ".partial")
+    partial = path.with_stem(path.stem + ".partial")  # the ending tells writers the format
     write(partial)
     os.replace(partial, path)

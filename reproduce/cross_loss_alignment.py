@@ -1,9 +1,12 @@
-"""Different losses learn the same first directions, which the tangent kernel predicts (last experiment of the paper).
+"""Different losses learn similar first directions, which the tangent kernel foretells (last experiment of the paper).
 
 Embeddings of the three losses are compared as subspaces, on the same held-out pairs, at times when they have learned
 equally many modes. Beside them stand the closed form from the tangent kernel of the network at initialisation and after
 training (contrastive kernel PCA), and what makes the numbers readable: the same loss from another seed, the network
 before training, and chance. Embeddings are centred, as the losses see them.
+
+For these small ResNets the kernel after training foretells less than the one at initialisation, for few modes nearly
+nothing: it is shown, and nothing is claimed of it.
 """
 
 from __future__ import annotations
@@ -11,6 +14,7 @@ from __future__ import annotations
 import argparse
 import copy
 import sys
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +57,7 @@ def produce(options: argparse.Namespace, directory: Path) -> Outcome:
         [f"{modes} learned mode{'s' * (modes > 1)}" for modes in MODES],
         names,
         names[: len(LOSSES) + len(KERNELS)],
-        title="Different losses learn the same first directions",
+        title="Different losses learn similar first directions",
         note=f"subspace alignment on held-out pairs, {data_name(options.data)}; mean of {seeds_of(options)}",
     )
     columns = ["seed", "modes", "one", "other", "alignment"]
@@ -146,19 +150,20 @@ def _claims(rows: list[list[Any]], options: argparse.Namespace) -> list[Claim]:
     def values(modes: int, one: str, other: str) -> list[float]:
         return [row[4] for row in rows if row[1] == modes and (row[2], row[3]) == (one, other)]
 
-    titles = [TITLES[loss] for loss in LOSSES]
-    claims = []
-    for index, one in enumerate(titles):
-        for other in titles[index + 1 :]:
-            what = f"{one} and {other}: alignment of the first mode, least of {seeds_of(options)}"
-            claims.append(
-                Claim(f"{one}_{other}".lower().replace(" ", "_"), what, min(values(1, one, other)), ">=", 0.7)
-            )
-    for name, kernel in zip(("initial", "final"), KERNELS, strict=True):
-        what = f"Barlow Twins and the {kernel}: alignment of the first mode, least of {seeds_of(options)}"
-        claims.append(Claim(f"kernel_{name}", what, min(values(1, titles[0], kernel)), ">=", 0.7))
-    chance = max(values(1, titles[0], "chance"))
-    claims.append(Claim("chance", "chance, for comparison", chance, "<=", 0.1))
+    titles, seeds = [TITLES[loss] for loss in LOSSES], seeds_of(options)
+    claims, pairs = [], list(combinations(titles, 2))
+    for one, other in pairs:
+        what = f"{one} and {other}: alignment of the first mode, least of {seeds}"
+        claims.append(Claim(f"{one}_{other}".lower().replace(" ", "_"), what, min(values(1, one, other)), ">=", 0.4))
+    for one in titles:
+        what = f"{one} and the {KERNELS[0]} (Barlow Twins'): alignment of the first mode, least of {seeds}"
+        claims.append(
+            Claim(f"kernel_{one.lower()}".replace(" ", "_"), what, min(values(1, one, KERNELS[0])), ">=", 0.4)
+        )
+    between = min(np.mean(values(3, *pair)) for pair in pairs)
+    untrained = max(np.mean(values(3, one, "untrained")) for one in titles)
+    what = f"least alignment of two losses over most with an untrained network, three modes, means of {seeds}"
+    claims.append(Claim("over_untrained", what, float(between - untrained), ">=", 0.0))
     return claims
 
 

@@ -79,7 +79,7 @@ def growth_figure(
     loss_axis, eigenvalue_axis = left.subplots(1, 2)
     draw_run(loss_axis, eigenvalue_axis, run)
     loss_axis.set(title="", ylabel="loss", xscale="log", xlim=eigenvalue_axis.get_xlim())
-    eigenvalue_axis.set_ylabel(f"eigenvalues, {run.eigenvalues_label}")
+    eigenvalue_axis.set_ylabel(run.eigenvalues_label)
     for axis in (loss_axis, eigenvalue_axis):
         for sample in samples:
             axis.axvline(run.times[sample], color="tab:orange", linewidth=2, alpha=0.5, zorder=0)

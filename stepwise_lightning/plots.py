@@ -88,6 +88,8 @@ def eigenvalues_figure(rows: list[list[Trajectory]], labels: list[str], title: s
             axis.set_ylim(bottom=max(axis.get_ylim()[0], 1e-10 * run.eigenvalues.max()))
             axis.set(title=run.title, ylabel=run.eigenvalues_label, xlabel=_TIME if i == len(rows) - 1 else "")
         axes[i, 0].set_ylabel(f"{label}\n{runs[0].eigenvalues_label}")
+    for j, run in enumerate(rows[0]):  # where the first row's first mode begins to rise; hidden ones start large
+        axes[0, j].set_xlim(_rise(run), run.times[-1])
     figure.suptitle(title)
     if note:
         figure.supxlabel(note, fontsize="small", color="0.3")
@@ -217,11 +219,15 @@ def draw_run(loss_axis: Axes | None, eigenvalue_axis: Axes, run: Trajectory) -> 
     eigenvalue_axis.xaxis.set_major_formatter("{x:g}")
     eigenvalue_axis.xaxis.set_minor_formatter(NullFormatter())
     eigenvalue_axis.set_xlabel(_TIME)
-    # Start where the first mode begins to rise: before that nothing is to be seen.
-    top = run.eigenvalues[shown].max(1)
-    visible = times[top > 0.01 * top.max()]
-    eigenvalue_axis.set_xlim(0.5 * visible[0] if len(visible) else times[0], times[-1])
+    eigenvalue_axis.set_xlim(_rise(run), times[-1])
     if loss_axis is not None:
         loss_axis.set_ylim(bottom=0)
     for axis in axes:
         axis.spines[["top", "right"]].set_visible(False)
+
+
+def _rise(run: Trajectory) -> float:
+    """Return half the time when the first mode begins to rise: before that nothing is to be seen."""
+    times, top = run.times[run.times > 0], run.eigenvalues[run.times > 0].max(1)
+    visible = times[top > 0.01 * top.max()]
+    return float(0.5 * visible[0] if len(visible) else times[0])

@@ -6,17 +6,19 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from reproduce import linear_model
-from reproduce.__main__ import main
+from reproduce.__main__ import FIGURES, main
 from reproduce.common import Claim
 from reproduce.kernel_mlp import into_their_span
 from stepwise_lightning import BarlowTwins, FixedCropPairs
 from stepwise_lightning.encoders import MLP
+from stepwise_lightning.spectrum import detect_steps
 from stepwise_lightning.theory import EmpiricalNTK, feature_cross_correlation
 
 ROOT = Path(__file__).parent.parent
@@ -49,7 +51,7 @@ def test_linear_model_files(outputs):
     with (outputs / "data.csv").open(newline="") as file:
         rows = [row for row in csv.DictReader(file) if row["run"] == "small_init" and row["quantity"] == "eigenvalue"]
     assert max(abs(float(row["experiment"]) - float(row["theory"])) for row in rows) <= 0.05
-    assert not list(outputs.glob("*.partial"))
+    assert not list(outputs.glob("*.partial*"))
 
 
 def test_theory_and_experiment_lie_under_one_tag_in_tensorboard(outputs):
@@ -175,3 +177,61 @@ def test_training_in_the_span_of_the_inputs_is_training():
         EmpiricalNTK(encoder)(views[0], views[1]) for encoder, views in zip((plain, reduced), inputs, strict=True)
     ]
     torch.testing.assert_close(kernels[0], kernels[1], rtol=1e-3, atol=1e-3)
+
+
+def test_resume_keeps_a_finished_figure_and_only_that(outputs, capsys):
+    arguments = ["linear_model", "--profile", "smoke", "--seeds", "0", "1", "--out", str(outputs.parent), "--resume"]
+    before = (outputs / "claims.json").stat().st_mtime_ns
+    assert main(arguments) == 0
+    assert "kept" in capsys.readouterr().out and (outputs / "claims.json").stat().st_mtime_ns == before
+    text = (outputs / "claims.json").read_text(encoding="utf-8")
+    (outputs / "claims.json").write_text(text[:100], encoding="utf-8")
+    assert main(arguments) == 0
+    assert "cannot be read; the figure is made again" in capsys.readouterr().err
+    assert json.loads((outputs / "claims.json").read_text(encoding="utf-8"))["claims"] == json.loads(text)["claims"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["linear_model", "--profile", "huge"], "argument --profile: invalid choice: 'huge'"),
+        (["all", "--profile", "huge"], "argument --profile: invalid choice: 'huge'"),
+        (["three_losses", "--seeds", "x"], "argument --seeds: invalid int value: 'x'"),
+    ],
+)
+def test_bad_options_are_one_line(arguments, message, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(arguments)
+    error = capsys.readouterr().err
+    assert message in error and error.startswith("error: ") and error.count("\n") == 1
+
+
+def test_an_output_that_is_a_file_is_refused(tmp_path, capsys):
+    (tmp_path / "out").write_text("a file")
+    assert main(["kernel_pca", "--profile", "smoke", "--out", str(tmp_path / "out")]) == 2
+    assert "choose another folder with --out" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_all_figures_and_the_report(tmp_path, capsys):
+    """Every script runs, from shared runs; bounds are for larger sizes, so that a claim may fail here."""
+    arguments = ["all", "--profile", "smoke", "--seeds", "0", "--out", str(tmp_path)]
+    assert main(arguments) in (0, 1)
+    assert "error" not in capsys.readouterr().err
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    for name in FIGURES:
+        document = json.loads((tmp_path / name / "claims.json").read_text(encoding="utf-8"))
+        assert document["claims"] and f"id='{name}'" in page
+        assert all((tmp_path / name / file).stat().st_size > 1000 for file in ("figure.png", "figure.pdf", "data.csv"))
+    assert page.count("data:image/png;base64") == len(FIGURES) and "data:image/gif;base64" in page
+    # Six runs, whatever the number of figures that they are for; each is read as SpectrumLogger wrote it.
+    assert len(list((tmp_path / "runs").iterdir())) == 6
+    with np.load(tmp_path / "runs/vicreg_small_seed0/version_0/spectrum.npz") as saved:
+        steps = detect_steps(torch.tensor(saved["time"]), torch.tensor(saved["covariance"]))
+    runs = json.loads((tmp_path / "three_losses" / "claims.json").read_text(encoding="utf-8"))["runs"]
+    assert steps.num_distinct == next(run for run in runs if run["loss"] == "vicreg")["distinct_steps"]
+    kept = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/claims.json")}
+    (tmp_path / "hidden_spectra" / "claims.json").unlink()
+    assert main(arguments) in (0, 1)  # only what is missing is made
+    again = {path: path.stat().st_mtime_ns for path in kept}
+    assert [path.parent.name for path in kept if kept[path] != again[path]] == ["hidden_spectra"]
