@@ -4,10 +4,13 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python; do \
 	$$p -c 'import sys, venv; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-slow test-peers check format benchmark clean
+.PHONY: demo figures test test-slow test-peers check format benchmark clean
 
 demo: $(VENV)/.installed  ## the linear figure on the bundled photographs
 	$(BIN)/python -m reproduce linear_model --seeds 0
+
+figures: $(VENV)/.installed  ## every figure with its verdict, and results/report.html; a second call does what is missing
+	$(BIN)/python -m reproduce all
 
 test: $(VENV)/.installed-test  ## the default test suite
 	$(BIN)/python -m pytest
