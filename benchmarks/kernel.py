@@ -19,6 +19,7 @@ import argparse
 import importlib.util
 import platform
 import resource
+import statistics
 import sys
 import time
 from functools import partial
@@ -146,17 +147,20 @@ def speed() -> bool:
 
     x1, x2, kernel = crops(2000, 20)
     contrastive.KernelProducts = TimedProducts  # type: ignore[misc]
-    ContrastiveKernelPCA(kernel, 10, progress=False).fit(x1[:500], x2[:500])  # warm up
-    TimedProducts.seconds = 0.0
-    start = time.perf_counter()
-    model = ContrastiveKernelPCA(kernel, 10, progress=False).fit(x1, x2)
-    ours = time.perf_counter() - start
+    seconds, shares = [], []
+    for _ in range(6):
+        TimedProducts.seconds = 0.0
+        start = time.perf_counter()
+        model = ContrastiveKernelPCA(kernel, 10, progress=False).fit(x1, x2)
+        seconds.append(time.perf_counter() - start)
+        shares.append(seconds[-1] / TimedProducts.seconds)
+    ours, share = (statistics.median(values[1:]) for values in (seconds, shares))  # the first warms up
     start = time.perf_counter()
     eigenvalues = dense_route(x1, x2, kernel)
     dense = time.perf_counter() - start
-    print(f"\n2000 pairs of 20×20 crops, RBF, 10 modes: {ours:.2f} s")
+    print(f"\n2000 pairs of 20×20 crops, RBF, 10 modes: {ours:.2f} s (median of 5), dense route {dense:.0f} s")
     ok = within("dense route / ours", dense / ours, 40, least=True)
-    ok &= within("ours / its own kernel products", ours / TimedProducts.seconds, 1.5)
+    ok &= within("ours / its own kernel products", share, 1.5)
     difference = (model.eigenvalues_ - eigenvalues).abs().max() / eigenvalues[0]
     return ok & within("largest difference of an eigenvalue / largest eigenvalue", float(difference), 1e-10)
 

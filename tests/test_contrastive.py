@@ -164,7 +164,7 @@ def test_larger_problems_agree_on_all_routes(monkeypatch):
     for model in (lanczos, streamed):
         torch.testing.assert_close(model.eigenvalues_, dense.eigenvalues_, rtol=1e-11, atol=0)
         torch.testing.assert_close(model.transform(x1), dense.transform(x1), rtol=1e-4, atol=1e-6)
-        assert 0 < model.residuals_.max() <= 1e-9 * model.eigenvalues_[0]
+        assert 0 < model.residuals_.max() <= 1e-7 * model.eigenvalues_[0]
 
 
 def test_one_pair_and_float32_and_images():
@@ -203,7 +203,7 @@ BAD = {
     "kernel nan": (lambda a, b: (a, b), lambda x, y: linear_kernel(x, y).log(), {}, "NaN or infinite values"),
     "too many": (lambda a, b: (a, b), linear_kernel, {"n_components": 7}, "more than the 6 positive modes .* 1 to 6"),
     "none": (lambda a, b: (a, -a), linear_kernel, {}, "no positive mode"),
-    "no room": (lambda a, b: (a, b), RBF, {"max_bytes": 100}, "cannot hold one row of kernel values: at least 2880"),
+    "no room": (lambda a, b: (a, b), RBF, {"max_bytes": 100}, "cannot hold one tile of kernel values: at least 12288"),
 }  # fmt: skip
 
 

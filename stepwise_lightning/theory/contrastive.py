@@ -45,7 +45,7 @@ class ContrastiveKernelPCA:
             as those of :mod:`stepwise_lightning.theory.kernels`; wrap arguments with ``functools.partial``.
         n_components: d, number of modes.
         max_bytes: memory for kernel values. The kernel matrix is held where its 32 n² bytes fit; otherwise it is
-            recomputed in blocks of rows at each iteration.
+            recomputed in tiles at each iteration.
         tolerance: residual at which the iteration stops, relative to γ_1; eigenvalues are then right to its square.
         progress: show a progress bar on fits that take long.
 
@@ -70,7 +70,7 @@ class ContrastiveKernelPCA:
         kernel: Kernel,
         n_components: int,
         max_bytes: int = 4 * 2**30,
-        tolerance: float = 1e-9,
+        tolerance: float = 1e-7,
         progress: bool = True,
     ) -> None:
         if n_components < 1:
@@ -86,7 +86,7 @@ class ContrastiveKernelPCA:
         Raises:
             ValueError: views that differ in shape, are empty or not finite; a kernel matrix of wrong shape, complex,
                 not finite or not symmetric; fewer positive modes than ``n_components`` (the error says how many there
-                are); ``max_bytes`` too small for one row of the kernel matrix (the error says what is enough).
+                are); ``max_bytes`` too small for one tile of the kernel matrix (the error says what is enough).
 
         """
         self._views = torch.cat(_checked_views(x1, x2))
@@ -100,8 +100,8 @@ class ContrastiveKernelPCA:
                 if positive
                 else "these pairs have no positive mode under this kernel: the views of a pair have nothing in common"
             )
-        values = products.times(coefficients)
-        peaks = values.gather(0, values.abs().argmax(0, keepdim=True)).sign()
+        # f_j on a view is proportional to β_j of the other view of its pair: both peak with one sign
+        peaks = coefficients.gather(0, coefficients.abs().argmax(0, keepdim=True)).sign()
         self.eigenvalues_, self.coefficients_, self.residuals_ = eigenvalues, coefficients * peaks, residuals
         return self
 
@@ -222,8 +222,10 @@ class ContrastiveKernelPCA:
 
     def _eigenfunctions(self, x: Tensor) -> Tensor:
         self._check_fitted()
-        rows = KernelProducts.rows_within(self.max_bytes, len(self._views))
-        return torch.cat([self._kernel_to(part) @ self.coefficients_ for part in x.split(rows)])
+        side = KernelProducts.side_within(self.max_bytes, self._views)
+        parts = list(zip(self._views.split(side), self.coefficients_.split(side), strict=True))
+        x = x.to(self._views)
+        return torch.cat([sum(self.kernel(rows, views).to(b) @ b for views, b in parts) for rows in x.split(side)])
 
     def _kernel_to(self, x: Tensor) -> Tensor:
         return self.kernel(x.to(self._views), self._views).to(self.coefficients_)

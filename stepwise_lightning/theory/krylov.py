@@ -7,7 +7,8 @@ block's part of a Ritz vector, is exactly its residual. Each block is orthogonal
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -19,45 +20,61 @@ _DENSE = 300
 _ROUND_OFF = 1e-12
 # Kernel functions make a few arrays as large as their result on the way to it.
 _TEMPORARIES = 6
+# Rows and columns of a tile of the kernel matrix: at most, by type of device (4096 elsewhere), and at least.
+_SIDE = {"cpu": 512}
+_LEAST_SIDE = 16
 
 
 class KernelProducts:
-    """Products with the kernel matrix of a set of points, which is held if it fits and recomputed in blocks if not."""
+    """Products with the kernel matrix of a set of points, which is held if it fits and recomputed in tiles if not.
+
+    Tiles on and above the diagonal stand for those below it, and small ones keep the kernel's temporaries in cache.
+    """
 
     def __init__(self, kernel: Callable[[Tensor, Tensor], Tensor], points: Tensor, max_bytes: int) -> None:
         self.kernel, self.points, self.size = kernel, points, len(points)
         self._check_kernel()
-        held = 8 * self.size**2 <= max_bytes
-        # Beside a held matrix the blocks that it is filled from should not count.
-        self.rows = self.rows_within(max(self.size**2, 2**20) if held else max_bytes, self.size)
-        self.matrix = self._filled() if held else None
+        self.side = self.side_within(max_bytes, points)
+        self.matrix = self._filled() if 8 * self.size**2 <= max_bytes else None
 
     @staticmethod
-    def rows_within(max_bytes: int, columns: int) -> int:
-        """Return how many rows of the matrix can be made at once within so many bytes."""
-        rows = max_bytes // (8 * _TEMPORARIES * columns)
-        if rows < 1:
+    def side_within(max_bytes: int, points: Tensor) -> int:
+        """Return the side of the tiles in which the kernel matrix of these points is made, within so many bytes."""
+        largest, least = min(_SIDE.get(points.device.type, 4096), len(points)), min(_LEAST_SIDE, len(points))
+        side = math.isqrt(max_bytes // (8 * _TEMPORARIES))
+        if side < least:
             raise ValueError(
-                f"max_bytes {max_bytes} cannot hold one row of kernel values: at least {8 * _TEMPORARIES * columns}"
+                f"max_bytes {max_bytes} cannot hold one tile of kernel values: at least {8 * _TEMPORARIES * least**2}"
             )
-        return rows
+        return min(side, largest)
 
     def times(self, vectors: Tensor) -> Tensor:
         """Return K̃ times (2n, b)."""
         if self.matrix is not None:
-            return self.matrix @ vectors
-        return torch.cat([self._block(start) @ vectors for start in range(0, self.size, self.rows)])
+            # a symmetric matrix from the right: faster by half for more than a few vectors
+            return (vectors.T @ self.matrix).T
+        result = torch.zeros_like(vectors)
+        for rows, columns, tile in self._tiles():
+            result[rows] += tile @ vectors[columns]
+            if rows != columns:
+                result[columns] += tile.T @ vectors[rows]
+        return result
 
-    def _block(self, start: int) -> Tensor:
-        block = self.kernel(self.points[start : start + self.rows], self.points).detach().double()
-        if not block.isfinite().all():
-            raise ValueError("the kernel returned NaN or infinite values: rescale the inputs or its length scale")
-        return block
+    def _tiles(self) -> Iterator[tuple[slice, slice, Tensor]]:
+        starts = range(0, self.size, self.side)
+        for i, j in ((i, j) for i in starts for j in starts if i <= j):
+            rows, columns = slice(i, i + self.side), slice(j, j + self.side)
+            tile = self.kernel(self.points[rows], self.points[columns]).detach().double()
+            # one NaN or infinite value makes the sum so, and a sum is quicker than a look at each
+            if not tile.sum().isfinite():
+                raise ValueError("the kernel returned NaN or infinite values: rescale the inputs or its length scale")
+            yield rows, columns, tile
 
     def _filled(self) -> Tensor:
         matrix = torch.empty(self.size, self.size, dtype=torch.float64, device=self.points.device)
-        for start in range(0, self.size, self.rows):
-            matrix[start : start + self.rows] = self._block(start)
+        for rows, columns, tile in self._tiles():
+            matrix[rows, columns] = tile
+            matrix[columns, rows] = tile.T.contiguous()
         return matrix
 
     def _check_kernel(self) -> None:
@@ -105,7 +122,8 @@ def _block_lanczos(
     products: KernelProducts, count: int, tolerance: float, progress: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(0)
-    width = min(count + 8, products.size)
+    # a few more than asked for converge together, and products are fastest at multiples of eight
+    width = min(-(-(count + 8) // 8) * 8, products.size)
     start = torch.randn(products.size, width, dtype=torch.float64, generator=generator).to(products.points.device)
     block, images, _ = _orthonormalised(start, products.times(start), 0.0)
     vectors, products_of = block, images
