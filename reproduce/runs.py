@@ -191,14 +191,17 @@ class Run:
         weights = last.weight.detach().double() @ basis * (gamma / effective).clamp(min=0).sqrt() @ basis.T
         return LinearBarlowTwins(basis * effective @ basis.T, weights)
 
-    def trajectory(self) -> Trajectory:
-        """Return loss and eigenvalues, and the steps detected."""
-        count = self.found.num_distinct
+    def trajectory(self, with_theory: bool = False) -> Trajectory:
+        """Return loss and eigenvalues, the steps detected, and perhaps what is :meth:`predicted`."""
+        count, times = self.found.num_distinct, torch.from_numpy(self.spectra["time"])
+        theory = self.predicted() if with_theory else None
         return Trajectory(
             title=f"{TITLES[self.loss]}: {count} distinct step{'s' * (count != 1)}",
             times=self.spectra["time"],
             losses=self.spectra["loss"],
             eigenvalues=self.eigenvalues(),
+            theory_losses=theory.loss(times).numpy() if theory else None,
+            theory_eigenvalues=theory.embedding_eigenvalues(times).numpy() if theory else None,
             step_times=self.found.step_times.numpy(),
             eigenvalues_label=f"eigenvalues, {EIGENVALUES[self.loss]}",
         )
