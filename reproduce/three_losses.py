@@ -41,8 +41,8 @@ def produce(options: argparse.Namespace, directory: Path) -> Outcome:
     figure = trajectories_figure(
         [run.trajectory(with_theory=run.loss == "barlow_twins") for run in runs if run.seed == options.seeds[0]],
         title="Three losses learn their embeddings one dimension at a time",
-        note=f"ResNet on {data_name(options.data)}, seed {options.seeds[0]}; settings: configs/; dashed (Barlow Twins): "
-        "theory of the last layer at initialisation",
+        note=f"ResNet on {data_name(options.data)}, seed {options.seeds[0]}; settings: configs/; dashed, for Barlow "
+        "Twins: theory of the last layer at initialisation",
         log_eigenvalues=True,
         same_axes=False,
     )
