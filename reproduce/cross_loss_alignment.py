@@ -1,9 +1,10 @@
 """Different losses learn similar first directions, which the tangent kernel foretells (last experiment of the paper).
 
-Embeddings of the three losses are compared as subspaces, on the same held-out pairs, at times when they have learned
-equally many modes. Beside them stand the closed form from the tangent kernel of the network at initialisation and after
-training (contrastive kernel PCA), and what makes the numbers readable: the same loss from another seed, the network
-before training, and chance. Embeddings are centred, as the losses see them.
+Embeddings of the three losses are compared as subspaces, on the same held-out pairs, at times when they have just
+learned equally many modes; on the plateau that follows, features move and alignment decays. Beside them stand the
+closed form from the tangent kernel of the network at initialisation and after training (contrastive kernel PCA), and
+what makes the numbers readable: the same loss from another seed, the network before training, and chance. Embeddings
+are centred, as the losses see them.
 
 For these small ResNets the kernel after training foretells less than the one at initialisation, for few modes nearly
 nothing: it is shown, and nothing is claimed of it.

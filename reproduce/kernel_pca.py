@@ -6,8 +6,8 @@ closed form; both are compared as subspaces, on the training crops and on crops 
 each mode, the held-out crops on which its eigenfunction is lowest and highest.
 
 The paper has no such figure: data, kernels and sizes are ours. Which of two modes with nearly equal eigenvalues is
-learned last is open: a start of scale α leaves α^{1 − γ_{d+1}/γ_d} of mode d + 1 in the embedding. So the start is very
-small, and there are five dimensions, behind which the RBF kernel has a gap on photographs (γ_6/γ_5 is 0.6 to 0.7).
+learned last is open: a start of scale α leaves α^{1 − γ_{d+1}/γ_d} of mode d + 1 in the embedding, and γ_6/γ_5 is up to
+0.9 here. So the start is very small.
 """
 
 from __future__ import annotations
@@ -41,10 +41,9 @@ PROFILES: dict[str, dict[str, Any]] = {
     "cpu": dict(num_pairs=500, held_out=200, crop_size=20, dim=5),
     "full": dict(num_pairs=2000, held_out=500, crop_size=20, dim=5, data="cifar10"),
 }
-ALPHA = 1e-10  # scale of the initial functions
+ALPHA = 1e-20  # scale of the initial functions
 RELATIVE_RATE = 0.1  # 4 × learning rate × γ_1
-# The tangent kernel's γ_6/γ_5 is 0.8 to 0.9, so that some of the sixth mode remains.
-LEAST_ALIGNMENT = {"RBF": 0.999, "ReLU tangent kernel": 0.99}
+LEAST_ALIGNMENT = 0.999
 # Training ends when the last mode's predicted step time has passed by this factor.
 DURATION = 1.5
 
@@ -156,7 +155,7 @@ def _claims(results: list[Result]) -> list[Claim]:
         for points in ("training", "held_out"):
             least = min(result.alignments[f"alignment_{points}"] for result in of)
             what = f"{name}: alignment with the closed form on {points.replace('_', '-')} crops, {seeds}"
-            claims.append(Claim(f"{key}_{points}", what, least, ">=", LEAST_ALIGNMENT[name]))
+            claims.append(Claim(f"{key}_{points}", what, least, ">=", LEAST_ALIGNMENT))
     return claims
 
 

@@ -138,8 +138,11 @@ class Run:
         return (self.found.num_learned == learned).nonzero().flatten().tolist()
 
     def embeddings(self, learned: int) -> Tensor | None:
-        """Return the last embeddings with so many learned modes, as :meth:`embedded`; None if there never were."""
-        return self.embedded(self.plateau(learned)[-1]) if self.plateau(learned) else None
+        """Return the first embeddings with so many learned modes, as :meth:`embedded`; None if there never were.
+
+        Later on the same plateau the network's features have moved, and the learned directions with them.
+        """
+        return self.embedded(self.plateau(learned)[0]) if self.plateau(learned) else None
 
     def embedded(self, index: int) -> Tensor:
         """Return the embeddings of measurement ``index``, both views, (2n, d), centred.
