@@ -20,6 +20,7 @@ from functools import cached_property
 from importlib.metadata import version
 from itertools import product
 from pathlib import Path
+from threading import Event
 from typing import Any
 from zipfile import BadZipFile, ZipFile
 
@@ -50,6 +51,8 @@ PROFILES: dict[str, dict[str, Any]] = {"smoke": {}, "cpu": {}, "full": {"data": 
 _CONFIGURATION = {"smoke": "photos", "cpu": "photos", "full": "stl10"}
 _SMOKE_RATES = {"barlow_twins": 0.003, "vicreg": 0.001, "simclr": 0.0005}
 _PLACES = ("data.init_args.root", "trainer.logger.init_args.save_dir", "trainer.default_root_dir")
+# The exit status of training that was told to stop (SIGTERM, SIGUSR1), has saved itself, and can be continued.
+TO_BE_CONTINUED = 75
 # The layer whose output the last linear layer of each projector takes, by the projector's depth.
 _FEATURES = {1: "backbone", 2: "projector.2"}
 
@@ -128,6 +131,7 @@ class Run:
 
         Raises:
             RuntimeError: it failed; the message ends with the last line that it wrote.
+            SystemExit: it was told to stop, and has saved itself.
 
         """
         folder, command = self.directory.parent, self.command
@@ -145,6 +149,9 @@ class Run:
         with log.open("a", encoding="utf-8") as file:
             print("$", shlex.join(command), file=file, flush=True)
             done = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, env=environment)
+        if done.returncode == TO_BE_CONTINUED:
+            print(f"{self.name} was told to stop: it is saved, and goes on with --resume", file=sys.stderr)
+            raise SystemExit(TO_BE_CONTINUED)
         if done.returncode:
             lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
             said = [line for line in lines if line.strip() and not line.startswith(("$", "srun:"))]
@@ -276,6 +283,7 @@ def trained_runs(
     Raises:
         ValueError, FileNotFoundError: bad data; raised before anything is written.
         RuntimeError: a run failed.
+        SystemExit: a run was told to stop.
 
     """
     if not CONFIGS.is_dir():
@@ -286,12 +294,21 @@ def trained_runs(
     load_image_set(options.data, "val", options.root, options.download)
     missing = [run for run in runs if not (options.resume and run.is_finished())]
     workers = 1 if torch.cuda.is_available() else min(os.cpu_count() or 1, max(len(missing), 1))
+    ended = Event()
+
+    def train(run: Run) -> None:
+        if ended.is_set():  # the job has to end, or others would fail in the same way
+            return
+        try:
+            run.train(options.resume)
+        except BaseException:
+            ended.set()
+            raise
+        bar.update()
+
     bar = tqdm(total=len(runs), initial=len(runs) - len(missing), desc="training networks", unit="run")
-    with ThreadPoolExecutor(workers) as pool, bar:
-        futures = [pool.submit(run.train, options.resume) for run in missing]
-        for future in futures:
-            future.add_done_callback(lambda _: bar.update())
-        for future in futures:
+    with bar, ThreadPoolExecutor(workers) as pool:
+        for future in [pool.submit(train, run) for run in missing]:
             future.result()
     return runs
 

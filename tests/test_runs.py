@@ -5,6 +5,8 @@ import sys
 
 import pytest
 
+from reproduce import train
+from reproduce.__main__ import main
 from reproduce.common import parser
 from reproduce.runs import PROFILES, Run, trained_runs
 
@@ -19,7 +21,7 @@ def save(path):  # NumPy's files and torch's are zip archives
 save(folder / "checkpoints" / "last.ckpt")
 print("half of it is done")
 if "fail" in sys.argv and "--ckpt_path=last" not in sys.argv:
-    sys.exit("stepwise: error: no more time")
+    sys.exit(75 if "stop" in sys.argv else "stepwise: error: no more time")
 save(folder / "spectrum.npz")
 """
 
@@ -29,9 +31,9 @@ def a_run(tmp_path, monkeypatch):
     """Return a function from options of the command line to a run that costs nothing."""
     fail = []
 
-    def make(*arguments, fails=False):
+    def make(*arguments, fails=False, stops=False):
         options = parser("test", "", PROFILES).parse_args(["--out", str(tmp_path), "--data", "photos", *arguments])
-        fail[:] = ["fail"] if fails else []
+        fail[:] = ["fail", "stop"] if stops else ["fail"] if fails else []
         return Run("vicreg", "small", 0, options)
 
     script = tmp_path / "training.py"
@@ -58,6 +60,20 @@ def test_a_run_that_was_cut_short_goes_on_and_only_then(a_run):
     with pytest.raises(RuntimeError):
         a_run("--profile", "smoke", fails=True).train(resume=True)  # another run than the one cut short
     assert len(commands(run)) == 1
+
+
+def test_training_that_was_told_to_stop_stops_all(a_run, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(os, "cpu_count", lambda: 1)
+    a_run(stops=True)
+    arguments = ["--out", str(tmp_path), "--seeds", "0", "--resume"]
+    with pytest.raises(SystemExit) as stop:
+        main(["three_losses", *arguments])
+    assert stop.value.code == 75 and "it is saved, and goes on with --resume" in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["barlow_twins_small_seed0"]
+    assert train.main(["barlow_twins", "small", *arguments]) == 0
+    assert str(tmp_path / "runs" / "barlow_twins_small_seed0" / "version_0") in capsys.readouterr().out
+    assert train.main(["barlow_twins", "small", *arguments]) == 0  # it is finished, and not trained again
+    assert len(commands(Run("barlow_twins", "small", 0, parser("", "", PROFILES).parse_args(arguments)))) == 2
 
 
 def test_a_finished_run_is_found_from_elsewhere(a_run, tmp_path, monkeypatch):

@@ -6,7 +6,7 @@ set -euo pipefail
 VENV=${VENV:-.venv}
 DATA=${DATA:-data}
 PYTHON=$VENV/bin/python
-LAUNCHER=${LAUNCHER-srun --kill-on-bad-exit=1} # set but empty: no SLURM, training starts in this shell
+LAUNCHER=${LAUNCHER-srun} # set but empty: no SLURM, training starts in this shell
 export PYTHONUNBUFFERED=1
 # srun does not take this over from sbatch, and workers that prepare images would share one core.
 export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}
@@ -31,8 +31,16 @@ need() { # stl10, cifar10
 }
 
 run() {
-    echo "$(date '+%F %T') $(hostname) job ${SLURM_JOB_ID:-none}, restart ${SLURM_RESTART_COUNT:-0}: $*"
-    exec "$@"
+    local status=0 job=${SLURM_JOB_ID:-}
+    echo "$(date '+%F %T') $(hostname) job ${job:-none}, restart ${SLURM_RESTART_COUNT:-0}: $*"
+    "$@" || status=$?
+    # 75: training got the signal before the time limit, and saved itself. After preemption SLURM requeues by itself.
+    if [[ $status == 75 && $job ]]; then
+        [[ -z ${SLURM_ARRAY_TASK_ID:-} ]] || job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID
+        echo "training is saved and goes on when job $job runs again"
+        scontrol requeue "$job"
+    fi
+    exit "$status"
 }
 
 [[ -x $PYTHON ]] || die "no Python in '$VENV': make it with 'make .venv/.installed'," \
