@@ -13,6 +13,7 @@ import json
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -131,7 +132,7 @@ class Run:
 
         Raises:
             RuntimeError: it failed; the message ends with the last line that it wrote.
-            SystemExit: it was told to stop, and has saved itself.
+            SystemExit: it was told to stop, by SIGTERM or SIGUSR1.
 
         """
         folder, command = self.directory.parent, self.command
@@ -149,8 +150,9 @@ class Run:
         with log.open("a", encoding="utf-8") as file:
             print("$", shlex.join(command), file=file, flush=True)
             done = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, env=environment)
-        if done.returncode == TO_BE_CONTINUED:
-            print(f"{self.name} was told to stop: it is saved, and goes on with --resume", file=sys.stderr)
+        # The other two, of which srun makes the second: the signal came before it was ready to listen.
+        if done.returncode in (TO_BE_CONTINUED, -signal.SIGUSR1, 128 + signal.SIGUSR1):
+            print(f"{self.name} was told to stop: it goes on with --resume", file=sys.stderr)
             raise SystemExit(TO_BE_CONTINUED)
         if done.returncode:
             lines = log.read_text(encoding="utf-8", errors="replace").splitlines()

@@ -62,13 +62,15 @@ def test_a_run_that_was_cut_short_goes_on_and_only_then(a_run):
     assert len(commands(run)) == 1
 
 
-def test_training_that_was_told_to_stop_stops_all(a_run, tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize("way", ["75", "os.kill(os.getpid(), signal.SIGUSR1)"])
+def test_training_that_was_told_to_stop_stops_all(way, a_run, tmp_path, capsys, monkeypatch):
+    (tmp_path / "training.py").write_text("import os, signal\n" + TRAINING.replace("75", way))
     monkeypatch.setattr(os, "cpu_count", lambda: 1)
     a_run(stops=True)
     arguments = ["--out", str(tmp_path), "--seeds", "0", "--resume"]
     with pytest.raises(SystemExit) as stop:
         main(["three_losses", *arguments])
-    assert stop.value.code == 75 and "it is saved, and goes on with --resume" in capsys.readouterr().err
+    assert stop.value.code == 75 and "was told to stop: it goes on with --resume" in capsys.readouterr().err
     assert [path.name for path in (tmp_path / "runs").iterdir()] == ["barlow_twins_small_seed0"]
     assert train.main(["barlow_twins", "small", *arguments]) == 0
     assert str(tmp_path / "runs" / "barlow_twins_small_seed0" / "version_0") in capsys.readouterr().out
