@@ -65,9 +65,10 @@ def _growth(run: Run) -> dict[str, float]:
     Growth is final over initial value, the geometric mean of modes, over the same of as many modes that are not
     learned. A mode's rise time is when it is, for good, above the geometric mean of both values.
     """
-    hidden, times = np.log(run.eigenvalues(HIDDEN)), run.spectra["time"]
+    learned, times = int(run.found.num_learned[-1]), run.spectra["time"]
+    # No more of them: those beyond the number of samples are zero.
+    hidden = np.log(run.eigenvalues(HIDDEN)[:, : 2 * learned])
     start, end = hidden[0], np.median(hidden[-8:], axis=0)
-    learned = int(run.found.num_learned[-1])
     growth = end - start
     others = growth[learned : 2 * learned - 1]
     factors = []
