@@ -24,6 +24,7 @@ from lightning.pytorch.callbacks import TQDMProgressBar
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
+from stepwise_lightning.files import replace, replace_text
 from stepwise_lightning.provenance import provenance
 
 _RELATIONS: dict[str, Callable[[float, float], bool]] = {"<=": operator.le, ">=": operator.ge}
@@ -209,7 +210,7 @@ def write_outputs(directory: Path, outcome: Outcome, facts: dict[str, Any]) -> N
     claims = [asdict(claim) for claim in outcome.claims]
     document = {"claims": claims, "all_hold": all(claim.holds for claim in outcome.claims)} | facts | provenance()
     text = json.dumps(document, indent=2, ensure_ascii=False) + "\n"
-    replace(directory / "claims.json", lambda path: path.write_text(text, encoding="utf-8"))
+    replace_text(directory / "claims.json", text)
 
 
 def report(directory: Path, claims: list[Claim]) -> int:
@@ -250,10 +251,3 @@ def quiet_lightning() -> None:
     """Silence start-up messages that are not about the experiment."""
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", message=r"`isinstance\(treespec, LeafSpec\)` is deprecated")
-
-
-def replace(path: Path, write: Callable[[Path], Any]) -> None:
-    """Write beside ``path`` and move the file there when it is complete."""
-    partial = path.with_stem(path.stem + ".partial")  # the ending tells writers the format
-    write(partial)
-    os.replace(partial, path)

@@ -26,10 +26,10 @@ import yaml
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from reproduce.common import replace
 from stepwise_lightning import TwoViewDataModule
 from stepwise_lightning.capture import capture
 from stepwise_lightning.encoders import Encoder
+from stepwise_lightning.files import replace_text
 from stepwise_lightning.images import load_image_set
 from stepwise_lightning.plots import Trajectory
 from stepwise_lightning.spectrum import Steps, detect_steps
@@ -115,8 +115,7 @@ class Run:
         if done.returncode:
             lines = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
             raise RuntimeError(f"{self.name} failed: {lines[-1]}")
-        text = json.dumps(self._identity)
-        replace(self.directory.parent / "settings.json", lambda path: path.write_text(text, encoding="utf-8"))
+        replace_text(self.directory.parent / "settings.json", json.dumps(self._identity))
 
     @cached_property
     def spectra(self) -> dict[str, np.ndarray[Any, Any]]:
@@ -158,8 +157,9 @@ class Run:
         """Return its encoder as it was at the start or at the end."""
         encoder = Encoder(**self._config["model"]["init_args"]["encoder"]["init_args"])
         if trained:
-            path = next((self.directory / "checkpoints").glob("*.ckpt"))
-            state = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
+            state = torch.load(self.directory / "checkpoints" / "last.ckpt", map_location="cpu", weights_only=True)[
+                "state_dict"
+            ]
             encoder.load_state_dict({key.removeprefix("encoder."): value for key, value in state.items()})
         return encoder
 

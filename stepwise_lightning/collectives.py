@@ -50,6 +50,15 @@ def check_equal_shards(view: Tensor) -> None:
         )
 
 
+def gather_objects(own: Any) -> list[Any]:
+    """Return what all ranks hold, in rank order, of any picklable type; all must call this together."""
+    if not _is_distributed():
+        return [own]
+    everyone = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, own)
+    return everyone
+
+
 class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, z: Tensor) -> Tensor:
