@@ -13,7 +13,8 @@ import lightning as L
 import torch
 from torch import Tensor
 
-from stepwise_lightning.capture import capture, check_watched, from_all_ranks, views_in
+from stepwise_lightning.capture import capture, check_watched, views_in
+from stepwise_lightning.collectives import from_all_ranks
 from stepwise_lightning.schedule import Clock, log_spaced_steps
 from stepwise_lightning.spectrum import (
     alpha_req,
@@ -205,6 +206,8 @@ class SpectrumLogger(L.Callback):
         kept_of_each: list[list[Any]] = [self.steps, self.times, self.losses, self.embeddings]
         for values in (*kept_of_each, *self.eigenvalues.values(), *self.measures.values()):
             del values[kept:]
+        if not kept:  # or empty lists would stay, which nothing can be made of
+            self.eigenvalues, self.measures = {}, {}
 
     def _measure(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         step = trainer.global_step
@@ -213,9 +216,7 @@ class SpectrumLogger(L.Callback):
         probe = self._batch if isinstance(self._probe, str) else self._probe
         captured = capture(pl_module, views_in(probe, pl_module), self.watch)
         if self._probe == "batch" and trainer.world_size > 1:
-            captured = {
-                name: [from_all_ranks(pl_module, z).flatten(0, 1) for z in views] for name, views in captured.items()
-            }
+            captured = {name: [from_all_ranks(z).flatten(0, 1) for z in views] for name, views in captured.items()}
         for name, views in captured.items():
             if not all(z.isfinite().all() for z in views):
                 raise FloatingPointError(

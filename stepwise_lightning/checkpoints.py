@@ -57,8 +57,8 @@ class LastCheckpoint(Checkpoint):
 
     It is saved every so many optimiser steps, when training ends, and when SIGTERM or SIGUSR1 says that it must end
     (SLURM and other schedulers send them before they kill): then at the end of the step under way on all processes,
-    whichever of them got the signal, before they exit with the status 75. A step that ends an epoch is saved with the
-    epoch, after its validation.
+    whichever of them got the signal, before they exit with the status 75. Where that step is the last one of an epoch,
+    validation and one more step come first.
 
     Besides what Lightning saves it keeps the state of the random number generators of each process. When training is
     resumed, events that TensorBoard got after the checkpoint are marked as void.
@@ -103,7 +103,8 @@ class LastCheckpoint(Checkpoint):
                     f"the checkpoint is of {len(states)} processes, but there are {trainer.world_size}: continue with "
                     f"{len(states)}"
                 )
-            continue_events(trainer, self._restored["unwritten"] if trainer.is_global_zero else {})
+            if trainer.is_global_zero:
+                continue_events(trainer, self._restored["unwritten"])
             set_random_state(states[trainer.global_rank])
             self._restored = {}
         # In place of Lightning's handlers, which save in the middle of a step, and talk to the other processes while
@@ -114,14 +115,13 @@ class LastCheckpoint(Checkpoint):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Save if it is time to, unless the epoch ends here."""
-        if trainer.global_step != self._seen and not trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
+        """Save if it is time to."""
+        # Resumed from the last batch of an epoch, Lightning would pass over what comes at its end: its validation.
+        # Where every batch is the last one of its epoch, that is the smaller loss.
+        ends_epoch = trainer.fit_loop.epoch_loop.batch_progress.is_last_batch and trainer.num_training_batches > 1
+        if trainer.global_step != self._seen and not ends_epoch:
             self._seen = trainer.global_step
             self._save_if_due(trainer)
-
-    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Save if it is time to: a number of steps, or a signal, may have come up with the last one."""
-        self._save_if_due(trainer)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Save the final weights."""

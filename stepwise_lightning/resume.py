@@ -47,7 +47,7 @@ def unwritten_metrics(trainer: L.Trainer) -> dict[str, float]:
 
 
 def continue_events(trainer: L.Trainer, unwritten: dict[str, float]) -> None:
-    """Let TensorBoard forget what was written after the checkpoint, and write what was not yet written before it.
+    """Let TensorBoard forget what came after the checkpoint, and write what did not come before it; on rank 0 alone.
 
     Readers drop all events from this step on that come before the mark set here.
     """

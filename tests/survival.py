@@ -1,17 +1,26 @@
-"""Runs that get killed: ``python survival.py '[job, …]'`` trains each job in a fork of its own, one after the other.
+"""Runs that get killed: ``python survival.py '[job, …]'`` trains each job in forks of its own, one after the other.
 
-A job is ``{"directory": …, "arguments": […], "kill": "moment:step" or null, "kill_after": seconds or null}``; the
-arguments are those of ``stepwise``. Printed are the exit statuses, a JSON list, with -9 for a run that was killed.
+A job is a dictionary of
+
+- ``directory``: where to run, and ``arguments``: of ``stepwise``;
+- ``when``: ``moment:step``, when something happens to it, or None; ``signal``: what, by default SIGKILL; ``ranks``: to
+  which of its processes, by default all; ``disk``: ``full``, or ``limit`` for its files, instead of a signal;
+- ``processes``: how many, by default one.
+
+Printed is a JSON list, for each job ``{"statuses": exit status of each process, "seconds": from signal to end}``, with
+-9 for a process that was killed, and None for one that had to be, because it would not end.
 Forks, because starting Python and importing torch takes longer than these runs.
 """
 
 import json
 import os
+import resource
 import signal
+import socket
 import subprocess
 import sys
-import threading
 import time
+import traceback
 import warnings
 from pathlib import Path
 
@@ -27,8 +36,8 @@ from stepwise_lightning.cli import main
 
 STEPS, EVERY, BATCHES = 33, 7, 5  # optimiser steps, between two checkpoints, in an epoch
 RATES = {"BarlowTwins": 3e-2, "VICReg": 1e-3, "SimCLR": 1e-1}
-MOMENTS = ("batch_start", "backward", "batch_end", "saved", "epoch_end", "validation")
 IMAGE = 8
+PATIENCE = 60  # seconds after which a process that does not end is said to hang
 
 
 class Dropping(nn.Module):
@@ -45,14 +54,15 @@ class Dropping(nn.Module):
 
 
 class Moments(L.Callback):
-    """Does something at a moment of a step, which the environment names: ``SURVIVAL=batch_end:7``."""
+    """Gets a signal (or a full disk) at a moment, ``batch_end:7``; the environment names both."""
 
     def at(self, moment: str, trainer: L.Trainer) -> None:
-        if os.environ.get("SURVIVAL") == f"{moment}:{trainer.global_step}" and not trainer.sanity_checking:
-            self.act()
-
-    def act(self) -> None:
-        os.kill(os.getpid(), signal.SIGKILL)
+        if os.environ.get("SURVIVAL_WHEN") == f"{moment}:{trainer.global_step}" and not trainer.sanity_checking:
+            if disk := os.environ.get("SURVIVAL_DISK"):
+                fill_up(disk)
+            else:
+                Path("signalled").write_text(str(time.time()))
+                os.kill(os.getpid(), int(os.environ["SURVIVAL_SIGNAL"]))
 
     def on_train_batch_start(self, trainer, *_):
         self.at("batch_start", trainer)
@@ -68,6 +78,15 @@ class Moments(L.Callback):
 
     def on_validation_batch_end(self, trainer, *_):
         self.at("validation", trainer)
+
+
+def fill_up(disk: str) -> None:
+    """Leave no room on the disk, or let no file grow beyond a few bytes."""
+    if disk == "full":
+        free = os.statvfs(".")
+        Path("ballast").write_bytes(bytes(free.f_bavail * free.f_frsize))
+    else:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1024, resource.RLIM_INFINITY))
 
 
 class LateMoments(Moments, Checkpoint):
@@ -131,60 +150,95 @@ def environment(**more: str) -> dict[str, str]:
     return os.environ | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"} | more
 
 
-def run_jobs(jobs: list[dict], timeout: int = 500) -> list[int]:
-    """Run jobs, and return their exit statuses."""
+def job(directory: Path, config: Path, when: str | None = None, **more) -> dict:
+    """Return a job that continues what there is, as a requeued one does."""
+    arguments = ["fit", f"--config={config}", "--ckpt_path=last"]
+    return {"directory": str(directory), "arguments": arguments, "when": when} | more
+
+
+def newest(directory: Path) -> Path:
+    """Return the folder of the newest run."""
+    return max((directory / "runs/run").glob("version_*"), key=lambda path: int(path.name.removeprefix("version_")))
+
+
+def log_of(job: dict, rank: int = 0) -> str:
+    """Return the end of what a process of a job wrote."""
+    return Path(job["directory"], f"log_{rank}.txt").read_text()[-3000:]
+
+
+def run_jobs(jobs: list[dict], timeout: int = 900) -> list[dict]:
+    """Run jobs, and return what became of them."""
     command = [sys.executable, str(Path(__file__)), json.dumps(jobs)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=timeout)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
 
-def _train(job: dict) -> int:
+def _train(job: dict, rank: int, port: int) -> int:
     directory = Path(job["directory"])
     directory.mkdir(parents=True, exist_ok=True)
     os.chdir(directory)
-    log = os.open("log.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    log = os.open(f"log_{rank}.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     for stream in (1, 2):
         os.dup2(log, stream)
-    if job.get("kill"):
-        os.environ["SURVIVAL"] = job["kill"]
-    if job.get("kill_after"):
-        threading.Timer(job["kill_after"], lambda: os.kill(os.getpid(), signal.SIGKILL)).start()
+    if job.get("when") and rank in job.get("ranks", [rank]):
+        number = str(job.get("signal", signal.SIGKILL.value))
+        os.environ |= {"SURVIVAL_WHEN": job["when"], "SURVIVAL_SIGNAL": number, "SURVIVAL_DISK": job.get("disk", "")}
+    if (processes := job.get("processes", 1)) > 1:
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "NODE_RANK": "0", "LOCAL_RANK": str(rank)}
+        os.environ["WORLD_SIZE"] = str(processes)
     sys.argv = ["stepwise", *job["arguments"]]
-    status = 1
     try:
         main()
-        status = 0
+        return 0
     except SystemExit as leave:
         if isinstance(leave.code, str):
             print(leave.code, file=sys.stderr)
-        else:
-            status = leave.code or 0
+            return 1
+        return leave.code or 0
+    except BaseException:
+        traceback.print_exc()
+        return 70
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
-    return status
 
 
-def _fork(job: dict) -> int:
-    child = os.fork()
-    if child == 0:
-        status = 70
-        try:
-            status = _train(job)
-        except BaseException:
-            import traceback
-
-            traceback.print_exc()
-        finally:
-            os._exit(status)
-    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    time.sleep(max(0.0, 1.0 - time.time() % 1))  # the names of event files tell seconds: later ones come later
-    return status
+def _run(job: dict) -> dict:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    children = {}
+    for rank in range(job.get("processes", 1)):
+        if not (child := os.fork()):
+            os._exit(_train(job, rank, port))
+        children[child] = rank
+    statuses: list[int | None] = [None] * len(children)
+    deadline, stopped = time.time() + job.get("patience", PATIENCE), False
+    while children:
+        child, status = os.waitpid(-1, os.WNOHANG)
+        if child:
+            rank = children.pop(child)
+            statuses[rank] = None if stopped else os.waitstatus_to_exitcode(status)
+        elif time.time() > deadline and not stopped:
+            stopped = True
+            for each in children:
+                os.kill(each, signal.SIGKILL)
+        else:
+            time.sleep(0.02)
+    signalled = Path(job["directory"], "signalled")
+    seconds = time.time() - float(signalled.read_text()) if signalled.exists() else None
+    signalled.unlink(missing_ok=True)
+    time.sleep(1 - time.time() % 1)  # event files have their second in the name: later ones come later
+    return {"statuses": statuses, "seconds": seconds}
 
 
 if __name__ == "__main__":
     warnings.simplefilter("error")
-    for foreign in (r".*treespec, LeafSpec", r"The '\w+_dataloader' does not have many workers", r".*multi-threaded"):
+    for foreign in (
+        r".*treespec, LeafSpec",
+        r"The '\w+_dataloader' does not have many workers",
+        r".*multi-threaded",
+    ):
         warnings.filterwarnings("ignore", foreign)
-    print(json.dumps([_fork(job) for job in json.loads(sys.argv[1])]))
+    print(json.dumps([_run(job) for job in json.loads(sys.argv[1])]))

@@ -3,12 +3,11 @@
 import csv
 import math
 import random
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from survival import STEPS, run_jobs, write_config, write_images
+from survival import STEPS, job, log_of, newest, run_jobs, write_config, write_images
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 LOSSES = ("BarlowTwins", "VICReg", "SimCLR")
@@ -18,14 +17,6 @@ MOMENTS = ("batch_start", "backward", "batch_end", "saved")
 @pytest.fixture(scope="module")
 def images(tmp_path_factory):
     return write_images(tmp_path_factory.mktemp("images"))
-
-
-def job(directory, config, kill=None, **more):
-    return {
-        "directory": str(directory),
-        "arguments": ["fit", f"--config={config}", "--ckpt_path=last"],
-        "kill": kill,
-    } | more
 
 
 def assert_same(ours, theirs, where=""):
@@ -45,10 +36,6 @@ def assert_same(ours, theirs, where=""):
             assert_same(*pair, f"{where}/{index}")
     else:
         assert ours == theirs or (isinstance(ours, float) and math.isnan(ours) and math.isnan(theirs)), where
-
-
-def newest(directory):
-    return max((directory / "runs/run").glob("version_*"), key=lambda path: int(path.name.removeprefix("version_")))
 
 
 def scalars(run):
@@ -85,10 +72,8 @@ def assert_survive(directory, images, plan):
         jobs.append(job(folder / "whole", config))
         for kill in kills:
             jobs += [job(folder / kill.replace(":", "_"), config, kill), job(folder / kill.replace(":", "_"), config)]
-    statuses = run_jobs(jobs)
-    for status, each in zip(statuses, jobs, strict=True):
-        log = Path(each["directory"], "log.txt").read_text()[-3000:]
-        assert status == (-9 if each["kill"] else 0), (each, log)
+    for done, each in zip(run_jobs(jobs), jobs, strict=True):
+        assert done["statuses"] == [-9 if each["when"] else 0], (each, log_of(each))
     for key, kills in plan.items():
         whole = newest(folders[key] / "whole")
         for kill in kills:
