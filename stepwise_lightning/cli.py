@@ -18,7 +18,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 
 from stepwise_lightning import callbacks, checkpoints, data, encoders, modules
 from stepwise_lightning.checkpoints import AtomicCheckpointIO, LastCheckpoint
-from stepwise_lightning.files import find_full_disk, replace_text
+from stepwise_lightning.files import full_disk, replace_text
 from stepwise_lightning.modules import JointEmbedding
 from stepwise_lightning.provenance import provenance
 from stepwise_lightning.resume import continue_newest
@@ -105,7 +105,7 @@ def main() -> None:
             seed_everything_default=0,
         )
     except (ValueError, ArithmeticError, OSError, RuntimeError, MisconfigurationException) as error:
-        if full := find_full_disk(error):
+        if full := full_disk(error):
             error = full
         elif _is_of_another_process(error):
             error = RuntimeError(

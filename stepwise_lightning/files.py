@@ -41,20 +41,28 @@ def replace_text(path: Path, text: str) -> None:
     replace(path, lambda partial: partial.write_text(text, encoding="utf-8"))
 
 
-def cannot_write(path: Path, error: OSError) -> OSError:
-    """Return the error to raise when ``path`` cannot be written, in one line."""
+class CannotWriteError(OSError):
+    """A file cannot be written; what it says is one line."""
+
+    def __str__(self) -> str:
+        return str(self.strerror)
+
+
+def cannot_write(path: str | Path, error: OSError) -> CannotWriteError:
+    """Return the error to raise when ``path`` cannot be written."""
     remedy = "; free some space" if error.errno in _FULL else ""
-    return OSError(
-        error.errno, f"cannot write {path}: {error.strerror or error}; what was saved before is kept{remedy}"
-    )
+    text = f"cannot write {path}: {error.strerror or error}; what was saved before is kept{remedy}"
+    return CannotWriteError(error.errno, text)
 
 
-def find_full_disk(error: BaseException | None) -> OSError | None:
-    """Return the first word of a full disk among an error and what it came from, or None."""
+def full_disk(error: BaseException | None) -> CannotWriteError | None:
+    """Return the word of a full disk among an error and what it came from, the clearest one, or None."""
     found = None
     while error is not None:
+        if isinstance(error, CannotWriteError) and error.errno in _FULL:
+            return error
         if isinstance(error, OSError) and error.errno in _FULL:
-            found = error
+            found = cannot_write(error.filename or "a file of this run", error)
         error = error.__cause__ or error.__context__
     return found
 

@@ -161,9 +161,9 @@ def newest(directory: Path) -> Path:
     return max((directory / "runs/run").glob("version_*"), key=lambda path: int(path.name.removeprefix("version_")))
 
 
-def log_of(job: dict, rank: int = 0) -> str:
-    """Return the end of what a process of a job wrote."""
-    return Path(job["directory"], f"log_{rank}.txt").read_text()[-3000:]
+def log_of(job: dict, rank: int = 0, size: int = 3000) -> str:
+    """Return the end of what a process of a job, and of those before it in the same place, wrote."""
+    return Path(job["directory"], f"log_{rank}.txt").read_text()[-size:]
 
 
 def run_jobs(jobs: list[dict], timeout: int = 900) -> list[dict]:
@@ -226,6 +226,7 @@ def _run(job: dict) -> dict:
                 os.kill(each, signal.SIGKILL)
         else:
             time.sleep(0.02)
+    Path(job["directory"], "ballast").unlink(missing_ok=True)
     signalled = Path(job["directory"], "signalled")
     seconds = time.time() - float(signalled.read_text()) if signalled.exists() else None
     signalled.unlink(missing_ok=True)

@@ -34,39 +34,42 @@ def saved_step(directory):
     return torch.load(newest(directory) / "checkpoints/last.ckpt", weights_only=True)["global_step"]
 
 
-def test_signals_save_and_the_same_command_continues(images, tmp_path):
-    """In a step, and in the last one of an epoch, after which come its validation and one step more."""
-    config = write_config(tmp_path / "config.yaml", images, "SimCLR", 0)
-    jobs = [job(tmp_path / "whole", config)]
-    stops = {"term": ("backward:16", TERM, 17), "usr1": ("batch_start:19", USR1, 21)}
-    for name, (when, number, _) in stops.items():
-        jobs += [job(tmp_path / name, config, when, signal=number)]
-    whole, *stopped = run_jobs(jobs)
-    assert whole["statuses"] == [0], log_of(jobs[0])
-    for done, each, (_, _, step) in zip(stopped, jobs[1:], stops.values(), strict=True):
-        assert done["statuses"] == [TO_BE_CONTINUED] and done["seconds"] < SECONDS, log_of(each)
-        assert f"told to stop: saved at step {step}; the same command with --ckpt_path last continues" in log_of(each)
-        assert "Traceback" not in log_of(each)
-    assert [saved_step(tmp_path / name) for name in stops] == [17, 21]
-    for done in run_jobs([job(tmp_path / name, config) for name in stops]):
-        assert done["statuses"] == [0]
-    for name in stops:
-        assert_as_if_never_killed(newest(tmp_path / name), newest(tmp_path / "whole"))
-
-
-def test_two_processes_stop_together_whichever_is_told(images, tmp_path):
-    config = write_config(tmp_path / "config.yaml", images, "VICReg", 0, **DDP)
-    jobs = [job(tmp_path / "whole", config, processes=2)]
-    for name, ranks, number in (("first", [0], TERM), ("second", [1], USR1), ("both", [0, 1], TERM)):
-        jobs += [job(tmp_path / name, config, "backward:11", signal=number, ranks=ranks, processes=2)]
-        jobs += [job(tmp_path / name, config, processes=2)]
-    done = run_jobs(jobs)
-    for each, became in zip(jobs, done, strict=True):
+def stop_and_continue(directory, images, loss, stops, **options):
+    """Train once without, and once with each signal, which is followed by a second, continuing run; compare."""
+    directory.mkdir()
+    processes = options.get("devices", 1)
+    config = write_config(directory / "config.yaml", images, loss, 0, **options)
+    jobs = [job(directory / "whole", config, processes=processes)]
+    for name, (when, number, ranks) in stops.items():
+        jobs.append(job(directory / name, config, when, signal=number, ranks=ranks, processes=processes))
+        jobs.append(job(directory / name, config, processes=processes))
+    for each, done in zip(jobs, run_jobs(jobs), strict=True):
         status = TO_BE_CONTINUED if each["when"] else 0
-        assert became["statuses"] == [status, status], (each, log_of(each), log_of(each, 1))
-        assert became["seconds"] is None or became["seconds"] < SECONDS
-    for name in ("first", "second", "both"):
-        assert_as_if_never_killed(newest(tmp_path / name), newest(tmp_path / "whole"))
+        assert done["statuses"] == [status] * processes, (each, [log_of(each, rank) for rank in range(processes)])
+        assert done["seconds"] is None or done["seconds"] < SECONDS
+    for name in stops:
+        assert_as_if_never_killed(newest(directory / name), newest(directory / "whole"))
+
+
+def test_a_signal_saves_and_the_same_command_continues(images, tmp_path):
+    stop_and_continue(tmp_path / "runs", images, "SimCLR", {"term": ("backward:16", TERM, [0])})
+    log = log_of({"directory": tmp_path / "runs/term"})
+    assert "told to stop: saved at step 17; the same command with --ckpt_path last continues" in log
+    assert "version_0 from step 17" in log and "Traceback" not in log
+
+
+def test_two_processes_stop_together_when_the_second_is_told(images, tmp_path):
+    stop_and_continue(tmp_path / "runs", images, "VICReg", {"second": ("backward:11", USR1, [1])}, **DDP)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("loss", ["BarlowTwins", "VICReg", "SimCLR"])
+def test_any_signal_to_any_process(loss, images, tmp_path):
+    """Also in the last step of an epoch, after which come its validation and one step more."""
+    alone = {"usr1": ("batch_start:19", USR1, [0]), "term": ("validation:10", TERM, [0])}
+    stop_and_continue(tmp_path / "one", images, loss, alone)
+    two = {"first": ("backward:11", TERM, [0]), "both": ("backward:19", USR1, [0, 1]), "second": ("saved:7", TERM, [1])}
+    stop_and_continue(tmp_path / "two", images, loss, two, **DDP)
 
 
 def started(directory, config, *options):
