@@ -16,14 +16,7 @@ from torch import Tensor
 from stepwise_lightning.capture import capture, check_watched, views_in
 from stepwise_lightning.collectives import from_all_ranks
 from stepwise_lightning.schedule import Clock, log_spaced_steps
-from stepwise_lightning.spectrum import (
-    alpha_req,
-    cross_correlation_eigenvalues,
-    effective_rank,
-    embedding_eigenvalues,
-    participation_ratio,
-    rankme,
-)
+from stepwise_lightning.spectrum import MATRICES, measure
 from stepwise_lightning.spectrum_files import (
     Row,
     SpectrumTable,
@@ -33,7 +26,6 @@ from stepwise_lightning.spectrum_files import (
     write_arrays,
 )
 
-MATRICES = ("cross_correlation", "covariance", "normalized_covariance")
 # Seconds of training per second of drawing: what the figures that are redrawn while a run goes on may cost.
 _DRAWING_SHARE = 500
 
@@ -249,24 +241,9 @@ class SpectrumLogger(L.Callback):
 
     def _spectrum(self, what: str, matrix: str, views: list[Tensor]) -> None:
         """Measure one matrix, and keep the result."""
-        views = [z.double() for z in views]
-        if matrix == "cross_correlation":
-            eigenvalues = cross_correlation_eigenvalues(views[0], views[1], center=self.center)
-        else:
-            z = torch.cat(views)
-            z = torch.nn.functional.normalize(z) if matrix == "normalized_covariance" else z
-            eigenvalues = embedding_eigenvalues(z)
-        eigenvalues = eigenvalues.cpu()
+        eigenvalues, measures = measure(matrix, views, self.center)
         self.eigenvalues.setdefault(what, []).append(eigenvalues)
-        measures: dict[str, float] = {
-            "num_learned": self._num_learned(what),
-            "effective_rank": float(effective_rank(eigenvalues)),
-            "participation_ratio": float(participation_ratio(eigenvalues)),
-            "alpha_req": float(alpha_req(eigenvalues)),
-        }
-        if matrix != "cross_correlation":  # RankMe is a property of the embeddings
-            measures["rankme"] = float(rankme(z))
-        for name, value in measures.items():
+        for name, value in ({"num_learned": self._num_learned(what)} | measures).items():
             self.measures.setdefault(f"{what}/{name}", []).append(value)
 
     def _rows(self, index: int) -> list[Row]:

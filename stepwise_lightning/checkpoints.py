@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import signal
+import threading
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -26,7 +27,8 @@ from stepwise_lightning.resume import (
 
 # The exit status of a run that was told to stop, has saved itself, and can be continued: sysexits.h's "try again".
 TO_BE_CONTINUED = 75
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+# Windows has the first one alone.
+STOP_SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name)]
 _KEY = "stepwise_lightning"
 
 
@@ -109,8 +111,9 @@ class LastCheckpoint(Checkpoint):
             self._restored = {}
         # In place of Lightning's handlers, which save in the middle of a step, and talk to the other processes while
         # these do something else; it puts back what was there before when training ends.
-        for number in STOP_SIGNALS:
-            signal.signal(number, self._hear)
+        if threading.current_thread() is threading.main_thread():  # the only one that may
+            for number in STOP_SIGNALS:
+                signal.signal(number, self._hear)
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 
+from stepwise_lightning.checkpoints import STOP_SIGNALS
 from stepwise_lightning.images import ImageSet, download_images, load_image_set, load_images
 from stepwise_lightning.sampling import GlobalBatchSampler, ResumableLoader, local_batch_size
 from stepwise_lightning.views import (
@@ -223,7 +224,7 @@ class TwoViewDataModule(L.LightningDataModule):
 
 def _outlive_signals(worker: int) -> None:
     """Leave it to the training process to end in good order; its end ends the workers too."""
-    for number in (signal.SIGTERM, signal.SIGUSR1):
+    for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
 

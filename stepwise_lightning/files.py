@@ -68,6 +68,8 @@ def full_disk(error: BaseException | None) -> CannotWriteError | None:
 
 
 def _sync(path: Path) -> None:
+    if os.name != "posix":  # Windows can sync neither a folder nor a file opened for reading
+        return
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
