@@ -75,7 +75,8 @@ class _CLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         given = self._get(self.config_init, "trainer")
         callbacks, plugins = (_as_list(given.get(name)) for name in ("callbacks", "plugins"))
-        if not any(isinstance(callback, LastCheckpoint) for callback in callbacks):
+        wanted = given.get("enable_checkpointing") is not False
+        if wanted and not any(isinstance(callback, LastCheckpoint) for callback in callbacks):
             callbacks.append(LastCheckpoint())
         if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
             plugins.append(AtomicCheckpointIO())
