@@ -25,6 +25,7 @@ from lightning.pytorch.callbacks import TQDMProgressBar
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
+from stepwise_lightning.files import replace, replace_text
 from stepwise_lightning.provenance import provenance
 
 # Options that say where and how, not what.
@@ -231,7 +232,7 @@ def write_outputs(directory: Path, outcome: Outcome, facts: dict[str, Any]) -> N
     document = {"claims": claims, "all_hold": all(claim.holds for claim in outcome.claims)} | facts | provenance()
     document["sha256"] = {name: _digest(directory / name) for name in FILES}
     text = json.dumps(document, indent=2, ensure_ascii=False) + "\n"
-    replace(directory / "claims.json", lambda path: path.write_text(text, encoding="utf-8"))
+    replace_text(directory / "claims.json", text)
 
 
 def report(directory: Path, claims: list[Claim]) -> int:
@@ -272,10 +273,3 @@ def quiet_lightning() -> None:
     """Silence start-up messages that are not about the experiment."""
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", message=r"`isinstance\(treespec, LeafSpec\)` is deprecated")
-
-
-def replace(path: Path, write: Callable[[Path], Any]) -> None:
-    """Write beside ``path`` and move the file there when it is complete."""
-    partial = path.with_stem(path.stem + ".partial")  # the ending tells writers the format
-    write(partial)
-    os.replace(partial, path)

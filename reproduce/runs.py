@@ -31,10 +31,11 @@ import yaml
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from reproduce.common import replace
 from stepwise_lightning import TwoViewDataModule
 from stepwise_lightning.capture import capture
+from stepwise_lightning.checkpoints import TO_BE_CONTINUED
 from stepwise_lightning.encoders import Encoder
+from stepwise_lightning.files import replace_text
 from stepwise_lightning.images import load_image_set
 from stepwise_lightning.plots import Trajectory
 from stepwise_lightning.spectrum import Steps, detect_steps
@@ -52,8 +53,6 @@ PROFILES: dict[str, dict[str, Any]] = {"smoke": {}, "cpu": {}, "full": {"data": 
 _CONFIGURATION = {"smoke": "photos", "cpu": "photos", "full": "stl10"}
 _SMOKE_RATES = {"barlow_twins": 0.003, "vicreg": 0.001, "simclr": 0.0005}
 _PLACES = ("data.init_args.root", "trainer.logger.init_args.save_dir", "trainer.default_root_dir")
-# The exit status of training that was told to stop (SIGTERM, SIGUSR1), has saved itself, and can be continued.
-TO_BE_CONTINUED = 75
 # The layer whose output the last linear layer of each projector takes, by the projector's depth.
 _FEATURES = {1: "backbone", 2: "projector.2"}
 
@@ -143,7 +142,7 @@ class Run:
         else:
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir(parents=True)
-            replace(started, lambda path: path.write_text(self._identity, encoding="utf-8"))
+            replace_text(started, self._identity)
         environment = os.environ | {"PYTHONUNBUFFERED": "1"}  # or its last line would not be its last
         if not torch.cuda.is_available():
             environment["OMP_NUM_THREADS"] = "1"
