@@ -165,10 +165,8 @@ class TwoViewDataModule(L.LightningDataModule):
         if self._probe is None:
             held_out, number, seed = self._images("val"), self.hparams["num_probe_pairs"], self.hparams["probe_seed"]
             if number > len(held_out):
-                raise ValueError(
-                    f"num_probe_pairs {number} is more than the {len(held_out)} held-out images: "
-                    f"choose 2 to {len(held_out)}"
-                )
+                remedy = f"choose 2 to {len(held_out)}" if len(held_out) > 1 else "hold out at least 2"
+                raise ValueError(f"num_probe_pairs {number} is more than the {len(held_out)} held-out images: {remedy}")
             views = TwoViews(held_out, self._random_view(), seed)
             generator = torch.Generator().manual_seed(hashed_seed(seed, PROBE_EPOCH, "order"))
             chosen = torch.randperm(len(held_out), generator=generator)[:number].tolist()
