@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+import pickle
 import re
 import sys
 import traceback
 from difflib import get_close_matches
 from inspect import isclass, signature
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import lightning as L
+import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 
@@ -24,6 +26,8 @@ _NOISE = re.compile(
     r"^(?:- )*(Does not validate against|Subtypes:|Errors:|Expected a <class 'NoneType'>|Expected a path but|"
     r"Given value|Problem with given class_path .*:$|$)"
 )
+# What this package raises to tell the user something; anything else is its mistake, and keeps its traceback.
+_TOLD = (ValueError, ArithmeticError, OSError, RuntimeError)
 _EXAMPLES = {
     "model": "BarlowTwins, SimCLR, VICReg",
     "encoder": "stepwise_lightning.encoders.Encoder, ….LinearEncoder, ….MLP, ….ResNet",
@@ -51,14 +55,33 @@ class _Parser(LightningArgumentParser):
         self.exit(2, f"{parser.prog.replace(' [options]', '')}: error: {_one_line(message)} (see --help)\n")
 
 
+class _CLI(LightningCLI):
+    """Reads checkpoints as data, always: tensors and plain values, which name nothing to be imported or run."""
+
+    def _parse_ckpt_path(self) -> None:
+        # Lightning would let the hyperparameters in a checkpoint replace the configuration's: silently, and with any
+        # class that they name.
+        config = self.config[self.config.subcommand]
+        if config.weights_only is False:
+            raise ValueError("weights_only=false would let a checkpoint run code, and is not accepted: leave it out")
+        if self.config.subcommand == "fit" and config.ckpt_path and Path(config.ckpt_path).is_file():
+            checkpoint = torch.load(config.ckpt_path, weights_only=True, map_location="cpu")
+            trained = checkpoint.get("hyper_parameters") if isinstance(checkpoint, dict) else None
+            _check_settings(trained if isinstance(trained, dict) else {}, config.model.init_args.as_dict())
+
+    def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
+        # Left alone, Lightning trusts checkpoints from the internet, and torch all of them if the environment says so.
+        return super()._prepare_subcommand_kwargs(subcommand) | {"weights_only": True}
+
+
 def main() -> None:
     """Run ``stepwise``; any class of this package or another can be named as model, data or callback.
 
-    A mistake in the configuration, missing data or diverging training end it with one line on standard error and exit
-    status 2 or 1; errors inside other libraries keep their traceback.
+    A mistake in the configuration, missing data, a checkpoint that does not fit and diverging training end it with one
+    line on standard error and exit status 2 or 1; errors inside other libraries keep their traceback.
     """
     try:
-        LightningCLI(
+        _CLI(
             JointEmbedding,
             L.LightningDataModule,
             save_config_callback=SaveRun,
@@ -68,17 +91,46 @@ def main() -> None:
             auto_configure_optimizers=False,
             seed_everything_default=0,
         )
-    except (ValueError, ArithmeticError, OSError, RuntimeError, MisconfigurationException) as error:
-        if not _is_ours(error):
+    except Exception as error:
+        text = _explained(error)
+        if text is None:
             raise
-        sys.exit(f"\nstepwise: error: {_one_line(str(error))}")  # a progress bar may have left its line open
+        sys.exit(f"\nstepwise: error: {text}")  # a progress bar may have left its line open
 
 
-def _is_ours(error: Exception) -> bool:
-    """Whether the error was raised to tell the user something: by this package, or about the configuration."""
-    raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
-    by_parser = raised_in.parent.name == "jsonargparse" or raised_in.name in ("cli.py", "torch_io.py")
-    return by_parser or raised_in.is_relative_to(Path(__file__).parent) or isinstance(error, MisconfigurationException)
+def _check_settings(trained: dict[str, Any], asked: dict[str, Any]) -> None:
+    """Refuse to resume with other settings: the optimiser's would come from the checkpoint all the same."""
+    for name in sorted(trained.keys() & asked.keys()):
+        if trained[name] != asked[name]:
+            raise ValueError(
+                f"the checkpoint was trained with {name}={trained[name]!r}, not {asked[name]!r}: resume it with its own "
+                "configuration (config.yaml in the folder of its run), where only trainer and data may change"
+            )
+
+
+def _explained(error: Exception) -> str | None:
+    """Return one line for what was raised to tell the user something; None for what went wrong inside a library."""
+    frames = traceback.extract_tb(error.__traceback__)
+    raised_in, message = Path(frames[-1].filename), str(error)
+    if re.match(r"Caught \w+ in DataLoader worker", message):  # torch raises it again, with the worker's traceback
+        raised_in, message = Path(re.findall(r'File "(.+?)", line', message)[-1]), message.splitlines()[-1]
+        message = message.partition(": ")[2]
+    told = raised_in.is_relative_to(Path(__file__).parent) or raised_in.parent.name == "jsonargparse"
+    told = (told or raised_in.name in ("cli.py", "torch_io.py")) and isinstance(error, _TOLD)
+    if told or isinstance(error, MisconfigurationException):
+        return _one_line(message)
+    restoring = any(re.match("_?(resume|restore|parse_ckpt_path)", frame.name) for frame in frames)
+    if restoring and raised_in.is_relative_to(Path(L.__file__).parents[1]):  # by a library, not by the user's own hook
+        return f"the checkpoint cannot be restored ({_reason(error)}): is it damaged, or of another model?"
+    return None
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, pickle.UnpicklingError):
+        found = re.search(r"GLOBAL (\S+)", str(error))
+        return "it holds more than tensors and plain values" + (f", namely {found[1]}" if found else "")
+    text = " ".join(f"{type(error).__name__}: {error}".split())
+    return text if len(text) < 300 else text[:300] + "…"
 
 
 def _one_line(message: str) -> str:
