@@ -13,7 +13,9 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import cached_property
 from importlib.metadata import version
 from itertools import product
@@ -32,6 +34,7 @@ from stepwise_lightning.capture import capture
 from stepwise_lightning.encoders import Encoder
 from stepwise_lightning.images import load_image_set
 from stepwise_lightning.plots import Trajectory
+from stepwise_lightning.results import load_spectra, reason
 from stepwise_lightning.spectrum import Steps, detect_steps
 from stepwise_lightning.theory import LinearBarlowTwins, feature_cross_correlation
 
@@ -97,9 +100,14 @@ class Run:
     def is_finished(self) -> bool:
         """Return whether it was trained, to the end, with these very settings."""
         note = self.directory.parent / "settings.json"
-        if not note.exists() or not (self.directory / "spectrum.npz").exists():
+        try:
+            load_spectra(self.directory)
+            return note.read_text(encoding="utf-8") == json.dumps(self._identity)
+        except FileNotFoundError:
             return False
-        return note.read_text(encoding="utf-8") == json.dumps(self._identity)
+        except (OSError, ValueError) as error:
+            print(f"warning: {self.name} is trained again: {error}", file=sys.stderr)
+            return False
 
     def train(self) -> None:
         """Train it anew.
@@ -121,8 +129,7 @@ class Run:
     @cached_property
     def spectra(self) -> dict[str, np.ndarray[Any, Any]]:
         """``spectrum.npz``: see :class:`stepwise_lightning.SpectrumLogger`."""
-        with np.load(self.directory / "spectrum.npz") as saved:
-            return dict(saved)
+        return load_spectra(self.directory)
 
     @cached_property
     def found(self) -> Steps:
@@ -152,22 +159,41 @@ class Run:
 
     @cached_property
     def _config(self) -> dict[str, Any]:
-        return yaml.safe_load((self.directory / "config.yaml").read_text(encoding="utf-8"))
+        with self._readable("config.yaml"):
+            config = yaml.safe_load((self.directory / "config.yaml").read_text(encoding="utf-8"))
+            return {"encoder": config["model"]["init_args"]["encoder"]["init_args"]} | {
+                name: config[name]["init_args"] for name in ("model", "data")
+            }
+
+    @contextmanager
+    def _readable(self, what: str) -> Iterator[None]:
+        """Name this run and the file where that is damaged."""
+        try:
+            yield
+        except Exception as error:  # YAML, torch and our own constructors raise each their own
+            raise ValueError(
+                f"{what} in {str(self.directory)!r} cannot be used ({reason(error)}): train again, without --resume"
+            ) from error
 
     def encoder(self, trained: bool) -> Encoder:
         """Return its encoder as it was at the start or at the end."""
-        encoder = Encoder(**self._config["model"]["init_args"]["encoder"]["init_args"])
+        settings = self._config["encoder"]
+        with self._readable("config.yaml"):
+            encoder = Encoder(**settings)
         if trained:
-            path = next((self.directory / "checkpoints").glob("*.ckpt"))
-            state = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
-            encoder.load_state_dict({key.removeprefix("encoder."): value for key, value in state.items()})
+            with self._readable("the checkpoint"):
+                path = next((self.directory / "checkpoints").glob("*.ckpt"))
+                state = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
+                encoder.load_state_dict({key.removeprefix("encoder."): value for key, value in state.items()})
         return encoder
 
     @cached_property
     def data(self) -> TwoViewDataModule:
         """The data that it was trained and measured on."""
-        data = TwoViewDataModule(**self._config["data"]["init_args"])
-        data.setup("fit")
+        settings = self._config["data"]
+        with self._readable("config.yaml"):
+            data = TwoViewDataModule(**settings)
+            data.setup("fit")
         return data
 
     def predicted(self) -> LinearBarlowTwins:
@@ -176,11 +202,13 @@ class Run:
         Momentum m is not in the theory. While a mode grows, heavy-ball descent multiplies its weights by x at each
         step, (x − 1)(1 − m/x) = 4 η γ; the mode is given the γ′ = ln x / 4η that grows as fast without momentum.
         """
-        encoder, optimization = self.encoder(trained=False), self._config["model"]["init_args"]
-        rate, momentum = optimization["learning_rate"], optimization["momentum"]
+        encoder, optimization = self.encoder(trained=False), self._config["model"]
         depth = sum(isinstance(layer, nn.Linear) for layer in encoder.projector)
+        with self._readable("config.yaml"):
+            rate, momentum = float(optimization["learning_rate"]), float(optimization["momentum"])
+            features = _FEATURES[depth]
         with torch.no_grad():
-            h1, h2 = capture(encoder, list(self.data.probe_pairs()), [_FEATURES[depth]])[_FEATURES[depth]]
+            h1, h2 = capture(encoder, list(self.data.probe_pairs()), [features])[features]
         gamma, basis = torch.linalg.eigh(feature_cross_correlation(h1 - h1.mean(0), h2 - h2.mean(0)))
         total = 1 + momentum + 4 * rate * gamma
         growth = (total + (total.square() - 4 * momentum).clamp(min=0).sqrt()) / 2

@@ -20,6 +20,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from stepwise_lightning import callbacks, data, encoders, modules
 from stepwise_lightning.modules import JointEmbedding
 from stepwise_lightning.provenance import provenance
+from stepwise_lightning.results import reason
 
 # What a parser says around the one sentence that matters to whoever mistyped something.
 _NOISE = re.compile(
@@ -103,8 +104,8 @@ def _check_settings(trained: dict[str, Any], asked: dict[str, Any]) -> None:
     for name in sorted(trained.keys() & asked.keys()):
         if trained[name] != asked[name]:
             raise ValueError(
-                f"the checkpoint was trained with {name}={trained[name]!r}, not {asked[name]!r}: resume it with its own "
-                "configuration (config.yaml in the folder of its run), where only trainer and data may change"
+                f"the checkpoint was trained with {name}={trained[name]!r}, not {asked[name]!r}: resume it with its "
+                "own configuration (config.yaml in the folder of its run), where only trainer and data may change"
             )
 
 
@@ -129,8 +130,7 @@ def _reason(error: Exception) -> str:
     if isinstance(error, pickle.UnpicklingError):
         found = re.search(r"GLOBAL (\S+)", str(error))
         return "it holds more than tensors and plain values" + (f", namely {found[1]}" if found else "")
-    text = " ".join(f"{type(error).__name__}: {error}".split())
-    return text if len(text) < 300 else text[:300] + "…"
+    return reason(error)
 
 
 def _one_line(message: str) -> str:

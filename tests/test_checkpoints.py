@@ -1,37 +1,26 @@
-"""Checkpoints and other saved files are data: reading one runs nothing, and one that does not fit is named in a line."""
+"""Checkpoints are data: reading one runs nothing, and one that does not fit is named in one line."""
 
 import http.server
 import pickle
 import threading
-import zipfile
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from tiny_runs import changed, refusal, stepwise, write_images
+from tiny_sets import Touch
 
 SLOW = pytest.mark.slow
 # Lightning's, where a run is continued in a folder of its own, as it is here.
 NEW_FOLDER = pytest.mark.filterwarnings("ignore:The dirpath has changed")
 
 
-class Touch:
-    """Creates a file when it is unpickled."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self) -> tuple:
-        return Path.touch, (self.path,)
-
-
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with images and a finished run of two steps; the path of its checkpoint."""
+    """Train two steps in a folder with images, and return the path of the checkpoint."""
     folder = tmp_path_factory.mktemp("trained")
     write_images(folder)
     with pytest.MonkeyPatch.context() as patch:
@@ -43,7 +32,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def here(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder of its own for a test, with the images."""
+    """Give a test a folder of its own, with the images."""
     (tmp_path / "images").symlink_to(trained.parents[4] / "images")
     monkeypatch.chdir(tmp_path)
     return tmp_path
@@ -51,7 +40,7 @@ def here(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path
 
 @pytest.fixture
 def marker(here: Path) -> Iterator[Path]:
-    """A file that must not come to be; what would create it does work."""
+    """Name a file that must not come to be; what would create it does work."""
     proof = here / "proof"
     pickle.loads(pickle.dumps(Touch(proof)))
     assert proof.exists()
@@ -61,7 +50,7 @@ def marker(here: Path) -> Iterator[Path]:
 
 @pytest.fixture
 def malicious(trained: Path, here: Path, marker: Path) -> Path:
-    """A whole checkpoint, with an object in it that runs code when it is unpickled."""
+    """Add an object that runs code when it is unpickled to a whole checkpoint."""
     path = here / "malicious.ckpt"
     torch.save(torch.load(trained, weights_only=True) | {"extra": Touch(marker)}, path)
     return path
@@ -69,7 +58,7 @@ def malicious(trained: Path, here: Path, marker: Path) -> Path:
 
 @pytest.fixture
 def address(malicious: Path) -> Iterator[str]:
-    """The malicious checkpoint's, on a local HTTP server."""
+    """Serve the malicious checkpoint on a local HTTP server."""
 
     class Quiet(http.server.SimpleHTTPRequestHandler):
         def log_message(self, *arguments: object) -> None: ...

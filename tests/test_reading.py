@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from tiny_sets import noise
+from tiny_sets import damaged, noise
 
 from stepwise_lightning import TwoViewDataModule
 from stepwise_lightning.images import load_image_set, load_images
@@ -201,22 +201,6 @@ def test_sets_of_one_image_one_pixel_and_one_colour(tmp_path: Path) -> None:
 
 
 FORMATS = {"png": "PNG", "jpg": "JPEG", "bmp": "BMP", "ppm": "PPM", "tif": "TIFF", "webp": "WEBP"}
-
-
-def damaged(content: bytes, draw: random.Random) -> bytes:
-    """Cut, overwrite some bytes of, or blank a part of a file."""
-    kind = draw.choice(("cut", "bytes", "blank"))
-    if kind == "cut":
-        return content[: draw.randrange(len(content))]
-    changed = bytearray(content)
-    if kind == "bytes":
-        for _ in range(draw.randint(1, 8)):
-            changed[draw.randrange(len(changed))] = draw.randrange(256)
-    else:
-        start = draw.randrange(len(changed))
-        end = min(len(changed), start + draw.randint(1, 64))
-        changed[start:end] = bytes(end - start)
-    return bytes(changed)
 
 
 @pytest.mark.parametrize("cases", [80, pytest.param(3000, marks=pytest.mark.slow)])
