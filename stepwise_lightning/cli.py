@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 import lightning as L
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 
 from stepwise_lightning import callbacks, data, encoders, modules
 from stepwise_lightning.modules import JointEmbedding
@@ -24,11 +24,14 @@ from stepwise_lightning.results import reason
 
 # What a parser says around the one sentence that matters to whoever mistyped something.
 _NOISE = re.compile(
-    r"^(?:- )*(Does not validate against|Subtypes:|Errors:|Expected a <class 'NoneType'>|Expected a path but|"
-    r"Given value|Problem with given class_path .*:$|$)"
+    r"^(?:- )*(Does not validate against|Errors:|Expected a <class 'NoneType'>|Expected a path but|"
+    r"Subtypes:|Subclass types expect one of|a class path \(str\)|a dict with|Given value|"
+    r"Problem with given class_path .*:$|$)"
 )
 # What this package raises to tell the user something; anything else is its mistake, and keeps its traceback.
 _TOLD = (ValueError, ArithmeticError, OSError, RuntimeError)
+# The least that the Trainer can do with, and does not check.
+_LEAST = {"accumulate_grad_batches": 1, "check_val_every_n_epoch": 1, "gradient_clip_val": 0, "log_every_n_steps": 0}
 _EXAMPLES = {
     "model": "BarlowTwins, SimCLR, VICReg",
     "encoder": "stepwise_lightning.encoders.Encoder, ….LinearEncoder, ….MLP, ….ResNet",
@@ -58,6 +61,18 @@ class _Parser(LightningArgumentParser):
 
 class _CLI(LightningCLI):
     """Reads checkpoints as data, always: tensors and plain values, which name nothing to be imported or run."""
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        """Parse, and refuse what Lightning would stumble over later."""
+        super().parse_arguments(parser, args)
+        config = self.config[self.config.subcommand]
+        if config.trainer is None:
+            raise ValueError("trainer is empty: give it options, such as max_steps, or leave it out")
+        for name, least in _LEAST.items():
+            if config.trainer[name] is not None and config.trainer[name] < least:
+                raise ValueError(f"trainer.{name} must be at least {least}, got {config.trainer[name]}")
+        if not 0 <= config.seed_everything < 2**32:
+            raise ValueError(f"seed_everything must be at least 0 and below 2**32, got {config.seed_everything}")
 
     def _parse_ckpt_path(self) -> None:
         # Lightning would let the hyperparameters in a checkpoint replace the configuration's: silently, and with any
@@ -116,9 +131,9 @@ def _explained(error: Exception) -> str | None:
     if re.match(r"Caught \w+ in DataLoader worker", message):  # torch raises it again, with the worker's traceback
         raised_in, message = Path(re.findall(r'File "(.+?)", line', message)[-1]), message.splitlines()[-1]
         message = message.partition(": ")[2]
-    told = raised_in.is_relative_to(Path(__file__).parent) or raised_in.parent.name == "jsonargparse"
-    told = (told or raised_in.name in ("cli.py", "torch_io.py")) and isinstance(error, _TOLD)
-    if told or isinstance(error, MisconfigurationException):
+    ours = raised_in.is_relative_to(Path(__file__).parent) and isinstance(error, _TOLD)
+    parsers = raised_in.parent.name == "jsonargparse" or raised_in.is_relative_to(Path(L.__file__).parent)
+    if ours or (parsers and isinstance(error, (ValueError, TypeError, OSError, MisconfigurationException))):
         return _one_line(message)
     restoring = any(re.match("_?(resume|restore|parse_ckpt_path)", frame.name) for frame in frames)
     if restoring and raised_in.is_relative_to(Path(L.__file__).parents[1]):  # by a library, not by the user's own hook
@@ -137,6 +152,7 @@ def _one_line(message: str) -> str:
     """Condense a parser's message to what was given, and what was expected."""
     lines = [line.strip().removeprefix("- ") for line in message.splitlines()]
     text = ": ".join(line.rstrip(":") for line in lines if not _NOISE.match(line))
+    text = re.sub(r"(?<=[^\"]): Not a valid subclass of \w+\.?", "", text)  # where the reason stands before it
     if found := re.search(r"[Oo]ption '([\w.]+)'", text):
         return text + _suggestion(found[1])
     keys = re.findall(r'key "(\w+)"', text)

@@ -232,7 +232,7 @@ class FixedCropPairs(L.LightningDataModule):
     Attributes:
         x1, x2: the views after ``setup``, float32, (num_pairs, 3, crop_size, crop_size).
 
-    Raises (in ``setup``):
+    Raises (in ``setup``, if not for ``steps_per_epoch`` or ``seed``):
         ValueError, FileNotFoundError: see ``load_images`` and ``crop_pairs``.
 
     """
@@ -252,6 +252,10 @@ class FixedCropPairs(L.LightningDataModule):
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
+        if steps_per_epoch < 1:
+            raise ValueError(f"steps_per_epoch must be at least 1, got {steps_per_epoch}")
+        if not -(2**63) <= seed < 2**63:
+            raise ValueError(f"seed must have 64 bits or less, got {seed}")
 
     def prepare_data(self) -> None:
         """Download, if asked to (one process only)."""

@@ -181,7 +181,7 @@ def _torchvision_set(data: str, root: str, download: bool, **split: Any) -> Any:
 
 
 def _existing_folder(data: str) -> Path:
-    if not Path(data).is_dir():
+    if not data or not Path(data).is_dir():
         raise ValueError(
             f"data set {data!r} is neither one of {', '.join(DATA_SETS)} nor the path of an existing folder"
         )
