@@ -132,8 +132,9 @@ def _explained(error: Exception) -> str | None:
         raised_in, message = Path(re.findall(r'File "(.+?)", line', message)[-1]), message.splitlines()[-1]
         message = message.partition(": ")[2]
     ours = raised_in.is_relative_to(Path(__file__).parent) and isinstance(error, _TOLD)
-    parsers = raised_in.parent.name == "jsonargparse" or raised_in.is_relative_to(Path(L.__file__).parent)
-    if ours or (parsers and isinstance(error, (ValueError, TypeError, OSError, MisconfigurationException))):
+    lightning = raised_in.parent.name == "jsonargparse" or raised_in.is_relative_to(Path(L.__file__).parent)
+    checked = (ValueError, TypeError, OSError, MisconfigurationException)
+    if ours or (lightning and (isinstance(error, checked) or raised_in.name == "cli.py")):
         return _one_line(message)
     restoring = any(re.match("_?(resume|restore|parse_ckpt_path)", frame.name) for frame in frames)
     if restoring and raised_in.is_relative_to(Path(L.__file__).parents[1]):  # by a library, not by the user's own hook
@@ -153,6 +154,7 @@ def _one_line(message: str) -> str:
     lines = [line.strip().removeprefix("- ") for line in message.splitlines()]
     text = ": ".join(line.rstrip(":") for line in lines if not _NOISE.match(line))
     text = re.sub(r"(?<=[^\"]): Not a valid subclass of \w+\.?", "", text)  # where the reason stands before it
+    text = re.sub(r'(": Not a valid subclass of \w+)', r"\1 (class_path and, if any, init_args)", text, count=1)
     if found := re.search(r"[Oo]ption '([\w.]+)'", text):
         return text + _suggestion(found[1])
     keys = re.findall(r'key "(\w+)"', text)

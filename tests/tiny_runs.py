@@ -61,10 +61,10 @@ def changed(changes: dict[str, Any]) -> dict[str, Any]:
 
 def stepwise(*arguments: object, config: dict[str, Any] = CONFIG) -> None:
     """Run ``stepwise`` in this process and in this folder, with a configuration written there."""
-    Path("config.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
+    Path("mine.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
     command, *options = map(str, arguments)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["stepwise", command, "--config=config.yaml", *options])
+        patch.setattr(sys, "argv", ["stepwise", command, "--config=mine.yaml", *options])
         main()
 
 
