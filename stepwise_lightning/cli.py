@@ -132,14 +132,15 @@ def _explained(error: Exception) -> str | None:
         raised_in, message = Path(re.findall(r'File "(.+?)", line', message)[-1]), message.splitlines()[-1]
         message = message.partition(": ")[2]
     ours = raised_in.is_relative_to(Path(__file__).parent) and isinstance(error, _TOLD)
-    lightning = raised_in.parent.name == "jsonargparse" or raised_in.is_relative_to(Path(L.__file__).parent)
-    checked = (ValueError, TypeError, OSError, MisconfigurationException)
-    if ours or (lightning and (isinstance(error, checked) or raised_in.name == "cli.py")):
+    if ours:
         return _one_line(message)
     restoring = any(re.match("_?(resume|restore|parse_ckpt_path)", frame.name) for frame in frames)
-    if restoring and raised_in.is_relative_to(Path(L.__file__).parents[1]):  # by a library, not by the user's own hook
+    libraries = Path(L.__file__).parents[1]  # where the user's own code, and its hooks, are not
+    if restoring and raised_in.is_relative_to(libraries) and not isinstance(error, FileNotFoundError):
         return f"the checkpoint cannot be restored ({_reason(error)}): is it damaged, or of another model?"
-    return None
+    lightning = raised_in.parent.name == "jsonargparse" or raised_in.is_relative_to(libraries / "lightning")
+    checked = (ValueError, TypeError, OSError, MisconfigurationException)
+    return _one_line(message) if lightning and (isinstance(error, checked) or raised_in.name == "cli.py") else None
 
 
 def _reason(error: Exception) -> str:

@@ -32,7 +32,7 @@ def load_spectra(path: str | Path) -> dict[str, np.ndarray[Any, Any]]:
     try:
         # Opened here: NumPy leaves a damaged zip file open.
         with file.open("rb") as stream, np.load(stream, allow_pickle=False) as saved:
-            spectra = dict(saved)
+            spectra = {name: np.asanyarray(saved[name]) for name in saved}  # of a damaged name it gives bytes
     except Exception as error:  # NumPy, zipfile and zlib raise whatever they come across
         raise ValueError(f"{str(file)!r} cannot be read as spectra ({reason(error)}): train the run again") from error
     lengths = {len(values) if values.ndim else None for values in spectra.values()}
