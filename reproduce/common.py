@@ -52,6 +52,12 @@ class Claim:
         return f"  {verdict}  {self.description}: {self.measured:.4g} ({self.relation} {self.bound:.4g})"
 
 
+def read_claim(saved: Any) -> Claim:
+    """Return a claim from ``claims.json``, judged anew; ValueError, KeyError or TypeError if it is damaged."""
+    words = str(saved["name"]), str(saved["description"])
+    return Claim(*words, float(saved["measured"]), saved["relation"], float(saved["bound"]))
+
+
 @dataclass
 class Outcome:
     """What a figure script comes to: a figure, long-format data, claims, a row per run, and settings of its own."""
@@ -107,7 +113,7 @@ def run_figure(
         check_writable(directory)
         outcome = produce(options, directory)
     except (ValueError, OSError, RuntimeError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print("error:", *str(error).split(), file=sys.stderr)  # in one line, whatever a library says
         return 2
     facts = {
         "name": name, "title": description.splitlines()[0], "paper": paper, **identity, "settings": outcome.settings,
@@ -147,10 +153,10 @@ def _finished(directory: Path, identity: dict[str, Any]) -> list[Claim] | None:
     path = directory / "claims.json"
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
-        claims = [Claim(**{k: v for k, v in claim.items() if k != "holds"}) for claim in document["claims"]]
+        claims = [read_claim(saved) for saved in document["claims"]]
     except FileNotFoundError:
         return None
-    except (ValueError, KeyError, TypeError, OSError):
+    except (ValueError, KeyError, TypeError, OSError, RecursionError):
         print(f"warning: {path} cannot be read; the figure is made again", file=sys.stderr)
         return None
     if json.loads(json.dumps(identity)) != {key: document.get(key) for key in identity}:

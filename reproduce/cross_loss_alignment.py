@@ -25,7 +25,8 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from reproduce.common import Claim, Outcome, data_name, each, run_figure, seeds_of
-from reproduce.runs import LOSSES, PROFILES, TITLES, Run, trained_runs
+from reproduce.runs import LOSSES, TITLES, Run, trained_runs
+from reproduce.training import PROFILES
 from stepwise_lightning.encoders import Encoder
 from stepwise_lightning.plots import alignments_figure
 from stepwise_lightning.theory import ContrastiveKernelPCA, EmpiricalNTK, chance_alignment, subspace_alignment

@@ -17,7 +17,8 @@ import numpy as np
 import torch
 
 from reproduce.common import Claim, Outcome, data_name, run_figure, seeds_of
-from reproduce.runs import PROFILES, Run, trained_runs
+from reproduce.runs import Run, trained_runs
+from reproduce.training import PROFILES
 from stepwise_lightning.embedding_plots import growth_animation, growth_figure, principal_components
 from stepwise_lightning.files import replace
 

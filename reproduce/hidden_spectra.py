@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 
 from reproduce.common import Claim, Outcome, data_name, run_figure, seeds_of
-from reproduce.runs import LOSSES, PROFILES, ROW_COLUMNS, TITLES, Run, trained_runs
+from reproduce.runs import LOSSES, ROW_COLUMNS, TITLES, Run, trained_runs
+from reproduce.training import PROFILES
 from stepwise_lightning.plots import Trajectory, eigenvalues_figure
 
 PAPER = (

@@ -8,7 +8,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from reproduce.common import data_name
+from reproduce.common import data_name, read_claim
 from stepwise_lightning.files import replace_text
 
 STYLE = """
@@ -32,9 +32,8 @@ def write_report(out: str | Path, names: list[str]) -> Path:
         OSError: it cannot be written.
 
     """
-    documents = {name: _read(Path(out) / name / "claims.json") for name in names}
-    lines = "".join(_line(name, document) for name, document in documents.items())
-    sections = "".join(_section(Path(out) / name, document) for name, document in documents.items() if document)
+    entries = [_entry(Path(out) / name) for name in names]
+    lines, sections = ("".join(parts) for parts in zip(*entries, strict=True)) if entries else ("", "")
     page = (
         '<!DOCTYPE html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
@@ -52,16 +51,20 @@ def write_report(out: str | Path, names: list[str]) -> Path:
     return path
 
 
-def _read(path: Path) -> dict[str, Any] | None:
+def _entry(directory: Path) -> tuple[str, str]:
+    """Return a figure's line in the table, and its section."""
+    state = "not there"
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
+        document = json.loads((directory / "claims.json").read_text(encoding="utf-8"))
+        return _line(directory.name, document), _section(directory, document)
+    except FileNotFoundError:
+        pass
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        state = "claims.json cannot be read"
+    return f"<tr><td>{escape(directory.name)}</td><td class='fails'>{state}</td><td></td><td></td></tr>", ""
 
 
-def _line(name: str, document: dict[str, Any] | None) -> str:
-    if document is None:
-        return f"<tr><td>{escape(name)}</td><td class='fails'>not there</td><td></td><td></td></tr>"
+def _line(name: str, document: dict[str, Any]) -> str:
     return (
         f"<tr><td><a href='#{name}'>{escape(name)}</a></td><td>{_verdict(document)}</td>"
         f"<td>{escape(data_name(document['data_set']))}</td><td class='number'>{document['seconds']:.0f} s</td></tr>"
@@ -69,28 +72,28 @@ def _line(name: str, document: dict[str, Any] | None) -> str:
 
 
 def _verdict(document: dict[str, Any]) -> str:
-    holding = sum(claim["holds"] for claim in document["claims"])
-    kind = "holds" if document["all_hold"] else "fails"
-    return f"<span class='{kind}'>{holding} of {len(document['claims'])} hold</span>"
+    claims = [read_claim(saved) for saved in document["claims"]]
+    kind = "holds" if all(claim.holds for claim in claims) else "fails"
+    return f"<span class='{kind}'>{sum(claim.holds for claim in claims)} of {len(claims)} hold</span>"
 
 
 def _section(directory: Path, document: dict[str, Any]) -> str:
     pictures = [_picture(path) for path in (directory / "figure.png", directory / "animation.gif") if path.exists()]
     rows = "".join(
-        f"<tr><td class='{'holds' if claim['holds'] else 'fails'}'>{'holds' if claim['holds'] else 'fails'}</td>"
-        f"<td>{escape(claim['description'])}</td><td class='number'>{claim['measured']:.4g}</td>"
-        f"<td class='number'>{escape({'<=': '≤', '>=': '≥'}[claim['relation']])} {claim['bound']:.4g}</td></tr>"
-        for claim in document["claims"]
+        f"<tr><td class='{'holds' if claim.holds else 'fails'}'>{'holds' if claim.holds else 'fails'}</td>"
+        f"<td>{escape(claim.description)}</td><td class='number'>{claim.measured:.4g}</td>"
+        f"<td class='number'>{escape({'<=': '≤', '>=': '≥'}[claim.relation])} {claim.bound:.4g}</td></tr>"
+        for claim in map(read_claim, document["claims"])
     )
     seeds = " ".join(map(str, document["seeds"]))
     command = (
-        f"python -m reproduce {document['name']} --profile {document['options']['profile']} "
+        f"python -m reproduce {directory.name} --profile {document['options']['profile']} "
         f"--data {document['data_set']} --seeds {seeds}"
     )
     keys = ("options", "settings", "versions", "commit", "machine", "date")
     details = json.dumps({key: document[key] for key in keys}, indent=1, ensure_ascii=False)
     return (
-        f"<section id='{document['name']}'><h2>{escape(document['title'])}</h2>"
+        f"<section id='{directory.name}'><h2>{escape(document['title'])}</h2>"
         f"<p><b>The paper.</b> {escape(document['paper'])}</p>"
         f"<p><b>Here.</b> {escape(data_name(document['data_set']))}, seeds {seeds}, "
         f"{document['seconds']:.0f} s. {_verdict(document)}</p>{''.join(pictures)}"

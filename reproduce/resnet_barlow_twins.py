@@ -20,8 +20,9 @@ import numpy as np
 import torch
 
 from reproduce.common import Claim, Outcome, data_name, run_figure, seeds_of
-from reproduce.runs import PROFILES, ROW_COLUMNS, Run, trained_runs
+from reproduce.runs import ROW_COLUMNS, Run, trained_runs
 from reproduce.three_losses import LEAST_STEPS
+from reproduce.training import PROFILES
 from stepwise_lightning.plots import trajectories_figure
 from stepwise_lightning.spectrum import detect_steps
 

@@ -15,7 +15,8 @@ import sys
 from pathlib import Path
 
 from reproduce.common import Claim, Outcome, data_name, run_figure, seeds_of
-from reproduce.runs import LOSSES, PROFILES, ROW_COLUMNS, TITLES, Run, trained_runs
+from reproduce.runs import LOSSES, ROW_COLUMNS, TITLES, Run, trained_runs
+from reproduce.training import PROFILES
 from stepwise_lightning.plots import trajectories_figure
 
 PAPER = (

@@ -10,8 +10,9 @@ import sys
 from pathlib import Path
 
 from reproduce.common import check_writable, parser
-from reproduce.runs import LOSSES, PROFILES, trained_runs
+from reproduce.runs import LOSSES, trained_runs
 from reproduce.standard_init import STARTS
+from reproduce.training import PROFILES
 
 
 def main(arguments: list[str] | None = None) -> int:

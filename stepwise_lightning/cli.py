@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import re
 import sys
 import traceback
@@ -12,26 +13,33 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import lightning as L
+import torch
 from lightning.fabric.plugins import CheckpointIO
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 
 from stepwise_lightning import callbacks, checkpoints, data, encoders, modules
 from stepwise_lightning.checkpoints import AtomicCheckpointIO, LastCheckpoint
 from stepwise_lightning.files import full_disk, replace_text
 from stepwise_lightning.modules import JointEmbedding
 from stepwise_lightning.provenance import provenance
+from stepwise_lightning.results import reason
 from stepwise_lightning.resume import continue_newest
 
 # What a parser says around the one sentence that matters to whoever mistyped something.
 _NOISE = re.compile(
-    r"^(?:- )*(Does not validate against|Subtypes:|Errors:|Expected a <class 'NoneType'>|Expected a path but|"
-    r"Given value|Problem with given class_path .*:$|$)"
+    r"^(?:- )*(Does not validate against|Errors:|Expected a <class 'NoneType'>|Expected a path but|"
+    r"Subtypes:|Subclass types expect one of|a class path \(str\)|a dict with|Given value|"
+    r"Problem with given class_path .*:$|$)"
 )
 _PEER_LOST = re.compile(
     r"Connection (closed|reset) by|Broken pipe|Timed out (waiting|after)|Socket Timeout|failed to (send|recv)|"
     r"NCCL.*(timeout|remote process exited)"
 )
+# What this package raises to tell the user something; anything else is its mistake, and keeps its traceback.
+_TOLD = (ValueError, ArithmeticError, OSError, RuntimeError)
+# The least that the Trainer can do with, and does not check.
+_LEAST = {"accumulate_grad_batches": 1, "check_val_every_n_epoch": 1, "gradient_clip_val": 0, "log_every_n_steps": 0}
 _EXAMPLES = {
     "model": "BarlowTwins, SimCLR, VICReg",
     "encoder": "stepwise_lightning.encoders.Encoder, ….LinearEncoder, ….MLP, ….ResNet",
@@ -63,7 +71,10 @@ class _Parser(LightningArgumentParser):
 
 
 class _CLI(LightningCLI):
-    """Lets every run survive what can be survived, and finds the run to continue."""
+    """Lets every run survive what can be survived, finds the run to continue, and reads checkpoints as data.
+
+    Data are tensors and plain values, which name nothing to be imported or run.
+    """
 
     def before_instantiate_classes(self) -> None:
         config = self.config.get(str(self.subcommand))
@@ -71,6 +82,7 @@ class _CLI(LightningCLI):
             step = continue_newest(config)
             if step is not None:
                 self.save_config_kwargs = {"config_filename": f"config_step_{step}.yaml", "overwrite": True}
+                _check_checkpoint(config)
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         given = self._get(self.config_init, "trainer")
@@ -82,6 +94,31 @@ class _CLI(LightningCLI):
             plugins.append(AtomicCheckpointIO())
         return super().instantiate_trainer(callbacks=callbacks, plugins=plugins, **kwargs)
 
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        """Parse, and refuse what Lightning would stumble over later."""
+        super().parse_arguments(parser, args)
+        config = self.config[self.config.subcommand]
+        if config.trainer is None:
+            raise ValueError("trainer is empty: give it options, such as max_steps, or leave it out")
+        for name, least in _LEAST.items():
+            if config.trainer[name] is not None and config.trainer[name] < least:
+                raise ValueError(f"trainer.{name} must be at least {least}, got {config.trainer[name]}")
+        if not 0 <= config.seed_everything < 2**32:
+            raise ValueError(f"seed_everything must be at least 0 and below 2**32, got {config.seed_everything}")
+
+    def _parse_ckpt_path(self) -> None:
+        # Lightning would let the hyperparameters in a checkpoint replace the configuration's: silently, and with any
+        # class that they name.
+        config = self.config[self.config.subcommand]
+        if config.weights_only is False:
+            raise ValueError("weights_only=false would let a checkpoint run code, and is not accepted: leave it out")
+        if self.config.subcommand == "fit" and config.ckpt_path and Path(config.ckpt_path).is_file():
+            _check_checkpoint(config)
+
+    def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
+        # Left alone, Lightning trusts checkpoints from the internet, and torch all of them if the environment says so.
+        return super()._prepare_subcommand_kwargs(subcommand) | {"weights_only": True}
+
 
 def _as_list(values: Any) -> list[Any]:
     return list(values) if isinstance(values, (list, tuple)) else [] if values is None else [values]
@@ -90,9 +127,9 @@ def _as_list(values: Any) -> list[Any]:
 def main() -> None:
     """Run ``stepwise``; any class of this package or another can be named as model, data or callback.
 
-    A mistake in the configuration, missing data, diverging training, a full disk or a lost process end it with one line
-    on standard error and exit status 2 or 1; errors inside other libraries keep their traceback. A run that has saved
-    itself because of a signal ends with exit status 75.
+    A mistake in the configuration, missing data, a checkpoint that does not fit, diverging training, a full disk or a
+    lost process end it with one line on standard error and exit status 2 or 1; errors inside other libraries keep their
+    traceback. A run that has saved itself because of a signal ends with exit status 75.
     """
     try:
         _CLI(
@@ -105,24 +142,57 @@ def main() -> None:
             auto_configure_optimizers=False,
             seed_everything_default=0,
         )
-    except (ValueError, ArithmeticError, OSError, RuntimeError, MisconfigurationException) as error:
-        if full := full_disk(error):
-            error = full
-        elif _is_of_another_process(error):
-            error = RuntimeError(
-                "another process of this run has ended or does not answer: look at what it wrote; --ckpt_path last "
-                f"continues from the last checkpoint ({str(error).strip().splitlines()[0]})"
-            )
-        elif not _is_ours(error):
+    except Exception as error:
+        text = _explained(error)
+        if text is None:
             raise
-        sys.exit(f"\nstepwise: error: {_one_line(str(error))}")  # a progress bar may have left its line open
+        sys.exit(f"\nstepwise: error: {text}")  # a progress bar may have left its line open
 
 
-def _is_ours(error: Exception) -> bool:
-    """Whether the error was raised to tell the user something: by this package, or about the configuration."""
-    raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
-    by_parser = raised_in.parent.name == "jsonargparse" or raised_in.name in ("cli.py", "torch_io.py")
-    return by_parser or raised_in.is_relative_to(Path(__file__).parent) or isinstance(error, MisconfigurationException)
+def _check_checkpoint(config: Any) -> None:
+    """Refuse to resume with other settings: the optimiser's would come from the checkpoint all the same."""
+    checkpoint = torch.load(config.ckpt_path, weights_only=True, map_location="cpu")
+    trained = checkpoint.get("hyper_parameters") if isinstance(checkpoint, dict) else None
+    trained, asked = trained if isinstance(trained, dict) else {}, config.model.init_args.as_dict()
+    for name in sorted(trained.keys() & asked.keys()):
+        if trained[name] != asked[name]:
+            raise ValueError(
+                f"the checkpoint was trained with {name}={trained[name]!r}, not {asked[name]!r}: resume it with its "
+                "own configuration (config.yaml in the folder of its run), where only trainer and data may change"
+            )
+
+
+def _explained(error: Exception) -> str | None:
+    """Return one line for what was raised to tell the user something; None for what went wrong inside a library."""
+    if full := full_disk(error):
+        return str(full)
+    if _is_of_another_process(error):
+        return (
+            "another process of this run has ended or does not answer: look at what it wrote; --ckpt_path last "
+            f"continues from the last checkpoint ({str(error).strip().splitlines()[0]})"
+        )
+    frames = traceback.extract_tb(error.__traceback__)
+    raised_in, message = Path(frames[-1].filename), str(error)
+    if re.match(r"Caught \w+ in DataLoader worker", message):  # torch raises it again, with the worker's traceback
+        raised_in, message = Path(re.findall(r'File "(.+?)", line', message)[-1]), message.splitlines()[-1]
+        message = message.partition(": ")[2]
+    ours = raised_in.is_relative_to(Path(__file__).parent) and isinstance(error, _TOLD)
+    if ours:
+        return _one_line(message)
+    restoring = any(re.match("_?(resume|restore|parse_ckpt_path)", frame.name) for frame in frames)
+    libraries = Path(L.__file__).parents[1]  # where the user's own code, and its hooks, are not
+    if restoring and raised_in.is_relative_to(libraries) and not isinstance(error, FileNotFoundError):
+        return f"the checkpoint cannot be restored ({_reason(error)}): is it damaged, or of another model?"
+    lightning = raised_in.parent.name == "jsonargparse" or raised_in.is_relative_to(libraries / "lightning")
+    checked = (ValueError, TypeError, OSError, MisconfigurationException)
+    return _one_line(message) if lightning and (isinstance(error, checked) or raised_in.name == "cli.py") else None
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, pickle.UnpicklingError):
+        found = re.search(r"GLOBAL (\S+)", str(error))
+        return "it holds more than tensors and plain values" + (f", namely {found[1]}" if found else "")
+    return reason(error)
 
 
 def _is_of_another_process(error: BaseException) -> bool:
@@ -134,6 +204,8 @@ def _one_line(message: str) -> str:
     """Condense a parser's message to what was given, and what was expected."""
     lines = [line.strip().removeprefix("- ") for line in message.splitlines()]
     text = ": ".join(line.rstrip(":") for line in lines if not _NOISE.match(line))
+    text = re.sub(r"(?<=[^\"]): Not a valid subclass of \w+\.?", "", text)  # where the reason stands before it
+    text = re.sub(r'(": Not a valid subclass of \w+)', r"\1 (class_path and, if any, init_args)", text, count=1)
     if found := re.search(r"[Oo]ption '([\w.]+)'", text):
         return text + _suggestion(found[1])
     keys = re.findall(r'key "(\w+)"', text)

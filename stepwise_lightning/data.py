@@ -167,10 +167,8 @@ class TwoViewDataModule(L.LightningDataModule):
         if self._probe is None:
             held_out, number, seed = self._images("val"), self.hparams["num_probe_pairs"], self.hparams["probe_seed"]
             if number > len(held_out):
-                raise ValueError(
-                    f"num_probe_pairs {number} is more than the {len(held_out)} held-out images: "
-                    f"choose 2 to {len(held_out)}"
-                )
+                remedy = f"choose 2 to {len(held_out)}" if len(held_out) > 1 else "hold out at least 2"
+                raise ValueError(f"num_probe_pairs {number} is more than the {len(held_out)} held-out images: {remedy}")
             views = TwoViews(held_out, self._random_view(), seed)
             generator = torch.Generator().manual_seed(hashed_seed(seed, PROBE_EPOCH, "order"))
             chosen = torch.randperm(len(held_out), generator=generator)[:number].tolist()
@@ -243,7 +241,7 @@ class FixedCropPairs(L.LightningDataModule):
     Attributes:
         x1, x2: the views after ``setup``, float32, (num_pairs, 3, crop_size, crop_size).
 
-    Raises (in ``setup``):
+    Raises (in ``setup``, if not for ``steps_per_epoch`` or ``seed``):
         ValueError, FileNotFoundError: see ``load_images`` and ``crop_pairs``.
 
     """
@@ -263,6 +261,10 @@ class FixedCropPairs(L.LightningDataModule):
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
+        if steps_per_epoch < 1:
+            raise ValueError(f"steps_per_epoch must be at least 1, got {steps_per_epoch}")
+        if not -(2**63) <= seed < 2**63:
+            raise ValueError(f"seed must have 64 bits or less, got {seed}")
 
     def prepare_data(self) -> None:
         """Download, if asked to (one process only)."""

@@ -26,7 +26,8 @@ class LinearEncoder(nn.Module):
         seed: seed of that draw, so that it depends on nothing else.
 
     Raises:
-        ValueError: a dimension below 1, or a standard deviation that is not finite and ≥ 0.
+        ValueError: a dimension below 1, or a standard deviation that is not finite and ≥ 0; when called, inputs of
+            another size.
 
     """
 
@@ -36,7 +37,7 @@ class LinearEncoder(nn.Module):
             raise ValueError(f"a linear encoder needs in_features, out_features ≥ 1, got {in_features}, {out_features}")
         if init_std is not None and not 0 <= init_std < float("inf"):
             raise ValueError(f"init_std must be finite and ≥ 0, got {init_std}")
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator().manual_seed(_checked(seed))
         weight = torch.empty(out_features, in_features)
         if init_std is None:
             bound = in_features**-0.5
@@ -47,6 +48,7 @@ class LinearEncoder(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (n, …) inputs with m elements each to (n, d)."""
+        _check_inputs(x, self.weight.shape[1])
         # For d ≪ m this order of the product runs about twice as fast on a CPU as x Wᵀ.
         return (self.weight @ x.flatten(1).T).T
 
@@ -62,7 +64,7 @@ class MLP(nn.Sequential):
         seed: of the initial weights.
 
     Raises:
-        ValueError: a width below 1.
+        ValueError: a width below 1; when called, inputs of another size.
 
     """
 
@@ -71,12 +73,21 @@ class MLP(nn.Sequential):
     ) -> None:
         widths = [in_features, *hidden, out_features]
         if min(widths) < 1:
-            raise ValueError(f"every layer of an MLP needs a width of at least 1, got {widths}")
+            raise ValueError(
+                f"every layer of an MLP needs a width of at least 1, got {widths} (in_features, hidden, out_features)"
+            )
         layers: list[nn.Module] = [nn.Flatten()]
         with _own_randomness(seed):
             for narrow, wide in pairwise(widths):
                 layers += [nn.Linear(narrow, wide, bias=bias), nn.ReLU()]
         super().__init__(*layers[:-1])
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (n, …) inputs with in_features elements each to (n, out_features)."""
+        first = self[1]
+        assert isinstance(first, nn.Linear)
+        _check_inputs(x, first.in_features)
+        return super().forward(x)
 
 
 class ResNet(nn.Module):
@@ -241,7 +252,7 @@ def scale_last_layer(module: nn.Module, alpha: float, bias_norm: float | None = 
     if bias_norm is not None:
         if last.bias is None or not 0 <= bias_norm < float("inf"):
             raise ValueError(f"bias_norm={bias_norm} needs a last layer with a bias, and a finite norm of at least 0")
-        direction = torch.randn(last.bias.shape, generator=torch.Generator().manual_seed(seed))
+        direction = torch.randn(last.bias.shape, generator=torch.Generator().manual_seed(_checked(seed)))
         last.bias.copy_(direction * bias_norm / direction.norm())
     elif last.bias is not None:
         last.bias.mul_(alpha)
@@ -252,8 +263,19 @@ def scale_last_layer(module: nn.Module, alpha: float, bias_norm: float | None = 
 def _own_randomness(seed: int) -> Iterator[None]:
     """Let layers draw their initial weights from ``seed``, and leave torch's generator as it was."""
     with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
+        torch.default_generator.manual_seed(_checked(seed))
         yield
+
+
+def _checked(seed: int) -> int:
+    if not -(2**63) <= seed < 2**63:
+        raise ValueError(f"seed must have 64 bits or less, got {seed}")
+    return seed
+
+
+def _check_inputs(x: Tensor, in_features: int) -> None:
+    if (given := x[0].numel()) != in_features:
+        raise ValueError(f"in_features is {in_features}, but each input has {given} values: set in_features={given}")
 
 
 def _small_resnet() -> nn.Module:

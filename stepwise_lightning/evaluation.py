@@ -154,6 +154,8 @@ class OnlineLinearProbe(_Evaluation):
         self, watch: str = REPRESENTATION, num_classes: int | None = None, learning_rate: float = 1e-3
     ) -> None:
         super().__init__(watch, num_classes)
+        if not 0 <= learning_rate < float("inf"):
+            raise ValueError(f"learning_rate must be finite and at least 0, got {learning_rate}")
         self.learning_rate = learning_rate
         self._probe: nn.Sequential | None = None
 
@@ -257,7 +259,7 @@ class OnlineKNN(_Evaluation):
     def __init__(
         self, watch: str = REPRESENTATION, k: int = 200, temperature: float = 0.07, num_classes: int | None = None
     ) -> None:
-        if k < 1 or temperature <= 0:
+        if k < 1 or not 0 < temperature < float("inf"):
             raise ValueError(f"k must be at least 1 and temperature positive, got {k} and {temperature}")
         super().__init__(watch, num_classes)
         self.k, self.temperature = k, temperature

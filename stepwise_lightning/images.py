@@ -6,7 +6,6 @@ the path of a folder. Small images of one size are one uint8 tensor in memory; o
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor
 
 from stepwise_lightning.photos import HELD_OUT, PHOTOGRAPHS, TRAIN, cut_photos
+from stepwise_lightning.reading import image_paths, pixels, read_all, read_image
 
 if TYPE_CHECKING:  # importing this package needs only torch and lightning
     from PIL import Image
@@ -49,14 +49,14 @@ class ImageSet:
             from PIL import Image
 
             return Image.fromarray(self.images[index].permute(1, 2, 0).contiguous().numpy())
-        return _read(self.images[index])
+        return read_image(self.images[index])
 
     def statistics(self) -> tuple[Tensor, Tensor]:
         """Return :func:`channel_statistics`; of 1000 evenly spaced images where they are not held in memory."""
         if isinstance(self.images, Tensor):
             return channel_statistics(self.images)
         spaced = self.images[:: -(-len(self.images) // 1000)]
-        return _statistics(sum((_histogram(_pixels(_read(path))[None]) for path in spaced), torch.zeros(3, 256)))
+        return _statistics(sum((_histogram(pixels(read_image(path))[None]) for path in spaced), torch.zeros(3, 256)))
 
 
 def load_images(data: str, root: str = "data", download: bool = False, image_size: int = 32) -> Tensor:
@@ -99,7 +99,9 @@ def load_image_set(data: str, split: str = "train", root: str = "data", download
 
     No pixel of ``photos`` is in two splits, but all show the same eight scenes. A folder counts as split when it has
     ``train/`` and at least one of ``val/`` and ``test/``; one serves for both. Every tenth file is held out fairly only
-    if the files are different: split near-duplicates, such as frames of a video, into folders yourself.
+    if the files are different: split near-duplicates, such as frames of a video, into folders yourself. Subfolders
+    without images are no classes. :mod:`stepwise_lightning.reading` says which files are found and how they are read;
+    one that cannot be is refused, here if the images are small, otherwise when its turn comes.
 
     Args:
         data: see the table.
@@ -179,7 +181,7 @@ def _torchvision_set(data: str, root: str, download: bool, **split: Any) -> Any:
 
 
 def _existing_folder(data: str) -> Path:
-    if not Path(data).is_dir():
+    if not data or not Path(data).is_dir():
         raise ValueError(
             f"data set {data!r} is neither one of {', '.join(DATA_SETS)} nor the path of an existing folder"
         )
@@ -191,13 +193,15 @@ def _folder_set(folder: Path, split: str) -> ImageSet:
     if "train" in parts and len(parts) > 1:
         other = {"val": "test", "test": "val"}
         place = {name: parts.get(name) or parts[other[name]] for name in SPLITS}
-        found = {part: _image_paths(part) for part in set(place.values())}
+        found = {part: image_paths(part) for part in set(place.values())}
         base, paths = place[split], found[place[split]]
     else:
-        base, paths = folder, _image_paths(folder)
+        base, paths = folder, image_paths(folder)
         found = {folder: paths}
         if len(paths) < 10:
-            raise ValueError(f"{len(paths)} images in {str(folder)!r} are too few to hold some out: at least 10")
+            raise ValueError(
+                f"too few images in {str(folder)!r} to hold some out: {len(paths)}, at least 10 are needed"
+            )
         paths = [path for number, path in enumerate(paths) if (number % 10 == 9) == (split != "train")]
     names = sorted({_class_name(path, part) for part, inside in found.items() for path in inside} - {""})
     number_of = {name: number for number, name in enumerate(names)} | {"": -1}
@@ -211,23 +215,13 @@ def _class_name(path: Path, base: Path) -> str:
     return inside[0] if len(inside) > 1 else ""
 
 
-def _image_paths(folder: Path) -> list[Path]:
-    from torchvision.datasets.folder import IMG_EXTENSIONS
-
-    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMG_EXTENSIONS and path.is_file())
-    if not paths:
-        raise ValueError(f"no images in {str(folder)!r}: expected files ending in {', '.join(IMG_EXTENSIONS)}")
-    return paths
-
-
 def _in_memory(paths: list[Path]) -> Tensor | list[Path]:
     """Return the images as uint8 (N, 3, h, w) if they are small and of one size, otherwise the paths."""
-    shape = _pixels(_read(paths[0])).shape
+    shape = pixels(read_image(paths[0])).shape
     if max(shape) > _MAX_SIDE_IN_MEMORY or len(paths) * shape.numel() > _MAX_BYTES_IN_MEMORY:
         return paths
     images = torch.empty(len(paths), *shape, dtype=torch.uint8)
-    for index, path in enumerate(_progress(paths)):
-        image = _pixels(_read(path))
+    for index, image in enumerate(read_all(paths)):
         if image.shape != shape:
             return paths
         images[index] = image
@@ -237,32 +231,9 @@ def _in_memory(paths: list[Path]) -> Tensor | list[Path]:
 def _folder_images(folder: Path, image_size: int) -> Tensor:
     from torchvision.transforms import v2
 
-    paths = _image_paths(folder)
+    paths = image_paths(folder)
     fit = v2.Compose([v2.Resize(image_size, antialias=True), v2.CenterCrop(image_size)])
     images = torch.empty(len(paths), 3, image_size, image_size, dtype=torch.uint8)
-    for index, path in enumerate(_progress(paths)):
-        image = _pixels(_read(path))
+    for index, image in enumerate(read_all(paths)):
         images[index] = image if image.shape[1:] == images.shape[2:] else fit(image)
     return images
-
-
-def _progress(paths: list[Path]) -> Iterable[Path]:
-    from tqdm import tqdm
-
-    return tqdm(paths, desc="reading images", leave=False, delay=1)
-
-
-def _read(path: Path) -> Image.Image:
-    from torchvision.datasets.folder import pil_loader
-
-    try:
-        return pil_loader(str(path))
-    except (OSError, SyntaxError) as error:  # Pillow reports a broken PNG as a SyntaxError
-        raise ValueError(f"{str(path)!r} cannot be read as an image ({error}): remove or repair it") from error
-
-
-def _pixels(image: Image.Image) -> Tensor:
-    """Return an RGB image as uint8 (3, h, w)."""
-    from torchvision.transforms.v2.functional import pil_to_tensor
-
-    return pil_to_tensor(image)

@@ -37,6 +37,9 @@ class JointEmbedding(L.LightningModule):
         warmup_steps: the learning rate rises linearly over so many steps; see :func:`rate_factor`.
         cosine: let the learning rate fall to 0 along a half cosine over the rest of training.
 
+    Raises:
+        ValueError: a number that is negative or not finite (of a method's own too), or a momentum of 1 or more.
+
     """
 
     def __init__(
@@ -49,8 +52,11 @@ class JointEmbedding(L.LightningModule):
         cosine: bool = False,
     ) -> None:
         super().__init__()
-        if warmup_steps < 0:
-            raise ValueError(f"warmup_steps must be at least 0, got {warmup_steps}")
+        _check_not_negative(
+            learning_rate=learning_rate, momentum=momentum, weight_decay=weight_decay, warmup_steps=warmup_steps
+        )
+        if momentum >= 1:
+            raise ValueError(f"momentum must be below 1, or the weights would run away, got {momentum}")
         # Called here, it collects the arguments of the method's own __init__ too.
         self.save_hyperparameters(ignore=["encoder"])
         self.encoder = encoder
@@ -159,6 +165,7 @@ class BarlowTwins(JointEmbedding):
         **optimization: Any,
     ) -> None:
         super().__init__(encoder, learning_rate, **optimization)
+        _check_not_negative(off_diagonal_weight=off_diagonal_weight, eps=eps)
 
     def loss_terms(self, z1: Tensor, z2: Tensor) -> dict[str, Tensor]:
         """Return ``on_diagonal`` and ``off_diagonal``."""
@@ -177,6 +184,7 @@ class SimCLR(JointEmbedding):
         **optimization: Any,
     ) -> None:
         super().__init__(encoder, learning_rate, **optimization)
+        _check_not_negative(temperature=temperature)
 
     def loss_terms(self, z1: Tensor, z2: Tensor) -> dict[str, Tensor]:
         """Return ``alignment`` and ``uniformity``."""
@@ -197,12 +205,24 @@ class VICReg(JointEmbedding):
         **optimization: Any,
     ) -> None:
         super().__init__(encoder, learning_rate, **optimization)
+        _check_not_negative(
+            invariance_weight=invariance_weight,
+            variance_weight=variance_weight,
+            covariance_weight=covariance_weight,
+            eps=eps,
+        )
 
     def loss_terms(self, z1: Tensor, z2: Tensor) -> dict[str, Tensor]:
         """Return ``invariance``, ``variance`` and ``covariance``."""
         h = self.hparams
         weights = h["invariance_weight"], h["variance_weight"], h["covariance_weight"]
         return losses.vicreg_terms(z1, z2, *weights, h["eps"])
+
+
+def _check_not_negative(**settings: float) -> None:
+    for name, value in settings.items():
+        if not 0 <= value < math.inf:
+            raise ValueError(f"{name} must be finite and at least 0, got {value}")
 
 
 def _at_least_single(z: Tensor) -> Tensor:

@@ -56,8 +56,7 @@ def trajectories_figure(
     for column, run in enumerate(runs):
         draw_run(axes[0, column], axes[1, column], run)
         if log_eigenvalues:
-            axes[1, column].set_yscale("log", nonpositive="mask")
-            axes[1, column].set_ylim(bottom=max(axes[1, column].get_ylim()[0], 1e-10 * run.eigenvalues.max()))
+            _log_scale(axes[1, column], run.eigenvalues)
         if not same_axes:
             axes[1, column].set_ylabel(run.eigenvalues_label)
     axes[0, 0].set_ylabel(loss_label)
@@ -84,8 +83,7 @@ def eigenvalues_figure(rows: list[list[Trajectory]], labels: list[str], title: s
         for j, run in enumerate(runs):
             axis = axes[i, j]
             draw_run(None, axis, run)
-            axis.set_yscale("log", nonpositive="mask")
-            axis.set_ylim(bottom=max(axis.get_ylim()[0], 1e-10 * run.eigenvalues.max()))
+            _log_scale(axis, run.eigenvalues)
             axis.set(title=run.title, ylabel=run.eigenvalues_label, xlabel=_TIME if i == len(rows) - 1 else "")
         axes[i, 0].set_ylabel(f"{label}\n{runs[0].eigenvalues_label}")
     for j, run in enumerate(rows[0]):  # where the first row's first mode begins to rise; hidden ones start large
@@ -179,7 +177,8 @@ def spectra_figure(times: Array, eigenvalues: Array, chosen: Array, title: str =
     for sample, colour in zip(samples, mode_colours(len(samples)), strict=True):
         axis.plot(modes, eigenvalues[sample], "o-", color=colour, markersize=4, label=f"{times[sample]:.3g}")
     axis.set(xlabel="mode", ylabel="eigenvalue", title=title)
-    axis.set_yscale("log", nonpositive="mask")
+    if (eigenvalues[samples] > 0).any():
+        axis.set_yscale("log", nonpositive="mask")
     if len(modes) > 30:
         axis.set_xscale("log")
     else:
@@ -233,3 +232,9 @@ def _rise(run: Trajectory) -> float:
     times, top = run.times[run.times > 0], run.eigenvalues[run.times > 0].max(1)
     visible = times[top > 0.01 * top.max()]
     return float(0.5 * visible[0] if len(visible) else times[0])
+
+
+def _log_scale(axis: Axes, eigenvalues: Array) -> None:
+    if (eigenvalues > 0).any():  # a collapsed embedding has nothing that a logarithm could show
+        axis.set_yscale("log", nonpositive="mask")
+        axis.set_ylim(bottom=max(axis.get_ylim()[0], 1e-10 * eigenvalues.max()))

@@ -27,7 +27,8 @@ class GlobalBatchSampler(DistributedSampler[Any]):
         seed: of the order.
 
     Raises:
-        ValueError: ``global_batch_size`` is below 2, not a multiple of ``num_replicas``, or larger than the data set.
+        ValueError: ``global_batch_size`` is below 2, not a multiple of ``num_replicas``, or larger than the data set;
+            a data set of one image.
 
     """
 
@@ -39,6 +40,10 @@ class GlobalBatchSampler(DistributedSampler[Any]):
         self.local_batch_size = local_batch_size(global_batch_size, num_replicas)
         self.global_batch_size = global_batch_size
         self.num_batches = len(dataset) // global_batch_size
+        if len(dataset) < 2:
+            raise ValueError(
+                f"the losses compare samples, but the data set has {len(dataset)} training image: add some"
+            )
         if not self.num_batches:
             raise ValueError(
                 f"global_batch_size {global_batch_size} is larger than the {len(dataset)} training images: "

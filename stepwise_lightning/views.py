@@ -40,9 +40,13 @@ def crop_pairs(images: Tensor, num_pairs: int, crop_size: int, seed: int) -> tup
     """
     total, _, height, width = images.shape
     if not 1 <= num_pairs <= total:
-        raise ValueError(f"{num_pairs} pairs asked for, but the data set has {total} images: choose 1 to {total}")
+        raise ValueError(
+            f"num_pairs: {num_pairs} pairs asked for, but the data set has {total} images: choose 1 to {total}"
+        )
     if not 1 <= crop_size <= min(height, width):
-        raise ValueError(f"crops of {crop_size}×{crop_size} do not fit the images of {height}×{width} pixels")
+        raise ValueError(
+            f"crop_size: crops of {crop_size}×{crop_size} do not fit the images of {height}×{width} pixels"
+        )
     mean, std = channel_statistics(images)
     generator = torch.Generator().manual_seed(seed)
     chosen = images[torch.randperm(total, generator=generator)[:num_pairs]]

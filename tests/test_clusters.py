@@ -10,7 +10,8 @@ import pytest
 from reproduce import train
 from reproduce.__main__ import FIGURES
 from reproduce.common import parser
-from reproduce.runs import LOSSES, PROFILES, Run
+from reproduce.runs import LOSSES, Run
+from reproduce.training import PROFILES
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = sorted((ROOT / "reproduce" / "slurm").glob("*.sbatch"))

@@ -12,7 +12,8 @@ from tiny_sets import write_stl10
 from torchvision.datasets import STL10
 
 from reproduce.__main__ import main
-from reproduce.runs import CONFIGS, Run
+from reproduce.runs import Run
+from reproduce.training import CONFIGS
 
 FIGURES = ["resnet_barlow_twins", "three_losses", "standard_init", "hidden_spectra", "cross_loss_alignment",
            "embedding_growth"]  # fmt: skip

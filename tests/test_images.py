@@ -178,7 +178,7 @@ def test_bad_input(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no images in"):
         load_images(str(tmp_path))
     write_png(tmp_path / "only.png")
-    with pytest.raises(ValueError, match="1 images in .* are too few to hold some out"):
+    with pytest.raises(ValueError, match="too few images in .* to hold some out: 1, at least 10"):
         load_image_set(str(tmp_path))
 
 

@@ -83,7 +83,7 @@ def test_cosine_needs_an_end(tmp_path):
 
 
 def test_negative_warm_up_is_refused():
-    with pytest.raises(ValueError, match="warmup_steps must be at least 0, got -1"):
+    with pytest.raises(ValueError, match="warmup_steps must be finite and at least 0, got -1"):
         SimCLR(encoder(), learning_rate=0.1, warmup_steps=-1)
 
 

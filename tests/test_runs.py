@@ -8,7 +8,8 @@ import pytest
 from reproduce import train
 from reproduce.__main__ import main
 from reproduce.common import parser
-from reproduce.runs import PROFILES, Run, trained_runs
+from reproduce.runs import Run, trained_runs
+from reproduce.training import PROFILES
 
 # Stands for training: keeps a checkpoint, fails where it is told to, and leaves spectra at its end.
 TRAINING = """
@@ -123,4 +124,4 @@ def test_the_last_checkpoint_is_the_one_that_is_read(a_run):
         path = run.directory / "checkpoints" / f"{'cab'[number]}.ckpt"
         path.write_text("checkpoint")
         os.utime(path, (2e9 + number, 2e9 + number))
-    assert run._checkpoint.name == "b.ckpt"
+    assert run.checkpoint.name == "b.ckpt"

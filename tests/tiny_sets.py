@@ -1,8 +1,12 @@
-"""CIFAR-10 and STL-10 in their real formats, with a handful of images, where torchvision believes them to be whole."""
+"""CIFAR-10 and STL-10 in their real formats, with a handful of images, where torchvision believes them to be whole.
+
+And what happens to files.
+"""
 
 import hashlib
 import io
 import pickle
+import random
 from pathlib import Path
 
 import numpy as np
@@ -78,3 +82,29 @@ def write_stl10(
         names = [name for name, _ in getattr(STL10, attribute)]
         monkeypatch.setattr(STL10, attribute, [[name, md5(folder / name)] for name in names])
     return root
+
+
+def damaged(content: bytes, draw: random.Random) -> bytes:
+    """Return a file's content cut off (perhaps at once), with some bytes overwritten, or with a part of it blank."""
+    kind = draw.choice(("cut", "bytes", "blank"))
+    if kind == "cut":
+        return content[: draw.randrange(len(content))]
+    changed = bytearray(content)
+    if kind == "bytes":
+        for _ in range(draw.randint(1, 8)):
+            changed[draw.randrange(len(changed))] = draw.randrange(256)
+    else:
+        start = draw.randrange(len(changed))
+        end = min(len(changed), start + draw.randint(1, 64))
+        changed[start:end] = bytes(end - start)
+    return bytes(changed)
+
+
+class Touch:
+    """Creates a file when it is unpickled: what a malicious file would do."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple:
+        return Path.touch, (self.path,)

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -199,8 +199,24 @@ class ContrastiveKernelPCA:
 
     @classmethod
     def load(cls, path: str | Path, kernel: Kernel) -> Self:
-        """Return a fitted model from :meth:`save`, with the kernel it was fitted with."""
-        fitted = torch.load(path, weights_only=True)
+        """Return a fitted model from :meth:`save`, with the kernel it was fitted with.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: it is damaged, or something else; nothing in it is run.
+
+        """
+        try:
+            fitted = torch.load(path, weights_only=True)
+        except OSError:
+            raise
+        except Exception as error:  # torch and its unpickler raise whatever they come across
+            kind = f"{type(error).__name__}: {error}".splitlines()[0]
+            raise ValueError(
+                f"{str(path)!r} cannot be read as a saved model ({kind}): fit and save it again"
+            ) from error
+        if not _is_fitted(fitted):
+            raise ValueError(f"{str(path)!r} does not hold a fitted ContrastiveKernelPCA: fit and save it again")
         model = cls(kernel, len(fitted["eigenvalues"]))
         model.eigenvalues_, model.coefficients_ = fitted["eigenvalues"], fitted["coefficients"]
         model.residuals_, model._views = fitted["residuals"], fitted["views"]
@@ -229,6 +245,24 @@ class ContrastiveKernelPCA:
 
     def _kernel_to(self, x: Tensor) -> Tensor:
         return self.kernel(x.to(self._views), self._views).to(self.coefficients_)
+
+
+def _is_fitted(saved: Any) -> bool:
+    """Whether ``saved`` is what ``ContrastiveKernelPCA.save`` writes."""
+    names = ("eigenvalues", "coefficients", "residuals", "views")
+    if not isinstance(saved, dict) or not all(isinstance(saved.get(name), Tensor) for name in names):
+        return False
+    eigenvalues, coefficients, residuals, views = (saved[name] for name in names)
+    return (
+        eigenvalues.ndim == 1
+        and len(eigenvalues) > 0
+        and eigenvalues.shape == residuals.shape
+        and views.ndim > 1
+        and len(views) % 2 == 0
+        and coefficients.shape == (len(views), len(eigenvalues))
+        and all(saved[name].is_floating_point() and bool(saved[name].isfinite().all()) for name in names)
+        and bool((eigenvalues > 0).all())
+    )
 
 
 def _checked_views(x1: Tensor, x2: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,171 @@
+"""Train one network behind the figures, with the command that anybody would use, and go on where that was cut short."""
+
+from __future__ import annotations
+
+import argparse
+import fcntl
+import json
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+from zipfile import BadZipFile, ZipFile
+
+import torch
+
+from stepwise_lightning.checkpoints import TO_BE_CONTINUED
+from stepwise_lightning.files import replace_text
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+# cpu is the shipped configuration as it is; smoke is a size for tests; full is the paper's.
+PROFILES: dict[str, dict[str, Any]] = {"smoke": {}, "cpu": {}, "full": {"data": "stl10"}}
+_CONFIGURATION = {"smoke": "photos", "cpu": "photos", "full": "stl10"}
+_SMOKE_RATES = {"barlow_twins": 0.003, "vicreg": 0.001, "simclr": 0.0005}
+_PLACES = ("data.init_args.root", "trainer.logger.init_args.save_dir", "trainer.default_root_dir")
+
+
+class TrainingRun:
+    """How one network is trained: once, however often and from wherever that is asked for."""
+
+    def __init__(self, loss: str, start: str, seed: int, options: argparse.Namespace) -> None:
+        self.loss, self.start, self.seed = loss, start, seed
+        self.name = f"{loss}_{start}_seed{seed}"
+        self.logs = Path(options.out) / "runs"
+        self.directory = self.logs / self.name / "version_0"
+        self.launcher = shlex.split(options.launcher)
+        suffix = "_ordinary" if start == "ordinary" else ""
+        self.config = CONFIGS / f"{loss}_{_CONFIGURATION[options.profile]}{suffix}.yaml"
+        self.settings = self._settings(options)
+
+    def _settings(self, options: argparse.Namespace) -> dict[str, Any]:
+        settings: dict[str, Any] = {
+            "seed_everything": self.seed,
+            "model.init_args.encoder.init_args.seed": self.seed,
+            "data.init_args.seed": self.seed,
+            "data.init_args.data": options.data,
+            "data.init_args.root": options.root,
+            "trainer.logger.init_args.save_dir": str(self.logs),
+            "trainer.logger.init_args.name": self.name,
+            # Where Lightning saves when SLURM warns it: jobs side by side must not find each other's checkpoints.
+            "trainer.default_root_dir": str(self.logs / self.name),
+            "trainer.enable_progress_bar": "false",
+        }
+        if options.profile == "smoke":
+            settings |= {
+                "model.init_args.encoder.init_args.out_features": 4,
+                "model.init_args.learning_rate": _SMOKE_RATES[self.loss],
+                "data.init_args.global_batch_size": 32,
+                "data.init_args.num_probe_pairs": 64,
+                "trainer.max_steps": 300,
+            }
+        return settings
+
+    @property
+    def command(self) -> list[str]:
+        """What trains it."""
+        settings = [f"--{name}={value}" for name, value in self.settings.items()]
+        stepwise = [sys.executable, "-m", "stepwise_lightning", "fit", f"--config={self.config}"]
+        return [*self.launcher, *stepwise, *settings]
+
+    @property
+    def _identity(self) -> str:
+        """What must be the same for an earlier run to serve; where its files lie is no part of it."""
+        settings = {name: value for name, value in self.settings.items() if name not in _PLACES}
+        text = self.config.read_text(encoding="utf-8")
+        return json.dumps({"settings": settings, "config": text, "version": version("stepwise_lightning")})
+
+    def is_finished(self) -> bool:
+        """Return whether it was trained, to the end, with these very settings, and all of it is still there.
+
+        What has to be trained again, though it looks finished, is told in one line.
+        """
+        note = self.directory.parent / "settings.json"
+        if not note.exists():
+            return False
+        if note.read_text(encoding="utf-8", errors="replace") != self._identity:
+            problem = f"{note} is not of these settings"
+        elif damaged := [path for path in (self.directory / "spectrum.npz", self.checkpoint) if not _intact(path)]:
+            problem = f"{damaged[0]} is missing or damaged"
+        else:
+            return True
+        print(f"warning: {problem}; {self.name} is trained again", file=sys.stderr)
+        return False
+
+    def train(self, resume: bool = False) -> None:
+        """Train it anew, or go on where earlier training of the same was cut short.
+
+        What it prints is in ``log.txt``. ``started.json`` becomes ``settings.json`` when it is finished.
+
+        Raises:
+            RuntimeError: it failed; the message ends with the last line that it wrote.
+            SystemExit: it was told to stop, by SIGTERM or SIGUSR1.
+
+        """
+        with self._alone() as lock:
+            if not (resume and self.is_finished()):  # another process may have finished it meanwhile
+                self._train(resume, lock)
+
+    def _train(self, resume: bool, lock: int) -> None:
+        folder, command = self.directory.parent, self.command
+        started, log = folder / "started.json", folder / "log.txt"
+        same = started.exists() and started.read_text(encoding="utf-8", errors="replace") == self._identity
+        if resume and same and list(folder.rglob("*.ckpt")):
+            command.append("--ckpt_path=last")
+        else:
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir(parents=True)
+            replace_text(started, self._identity)
+        environment = os.environ | {"PYTHONUNBUFFERED": "1"}  # or its last line would not be its last
+        if not torch.cuda.is_available():
+            environment["OMP_NUM_THREADS"] = "1"
+        with log.open("a", encoding="utf-8") as file:
+            print("$", shlex.join(command), file=file, flush=True)
+            done = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, env=environment, pass_fds=[lock])
+        # The other two, of which srun makes the second: the signal came before it was ready to listen.
+        if done.returncode in (TO_BE_CONTINUED, -signal.SIGUSR1, 128 + signal.SIGUSR1):
+            print(f"{self.name} was told to stop: it goes on with --resume", file=sys.stderr)
+            raise SystemExit(TO_BE_CONTINUED)
+        if done.returncode:
+            lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+            said = [line for line in lines if line.strip() and not line.startswith(("$", "srun:"))]
+            last = said[-1] if said else f"exit status {done.returncode}"
+            raise RuntimeError(f"{self.name} failed, see {log}: {last}")
+        os.replace(started, folder / "settings.json")
+
+    @contextmanager
+    def _alone(self) -> Iterator[int]:
+        """Wait until no other process trains this run, and yield the lock, as a file descriptor.
+
+        Training inherits it: were this process killed, it would go on, and nobody else may write there until it ends.
+        """
+        path = self.logs.parent / ".locks" / self.name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                print(f"{self.name} is being trained by another process: waiting until that ends", file=sys.stderr)
+                fcntl.flock(file, fcntl.LOCK_EX)
+            yield file.fileno()
+
+    @property
+    def checkpoint(self) -> Path:
+        """The last checkpoint; if there is none, the folder where it should be."""
+        folder = self.directory / "checkpoints"
+        return max(folder.glob("*.ckpt"), key=lambda path: path.stat().st_mtime_ns, default=folder)
+
+
+def _intact(path: Path) -> bool:
+    """Return whether a file of NumPy or torch, which both are zip archives with checksums, is whole."""
+    try:
+        with ZipFile(path) as archive:
+            return archive.testzip() is None
+    except (OSError, BadZipFile):
+        return False

@@ -1,0 +1,148 @@
+"""Checkpoints are data: reading one runs nothing, and one that does not fit is named in one line."""
+
+import http.server
+import pickle
+import threading
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_runs import changed, refusal, stepwise, write_images
+from tiny_sets import Touch
+
+SLOW = pytest.mark.slow
+# Lightning's, where a run is continued in a folder of its own, as it is here.
+NEW_FOLDER = pytest.mark.filterwarnings("ignore:The dirpath has changed")
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Train two steps in a folder with images, and return the path of the checkpoint."""
+    folder = tmp_path_factory.mktemp("trained")
+    write_images(folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        stepwise("fit")
+    (checkpoint,) = folder.glob("runs/*/version_0/checkpoints/*.ckpt")
+    return checkpoint
+
+
+@pytest.fixture
+def here(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Give a test a folder of its own, with the images."""
+    (tmp_path / "images").symlink_to(trained.parents[4] / "images")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def marker(here: Path) -> Iterator[Path]:
+    """Name a file that must not come to be; what would create it does work."""
+    proof = here / "proof"
+    pickle.loads(pickle.dumps(Touch(proof)))
+    assert proof.exists()
+    yield here / "marker"
+    assert not (here / "marker").exists()
+
+
+@pytest.fixture
+def malicious(trained: Path, here: Path, marker: Path) -> Path:
+    """Add an object that runs code when it is unpickled to a whole checkpoint."""
+    path = here / "malicious.ckpt"
+    torch.save(torch.load(trained, weights_only=True) | {"extra": Touch(marker)}, path)
+    return path
+
+
+@pytest.fixture
+def address(malicious: Path) -> Iterator[str]:
+    """Serve the malicious checkpoint on a local HTTP server."""
+
+    class Quiet(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *arguments: object) -> None: ...
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(malicious.parent))) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_port}/{malicious.name}"
+        server.shutdown()
+        thread.join()
+
+
+@pytest.mark.parametrize("command", ["fit", "test", *(pytest.param(c, marks=SLOW) for c in ("validate", "predict"))])
+def test_a_malicious_checkpoint_is_refused_and_runs_nothing(command, malicious, capsys):
+    assert "it holds more than tensors and plain values, namely" in refusal(capsys, command, f"--ckpt_path={malicious}")
+
+
+@pytest.mark.parametrize("command", [pytest.param("fit", marks=SLOW), "validate"])
+def test_nor_does_it_where_torch_is_told_to_trust_all(command, malicious, monkeypatch, capsys):
+    monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
+    for path in (malicious, malicious.as_uri()):
+        assert "it holds more than tensors and plain" in refusal(capsys, command, f"--ckpt_path={path}")
+
+
+def test_nor_from_the_internet(address, here, monkeypatch, capsys):
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setenv("TORCH_HOME", str(here / "torch"))
+    assert "it holds more than tensors and plain values" in refusal(capsys, "validate", f"--ckpt_path={address}")
+    assert list((here / "torch").rglob("*.ckpt"))  # it came that far
+
+
+def test_the_promise_cannot_be_switched_off(malicious, capsys):
+    for path in (malicious, malicious.as_uri()):
+        line = refusal(capsys, "validate", f"--ckpt_path={path}", "--weights_only=false")
+        assert "weights_only=false would let a checkpoint run code" in line
+
+
+@NEW_FOLDER
+def test_classes_that_a_checkpoint_names_are_not_imported(trained, here, marker, monkeypatch):
+    """Lightning would build the model from the hyperparameters in the checkpoint."""
+    (here / "planted.py").write_text(f"import pathlib\npathlib.Path({str(marker)!r}).touch()\nModel = 1\n")
+    monkeypatch.syspath_prepend(here)
+    checkpoint = torch.load(trained, weights_only=True)
+    checkpoint["hyper_parameters"] |= {"_class_path": "planted.Model", "_instantiator": "planted.Model"}
+    torch.save(checkpoint, "planted.ckpt")
+    for command in ("fit", "validate"):
+        stepwise(command, "--ckpt_path=planted.ckpt", config=changed({"trainer.max_steps": 3}))
+
+
+def test_resuming_with_other_settings_is_refused(trained, here, capsys):
+    line = refusal(capsys, "fit", f"--ckpt_path={trained}", "--model.init_args.learning_rate=0.123")
+    assert "the checkpoint was trained with learning_rate=0.001, not 0.123" in line
+
+
+@NEW_FOLDER
+def test_resuming_and_measuring_work(trained, here):
+    stepwise("fit", f"--ckpt_path={trained}", config=changed({"trainer.max_steps": 5}))
+    (checkpoint,) = here.glob("runs/*/version_0/checkpoints/*.ckpt")
+    assert torch.load(checkpoint, weights_only=True)["global_step"] == 5
+    stepwise("validate", f"--ckpt_path={checkpoint}", "--weights_only=true")
+
+
+def _without(key: str) -> Any:
+    return lambda checkpoint: {name: value for name, value in checkpoint.items() if name != key}
+
+
+ALTERED = {
+    "empty": lambda _: {},
+    "a list": lambda _: [1, 2],
+    "a tensor": lambda _: torch.ones(2),
+    "no weights": _without("state_dict"),
+    "no version": _without("pytorch-lightning_version"),
+    "one weight": lambda checkpoint: checkpoint | {"state_dict": {"encoder.weight": torch.ones(2, 2)}},
+    "weights of another kind": lambda checkpoint: checkpoint | {"state_dict": 7},
+}
+
+
+@pytest.mark.parametrize("alter", ALTERED.values(), ids=ALTERED)
+@pytest.mark.parametrize("command", [pytest.param("fit", marks=SLOW), "validate"])
+def test_checkpoints_that_do_not_fit_are_named_in_one_line(command, alter, trained, here, capsys):
+    torch.save(alter(torch.load(trained, weights_only=True)), "altered.ckpt")
+    assert "the checkpoint cannot be restored (" in refusal(capsys, command, "--ckpt_path=altered.ckpt")
+
+
+def test_a_checkpoint_of_another_width_is_named_in_one_line(trained, here, capsys):
+    line = refusal(capsys, "validate", f"--ckpt_path={trained}", "--model.init_args.encoder.init_args.out_features=5")
+    assert "size mismatch for encoder.weight" in line and len(line) < 500

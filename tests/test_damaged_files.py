@@ -1,0 +1,241 @@
+"""What a run leaves behind, damaged in every way: read as it was, or refused in one clear line."""
+
+import argparse
+import random
+import re
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from matplotlib.figure import Figure
+from tiny_sets import Touch, damaged
+
+from reproduce.common import Claim, Outcome, _finished, read_claim, report, write_outputs
+from reproduce.report import write_report
+from reproduce.runs import Run
+from stepwise_lightning.cli import main
+from stepwise_lightning.results import load_spectra
+from stepwise_lightning.theory import ContrastiveKernelPCA, linear_kernel
+
+# How many cases of each kind; many with -m slow.
+FEW_AND_MANY = pytest.mark.parametrize("scale", [1, pytest.param(20, marks=pytest.mark.slow)])
+
+
+def survive(path: Path, read: Callable[[], object], cases: int, message: str) -> None:
+    """Damage a file again and again; reading it must work or be refused by a ValueError of one line."""
+    whole, draw, refused = path.read_bytes(), random.Random(0), 0
+    read()
+    for _ in range(cases):
+        path.write_bytes(damaged(whole, draw))
+        try:
+            read()
+        except ValueError as refusal:
+            assert re.fullmatch(message, str(refusal)), str(refusal)
+            refused += 1
+    for content in (b"", b"\0", whole[:-1]):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=message):
+            read()
+    path.write_bytes(whole)
+    read()
+    assert refused > cases / 10
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """Train two steps of one of the networks behind the figures."""
+    out = tmp_path_factory.mktemp("results")
+    run = Run(
+        "barlow_twins",
+        "small",
+        0,
+        argparse.Namespace(out=out, profile="smoke", data="photos", root="data", launcher=""),
+    )
+    run.settings["trainer.max_steps"] = 2
+    run.settings["trainer.log_every_n_steps"] = 1
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["stepwise", *run.command[3:]])
+        main()
+    (run.directory.parent / "settings.json").write_text(run._identity, encoding="utf-8")
+    assert run.is_finished() and len(run.spectra["step"]) == 3
+    return run
+
+
+def again(run: Run) -> Run:
+    """Return a run that has read nothing yet."""
+    other = object.__new__(Run)
+    other.__dict__.update(
+        {k: vars(run)[k] for k in ("loss", "start", "seed", "name", "logs", "directory", "config", "settings")}
+    )
+    return other
+
+
+@FEW_AND_MANY
+def test_spectra(run, scale):
+    file = run.directory / "spectrum.npz"
+    names = load_spectra(file).keys()
+    assert (
+        {"step", "time", "loss", "cross_correlation", "covariance/rankme"}
+        <= names
+        == load_spectra(str(run.directory)).keys()
+    )
+    survive(
+        file,
+        lambda: load_spectra(file),
+        150 * scale,
+        r"'[^\n]*spectrum\.npz' (cannot be read as|holds no) spectra[^\n]*",
+    )
+
+
+def test_other_files_are_no_spectra(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no '.*spectrum.npz': give a spectrum.npz, or the folder of a run"):
+        load_spectra(tmp_path)
+    three = np.arange(3)
+    for arrays in (
+        {"step": three},
+        {"step": three, "time": three, "loss": np.arange(2)},
+        {"step": 1, "time": 1, "loss": 1},
+        {"step": three, "time": three, "loss": np.array(["a", "b", "c"])},
+    ):
+        np.savez(tmp_path / "spectrum.npz", **arrays)
+        with pytest.raises(ValueError, match="holds no spectra: expected step, time, loss"):
+            load_spectra(tmp_path)
+    np.save(tmp_path / "spectrum.npy", three)
+    with pytest.raises(ValueError, match="cannot be read as spectra"):
+        load_spectra(tmp_path / "spectrum.npy")
+
+
+def test_objects_in_saved_files_are_refused_and_run_nothing(tmp_path):
+    marker = tmp_path / "marker"
+    np.savez(tmp_path / "spectrum.npz", step=np.arange(2), time=np.array([Touch(marker)] * 2, dtype=object))
+    with pytest.raises(ValueError, match="cannot be read as spectra .ValueError: Object arrays cannot be loaded"):
+        load_spectra(tmp_path)
+    np.save(tmp_path / "spectrum.npz.npy", np.array([Touch(marker)], dtype=object))
+    with pytest.raises(ValueError, match="cannot be read as spectra"):
+        load_spectra(tmp_path / "spectrum.npz.npy")
+    for saved in (Touch(marker), {"eigenvalues": Touch(marker)}):
+        torch.save(saved, tmp_path / "model.pt")
+        with pytest.raises(ValueError, match="cannot be read as a saved model .UnpicklingError.*fit and save it again"):
+            ContrastiveKernelPCA.load(tmp_path / "model.pt", linear_kernel)
+    assert not marker.exists()
+    with np.load(tmp_path / "spectrum.npz", allow_pickle=True) as trusted:
+        assert len(trusted["time"]) == 2 and marker.exists()  # it would have
+
+
+@FEW_AND_MANY
+def test_saved_theory(scale, tmp_path):
+    path = tmp_path / "model.pt"
+    x = torch.randn(6, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    ContrastiveKernelPCA(linear_kernel, 2).fit(x, x + 0.1).save(path)
+    load = partial(ContrastiveKernelPCA.load, path, linear_kernel)
+    message = (
+        r"'[^\n]*model\.pt' (cannot be read as a saved model \([^\n]*\)|does not hold a fitted [^\n]*): fit and save .*"
+    )
+    survive(path, load, 300 * scale, message)
+    fitted = torch.load(path, weights_only=True)
+    for name, value in fitted.items():
+        for other in (None, value[:-1], value[None], value * float("nan"), value.long()):
+            torch.save(fitted | {name: other}, path)
+            with pytest.raises(ValueError, match=message):
+                load()
+    path.unlink()
+    with pytest.raises(FileNotFoundError):
+        load()
+
+
+class _either:
+    """Reading may go well, or be refused."""
+
+    def __init__(self, message: str) -> None:
+        self.message = message
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, kind: type | None, error: Exception | None, _: object) -> bool:
+        return kind is ValueError and re.fullmatch(self.message, str(error)) is not None
+
+
+@FEW_AND_MANY
+def test_configuration_and_weights_of_a_run(run, scale):
+    def built() -> None:
+        again(run).encoder(trained=True)
+
+    message = r"(config\.yaml|the checkpoint) in '[^\n]*' cannot be used \([^\n]*\): train again, without --resume"
+    (checkpoint,) = (run.directory / "checkpoints").glob("*.ckpt")
+    survive(checkpoint, built, 40 * scale, message)
+    whole, draw = (run.directory / "config.yaml").read_bytes(), random.Random(0)
+    for content in [b"", b"\xff", b"model: 7", *(damaged(whole, draw) for _ in range(20 * scale))]:
+        (run.directory / "config.yaml").write_bytes(content)
+        with _either(message):
+            built()
+    (run.directory / "config.yaml").write_bytes(whole)
+    built()
+
+
+@FEW_AND_MANY
+def test_a_damaged_run_is_not_taken_for_a_finished_one(run, scale, capsys):
+    draw = random.Random(0)
+    for path in (run.directory.parent / "settings.json", run.directory / "spectrum.npz"):
+        whole = path.read_bytes()
+        for content in [b"", *(damaged(whole, draw) for _ in range(40 * scale))]:
+            path.write_bytes(content)
+            if run.is_finished():
+                assert content == whole or path.suffix == ".npz"  # not all of a zip file carries information
+            assert capsys.readouterr().err.count("\n") <= 1
+        path.write_bytes(b"")
+        assert not run.is_finished()
+        path.write_bytes(whole)
+    assert run.is_finished()
+
+
+CLAIM = {"name": "n", "description": "d", "measured": 1.5, "relation": "<=", "bound": 2}
+
+
+@pytest.mark.parametrize(
+    "change", [{"measured": "x"}, {"bound": None}, {"relation": "<"}, {"relation": []}, {"name": ...}]
+)
+def test_damaged_claims(change):
+    assert read_claim(CLAIM | {"holds": False}) == Claim("n", "d", 1.5, "<=", 2.0)  # judged by its numbers
+    changed = {key: value for key, value in (CLAIM | change).items() if value is not ...}
+    with pytest.raises((ValueError, KeyError, TypeError)):
+        read_claim(changed)
+
+
+@FEW_AND_MANY
+def test_claims_and_report(scale, tmp_path, capsys):
+    identity = {"data_set": "photos", "seeds": [0, 1], "options": {"profile": "smoke"}, "version": "0.1.0"}
+    facts = {
+        "name": "figure",
+        "title": "Title",
+        "paper": "Fig. 1",
+        **identity,
+        "settings": {},
+        "runs": [],
+        "seconds": 3.5,
+    }
+    claims = [Claim("a", "it is small", 0.5, "<=", 1.0), Claim("b", "it is large", 7, ">=", 6)]
+    write_outputs(tmp_path / "figure", Outcome(Figure(), ["x"], [[1]], claims, [{"seed": 0}]), facts)
+    path, draw, outcomes = tmp_path / "figure" / "claims.json", random.Random(0), set()
+    whole = path.read_bytes()
+    assert _finished(path.parent, identity) == claims
+    for content in [
+        b"",
+        b"[]",
+        b"{}",
+        b"7",
+        b"null",
+        b"[" * 100_000,
+        *(damaged(whole, draw) for _ in range(300 * scale)),
+    ]:
+        path.write_bytes(content)
+        page = write_report(tmp_path, ["figure", "kernel_pca"]).read_text(encoding="utf-8")
+        assert "kernel_pca</td><td class='fails'>not there" in page
+        kept = _finished(path.parent, identity)
+        assert kept is None or report(path.parent, kept) in (0, 1)
+        outcomes.add(("claims.json cannot be read" in page, kept is None))
+        assert capsys.readouterr().err in ("", f"warning: {path} cannot be read; the figure is made again\n")
+    assert {(True, True), (False, False)} <= outcomes
