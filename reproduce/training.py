@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
-from zipfile import BadZipFile, ZipFile
+from zipfile import ZipFile
 
 import torch
 
@@ -108,8 +108,8 @@ class TrainingRun:
             SystemExit: it was told to stop, by SIGTERM or SIGUSR1.
 
         """
-        with self._alone() as lock:
-            if not (resume and self.is_finished()):  # another process may have finished it meanwhile
+        with self._alone() as (lock, waited):
+            if not (waited and resume and self.is_finished()):
                 self._train(resume, lock)
 
     def _train(self, resume: bool, lock: int) -> None:
@@ -140,20 +140,22 @@ class TrainingRun:
         os.replace(started, folder / "settings.json")
 
     @contextmanager
-    def _alone(self) -> Iterator[int]:
-        """Wait until no other process trains this run, and yield the lock, as a file descriptor.
+    def _alone(self) -> Iterator[tuple[int, bool]]:
+        """Wait until no other process trains this run; yield the lock, as a file descriptor, and whether one did.
 
         Training inherits it: were this process killed, it would go on, and nobody else may write there until it ends.
         """
         path = self.logs.parent / ".locks" / self.name
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("a") as file:
+            waited = False
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
+                waited = True
                 print(f"{self.name} is being trained by another process: waiting until that ends", file=sys.stderr)
                 fcntl.flock(file, fcntl.LOCK_EX)
-            yield file.fileno()
+            yield file.fileno(), waited
 
     @property
     def checkpoint(self) -> Path:
@@ -167,5 +169,5 @@ def _intact(path: Path) -> bool:
     try:
         with ZipFile(path) as archive:
             return archive.testzip() is None
-    except (OSError, BadZipFile):
+    except Exception:  # zipfile and zlib raise whatever they come across
         return False

@@ -187,7 +187,7 @@ def test_a_damaged_run_is_not_taken_for_a_finished_one(run, scale, capsys):
                 assert content == whole or path.suffix == ".npz"  # not all of a zip file carries information
             assert capsys.readouterr().err.count("\n") <= 1
         path.write_bytes(b"")
-        assert not run.is_finished()
+        assert not run.is_finished() and capsys.readouterr().err.count("\n") == 1
         path.write_bytes(whole)
     assert run.is_finished()
 
@@ -237,5 +237,7 @@ def test_claims_and_report(scale, tmp_path, capsys):
         kept = _finished(path.parent, identity)
         assert kept is None or report(path.parent, kept) in (0, 1)
         outcomes.add(("claims.json cannot be read" in page, kept is None))
-        assert capsys.readouterr().err in ("", f"warning: {path} cannot be read; the figure is made again\n")
+        said = re.sub(r"figure\.pdf|figure\.png|data\.csv|claims\.json", "FILE", capsys.readouterr().err)
+        problem = f"warning: {path.parent / 'FILE'} {{}}; the figure is made again\n"
+        assert said in ("", problem.format("cannot be read"), problem.format("is not what was written"))
     assert {(True, True), (False, False)} <= outcomes
