@@ -89,7 +89,10 @@ def started(directory, config, *options):
 
 @pytest.mark.parametrize(
     "to_all",
-    [pytest.param(False, id="the first process, which has started the other"), pytest.param(True, id="all processes")],
+    [
+        pytest.param(False, id="the first process, which has started the other", marks=pytest.mark.slow),
+        pytest.param(True, id="all processes"),
+    ],
 )
 def test_from_outside_with_workers(to_all, images, tmp_path):
     """Lightning starts the second process; a scheduler's signal may reach the processes that load data too."""

@@ -98,7 +98,13 @@ def assert_complete(run):
 
 
 def test_killed_runs_end_as_if_they_had_not_been(images, tmp_path):
-    """Just after a checkpoint, before Lightning logs; where an epoch ends; in a validation; within a step."""
+    """Just after a checkpoint, before Lightning logs; and in a validation."""
+    (whole,) = assert_survive(tmp_path, images, {("VICReg", 2): ["saved:14", "validation:30"]})
+    assert_complete(whole)
+
+
+@pytest.mark.slow
+def test_killed_where_an_epoch_ends(images, tmp_path):
     plan = {
         ("BarlowTwins", 0): ["saved:14", "validation:30"],
         ("VICReg", 2): ["backward:12"],
