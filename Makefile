@@ -3,8 +3,9 @@ VENV ?= .venv
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python; do \
 	$$p -c 'import sys, venv; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 BIN := $(VENV)/bin
+CONSTRAINTS ?= constraints.txt
 
-.PHONY: demo figures test test-slow test-peers check format benchmark clean
+.PHONY: demo figures test test-slow test-peers test-oldest check format benchmark clean
 
 demo: $(VENV)/.installed  ## the linear figure on the bundled photographs
 	$(BIN)/python -m reproduce linear_model --seeds 0
@@ -21,6 +22,9 @@ test-slow: $(VENV)/.installed-test  ## what the default suite leaves out
 test-peers: $(VENV)/.installed-test $(VENV)/.installed-peers  ## the same losses in other libraries
 	$(BIN)/python -m pytest tests/peers
 
+test-oldest:  ## the default test suite on the oldest supported versions, in an environment of its own
+	$(MAKE) test VENV=.venv-oldest CONSTRAINTS=constraints-oldest.txt
+
 check: $(VENV)/.installed-dev  ## formatting, lint and types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -35,17 +39,17 @@ benchmark: $(VENV)/.installed  ## ratios against their limits; every script runs
 		$(BIN)/python benchmarks/$$script.py || status=1; done; exit $$status
 
 clean:
-	rm -rf $(VENV) results runs
+	rm -rf $(VENV) .venv-oldest results runs
 
 # ---- set-up ----
 $(VENV)/bin/python:
 	@test -n "$(PYTHON)" || { echo "error: Python 3.11 or newer with venv is needed: install it, or name one with make PYTHON=/path/to/python"; exit 2; }
 	$(PYTHON) -m venv $(VENV)
 
-$(VENV)/.installed: pyproject.toml constraints.txt | $(VENV)/bin/python
-	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e .
+$(VENV)/.installed: pyproject.toml $(CONSTRAINTS) | $(VENV)/bin/python
+	$(BIN)/python -m pip install --disable-pip-version-check -c $(CONSTRAINTS) -e .
 	@touch $@
 
-$(VENV)/.installed-%: pyproject.toml constraints.txt $(VENV)/.installed
-	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[$*]'
+$(VENV)/.installed-%: pyproject.toml $(CONSTRAINTS) $(VENV)/.installed
+	$(BIN)/python -m pip install --disable-pip-version-check -c $(CONSTRAINTS) -e '.[$*]'
 	@touch $@

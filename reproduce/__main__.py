@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import traceback
+from pathlib import Path
 
 from reproduce import (
     cross_loss_alignment,
@@ -16,7 +17,7 @@ from reproduce import (
     standard_init,
     three_losses,
 )
-from reproduce.common import parser
+from reproduce.common import check_writable, parser
 from reproduce.report import write_report
 
 # In the order of the paper; those that share their training runs follow each other.
@@ -37,6 +38,7 @@ USAGE = """usage: python -m reproduce FIGURE [FIGURE ...] [options]
 
 One figure runs anew unless --resume is given. Several, and all, run what is missing, go on after a failure, and write
 one page with every picture and verdict, <out>/report.html. Options: python -m reproduce FIGURE --help
+To train the networks alone, on several machines at once: python -m reproduce.train --help
 
 figures:
 """
@@ -48,12 +50,16 @@ def main(arguments: list[str]) -> int:
     while arguments and not arguments[0].startswith("-"):
         names.append(arguments[0])
         arguments = arguments[1:]
-    if names in ([], ["list"]):
+    if names == ["list"] or (not names and arguments in ([], ["-h"], ["--help"])):
         print(USAGE + "\n".join(f"  {n:22}{(m.__doc__ or '').splitlines()[0]}" for n, m in FIGURES.items()))
         return 0
-    names = list(FIGURES) if names == ["all"] else names
+    choices = f"choose from: all, {', '.join(FIGURES)}"
+    if not names:
+        print(f"error: {arguments[0]!r} comes before the name of a figure; {choices}", file=sys.stderr)
+        return 2
+    names = list(FIGURES) if "all" in names else names
     if unknown := [name for name in names if name not in FIGURES]:
-        print(f"error: unknown figure {unknown[0]!r}; choose from: all, {', '.join(FIGURES)}", file=sys.stderr)
+        print(f"error: unknown figure {unknown[0]!r}; {choices}", file=sys.stderr)
         return 2
     return FIGURES[names[0]].main(arguments) if len(names) == 1 else _several(names, arguments)
 
@@ -62,6 +68,11 @@ def _several(names: list[str], arguments: list[str]) -> int:
     """Run what is missing; after each figure the report is written, so that a killed run leaves one too."""
     figure_parser = parser("all", "Run several figures.", {"smoke": {}, "cpu": {}, "full": {}})
     out = figure_parser.parse_args(arguments).out  # refuses bad options once, not for every figure
+    try:
+        check_writable(Path(out))
+    except OSError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     status = 0
     for number, name in enumerate(names, 1):
         print(f"\n=== {number}/{len(names)}  {name}", flush=True)

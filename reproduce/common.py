@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import hashlib
 import json
 import logging
 import operator
@@ -24,8 +25,11 @@ from lightning.pytorch.callbacks import TQDMProgressBar
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
+from stepwise_lightning.files import replace, replace_text
 from stepwise_lightning.provenance import provenance
 
+# Options that say where and how, not what.
+_PLACES = ("out", "root", "download", "resume", "launcher")
 _RELATIONS: dict[str, Callable[[float, float], bool]] = {"<=": operator.le, ">=": operator.ge}
 
 
@@ -97,7 +101,7 @@ def run_figure(
         if getattr(options, key, None) is None:
             setattr(options, key, value)
     directory, started = Path(options.out) / name, time.perf_counter()
-    asked = {k: v for k, v in vars(options).items() if k not in ("out", "root", "download", "resume", "seeds", "data")}
+    asked = {k: v for k, v in vars(options).items() if k not in (*_PLACES, "seeds", "data")}
     identity = {"data_set": options.data, "seeds": options.seeds, "options": asked}
     identity |= {"version": version("stepwise_lightning")}
     if options.resume and (kept := _finished(directory, identity)) is not None:
@@ -106,7 +110,7 @@ def run_figure(
     quiet_lightning()
     torch.set_num_threads(1)  # these experiments are small: runs side by side use the cores better than threads
     try:
-        _check_writable(directory)
+        check_writable(directory)
         outcome = produce(options, directory)
     except (ValueError, OSError, RuntimeError) as error:
         print("error:", *str(error).split(), file=sys.stderr)  # in one line, whatever a library says
@@ -140,6 +144,7 @@ def parser(name: str, description: str, profiles: dict[str, dict[str, Any]]) -> 
     result.add_argument("--resume", action="store_true", help="keep what an earlier call with these options finished")
     result.add_argument("--root", default="data", help="where cifar10 and stl10 lie (default: data)")
     result.add_argument("--download", action="store_true", help="fetch them if they are not there")
+    result.add_argument("--launcher", default="", help="put before the commands that train ResNets, for instance srun")
     return result
 
 
@@ -154,12 +159,29 @@ def _finished(directory: Path, identity: dict[str, Any]) -> list[Claim] | None:
     except (ValueError, KeyError, TypeError, OSError, RecursionError):
         print(f"warning: {path} cannot be read; the figure is made again", file=sys.stderr)
         return None
-    same = json.loads(json.dumps(identity)) == {key: document.get(key) for key in identity}
-    return claims if same and all((directory / file).exists() for file in FILES) else None
+    if json.loads(json.dumps(identity)) != {key: document.get(key) for key in identity}:
+        return None
+    if changed := [name for name in FILES if _digest(directory / name) != document.get("sha256", {}).get(name)]:
+        print(f"warning: {directory / changed[0]} is not what was written; the figure is made again", file=sys.stderr)
+        return None
+    return claims
 
 
-def _check_writable(directory: Path) -> None:
-    """Refuse an output folder before hours are spent; nothing is left behind."""
+def _digest(path: Path) -> str | None:
+    """Return the SHA-256 of a file, None if there is none."""
+    if not path.is_file():
+        return None
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def check_writable(directory: Path) -> None:
+    """Refuse an output folder before hours are spent; nothing is left behind.
+
+    Raises:
+        PermissionError: it is not a folder, or cannot be written to.
+
+    """
     existing = next(path for path in (directory, *directory.resolve().parents) if path.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK):
         raise PermissionError(f"cannot write to {str(existing)!r}: choose another folder with --out")
@@ -198,7 +220,7 @@ def _prepare_process() -> None:
     torch.set_num_threads(1)
 
 
-FILES = ("figure.png", "figure.pdf", "data.csv", "claims.json")
+FILES = ("figure.png", "figure.pdf", "data.csv")  # and claims.json, which has their checksums
 
 
 def write_outputs(directory: Path, outcome: Outcome, facts: dict[str, Any]) -> None:
@@ -214,8 +236,9 @@ def write_outputs(directory: Path, outcome: Outcome, facts: dict[str, Any]) -> N
     replace(directory / "data.csv", write_csv)
     claims = [asdict(claim) for claim in outcome.claims]
     document = {"claims": claims, "all_hold": all(claim.holds for claim in outcome.claims)} | facts | provenance()
+    document["sha256"] = {name: _digest(directory / name) for name in FILES}
     text = json.dumps(document, indent=2, ensure_ascii=False) + "\n"
-    replace(directory / "claims.json", lambda path: path.write_text(text, encoding="utf-8"))
+    replace_text(directory / "claims.json", text)
 
 
 def report(directory: Path, claims: list[Claim]) -> int:
@@ -256,10 +279,3 @@ def quiet_lightning() -> None:
     """Silence start-up messages that are not about the experiment."""
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", message=r"`isinstance\(treespec, LeafSpec\)` is deprecated")
-
-
-def replace(path: Path, write: Callable[[Path], Any]) -> None:
-    """Write beside ``path`` and move the file there when it is complete."""
-    partial = path.with_stem(path.stem + ".partial")  # the ending tells writers the format
-    write(partial)
-    os.replace(partial, path)

@@ -1,9 +1,10 @@
 """Different losses learn similar first directions, which the tangent kernel foretells (last experiment of the paper).
 
-Embeddings of the three losses are compared as subspaces, on the same held-out pairs, at times when they have learned
-equally many modes. Beside them stand the closed form from the tangent kernel of the network at initialisation and after
-training (contrastive kernel PCA), and what makes the numbers readable: the same loss from another seed, the network
-before training, and chance. Embeddings are centred, as the losses see them.
+Embeddings of the three losses are compared as subspaces, on the same held-out pairs, at times when they have just
+learned equally many modes; on the plateau that follows, features move and alignment decays. Beside them stand the
+closed form from the tangent kernel of the network at initialisation and after training (contrastive kernel PCA), and
+what makes the numbers readable: the same loss from another seed, the network before training, and chance. Embeddings
+are centred, as the losses see them.
 
 For these small ResNets the kernel after training foretells less than the one at initialisation, for few modes nearly
 nothing: it is shown, and nothing is claimed of it.
@@ -36,6 +37,8 @@ PAPER = (
 KERNELS = ("tangent kernel at initialisation", "tangent kernel after training")
 BASELINES = ("another seed", "untrained", "chance")
 MODES = (1, 3, 5)  # numbers of learned modes at which embeddings are compared
+# Of the first mode; networks that are trained for a few steps are less alike.
+LEAST_ALIGNMENT = {"smoke": 0.1, "cpu": 0.4, "full": 0.4}
 KERNEL_PAIRS = 96  # held-out pairs that the tangent kernels are made of
 
 
@@ -151,15 +154,14 @@ def _claims(rows: list[list[Any]], options: argparse.Namespace) -> list[Claim]:
         return [row[4] for row in rows if row[1] == modes and (row[2], row[3]) == (one, other)]
 
     titles, seeds = [TITLES[loss] for loss in LOSSES], seeds_of(options)
-    claims, pairs = [], list(combinations(titles, 2))
+    claims, pairs, bound = [], list(combinations(titles, 2)), LEAST_ALIGNMENT[options.profile]
     for one, other in pairs:
         what = f"{one} and {other}: alignment of the first mode, least of {seeds}"
-        claims.append(Claim(f"{one}_{other}".lower().replace(" ", "_"), what, min(values(1, one, other)), ">=", 0.4))
+        claims.append(Claim(f"{one}_{other}".lower().replace(" ", "_"), what, min(values(1, one, other)), ">=", bound))
     for one in titles:
         what = f"{one} and the {KERNELS[0]} (Barlow Twins'): alignment of the first mode, least of {seeds}"
-        claims.append(
-            Claim(f"kernel_{one.lower()}".replace(" ", "_"), what, min(values(1, one, KERNELS[0])), ">=", 0.4)
-        )
+        least = min(values(1, one, KERNELS[0]))
+        claims.append(Claim(f"kernel_{one.lower()}".replace(" ", "_"), what, least, ">=", bound))
     between = min(np.mean(values(3, *pair)) for pair in pairs)
     untrained = max(np.mean(values(3, one, "untrained")) for one in titles)
     what = f"least alignment of two losses over most with an untrained network, three modes, means of {seeds}"

@@ -16,9 +16,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from reproduce.common import Claim, Outcome, data_name, replace, run_figure, seeds_of
+from reproduce.common import Claim, Outcome, data_name, run_figure, seeds_of
 from reproduce.runs import PROFILES, Run, trained_runs
 from stepwise_lightning.embedding_plots import growth_animation, growth_figure, principal_components
+from stepwise_lightning.files import replace
 
 PAPER = (
     "The authors' blog post, Fig. 1: top three principal components of the embeddings as the loss steps down; they are "

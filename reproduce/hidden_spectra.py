@@ -25,6 +25,8 @@ PAPER = (
 )
 HIDDEN = "encoder.backbone"
 SHOWN = 16  # hidden eigenvalues in the figure
+# In the few steps of the smoke profile hidden modes have hardly begun to grow.
+LEAST_GROWTH = {"smoke": 1.1, "cpu": 1.5, "full": 1.5}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -47,7 +49,8 @@ def produce(options: argparse.Namespace, directory: Path) -> Outcome:
     for loss in LOSSES:
         of = [summary for summary in summaries if summary["loss"] == loss]
         what = f"{TITLES[loss]}: growth of learned modes' hidden eigenvalues over that of others, {seeds_of(options)}"
-        claims.append(Claim(f"{loss}_growth", what, min(s["relative_growth"] for s in of), ">=", 1.5))
+        growth = min(s["relative_growth"] for s in of)
+        claims.append(Claim(f"{loss}_growth", what, growth, ">=", LEAST_GROWTH[options.profile]))
         what = (
             f"{TITLES[loss]}: they rise within this factor of the steps' times (median of modes), {seeds_of(options)}"
         )
@@ -62,9 +65,10 @@ def _growth(run: Run) -> dict[str, float]:
     Growth is final over initial value, the geometric mean of modes, over the same of as many modes that are not
     learned. A mode's rise time is when it is, for good, above the geometric mean of both values.
     """
-    hidden, times = np.log(run.eigenvalues(HIDDEN)), run.spectra["time"]
+    learned, times = int(run.found.num_learned[-1]), run.spectra["time"]
+    # No more of them: those beyond the number of samples are zero.
+    hidden = np.log(run.eigenvalues(HIDDEN)[:, : 2 * learned])
     start, end = hidden[0], np.median(hidden[-8:], axis=0)
-    learned = int(run.found.num_learned[-1])
     growth = end - start
     others = growth[learned : 2 * learned - 1]
     factors = []

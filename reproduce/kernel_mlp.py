@@ -36,11 +36,14 @@ PAPER = (
     "Kernel section and appendix: subspace alignment of a trained wide network's embeddings with the closed form from "
     "its tangent kernel, at initialisation and after training, rises to nearly 1."
 )
-# most_untrained bounds the baseline: with few modes, an untrained network is near the closed form by chance.
+# Bounds: with few modes, an untrained network is near the closed form by chance, and the last mode may come too late.
+PUBLISHED: dict[str, Any] = dict(
+    num_pairs=50, crop_size=20, dim=10, width=2048, steps=7000, most_untrained=0.6, least_modes=10
+)
 PROFILES: dict[str, dict[str, Any]] = {
-    "smoke": dict(num_pairs=20, crop_size=6, dim=3, width=512, steps=1500, most_untrained=0.95),
-    "cpu": dict(num_pairs=50, crop_size=20, dim=10, width=2048, steps=7000, most_untrained=0.6),
-    "full": dict(num_pairs=50, crop_size=20, dim=10, width=2048, steps=7000, most_untrained=0.6, data="cifar10"),
+    "smoke": dict(num_pairs=20, crop_size=6, dim=3, width=512, steps=1500, most_untrained=0.95, least_modes=2),
+    "cpu": PUBLISHED,
+    "full": PUBLISHED | dict(data="cifar10"),
 }
 # 4 × learning rate × γ_1 at initialisation. In the rich variant γ_1 grows during training, by a factor of about 15.
 RELATIVE_RATES = {"lazy": 0.25, "rich": 0.05}
@@ -208,7 +211,7 @@ def _claims(results: list[dict[str, Any]], options: argparse.Namespace) -> list[
             "untrained", f"the same of the untrained network, most of {seeds}", untrained, "<=", options.most_untrained
         ),
         Claim("step_times", f"lazy: largest relative error of a predicted step time, {seeds}", errors, "<=", 0.2),
-        least("modes", "lazy and rich: modes learned", "modes_learned", results, options.dim),
+        least("modes", "lazy and rich: modes learned", "modes_learned", results, options.least_modes),
     ]
 
 

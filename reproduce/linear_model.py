@@ -36,7 +36,9 @@ PAPER = (
 PROFILES: dict[str, dict[str, Any]] = {
     "smoke": dict(num_pairs=64, crop_size=8, dim=4, init_std=1e-4, relative_rate=0.1, precision="32-true"),
     "cpu": dict(num_pairs=250, crop_size=20, dim=10, init_std=1e-4, relative_rate=0.1, precision="32-true"),
-    "full": dict(num_pairs=500, crop_size=20, dim=10, init_std=1e-5, relative_rate=0.05, precision="64-true"),
+    "full": dict(
+        num_pairs=500, crop_size=20, dim=10, init_std=1e-5, relative_rate=0.05, precision="64-true", data="cifar10"
+    ),
 }
 # The control only needs to be stable, not close to the flow.
 CONTROL_RELATIVE_RATE = 0.4

@@ -8,7 +8,8 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from reproduce.common import data_name, read_claim, replace
+from reproduce.common import data_name, read_claim
+from stepwise_lightning.files import replace_text
 
 STYLE = """
 :root { color-scheme: light dark; }
@@ -46,7 +47,7 @@ def write_report(out: str | Path, names: list[str]) -> Path:
     )
     path = Path(out) / "report.html"
     path.parent.mkdir(parents=True, exist_ok=True)
-    replace(path, lambda partial: partial.write_text(page, encoding="utf-8"))
+    replace_text(path, page)
     return path
 
 

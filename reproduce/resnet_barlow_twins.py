@@ -22,7 +22,7 @@ import torch
 from reproduce.common import Claim, Outcome, data_name, run_figure, seeds_of
 from reproduce.runs import PROFILES, ROW_COLUMNS, Run, trained_runs
 from reproduce.three_losses import LEAST_STEPS
-from stepwise_lightning.plots import Trajectory, trajectories_figure
+from stepwise_lightning.plots import trajectories_figure
 from stepwise_lightning.spectrum import detect_steps
 
 PAPER = (
@@ -40,7 +40,7 @@ def produce(options: argparse.Namespace, directory: Path) -> Outcome:
     """Train for every seed, and compare losses with plateaus and steps with the prediction."""
     runs = trained_runs(options, losses=("barlow_twins",))
     figure = trajectories_figure(
-        [_with_theory(runs[0])],
+        [runs[0].trajectory(with_theory=True)],
         title="A ResNet learns one eigenmode at a time, too",
         note=f"ResNet on {data_name(options.data)}, seed {options.seeds[0]}; dashed: theory of the last layer at "
         "initialisation",
@@ -55,15 +55,6 @@ def produce(options: argparse.Namespace, directory: Path) -> Outcome:
     claims.append(_claim("step_times", what, "<=", 2.5, "step_time_factor", summaries, options))
     rows = (row for run in runs for row in run.rows())
     return Outcome(figure, ROW_COLUMNS, rows, claims, summaries)
-
-
-def _with_theory(run: Run) -> Trajectory:
-    trajectory = run.trajectory()
-    times = torch.from_numpy(trajectory.times)
-    theory = run.predicted()
-    trajectory.theory_eigenvalues = theory.embedding_eigenvalues(times).numpy()
-    trajectory.theory_losses = theory.loss(times).numpy()
-    return trajectory
 
 
 def _measured(run: Run) -> dict[str, Any]:

@@ -2,7 +2,8 @@
 
 Each loss trains an encoder from small or from ordinary initialisation with a shipped configuration and the command line
 that anybody would use, ``stepwise fit --config configs/<loss>_<data>[_ordinary].yaml``, and is read back from what that
-writes. All lie in ``<out>/runs``; with ``--resume`` a figure takes those that another one has trained.
+writes. All lie in ``<out>/runs``; with ``--resume`` a figure takes those that another one, or ``python -m
+reproduce.train``, has trained, and training that was cut short goes on from its last checkpoint.
 """
 
 from __future__ import annotations
@@ -10,7 +11,9 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -20,7 +23,9 @@ from functools import cached_property
 from importlib.metadata import version
 from itertools import product
 from pathlib import Path
+from threading import Event
 from typing import Any
+from zipfile import ZipFile
 
 import numpy as np
 import torch
@@ -28,10 +33,11 @@ import yaml
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from reproduce.common import replace
 from stepwise_lightning import TwoViewDataModule
 from stepwise_lightning.capture import capture
+from stepwise_lightning.checkpoints import TO_BE_CONTINUED
 from stepwise_lightning.encoders import Encoder
+from stepwise_lightning.files import replace_text
 from stepwise_lightning.images import load_image_set
 from stepwise_lightning.plots import Trajectory
 from stepwise_lightning.results import load_spectra, reason
@@ -49,6 +55,7 @@ EIGENVALUES = {"barlow_twins": "C", "vicreg": "covariance", "simclr": "normalise
 PROFILES: dict[str, dict[str, Any]] = {"smoke": {}, "cpu": {}, "full": {"data": "stl10"}}
 _CONFIGURATION = {"smoke": "photos", "cpu": "photos", "full": "stl10"}
 _SMOKE_RATES = {"barlow_twins": 0.003, "vicreg": 0.001, "simclr": 0.0005}
+_PLACES = ("data.init_args.root", "trainer.logger.init_args.save_dir", "trainer.default_root_dir")
 # The layer whose output the last linear layer of each projector takes, by the projector's depth.
 _FEATURES = {1: "backbone", 2: "projector.2"}
 
@@ -61,6 +68,7 @@ class Run:
         self.name = f"{loss}_{start}_seed{seed}"
         self.logs = Path(options.out) / "runs"
         self.directory = self.logs / self.name / "version_0"
+        self.launcher = shlex.split(options.launcher)
         suffix = "_ordinary" if start == "ordinary" else ""
         self.config = CONFIGS / f"{loss}_{_CONFIGURATION[options.profile]}{suffix}.yaml"
         self.settings = self._settings(options)
@@ -74,6 +82,8 @@ class Run:
             "data.init_args.root": options.root,
             "trainer.logger.init_args.save_dir": str(self.logs),
             "trainer.logger.init_args.name": self.name,
+            # Where Lightning saves when SLURM warns it: jobs side by side must not find each other's checkpoints.
+            "trainer.default_root_dir": str(self.logs / self.name),
             "trainer.enable_progress_bar": "false",
         }
         if options.profile == "smoke":
@@ -90,41 +100,68 @@ class Run:
     def command(self) -> list[str]:
         """What trains it."""
         settings = [f"--{name}={value}" for name, value in self.settings.items()]
-        return [sys.executable, "-m", "stepwise_lightning", "fit", f"--config={self.config}", *settings]
+        stepwise = [sys.executable, "-m", "stepwise_lightning", "fit", f"--config={self.config}"]
+        return [*self.launcher, *stepwise, *settings]
 
     @property
-    def _identity(self) -> dict[str, Any]:
+    def _identity(self) -> str:
+        """What must be the same for an earlier run to serve; where its files lie is no part of it."""
+        settings = {name: value for name, value in self.settings.items() if name not in _PLACES}
         text = self.config.read_text(encoding="utf-8")
-        return {"settings": self.settings, "config": text, "version": version("stepwise_lightning")}
+        return json.dumps({"settings": settings, "config": text, "version": version("stepwise_lightning")})
 
     def is_finished(self) -> bool:
-        """Return whether it was trained, to the end, with these very settings."""
-        note = self.directory.parent / "settings.json"
-        try:
-            load_spectra(self.directory)
-            return note.read_text(encoding="utf-8") == json.dumps(self._identity)
-        except FileNotFoundError:
-            return False
-        except (OSError, ValueError) as error:
-            print(f"warning: {self.name} is trained again: {error}", file=sys.stderr)
-            return False
+        """Return whether it was trained, to the end, with these very settings, and all of it is still there.
 
-    def train(self) -> None:
-        """Train it anew.
+        What has to be trained again, though it looks finished, is told in one line.
+        """
+        note = self.directory.parent / "settings.json"
+        if not note.exists():
+            return False
+        if note.read_text(encoding="utf-8", errors="replace") != self._identity:
+            problem = f"{note} is not of these settings"
+        elif damaged := [path for path in (self.directory / "spectrum.npz", self._checkpoint) if not _intact(path)]:
+            problem = f"{damaged[0]} is missing or damaged"
+        else:
+            return True
+        print(f"warning: {problem}; {self.name} is trained again", file=sys.stderr)
+        return False
+
+    def train(self, resume: bool = False) -> None:
+        """Train it anew, or go on where earlier training of the same was cut short.
+
+        What it prints is in ``log.txt``. ``started.json`` becomes ``settings.json`` when it is finished.
 
         Raises:
             RuntimeError: it failed; the message ends with the last line that it wrote.
+            SystemExit: it was told to stop, by SIGTERM or SIGUSR1.
 
         """
-        shutil.rmtree(self.directory.parent, ignore_errors=True)
-        self.directory.parent.mkdir(parents=True)
-        environment = os.environ | {"OMP_NUM_THREADS": "1"} if not torch.cuda.is_available() else os.environ
-        done = subprocess.run(self.command, capture_output=True, text=True, env=environment)
+        folder, command = self.directory.parent, self.command
+        started, log = folder / "started.json", folder / "log.txt"
+        same = started.exists() and started.read_text(encoding="utf-8", errors="replace") == self._identity
+        if resume and same and list(folder.rglob("*.ckpt")):
+            command.append("--ckpt_path=last")
+        else:
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir(parents=True)
+            replace_text(started, self._identity)
+        environment = os.environ | {"PYTHONUNBUFFERED": "1"}  # or its last line would not be its last
+        if not torch.cuda.is_available():
+            environment["OMP_NUM_THREADS"] = "1"
+        with log.open("a", encoding="utf-8") as file:
+            print("$", shlex.join(command), file=file, flush=True)
+            done = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, env=environment)
+        # The other two, of which srun makes the second: the signal came before it was ready to listen.
+        if done.returncode in (TO_BE_CONTINUED, -signal.SIGUSR1, 128 + signal.SIGUSR1):
+            print(f"{self.name} was told to stop: it goes on with --resume", file=sys.stderr)
+            raise SystemExit(TO_BE_CONTINUED)
         if done.returncode:
-            lines = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
-            raise RuntimeError(f"{self.name} failed: {lines[-1]}")
-        text = json.dumps(self._identity)
-        replace(self.directory.parent / "settings.json", lambda path: path.write_text(text, encoding="utf-8"))
+            lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+            said = [line for line in lines if line.strip() and not line.startswith(("$", "srun:"))]
+            last = said[-1] if said else f"exit status {done.returncode}"
+            raise RuntimeError(f"{self.name} failed, see {log}: {last}")
+        os.replace(started, folder / "settings.json")
 
     @cached_property
     def spectra(self) -> dict[str, np.ndarray[Any, Any]]:
@@ -145,8 +182,11 @@ class Run:
         return (self.found.num_learned == learned).nonzero().flatten().tolist()
 
     def embeddings(self, learned: int) -> Tensor | None:
-        """Return the last embeddings with so many learned modes, as :meth:`embedded`; None if there never were."""
-        return self.embedded(self.plateau(learned)[-1]) if self.plateau(learned) else None
+        """Return the first embeddings with so many learned modes, as :meth:`embedded`; None if there never were.
+
+        Later on the same plateau the network's features have moved, and the learned directions with them.
+        """
+        return self.embedded(self.plateau(learned)[0]) if self.plateau(learned) else None
 
     def embedded(self, index: int) -> Tensor:
         """Return the embeddings of measurement ``index``, both views, (2n, d), centred.
@@ -156,6 +196,12 @@ class Run:
         z = torch.from_numpy(self.spectra["embeddings"][index]).double().flatten(0, 1)
         z = nn.functional.normalize(z) if self.loss == "simclr" else z
         return z - z.mean(0)
+
+    @property
+    def _checkpoint(self) -> Path:
+        """The last checkpoint; if there is none, the folder where it should be."""
+        folder = self.directory / "checkpoints"
+        return max(folder.glob("*.ckpt"), key=lambda path: path.stat().st_mtime_ns, default=folder)
 
     @cached_property
     def _config(self) -> dict[str, Any]:
@@ -182,8 +228,7 @@ class Run:
             encoder = Encoder(**settings)
         if trained:
             with self._readable("the checkpoint"):
-                path = next((self.directory / "checkpoints").glob("*.ckpt"))
-                state = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
+                state = torch.load(self._checkpoint, map_location="cpu", weights_only=True)["state_dict"]
                 encoder.load_state_dict({key.removeprefix("encoder."): value for key, value in state.items()})
         return encoder
 
@@ -219,14 +264,17 @@ class Run:
         weights = last.weight.detach().double() @ basis * (gamma / effective).clamp(min=0).sqrt() @ basis.T
         return LinearBarlowTwins(basis * effective @ basis.T, weights)
 
-    def trajectory(self) -> Trajectory:
-        """Return loss and eigenvalues, and the steps detected."""
-        count = self.found.num_distinct
+    def trajectory(self, with_theory: bool = False) -> Trajectory:
+        """Return loss and eigenvalues, the steps detected, and perhaps what is :meth:`predicted`."""
+        count, times = self.found.num_distinct, torch.from_numpy(self.spectra["time"])
+        theory = self.predicted() if with_theory else None
         return Trajectory(
             title=f"{TITLES[self.loss]}: {count} distinct step{'s' * (count != 1)}",
             times=self.spectra["time"],
             losses=self.spectra["loss"],
             eigenvalues=self.eigenvalues(),
+            theory_losses=theory.loss(times).numpy() if theory else None,
+            theory_eigenvalues=theory.embedding_eigenvalues(times).numpy() if theory else None,
             step_times=self.found.step_times.numpy(),
             eigenvalues_label=f"eigenvalues, {EIGENVALUES[self.loss]}",
         )
@@ -265,19 +313,40 @@ def trained_runs(
     Raises:
         ValueError, FileNotFoundError: bad data; raised before anything is written.
         RuntimeError: a run failed.
+        SystemExit: a run was told to stop.
 
     """
     if not CONFIGS.is_dir():
         raise FileNotFoundError(f"no configurations in {str(CONFIGS)!r}: run this from a clone of the repository")
-    load_image_set(options.data, "val", options.root, options.download)
     runs = [Run(loss, start, seed, options) for seed, start, loss in product(options.seeds, starts, losses)]
+    if runs[0].launcher and not shutil.which(runs[0].launcher[0]):
+        raise ValueError(f"no command {runs[0].launcher[0]!r} here to start training with: see --launcher")
+    load_image_set(options.data, "val", options.root, options.download)
     missing = [run for run in runs if not (options.resume and run.is_finished())]
     workers = 1 if torch.cuda.is_available() else min(os.cpu_count() or 1, max(len(missing), 1))
+    ended = Event()
+
+    def train(run: Run) -> None:
+        if ended.is_set():  # the job has to end, or others would fail in the same way
+            return
+        try:
+            run.train(options.resume)
+        except BaseException:
+            ended.set()
+            raise
+        bar.update()
+
     bar = tqdm(total=len(runs), initial=len(runs) - len(missing), desc="training networks", unit="run")
-    with ThreadPoolExecutor(workers) as pool, bar:
-        futures = [pool.submit(run.train) for run in missing]
-        for future in futures:
-            future.add_done_callback(lambda _: bar.update())
-        for future in futures:
+    with bar, ThreadPoolExecutor(workers) as pool:
+        for future in [pool.submit(train, run) for run in missing]:
             future.result()
     return runs
+
+
+def _intact(path: Path) -> bool:
+    """Return whether a file of NumPy or torch, which both are zip archives with checksums, is whole."""
+    try:
+        with ZipFile(path) as archive:
+            return archive.testzip() is None
+    except Exception:  # zipfile has many words for damage
+        return False

@@ -39,9 +39,10 @@ def produce(options: argparse.Namespace, directory: Path) -> Outcome:
     """Train each loss for every seed, and count steps."""
     runs = trained_runs(options)
     figure = trajectories_figure(
-        [run.trajectory() for run in runs if run.seed == options.seeds[0]],
+        [run.trajectory(with_theory=run.loss == "barlow_twins") for run in runs if run.seed == options.seeds[0]],
         title="Three losses learn their embeddings one dimension at a time",
-        note=f"ResNet on {data_name(options.data)}, seed {options.seeds[0]}; settings: configs/",
+        note=f"ResNet on {data_name(options.data)}, seed {options.seeds[0]}; settings: configs/; dashed, for Barlow "
+        "Twins: theory of the last layer at initialisation",
         log_eigenvalues=True,
         same_axes=False,
     )

@@ -3,6 +3,7 @@
 from importlib.metadata import version
 
 from stepwise_lightning.callbacks import SpectrumLogger
+from stepwise_lightning.checkpoints import LastCheckpoint
 from stepwise_lightning.data import FixedCropPairs, TwoViewDataModule
 from stepwise_lightning.encoders import LinearEncoder
 from stepwise_lightning.losses import barlow_twins_loss, simclr_loss, vicreg_loss
@@ -11,6 +12,7 @@ from stepwise_lightning.modules import BarlowTwins, SimCLR, VICReg
 __all__ = [
     "BarlowTwins",
     "FixedCropPairs",
+    "LastCheckpoint",
     "LinearEncoder",
     "SimCLR",
     "SpectrumLogger",

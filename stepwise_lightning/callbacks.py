@@ -2,32 +2,30 @@
 
 from __future__ import annotations
 
-import csv
 import math
-import os
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from stepwise_lightning.capture import capture, check_watched, from_all_ranks
+from stepwise_lightning.capture import capture, check_watched, views_in
+from stepwise_lightning.collectives import from_all_ranks
 from stepwise_lightning.schedule import Clock, log_spaced_steps
-from stepwise_lightning.spectrum import (
-    alpha_req,
-    cross_correlation_eigenvalues,
-    detect_steps,
-    effective_rank,
-    embedding_eigenvalues,
-    participation_ratio,
-    rankme,
+from stepwise_lightning.spectrum import MATRICES, measure
+from stepwise_lightning.spectrum_files import (
+    Row,
+    SpectrumTable,
+    draw_trajectories,
+    lay_out_charts,
+    scalar_tag,
+    write_arrays,
 )
 
-MATRICES = ("cross_correlation", "covariance", "normalized_covariance")
 # Seconds of training per second of drawing: what the figures that are redrawn while a run goes on may cost.
 _DRAWING_SHARE = 500
 
@@ -62,6 +60,10 @@ class SpectrumLogger(L.Callback):
     A mode counts as learned, while training runs, when its eigenvalue has grown tenfold since step 0 and exceeds a
     tenth of the largest. :func:`stepwise_lightning.spectrum.detect_steps` judges a finished run.
 
+    It is kept in checkpoints, so that a resumed run goes on with what was measured before, as if it had never stopped:
+    ``spectrum.csv`` is written anew up to there, also in another folder. In a checkpoint it takes as much room as in
+    the ``.npz``.
+
     Under DDP every process takes part: all embed the same probe pairs, or their parts of the training batch, which are
     gathered; rank 0 computes and writes.
 
@@ -78,7 +80,7 @@ class SpectrumLogger(L.Callback):
             ``LinearBarlowTwins.embedding_eigenvalues``. They are written beside the module's own as
             ``predicted_eigenvalue`` (``cross_correlation/predicted`` in the ``.npz``) and drawn dashed.
         keep_embeddings: keep the module's own embeddings of every measurement, for questions asked later: 4 bytes per
-            measurement, view, sample and dimension, in memory and in the ``.npz``.
+            measurement, view, sample and dimension, in memory, in the ``.npz`` and in each checkpoint.
 
     Raises:
         ValueError: bad arguments; when training starts, an unknown submodule name (the error lists those that exist)
@@ -113,13 +115,35 @@ class SpectrumLogger(L.Callback):
         self.eigenvalues: dict[str, list[Tensor]] = {}
         self.measures: dict[str, list[float]] = {}
         self._schedule: list[int] = []
-        self._file: TextIO | None = None
+        self._table: SpectrumTable | None = None
         self._batch: Any = None
         self._loss_due = False
         self._clock = Clock()
 
+    def state_dict(self) -> dict[str, Any]:
+        """Return all measurements so far, as tensors and numbers; they are on the disk too, when it returns."""
+        if self._table is not None:
+            self._table.sync()
+        return {
+            "steps": list(self.steps),
+            "times": list(self.times),
+            "losses": list(self.losses),
+            "eigenvalues": {what: torch.stack(values) for what, values in self.eigenvalues.items()},
+            "measures": {name: list(values) for name, values in self.measures.items()},
+            "embeddings": torch.stack(self.embeddings) if self.embeddings else None,
+            "clock": self._clock.state(),
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue with the measurements of a checkpoint."""
+        self.steps, self.times, self.losses = (list(state_dict[name]) for name in ("steps", "times", "losses"))
+        self.eigenvalues = {what: list(values) for what, values in state_dict["eigenvalues"].items()}
+        self.measures = {name: list(values) for name, values in state_dict["measures"].items()}
+        self.embeddings = [] if state_dict["embeddings"] is None else list(state_dict["embeddings"])
+        self._clock = Clock(*state_dict["clock"])
+
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Lay out the schedule, fetch the probe pairs and open the CSV file."""
+        """Lay out the schedule, fetch the probe pairs and begin the CSV file."""
         check_watched(pl_module, self.watch)
         last = trainer.estimated_stepping_batches
         if math.isinf(last):
@@ -131,10 +155,11 @@ class SpectrumLogger(L.Callback):
             pairs = getattr(getattr(trainer, "datamodule", None), "probe_pairs", None)
             self._probe = pairs() if pairs is not None and self.probe == "auto" else "batch"
         self.directory = Path(trainer.log_dir or trainer.default_root_dir)  # a broadcast: every rank must ask
+        # What was measured at this very step belonged to a run that ended here: now it has a loss too.
+        self._forget(sum(step < trainer.global_step for step in self.steps) if trainer.is_global_zero else 0)
         if trainer.is_global_zero:
-            self.directory.mkdir(parents=True, exist_ok=True)
-            self._file = (self.directory / "spectrum.csv").open("w", newline="")
-            csv.writer(self._file).writerow(["step", "time", "matrix", "quantity", "mode", "value"])
+            rows = (row for index in range(len(self.steps)) for row in (*self._rows(index), *self._loss_row(index)))
+            self._table = SpectrumTable(self.directory / "spectrum.csv", rows)
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
@@ -152,9 +177,9 @@ class SpectrumLogger(L.Callback):
         """Record the loss that belongs to the last measurement."""
         if self._loss_due and outputs is not None:
             self._loss_due = False
-            loss = float(outputs["loss"] if isinstance(outputs, dict) else outputs)
-            self.losses[-1] = loss
-            self._write_rows([("", "loss", "", loss)])
+            self.losses[-1] = float(outputs["loss"] if isinstance(outputs, dict) else outputs)
+            if self._table is not None:
+                self._table.add(self._loss_row(-1))
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Measure the final weights and write the ``.npz`` file and the figure."""
@@ -165,17 +190,25 @@ class SpectrumLogger(L.Callback):
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """Keep what has been measured when training is interrupted."""
-        self._close()
+        with suppress(OSError):  # a second one, of a full disk, would hide what happened
+            self._close()
+
+    def _forget(self, kept: int) -> None:
+        """Keep the first measurements alone."""
+        kept_of_each: list[list[Any]] = [self.steps, self.times, self.losses, self.embeddings]
+        for values in (*kept_of_each, *self.eigenvalues.values(), *self.measures.values()):
+            del values[kept:]
+        if not kept:  # or empty lists would stay, which nothing can be made of
+            self.eigenvalues, self.measures = {}, {}
 
     def _measure(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         step = trainer.global_step
         while self._schedule and self._schedule[-1] <= step:
             self._schedule.pop()
-        captured = capture(pl_module, self._views(pl_module), self.watch)
+        probe = self._batch if isinstance(self._probe, str) else self._probe
+        captured = capture(pl_module, views_in(probe, pl_module), self.watch)
         if self._probe == "batch" and trainer.world_size > 1:
-            captured = {
-                name: [from_all_ranks(pl_module, z).flatten(0, 1) for z in views] for name, views in captured.items()
-            }
+            captured = {name: [from_all_ranks(z).flatten(0, 1) for z in views] for name, views in captured.items()}
         for name, views in captured.items():
             if not all(z.isfinite().all() for z in views):
                 raise FloatingPointError(
@@ -188,66 +221,54 @@ class SpectrumLogger(L.Callback):
         self.times.append(self._clock.time(step))
         self.losses.append(math.nan)
         self._loss_due = True
-        rows: list[tuple[str, str, int | str, float]] = []
         if self.keep_embeddings:
             self.embeddings.append(torch.stack(captured[""]).float().cpu())
         for name, views in captured.items():
             for matrix in self.matrices:
                 if matrix != "cross_correlation" or len(views) == 2:
-                    rows += self._spectrum(f"{name}.{matrix}" if name else matrix, matrix, views)
-        self._write_rows(rows)
-        scalars = {f"spectrum/{what}/{_tag(quantity, mode)}": value for what, quantity, mode, value in rows}
+                    self._spectrum(f"{name}.{matrix}" if name else matrix, matrix, views)
+        rows = self._rows(-1)
+        if self._table is not None:
+            self._table.add(rows)
         if len(self.steps) == 1:
-            charts = {w: ["Multiline", [f"^spectrum/{w}/eig_[0-9]+$"]] for w in self.eigenvalues}
-            for board in _boards(trainer):
-                board.add_custom_scalars({"spectrum": charts})
+            lay_out_charts(trainer, self.eigenvalues)
         for logger in trainer.loggers:
-            logger.log_metrics(scalars, step=step)
+            logger.log_metrics({scalar_tag(row): row[-1] for row in rows}, step=step)
         if time.perf_counter() > self._next_figure:
             start = time.perf_counter()
             self._draw(trainer)
             self._next_figure = time.perf_counter() + _DRAWING_SHARE * (time.perf_counter() - start)
 
-    def _views(self, pl_module: L.LightningModule) -> list[Tensor]:
-        probe = self._batch if isinstance(self._probe, str) else self._probe
-        if isinstance(probe, Tensor):
-            views = [probe]
-        else:
-            second = probe[1] if len(probe) > 1 and isinstance(probe[1], Tensor) else None
-            views = [probe[0]] if second is None or second.shape != probe[0].shape else [probe[0], second]
-        parameter = next(p for p in pl_module.parameters() if p.is_floating_point())
-        return [view.to(parameter) if view.is_floating_point() else view.to(parameter.device) for view in views]
-
-    def _spectrum(self, what: str, matrix: str, views: list[Tensor]) -> list[tuple[str, str, int | str, float]]:
-        """Measure one matrix, keep the result, and return its rows."""
-        views = [z.double() for z in views]
-        if matrix == "cross_correlation":
-            eigenvalues = cross_correlation_eigenvalues(views[0], views[1], center=self.center)
-        else:
-            z = torch.cat(views)
-            z = torch.nn.functional.normalize(z) if matrix == "normalized_covariance" else z
-            eigenvalues = embedding_eigenvalues(z)
-        eigenvalues = eigenvalues.cpu()
+    def _spectrum(self, what: str, matrix: str, views: list[Tensor]) -> None:
+        """Measure one matrix, and keep the result."""
+        eigenvalues, measures = measure(matrix, views, self.center)
         self.eigenvalues.setdefault(what, []).append(eigenvalues)
-        measures: dict[str, float] = {
-            "num_learned": self._num_learned(what),
-            "effective_rank": float(effective_rank(eigenvalues)),
-            "participation_ratio": float(participation_ratio(eigenvalues)),
-            "alpha_req": float(alpha_req(eigenvalues)),
-        }
-        if matrix != "cross_correlation":  # RankMe is a property of the embeddings
-            measures["rankme"] = float(rankme(z))
-        before = max(self.measures.get(f"{what}/num_learned", [0]))
-        for name, value in measures.items():
+        for name, value in ({"num_learned": self._num_learned(what)} | measures).items():
             self.measures.setdefault(f"{what}/{name}", []).append(value)
-        rows: list[tuple[str, str, int | str, float]] = [(what, name, "", value) for name, value in measures.items()]
-        rows += [(what, "step_time", k, self.times[-1]) for k in range(int(before), int(measures["num_learned"]))]
-        shown = {"eigenvalue": eigenvalues}
-        if self.prediction is not None and what == "cross_correlation":
-            shown["predicted_eigenvalue"] = self.predicted(self.times[-1:])[0]
-        for quantity, values in shown.items():
-            rows += [(what, quantity, mode, value) for mode, value in enumerate(values[: self.num_scalars].tolist())]
+
+    def _rows(self, index: int) -> list[Row]:
+        """Return what one measurement says, but for the loss."""
+        index %= len(self.steps)
+        head = (self.steps[index], self.times[index])
+        rows: list[Row] = []
+        for what, values in self.eigenvalues.items():
+            prefix, learned = f"{what}/", self.measures[f"{what}/num_learned"]
+            for name, measured in self.measures.items():
+                if name.startswith(prefix):
+                    rows.append((*head, what, name.removeprefix(prefix), "", measured[index]))
+            before = int(max(learned[:index], default=0))
+            rows += [(*head, what, "step_time", k, self.times[index]) for k in range(before, int(learned[index]))]
+            shown = {"eigenvalue": values[index]}
+            if self.prediction is not None and what == "cross_correlation":
+                shown["predicted_eigenvalue"] = self.predicted([self.times[index]])[0]
+            for quantity, each in shown.items():
+                rows += [(*head, what, quantity, k, value) for k, value in enumerate(each[: self.num_scalars].tolist())]
         return rows
+
+    def _loss_row(self, index: int) -> list[Row]:
+        """Return the row of a measurement's loss; none where it has none."""
+        loss = self.losses[index]
+        return [] if math.isnan(loss) else [(self.steps[index], self.times[index], "", "loss", "", loss)]
 
     def predicted(self, times: list[float]) -> Tensor:
         """Return the prediction at these times, (T, d)."""
@@ -258,65 +279,25 @@ class SpectrumLogger(L.Callback):
         first, last = self.eigenvalues[what][0], self.eigenvalues[what][-1]
         return int(((last > 0.1 * last[0]) & (last > 10 * first)).sum())
 
-    def _write_rows(self, rows: list[tuple[str, str, int | str, float]]) -> None:
-        if self._file is not None:
-            head = (self.steps[-1], repr(self.times[-1]))
-            csv.writer(self._file).writerows((*head, *row[:-1], repr(row[-1])) for row in rows)
-            self._file.flush()
+    def _predicted_so_far(self) -> Tensor | None:
+        known = self.prediction is not None and "cross_correlation" in self.eigenvalues
+        return self.predicted(self.times) if known else None
 
     def _draw(self, trainer: L.Trainer) -> None:
-        """Add the trajectories so far, with the steps found in them, to TensorBoard."""
-        boards = _boards(trainer)
-        if not boards or len(self.steps) < 3:
-            return
-        from stepwise_lightning.plots import Trajectory, trajectories_figure
-
-        times, losses = torch.tensor(self.times, dtype=torch.float64), torch.tensor(self.losses, dtype=torch.float64)
-        if not (times.diff() > 0).all():
-            rank_zero_warn("no trajectories are drawn: the learning rate was 0, so that time stood still")
-            return
-        for what, values in self.eigenvalues.items():
-            eigenvalues = torch.stack(values)
-            steps = detect_steps(times, eigenvalues)
-            shown = eigenvalues[:, : self.num_scalars].numpy()
-            title = f"{steps.num_distinct} distinct steps so far"
-            run = Trajectory(title, times.numpy(), losses.numpy(), shown, step_times=steps.step_times.numpy())
-            if self.prediction is not None and what == "cross_correlation":
-                run.theory_eigenvalues = self.predicted(self.times)[:, : self.num_scalars].numpy()
-            figure = trajectories_figure([run], title=what, eigenvalues_label="eigenvalues", log_eigenvalues=True)
-            for board in boards:
-                board.add_figure(f"spectrum/{what}", figure, self.steps[-1])
+        if self.steps:
+            eigenvalues = {what: torch.stack(values) for what, values in self.eigenvalues.items()}
+            predicted = self._predicted_so_far()
+            draw_trajectories(trainer, self.steps, self.times, self.losses, eigenvalues, predicted, self.num_scalars)
 
     def _close(self) -> None:
-        if self._file is None:
+        if self._table is None:
             return
-        import numpy as np
-
-        self._file.close()
-        self._file = None
-        arrays: dict[str, Any] = {
-            "step": np.array(self.steps),
-            "time": np.array(self.times),
-            "loss": np.array(self.losses),
-        }
-        arrays |= {what: torch.stack(values).numpy() for what, values in self.eigenvalues.items()}
-        arrays |= {name: np.array(values) for name, values in self.measures.items()}
-        if self.prediction is not None and "cross_correlation" in self.eigenvalues:
-            arrays["cross_correlation/predicted"] = self.predicted(self.times).numpy()
+        self._table.close()
+        self._table = None
+        arrays: dict[str, Any] = {"step": self.steps, "time": self.times, "loss": self.losses, **self.measures}
+        arrays |= {what: torch.stack(values) for what, values in self.eigenvalues.items()}
+        if (predicted := self._predicted_so_far()) is not None:
+            arrays["cross_correlation/predicted"] = predicted
         if self.embeddings:
-            arrays["embeddings"] = torch.stack(self.embeddings).numpy()
-        partial = self.directory / "spectrum.npz.partial"
-        with partial.open("wb") as file:
-            np.savez(file, **arrays)
-        os.replace(partial, self.directory / "spectrum.npz")
-
-
-def _tag(quantity: str, mode: int | str) -> str:
-    short = {"eigenvalue": "eig", "predicted_eigenvalue": "predicted"}.get(quantity, quantity)
-    return short if mode == "" else f"{short}_{mode:03d}"
-
-
-def _boards(trainer: L.Trainer) -> list[Any]:
-    """Return the TensorBoard writers, of ``lightning`` as of ``pytorch_lightning``, whose loggers share no class."""
-    writers = [getattr(logger, "experiment", None) for logger in trainer.loggers]
-    return [writer for writer in writers if hasattr(writer, "add_custom_scalars")]
+            arrays["embeddings"] = torch.stack(self.embeddings)
+        write_arrays(self.directory / "spectrum.npz", arrays)

@@ -8,7 +8,6 @@ from difflib import get_close_matches
 from functools import partial
 from typing import Any
 
-import lightning as L
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -69,11 +68,15 @@ def capture(
     return outputs
 
 
-def from_all_ranks(module: L.LightningModule, x: Tensor) -> Tensor:
-    """Stack what R processes hold, in rank order: (…) of equal shapes to (R, …), without gradients."""
-    gathered = module.all_gather(x)
-    assert isinstance(gathered, Tensor)
-    return gathered
+def views_in(batch: Any, module: nn.Module) -> list[Tensor]:
+    """Return the one or two views in a batch, ready for ``module``: a second item is one if shaped like the first."""
+    if isinstance(batch, Tensor):
+        views = [batch]
+    else:
+        second = batch[1] if len(batch) > 1 and isinstance(batch[1], Tensor) else None
+        views = [batch[0]] if second is None or second.shape != batch[0].shape else [batch[0], second]
+    parameter = next(p for p in module.parameters() if p.is_floating_point())
+    return [view.to(parameter) if view.is_floating_point() else view.to(parameter.device) for view in views]
 
 
 @contextmanager

@@ -50,6 +50,20 @@ def check_equal_shards(view: Tensor) -> None:
         )
 
 
+def from_all_ranks(x: Tensor) -> Tensor:
+    """Stack what R processes hold, in rank order: (…) of equal shapes to (R, …), without gradients."""
+    return gather_views(x.detach()[None])
+
+
+def gather_objects(own: Any) -> list[Any]:
+    """Return what all ranks hold, in rank order, of any picklable type; all must call this together."""
+    if not _is_distributed():
+        return [own]
+    everyone = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, own)
+    return everyone
+
+
 class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, z: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator, Sequence
 from itertools import repeat
 from typing import TYPE_CHECKING, Any, Literal
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 
+from stepwise_lightning.checkpoints import STOP_SIGNALS
 from stepwise_lightning.images import ImageSet, download_images, load_image_set, load_images
 from stepwise_lightning.sampling import GlobalBatchSampler, ResumableLoader, local_batch_size
 from stepwise_lightning.views import (
@@ -214,7 +216,14 @@ class TwoViewDataModule(L.LightningDataModule):
             # Otherwise each new iterator takes a number from the global generator, and a model with dropout would
             # train differently when someone looks at the validation images.
             "generator": torch.Generator(),
+            "worker_init_fn": _outlive_signals,
         }
+
+
+def _outlive_signals(worker: int) -> None:
+    """Leave it to the training process to end in good order; its end ends the workers too."""
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
 
 
 class FixedCropPairs(L.LightningDataModule):
@@ -279,7 +288,10 @@ class FixedCropPairs(L.LightningDataModule):
 
 
 class _Repeated:
-    """An iterable of one batch, many times over: a DataLoader would copy it at every step."""
+    """An iterable of one batch, many times over: a DataLoader would copy it at every step.
+
+    Where an epoch was left makes no difference, which the last two methods tell Lightning.
+    """
 
     def __init__(self, batch: tuple[Tensor, Tensor], times: int) -> None:
         self.batch, self.times = batch, times
@@ -289,3 +301,9 @@ class _Repeated:
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         return repeat(self.batch, self.times)
+
+    def state_dict(self) -> dict[str, int]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        pass

@@ -66,7 +66,7 @@ def growth_figure(
 
     """
     figure = Figure(figsize=(13.5, 7.4), layout="constrained")
-    halves: Any = figure.subfigures(2, 1, height_ratios=[1.15, 1])
+    halves: Any = figure.subfigures(2, 1, height_ratios=[1.15, 1], hspace=0.03)
     upper, lower = halves
     shown = principal_components(embeddings)
     for index, (points, sample) in enumerate(zip(shown, samples, strict=True)):
@@ -78,7 +78,7 @@ def growth_figure(
     left, right = lower.subfigures(1, 2, width_ratios=[1.5, 1])
     loss_axis, eigenvalue_axis = left.subplots(1, 2)
     draw_run(loss_axis, eigenvalue_axis, run)
-    loss_axis.set(title="", ylabel="loss", xscale="log", xlim=eigenvalue_axis.get_xlim())
+    loss_axis.set(title="", ylabel="loss")
     eigenvalue_axis.set_ylabel(run.eigenvalues_label)
     for axis in (loss_axis, eigenvalue_axis):
         for sample in samples:

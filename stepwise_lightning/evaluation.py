@@ -16,7 +16,8 @@ from torch.nn.functional import cross_entropy, normalize
 from torchmetrics.classification import MulticlassAccuracy
 from tqdm import tqdm
 
-from stepwise_lightning.capture import capture, check_watched, from_all_ranks
+from stepwise_lightning.capture import capture, check_watched
+from stepwise_lightning.collectives import from_all_ranks
 
 REPRESENTATION = "encoder.backbone"
 # Entries of the table of similarities that k-NN holds at a time: 256 MB.
@@ -74,7 +75,7 @@ class _Evaluation(L.Callback):
 
     def _finish(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         stage = "test" if trainer.testing else "val"
-        if not from_all_ranks(pl_module, torch.tensor(self._num_labels, device=pl_module.device)).any():
+        if not from_all_ranks(torch.tensor(self._num_labels, device=pl_module.device)).any():
             raise ValueError(
                 f"{type(self).__name__} cannot be right or wrong: no {stage} image has a label of at least 0"
             )
@@ -191,7 +192,7 @@ class OnlineLinearProbe(_Evaluation):
         if not isinstance(labels, Tensor) or labels.shape != features.shape[:1] or labels.is_floating_point():
             raise ValueError("OnlineLinearProbe needs labels, int64, (n,), as the last item of a training batch")
         if trainer.world_size > 1:
-            features, labels = (from_all_ranks(pl_module, part).flatten(0, 1) for part in (features, labels))
+            features, labels = (from_all_ranks(part).flatten(0, 1) for part in (features, labels))
         known = self._known(labels)
         features, labels = features[known], labels[known]
         if len(labels) < 2:  # nothing to standardise
@@ -289,7 +290,7 @@ class OnlineKNN(_Evaluation):
             )
         bank, answers = torch.cat(features), torch.cat(labels)
         if trainer.world_size > 1:  # dealt out in turn, so that the order is that of one process
-            bank, answers = (from_all_ranks(pl_module, part).transpose(0, 1).flatten(0, 1) for part in (bank, answers))
+            bank, answers = (from_all_ranks(part).transpose(0, 1).flatten(0, 1) for part in (bank, answers))
         bank, answers = bank[: len(loader.dataset)], answers[: len(loader.dataset)]
         self._bank, self._answers = bank[answers >= 0], answers[answers >= 0]
 

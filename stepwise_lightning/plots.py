@@ -213,15 +213,17 @@ def draw_run(loss_axis: Axes | None, eigenvalue_axis: Axes, run: Trajectory) -> 
         if np.isfinite(time):
             for axis in axes:
                 axis.axvline(time, color=colour, linewidth=0.9, linestyle=":", zorder=0)
-    eigenvalue_axis.set_xscale("log")
-    eigenvalue_axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    eigenvalue_axis.xaxis.set_major_formatter("{x:g}")
-    eigenvalue_axis.xaxis.set_minor_formatter(NullFormatter())
     eigenvalue_axis.set_xlabel(_TIME)
-    eigenvalue_axis.set_xlim(_rise(run), times[-1])
     if loss_axis is not None:
         loss_axis.set_ylim(bottom=0)
+    first, last = _rise(run), times[-1]
+    ticks = (1.0, 2.0, 5.0) if last / first < 500 else (1.0, 3.0)  # or labels run into each other
     for axis in axes:
+        axis.set_xscale("log")
+        axis.xaxis.set_major_locator(LogLocator(subs=ticks))
+        axis.xaxis.set_major_formatter("{x:g}")
+        axis.xaxis.set_minor_formatter(NullFormatter())
+        axis.set_xlim(first, last)
         axis.spines[["top", "right"]].set_visible(False)
 
 

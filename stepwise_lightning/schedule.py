@@ -21,8 +21,12 @@ def log_spaced_steps(last_step: int, num_points: int) -> list[int]:
 class Clock:
     """Sums the learning rates of the steps taken; exactly rate × step while the rate is constant."""
 
-    def __init__(self) -> None:
-        self._before, self._start, self._rate = 0.0, 0, 0.0
+    def __init__(self, before: float = 0.0, start: int = 0, rate: float = 0.0) -> None:
+        self._before, self._start, self._rate = before, start, rate
+
+    def state(self) -> tuple[float, int, float]:
+        """Return the arguments of a clock that goes on from here."""
+        return self._before, self._start, self._rate
 
     def advance(self, step: int, rate: float) -> None:
         """Note the rate with which the step after ``step`` is about to be taken."""

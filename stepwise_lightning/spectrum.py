@@ -6,10 +6,13 @@ Everything is computed in float64, whatever comes in: a float32 covariance hides
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+MATRICES = ("cross_correlation", "covariance", "normalized_covariance")
 
 
 def embedding_eigenvalues(z: Tensor, center: bool = True) -> Tensor:
@@ -250,3 +253,30 @@ def _crossing(times: Tensor, path: Tensor, index: int, level: Tensor) -> float:
     fraction = (math.log(float(level)) - before) / (after - before)
     start, end = times[index - 1 : index + 1].tolist()
     return start + fraction * (end - start)
+
+
+def measure(matrix: str, views: Sequence[Tensor], center: bool = False) -> tuple[Tensor, dict[str, float]]:
+    """Return the eigenvalues, (d,), of one of ``MATRICES``, and the measures of its rank.
+
+    Args:
+        matrix: which one.
+        views: embeddings, (n, d) each; two of them for ``cross_correlation``.
+        center: subtract the means before the cross-correlation is formed; covariances are always centred.
+
+    """
+    views = [z.double() for z in views]
+    if matrix == "cross_correlation":
+        eigenvalues = cross_correlation_eigenvalues(views[0], views[1], center=center)
+    else:
+        z = torch.cat(views)
+        z = torch.nn.functional.normalize(z) if matrix == "normalized_covariance" else z
+        eigenvalues = embedding_eigenvalues(z)
+    eigenvalues = eigenvalues.cpu()
+    measures = {
+        "effective_rank": float(effective_rank(eigenvalues)),
+        "participation_ratio": float(participation_ratio(eigenvalues)),
+        "alpha_req": float(alpha_req(eigenvalues)),
+    }
+    if matrix != "cross_correlation":  # RankMe is a property of the embeddings
+        measures["rankme"] = float(rankme(z))
+    return eigenvalues, measures

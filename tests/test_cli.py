@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from stepwise_lightning import LastCheckpoint
 from stepwise_lightning.cli import main
 
 CONFIG = Path(__file__).parent.parent / "configs" / "vicreg_photos.yaml"
@@ -29,6 +30,7 @@ MISTAKES = {
     "missing data": (["--data.init_args.data=stl10"], "STL10('data', download=True)"),
     "missing file": (["--config=nowhere.yaml"], "File does not exist"),
     "missing checkpoint": (["--ckpt_path=nowhere.ckpt"], "Checkpoint file not found: "),
+    "nowhere to continue": (["--ckpt_path=last", "--trainer.logger=false"], "configure one logger with save_dir and"),
     "divergence": (["--model.init_args.learning_rate=1e9"], "training has most likely diverged"),
 }  # fmt: skip
 
@@ -73,6 +75,20 @@ def test_errors_in_the_user_s_own_code_keep_their_traceback(monkeypatch, tmp_pat
     (tmp_path / "mine.yaml").write_text(CONFIG.read_text().replace("stepwise_lightning.VICReg", "my_losses.Mine"))
     with pytest.raises(ValueError, match="my own mistake"):
         run(monkeypatch, "fit", "--config=mine.yaml")
+
+
+def test_a_damaged_checkpoint_and_a_bad_interval_are_named(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "runs/vicreg_photos/version_3/checkpoints/last.ckpt"
+    path.parent.mkdir(parents=True)
+    path.write_bytes(b"half a checkpoint")
+    with pytest.raises(
+        SystemExit, match="version_3/checkpoints/last.ckpt is no checkpoint that can be read: remove it"
+    ):
+        run(monkeypatch, "fit", f"--config={CONFIG}", "--ckpt_path=last")
+    assert path.read_bytes() == b"half a checkpoint"
+    with pytest.raises(ValueError, match="every_n_train_steps must be at least 1, got 0"):
+        LastCheckpoint(0)
 
 
 def test_configurations_combine_and_print_whole(monkeypatch, tmp_path, capsys):

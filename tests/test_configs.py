@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from tiny_sets import write_cifar10, write_stl10
 
@@ -44,6 +45,10 @@ def test_there_is_a_configuration_for_every_loss_data_set_and_start():
                 for start in ("", "_ordinary")}  # fmt: skip
     assert {path.stem for path in CONFIGS} == expected | {"linear_photos", "barlow_twins_stl10_multinode"}
     assert all(load(path.stem)["trainer"]["logger"]["init_args"]["name"] == path.stem for path in CONFIGS)
+    for path in CONFIGS:  # each can be continued, and saves itself some times on the way
+        trainer = load(path.stem)["trainer"]
+        (saved,) = [c for c in trainer["callbacks"] if c["class_path"] == "stepwise_lightning.LastCheckpoint"]
+        assert trainer["max_steps"] >= 5 * saved["init_args"]["every_n_train_steps"]
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
@@ -60,6 +65,10 @@ def test_config_trains_two_steps(config, tmp_path, monkeypatch):
     with spectrum.open(newline="") as file:
         assert {int(row["step"]) for row in csv.DictReader(file)} == {0, 1, 2}
     assert list(spectrum.parent.glob("events.out.tfevents.*")) and (spectrum.parent / "config.yaml").is_file()
+    saved = torch.load(spectrum.parent / "checkpoints" / "last.ckpt", weights_only=True)
+    assert saved["global_step"] == 2 and list((spectrum.parent / "checkpoints").iterdir()) == [
+        spectrum.parent / "checkpoints" / "last.ckpt"
+    ]
 
 
 @pytest.mark.parametrize("name", [f"{loss}_{data}" for loss in LOSSES for data in ("photos", "cifar10", "stl10")])

@@ -269,7 +269,7 @@ def test_the_command_line_trains_and_then_evaluates(
     callbacks = [
         "stepwise_lightning.evaluation.OnlineLinearProbe",
         "stepwise_lightning.evaluation.OnlineKNN",
-        "lightning.pytorch.callbacks.ModelCheckpoint",
+        "stepwise_lightning.LastCheckpoint",
     ]
     lines = "".join(f"    - class_path: {name}\n" for name in callbacks)
     (tmp_path / "mine.yaml").write_text(f"trainer:\n  max_steps: 2\n  callbacks:\n{lines}")

@@ -137,8 +137,8 @@ def test_kernel_pca_claims_hold(tmp_path):
     assert main(["kernel_pca", "--profile", "smoke", "--seeds", "0", "--out", str(tmp_path)]) == 0
     document = json.loads((tmp_path / "kernel_pca" / "claims.json").read_text(encoding="utf-8"))
     assert {claim["name"] for claim in document["claims"]} == {
-        "rbf_training", "rbf_held_out", "relu_training", "relu_held_out"
-    }  # fmt: skip
+        f"{kernel}_{what}" for kernel in ("rbf", "relu") for what in ("training", "held_out", "step_times")
+    }
     with (tmp_path / "kernel_pca" / "data.csv").open(newline="") as file:
         rows = [row for row in csv.DictReader(file) if row["quantity"] == "eigenvalue" and row["kernel"] == "RBF"]
     assert all(abs(float(row["experiment"]) - float(row["theory"])) < 1e-3 for row in rows[-2:])

@@ -13,12 +13,20 @@ import numpy as np
 import pytest
 from torchvision.datasets import CIFAR10, STL10
 
+from stepwise_lightning.photos import cut_photos
+
 CIFAR_CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
 STL_CLASSES = ["airplane", "bird", "car", "cat", "deer", "dog", "horse", "monkey", "ship", "truck"]
 
 
 def noise(*shape: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
+
+
+def enlarged_tiles(count: int, seed: int) -> np.ndarray:
+    tiles = cut_photos()[0].permute(0, 2, 3, 1).numpy()
+    chosen = np.random.default_rng(seed).permutation(len(tiles))[:count]
+    return tiles[chosen].repeat(3, 1).repeat(3, 2)
 
 
 def md5(path: Path) -> str:
@@ -55,15 +63,18 @@ def write_cifar10(root: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return root
 
 
-def write_stl10(root: Path, monkeypatch: pytest.MonkeyPatch, train: int = 2) -> Path:
-    """Write a few training, three unlabelled and two test images in STL-10's real format; return ``root``.
+def write_stl10(
+    root: Path, monkeypatch: pytest.MonkeyPatch, train: int = 2, test: int = 2, photographs: bool = False
+) -> Path:
+    """Write a few training, three unlabelled and a few test images in STL-10's real format; return ``root``.
 
-    It has columns first, and labels from 1.
+    It has columns first, and labels from 1. The images are noise, or tiles of the bundled photographs, enlarged.
     """
     folder = root / STL10.base_folder
     folder.mkdir(parents=True)
-    for seed, (name, count) in enumerate({"train": train, "unlabeled": 3, "test": 2}.items()):
-        noise(count, 96, 96, 3, seed=seed).transpose(0, 3, 2, 1).tofile(folder / f"{name}_X.bin")
+    for seed, (name, count) in enumerate({"train": train, "unlabeled": 3, "test": test}.items()):
+        images = enlarged_tiles(count, seed) if photographs else noise(count, 96, 96, 3, seed=seed)
+        images.transpose(0, 3, 2, 1).tofile(folder / f"{name}_X.bin")
         np.arange(9, 9 + count).clip(max=10).astype(np.uint8).tofile(folder / f"{name}_y.bin")
     (folder / "unlabeled_y.bin").unlink()
     (folder / "class_names.txt").write_text("\n".join(STL_CLASSES) + "\n")

@@ -90,7 +90,7 @@ class ContrastiveKernelPCA:
 
         """
         self._views = torch.cat(_checked_views(x1, x2))
-        products = KernelProducts(self.kernel, self._views, self.max_bytes)
+        products = KernelProducts(self.kernel, self._views, self.max_bytes, self.progress)
         eigenvalues, coefficients, residuals = top_modes(products, self.n_components, self.tolerance, self.progress)
         positive = int((eigenvalues > _ZERO * eigenvalues.abs().max()).sum())
         if positive < self.n_components:

@@ -31,8 +31,10 @@ class KernelProducts:
     Tiles on and above the diagonal stand for those below it, and small ones keep the kernel's temporaries in cache.
     """
 
-    def __init__(self, kernel: Callable[[Tensor, Tensor], Tensor], points: Tensor, max_bytes: int) -> None:
-        self.kernel, self.points, self.size = kernel, points, len(points)
+    def __init__(
+        self, kernel: Callable[[Tensor, Tensor], Tensor], points: Tensor, max_bytes: int, progress: bool
+    ) -> None:
+        self.kernel, self.points, self.size, self.progress = kernel, points, len(points), progress
         self._check_kernel()
         self.side = self.side_within(max_bytes, points)
         self.matrix = self._filled() if 8 * self.size**2 <= max_bytes else None
@@ -62,7 +64,8 @@ class KernelProducts:
 
     def _tiles(self) -> Iterator[tuple[slice, slice, Tensor]]:
         starts = range(0, self.size, self.side)
-        for i, j in ((i, j) for i in starts for j in starts if i <= j):
+        places = [(i, j) for i in starts for j in starts if i <= j]
+        for i, j in tqdm(places, "kernel matrix", unit="tile", delay=5, disable=not self.progress, leave=False):
             rows, columns = slice(i, i + self.side), slice(j, j + self.side)
             tile = self.kernel(self.points[rows], self.points[columns]).detach().double()
             # one NaN or infinite value makes the sum so, and a sum is quicker than a look at each

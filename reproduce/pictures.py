@@ -1,0 +1,29 @@
+"""Small copies of the figures for README.md: ``python -m reproduce.pictures results`` writes ``docs/<figure>.png``."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from PIL import Image
+
+from reproduce.__main__ import FIGURES
+
+DOCS = Path(__file__).parent.parent / "docs"
+WIDTH, COLOURS = 1200, 128
+
+
+def write_pictures(out: str | Path) -> list[Path]:
+    """Shrink the figures that ``python -m reproduce all --out OUT`` has left, and return the copies' paths."""
+    written = []
+    for name in FIGURES:
+        with Image.open(Path(out) / name / "figure.png") as figure:
+            size = WIDTH, round(figure.height * WIDTH / figure.width)
+            small = figure.convert("RGB").resize(size, Image.Resampling.LANCZOS)
+        written.append(DOCS / f"{name}.png")
+        small.quantize(COLOURS).save(written[-1], optimize=True)
+    return written
+
+
+if __name__ == "__main__":
+    print(*write_pictures(sys.argv[1]), sep="\n")

@@ -1,0 +1,61 @@
+"""Reference numbers of the smoke profile, one file per figure in ``reproduce/expected/``.
+
+``python -m reproduce.reference OUT`` writes them from what ``python -m reproduce all --profile smoke --seeds 0 --out
+OUT`` has left; ``tests/test_reproduce.py`` holds fresh runs against them.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+EXPECTED = Path(__file__).parent / "expected"
+# (relative, absolute). Where ResNets are trained, the growth of small modes amplifies the round-off in which machines
+# and versions of torch differ; counts of modes and steps may then differ by one.
+TOLERANCES = {"linear_model": (0.05, 1e-3), "kernel_pca": (0.0, 1e-3), "kernel_mlp": (0.05, 0.01)}
+RESNET_TOLERANCE = (0.25, 0.05)
+
+
+def write_references(out: str | Path) -> list[Path]:
+    """Write a reference for every finished figure in ``out``, and return their paths."""
+    written = []
+    for source in sorted(Path(out).glob("*/claims.json")):
+        document = json.loads(source.read_text(encoding="utf-8"))
+        name = document["name"]
+        numbers = {
+            claim["name"]: {"measured": claim["measured"], "tolerance": _tolerance(name, claim["measured"])}
+            for claim in document["claims"]
+        }
+        facts = {key: document[key] for key in ("name", "data_set", "seeds", "options", "versions", "machine", "date")}
+        written.append(EXPECTED / f"{name}.json")
+        written[-1].write_text(json.dumps(facts | {"numbers": numbers}, indent=2, ensure_ascii=False) + "\n", "utf-8")
+    return written
+
+
+def differences(document: dict[str, Any]) -> list[str]:
+    """Return a line for every number of a figure's ``claims.json`` that is not what its reference says."""
+    reference = json.loads((EXPECTED / f"{document['name']}.json").read_text(encoding="utf-8"))
+    for key in ("data_set", "seeds", "options"):
+        if document[key] != reference[key]:
+            return [f"{document['name']}: {key} are {document[key]}, but the reference has {reference[key]}"]
+    found = {claim["name"]: claim["measured"] for claim in document["claims"]}
+    if alone := sorted(found.keys() ^ reference["numbers"].keys()):
+        return [f"{document['name']}: claims {alone} are here or in the reference alone"]
+    lines = []
+    for name in found:
+        measured, tolerance = reference["numbers"][name].values()
+        if not abs(found[name] - measured) <= tolerance:
+            lines.append(f"{document['name']}, {name}: {found[name]:.5g} instead of {measured:.5g} ± {tolerance:.2g}")
+    return lines
+
+
+def _tolerance(figure: str, measured: float) -> float:
+    relative, absolute = TOLERANCES.get(figure, RESNET_TOLERANCE)
+    counted = figure not in TOLERANCES and float(measured).is_integer()
+    return 1.0 if counted else max(relative * abs(measured), absolute)
+
+
+if __name__ == "__main__":
+    print(*write_references(sys.argv[1]), sep="\n")

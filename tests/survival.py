@@ -1,0 +1,245 @@
+"""Runs that get killed: ``python survival.py '[job, …]'`` trains each job in forks of its own, one after the other.
+
+A job is a dictionary of
+
+- ``directory``: where to run, and ``arguments``: of ``stepwise``;
+- ``when``: ``moment:step``, when something happens to it, or None; ``signal``: what, by default SIGKILL; ``ranks``: to
+  which of its processes, by default all; ``disk``: ``full``, or ``limit`` for its files, instead of a signal;
+- ``processes``: how many, by default one.
+
+Printed is a JSON list, for each job ``{"statuses": exit status of each process, "seconds": from signal to end}``, with
+-9 for a process that was killed, and None for one that had to be, because it would not end.
+Forks, because starting Python and importing torch takes longer than these runs.
+"""
+
+import json
+import os
+import resource
+import signal
+import socket
+import subprocess
+import sys
+import time
+import traceback
+import warnings
+from pathlib import Path
+
+import lightning as L
+import numpy as np
+import torch
+import yaml
+from lightning.pytorch.callbacks import Checkpoint
+from PIL import Image
+from torch import nn
+
+from stepwise_lightning.cli import main
+
+STEPS, EVERY, BATCHES = 33, 7, 5  # optimiser steps, between two checkpoints, in an epoch
+RATES = {"BarlowTwins": 3e-2, "VICReg": 1e-3, "SimCLR": 1e-1}
+IMAGE = 8
+PATIENCE = 60  # seconds after which a process that does not end is said to hang
+
+
+class Dropping(nn.Module):
+    """An encoder with dropout and batch normalisation: it draws random numbers, and has buffers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        features = nn.Sequential(nn.Flatten(), nn.Linear(3 * IMAGE**2, 16), nn.BatchNorm1d(16), nn.ReLU())
+        self.backbone = nn.Sequential(features, nn.Dropout(0.2))
+        self.projector = nn.Linear(16, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.projector(self.backbone(x))
+
+
+class Moments(L.Callback):
+    """Gets a signal (or a full disk) at a moment, ``batch_end:7``; the environment names both."""
+
+    def at(self, moment: str, trainer: L.Trainer) -> None:
+        if os.environ.get("SURVIVAL_WHEN") == f"{moment}:{trainer.global_step}" and not trainer.sanity_checking:
+            if disk := os.environ.get("SURVIVAL_DISK"):
+                fill_up(disk)
+            else:
+                Path("signalled").write_text(str(time.time()))
+                os.kill(os.getpid(), int(os.environ["SURVIVAL_SIGNAL"]))
+
+    def on_train_batch_start(self, trainer, *_):
+        self.at("batch_start", trainer)
+
+    def on_after_backward(self, trainer, *_):
+        self.at("backward", trainer)
+
+    def on_train_batch_end(self, trainer, *_):
+        self.at("batch_end", trainer)
+
+    def on_train_epoch_end(self, trainer, *_):
+        self.at("epoch_end", trainer)
+
+    def on_validation_batch_end(self, trainer, *_):
+        self.at("validation", trainer)
+
+
+def fill_up(disk: str) -> None:
+    """Leave no room on the disk, or let no file grow beyond a few bytes."""
+    if disk == "full":
+        free = os.statvfs(".")
+        Path("ballast").write_bytes(bytes(free.f_bavail * free.f_frsize))
+    else:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1024, resource.RLIM_INFINITY))
+
+
+class LateMoments(Moments, Checkpoint):
+    """Comes after what saves checkpoints."""
+
+    def on_train_batch_end(self, trainer, *_):
+        self.at("saved", trainer)
+
+
+def write_images(folder: Path, number: int = 50) -> Path:
+    """Write pictures of two classes that differ in colour; a tenth is held out, 45 make five batches of eight."""
+    for index in range(number):
+        pixels = np.random.default_rng(index).integers(0, 120, (12, 12, 3)) + 100 * np.eye(3)[index % 2]
+        path = folder / f"class_{index % 2}" / f"{index:02d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels.astype(np.uint8)).save(path)
+    return folder
+
+
+def write_config(path: Path, images: Path, loss: str, workers: int, **trainer) -> Path:
+    """Write the configuration of a run with everything that has a state."""
+    model = {
+        "encoder": {"class_path": "survival.Dropping"}, "learning_rate": RATES[loss], "momentum": 0.9,
+        "warmup_steps": 5, "cosine": True,
+    }  # fmt: skip
+    data = {
+        "data": str(images), "augmentation": "standard", "image_size": IMAGE, "global_batch_size": 8,
+        "num_probe_pairs": 5, "num_workers": workers,
+    }  # fmt: skip
+    spectra = {"watch": ["encoder.backbone"], "num_points": 25, "keep_embeddings": True}
+    callbacks = [
+        {"class_path": "survival.Moments"},
+        {"class_path": "stepwise_lightning.SpectrumLogger", "init_args": spectra},
+        {"class_path": "stepwise_lightning.evaluation.OnlineLinearProbe"},
+        {"class_path": "stepwise_lightning.evaluation.OnlineKNN", "init_args": {"k": 5}},
+        {"class_path": "stepwise_lightning.LastCheckpoint", "init_args": {"every_n_train_steps": EVERY}},
+        {"class_path": "survival.LateMoments"},
+    ]
+    logger = {
+        "class_path": "lightning.pytorch.loggers.TensorBoardLogger",
+        "init_args": {"save_dir": "runs", "name": "run", "default_hp_metric": False},
+    }
+    config = {
+        "seed_everything": 0,
+        "model": {"class_path": f"stepwise_lightning.{loss}", "init_args": model},
+        "data": {"class_path": "stepwise_lightning.TwoViewDataModule", "init_args": data},
+        "trainer": {
+            "max_steps": STEPS, "accelerator": "cpu", "deterministic": True, "log_every_n_steps": 2,
+            "check_val_every_n_epoch": 2, "enable_progress_bar": False, "enable_model_summary": False,
+            "logger": logger, "callbacks": callbacks, **trainer,
+        },
+    }  # fmt: skip
+    path.write_text(yaml.safe_dump(config))
+    return path
+
+
+def environment(**more: str) -> dict[str, str]:
+    """Return the environment in which the package and this file are found, and one thread is used."""
+    here = Path(__file__).parent
+    paths = [str(here), str(here.parent), os.environ.get("PYTHONPATH", "")]
+    return os.environ | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"} | more
+
+
+def job(directory: Path, config: Path, when: str | None = None, **more) -> dict:
+    """Return a job that continues what there is, as a requeued one does."""
+    arguments = ["fit", f"--config={config}", "--ckpt_path=last"]
+    return {"directory": str(directory), "arguments": arguments, "when": when} | more
+
+
+def newest(directory: Path) -> Path:
+    """Return the folder of the newest run."""
+    return max((directory / "runs/run").glob("version_*"), key=lambda path: int(path.name.removeprefix("version_")))
+
+
+def log_of(job: dict, rank: int = 0, size: int = 3000) -> str:
+    """Return the end of what a process of a job, and of those before it in the same place, wrote."""
+    return Path(job["directory"], f"log_{rank}.txt").read_text()[-size:]
+
+
+def run_jobs(jobs: list[dict], timeout: int = 900) -> list[dict]:
+    """Run jobs, and return what became of them."""
+    command = [sys.executable, str(Path(__file__)), json.dumps(jobs)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=timeout)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def _train(job: dict, rank: int, port: int) -> int:
+    directory = Path(job["directory"])
+    directory.mkdir(parents=True, exist_ok=True)
+    os.chdir(directory)
+    log = os.open(f"log_{rank}.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    for stream in (1, 2):
+        os.dup2(log, stream)
+    if job.get("when") and rank in job.get("ranks", [rank]):
+        number = str(job.get("signal", signal.SIGKILL.value))
+        os.environ |= {"SURVIVAL_WHEN": job["when"], "SURVIVAL_SIGNAL": number, "SURVIVAL_DISK": job.get("disk", "")}
+    if (processes := job.get("processes", 1)) > 1:
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "NODE_RANK": "0", "LOCAL_RANK": str(rank)}
+        os.environ["WORLD_SIZE"] = str(processes)
+    sys.argv = ["stepwise", *job["arguments"]]
+    try:
+        main()
+        return 0
+    except SystemExit as leave:
+        if isinstance(leave.code, str):
+            print(leave.code, file=sys.stderr)
+            return 1
+        return leave.code or 0
+    except BaseException:
+        traceback.print_exc()
+        return 70
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+
+
+def _run(job: dict) -> dict:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    children = {}
+    for rank in range(job.get("processes", 1)):
+        if not (child := os.fork()):
+            os._exit(_train(job, rank, port))
+        children[child] = rank
+    statuses: list[int | None] = [None] * len(children)
+    deadline, stopped = time.time() + job.get("patience", PATIENCE), False
+    while children:
+        child, status = os.waitpid(-1, os.WNOHANG)
+        if child:
+            rank = children.pop(child)
+            statuses[rank] = None if stopped else os.waitstatus_to_exitcode(status)
+        elif time.time() > deadline and not stopped:
+            stopped = True
+            for each in children:
+                os.kill(each, signal.SIGKILL)
+        else:
+            time.sleep(0.02)
+    Path(job["directory"], "ballast").unlink(missing_ok=True)
+    signalled = Path(job["directory"], "signalled")
+    seconds = time.time() - float(signalled.read_text()) if signalled.exists() else None
+    signalled.unlink(missing_ok=True)
+    time.sleep(1 - time.time() % 1)  # event files have their second in the name: later ones come later
+    return {"statuses": statuses, "seconds": seconds}
+
+
+if __name__ == "__main__":
+    warnings.simplefilter("error")
+    for foreign in (
+        r".*treespec, LeafSpec",
+        r"The '\w+_dataloader' does not have many workers",
+        r".*multi-threaded",
+    ):
+        warnings.filterwarnings("ignore", foreign)
+    print(json.dumps([_run(job) for job in json.loads(sys.argv[1])]))

@@ -1,0 +1,158 @@
+"""Files that are old or new, never half: killed while they are written, and on a full disk."""
+
+import csv
+import json
+import os
+import random
+import signal
+import subprocess
+import time
+
+import numpy as np
+import pytest
+import torch
+from matplotlib.figure import Figure
+from survival import job, log_of, newest, run_jobs, write_config, write_images
+from test_resume import assert_as_if_never_killed
+
+from reproduce.common import Claim, Outcome, write_outputs
+from reproduce.report import write_report
+from stepwise_lightning.checkpoints import AtomicCheckpointIO
+from stepwise_lightning.files import replace, replace_text
+from stepwise_lightning.spectrum_files import SpectrumTable, write_arrays
+
+KILLS = 50
+ROOT = os.geteuid() == 0
+
+
+def write_all(folder, number):
+    """Write every kind of file, all of it saying ``number``."""
+    AtomicCheckpointIO().save_checkpoint({"weights": torch.full((300_000,), number)}, folder / "last.ckpt")
+    write_arrays(folder / "spectrum.npz", {"step": np.full(100_000, number)})
+    table = SpectrumTable(folder / "spectrum.csv", [(number, 0.5, "covariance", "eigenvalue", 0, 1.0)] * 2000)
+    table.add([(number, 0.5, "", "loss", "", 1.0)] * 2000)
+    table.close()
+    outcome = Outcome(Figure((1, 1)), ["value"], [[number]] * 1000, [Claim("a", "b", number, "<=", 9999)], [])
+    facts = {
+        "name": "figure", "title": "", "paper": "", "data_set": "photos", "seeds": [0], "settings": {},
+        "options": {"profile": "cpu"}, "runs": [], "seconds": number,
+    }  # fmt: skip
+    write_outputs(folder / "figure", outcome, facts)
+    write_report(folder, ["figure"])
+
+
+def numbers_in(folder):
+    """Return what each file says; an error if it does not say one thing."""
+    weights = torch.load(folder / "last.ckpt", weights_only=True)["weights"]
+    with np.load(folder / "spectrum.npz") as saved:
+        steps = saved["step"]
+    text = (folder / "spectrum.csv").read_text()
+    rows = list(csv.reader(text[: text.rindex("\n")].splitlines()))[1:]  # a kill can cut the last line short
+    with (folder / "figure/data.csv").open(newline="") as file:
+        data = list(csv.reader(file))[1:]
+    assert len(weights) == 300_000 and len(steps) == 100_000 and len(data) == 1000 and len(rows) >= 2000
+    assert (folder / "figure/figure.png").read_bytes().endswith(b"IEND\xaeB`\x82")
+    assert (folder / "figure/figure.pdf").read_bytes().endswith(b"%%EOF\n")
+    claims = json.loads((folder / "figure/claims.json").read_text())
+    report = (folder / "report.html").read_text()
+    assert report.endswith("</body></html>\n") and all(len(row) == 6 for row in rows)
+    found = [set(weights.tolist()), set(steps.tolist()), {int(r[0]) for r in rows}, {int(r[0]) for r in data}]
+    found += [{claims["seconds"]}, {int(report.split("<td class='number'>")[1].split(" s<")[0])}]
+    assert all(len(numbers) == 1 for numbers in found), found
+    return [numbers.pop() for numbers in found]
+
+
+def test_killed_fifty_times_while_writing(tmp_path):
+    write_all(tmp_path, 0)
+    start = time.monotonic()
+    write_all(tmp_path, 1)
+    duration, draw, numbers, interrupted = time.monotonic() - start, random.Random(0), numbers_in(tmp_path), 0
+    for _ in range(KILLS):
+        before, first = numbers, max(numbers) + 1
+        reader, writer = os.pipe()
+        if not (child := os.fork()):
+            for number in range(first, first + 1000):
+                write_all(tmp_path, number)
+                os.write(writer, f"{number}\n".encode())
+            os._exit(0)
+        os.close(writer)
+        time.sleep(draw.uniform(0.01, 1.2 * duration))
+        os.kill(child, signal.SIGKILL)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -9
+        with open(reader) as rounds:
+            finished = list(map(int, rounds))
+        numbers = numbers_in(tmp_path)
+        for number, old in zip(numbers, before, strict=True):
+            assert number in ((finished[-1], finished[-1] + 1) if finished else (old, first))
+        interrupted += bool(list(tmp_path.rglob(".*.partial*")))
+    assert interrupted >= KILLS / 5  # that many kills were within a write indeed
+    write_all(tmp_path, max(numbers) + 1)
+    assert set(numbers_in(tmp_path)) == {max(numbers) + 1} and not list(tmp_path.rglob(".*.partial*"))
+
+
+def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path):
+    path = tmp_path / "claims.json"
+    replace_text(path, "old")
+
+    def fail(partial):
+        partial.write_text("half of the n")
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        replace(path, fail)
+    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+    with pytest.raises(OSError, match="cannot write .*nowhere.*: No such file or directory; what was saved before is"):
+        replace_text(tmp_path / "nowhere" / "claims.json", "new")
+
+
+def read_bytes(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.skipif(not ROOT, reason="only root can mount a small disk")
+def test_on_a_full_disk_each_file_stays_what_it_was(tmp_path):
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(tmp_path)], check=True)
+    try:
+        write_all(tmp_path, 1)
+        size = os.statvfs(tmp_path)
+        (tmp_path / "ballast").write_bytes(bytes(size.f_bavail * size.f_frsize))
+        before = read_bytes(tmp_path)
+        full = "No space left on device; what was saved before is kept; free some space"
+        for write in (
+            lambda: AtomicCheckpointIO().save_checkpoint({"weights": torch.ones(300_000)}, tmp_path / "last.ckpt"),
+            lambda: write_arrays(tmp_path / "spectrum.npz", {"step": np.ones(100_000)}),
+            lambda: SpectrumTable(tmp_path / "spectrum.csv", [(2, 0.5, "", "loss", "", 1.0)]),
+            lambda: write_report(tmp_path, ["figure"]),
+        ):
+            with pytest.raises(OSError, match=full):
+                write()
+        assert read_bytes(tmp_path) == before
+    finally:
+        subprocess.run(["umount", str(tmp_path)], check=True)
+
+
+@pytest.mark.parametrize(
+    "what",
+    [
+        pytest.param("full", marks=pytest.mark.skipif(not ROOT, reason="only root can mount a small disk")),
+        pytest.param("limit", marks=pytest.mark.slow if ROOT else ()),
+    ],
+)
+def test_a_run_on_a_full_disk_says_so_and_goes_on_when_there_is_room(what, tmp_path):
+    """A disk that fills up during training, or files that may not grow, which anybody can try."""
+    config = write_config(tmp_path / "config.yaml", write_images(tmp_path / "images"), "VICReg", 0)
+    (tmp_path / "run").mkdir()
+    if what == "full":
+        subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", str(tmp_path / "run")], check=True)
+    try:
+        broken, again = job(tmp_path / "run", config, "batch_start:16", disk=what), job(tmp_path / "run", config)
+        done = run_jobs([broken, again, job(tmp_path / "whole", config)])
+        log = log_of(again, size=100_000)
+        assert [each["statuses"] for each in done] == [[1], [0], [0]], log
+        (line,) = [line for line in log.splitlines() if line.startswith("stepwise: error: ")]
+        assert line.startswith("stepwise: error: cannot write ") and line.endswith("free some space")
+        assert "Traceback" not in log and "version_0 from step 14" in log
+        assert_as_if_never_killed(newest(tmp_path / "run"), newest(tmp_path / "whole"))
+    finally:
+        if what == "full":
+            subprocess.run(["umount", str(tmp_path / "run")], check=True)

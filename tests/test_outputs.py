@@ -1,0 +1,113 @@
+"""What a figure leaves behind: whole, kept when it is asked for again, made again when it is damaged."""
+
+import json
+import os
+
+import pytest
+from matplotlib.figure import Figure
+
+from reproduce.__main__ import FIGURES, main
+from reproduce.common import FILES, Claim, Outcome, run_figure
+
+MADE = "the figure is made again"
+
+
+def figure(out, *arguments, measured=1.0):
+    """Make a figure that costs nothing; return the exit status."""
+
+    def produce(options, directory):
+        drawing = Figure()
+        drawing.subplots().plot([0, 1])
+        claims = [Claim("one", "a number", measured, "<=", 1.0)]
+        return Outcome(drawing, ["x", "y"], [[1, 2], [3, 4]], claims, [{"run": 1}])
+
+    profiles = {"cpu": {}, "full": {"data": "stl10"}}
+    return run_figure("plot", "A plot.", "None.", profiles, produce, ["--out", str(out), *arguments])
+
+
+@pytest.mark.parametrize("file", [*FILES, "claims.json"])
+@pytest.mark.parametrize("damage", ["half", "empty", "gone", "other text"])
+def test_a_damaged_output_is_told_in_one_line_and_made_again(file, damage, tmp_path, capsys):
+    assert figure(tmp_path) == 0
+    path = tmp_path / "plot" / file
+    whole = path.read_bytes()
+    path.write_bytes({"half": whole[: len(whole) // 2], "other text": whole + b"x"}.get(damage, b""))
+    if damage == "gone":
+        path.unlink()
+    assert figure(tmp_path, "--resume") == 0
+    printed = capsys.readouterr()
+    if (file, damage) == ("claims.json", "gone"):
+        assert printed.err == ""  # as if it had never been made
+    else:
+        assert printed.err.startswith("warning: ") and str(path) in printed.err and printed.err.count("\n") == 1
+        assert printed.err.endswith(f"{MADE}\n")
+    assert "kept" not in printed.out and {entry.name for entry in path.parent.iterdir()} == {*FILES, "claims.json"}
+    assert figure(tmp_path, "--resume") == 0
+    printed = capsys.readouterr()
+    assert "kept, it was finished before" in printed.out and printed.err == ""
+
+
+def test_what_is_kept_depends_on_what_was_asked_and_not_on_where(tmp_path, monkeypatch, capsys):
+    assert figure(tmp_path) == 0
+    monkeypatch.chdir(tmp_path)
+    where = ["--out", ".", "--root", "elsewhere", "--launcher", "srun"]
+    for arguments, kept in (
+        (where, True), (["--seeds", "3"], False), (["--data", "cifar10"], False), (["--profile", "full"], False)
+    ):  # fmt: skip
+        capsys.readouterr()
+        assert figure(tmp_path, "--resume", *arguments) == 0
+        assert ("kept, it was" in capsys.readouterr().out) is kept
+        assert figure(tmp_path) == 0
+    assert figure(tmp_path, "--resume", measured=2.0) == 0  # no new measurement
+    assert figure(tmp_path, measured=2.0) == 1
+
+
+@pytest.mark.parametrize("name", ["kernel_pca", "linear_model", "three_losses", "all"])
+@pytest.mark.parametrize("obstacle", ["a file", "no permission"])
+def test_an_output_that_cannot_be_written_is_one_line(name, obstacle, tmp_path, capsys, monkeypatch):
+    out = tmp_path / "out"
+    if obstacle == "a file":
+        out.write_text("a file")
+    else:  # root may write anywhere
+        monkeypatch.setattr(os, "access", lambda path, mode: False)
+    assert main([name, "--profile", "smoke", "--out", str(out / "deeper")]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: cannot write to ") and "choose another folder with --out" in error
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["fig1"], "unknown figure 'fig1'; choose from: all, linear_model, "),
+        (["three_losses", "fig1"], "unknown figure 'fig1'; choose from: all, linear_model, "),
+        (["--profile", "smoke"], "'--profile' comes before the name of a figure; choose from: all, "),
+        (["--resume", "three_losses"], "'--resume' comes before the name of a figure; choose from: all, "),
+    ],
+)
+def test_no_figure_of_that_name(arguments, message, capsys):
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1 and all(name in error for name in FIGURES)
+
+
+@pytest.mark.parametrize("arguments", [[], ["list"], ["-h"], ["--help"]])
+def test_the_front_door_lists_every_figure(arguments, capsys):
+    assert main(arguments) == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith("usage: ") and all(f"  {name} " in printed for name in FIGURES)
+
+
+@pytest.mark.parametrize("name", ["all", "linear_model", "three_losses"])
+def test_help_names_every_option(name, capsys):
+    with pytest.raises(SystemExit, match="0"):
+        main([name, "--help"])
+    printed = capsys.readouterr().out
+    options = ("profile {smoke,cpu,full}", "data", "out", "seeds", "resume", "root", "download", "launcher")
+    assert all(f"--{option}" in printed for option in options)
+
+
+def test_claims_carry_the_checksums_of_what_they_belong_to(tmp_path):
+    assert figure(tmp_path) == 0
+    document = json.loads((tmp_path / "plot" / "claims.json").read_text(encoding="utf-8"))
+    assert set(document["sha256"]) == set(FILES) and all(len(value) == 64 for value in document["sha256"].values())

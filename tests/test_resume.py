@@ -1,0 +1,117 @@
+"""Runs that are killed at any moment, and continued by the same command, end as if nothing had happened."""
+
+import csv
+import math
+import random
+
+import numpy as np
+import pytest
+import torch
+from survival import STEPS, job, log_of, newest, run_jobs, write_config, write_images
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+LOSSES = ("BarlowTwins", "VICReg", "SimCLR")
+MOMENTS = ("batch_start", "backward", "batch_end", "saved")
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    return write_images(tmp_path_factory.mktemp("images"))
+
+
+def assert_same(ours, theirs, where=""):
+    """Compare bit by bit, in any nesting; NaN is NaN."""
+    assert type(ours) is type(theirs), where
+    if isinstance(ours, torch.Tensor):
+        assert ours.dtype == theirs.dtype and torch.equal(
+            ours.nan_to_num(nan=12345.0), theirs.nan_to_num(nan=12345.0)
+        ), where
+    elif isinstance(ours, dict):
+        assert ours.keys() == theirs.keys(), where
+        for key in ours:
+            assert_same(ours[key], theirs[key], f"{where}/{key}")
+    elif isinstance(ours, (list, tuple)):
+        assert len(ours) == len(theirs), where
+        for index, pair in enumerate(zip(ours, theirs, strict=True)):
+            assert_same(*pair, f"{where}/{index}")
+    else:
+        assert ours == theirs or (isinstance(ours, float) and math.isnan(ours) and math.isnan(theirs)), where
+
+
+def scalars(run):
+    events = EventAccumulator(str(run), size_guidance={"scalars": 0}).Reload()
+    return {tag: [(s.step, s.value) for s in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+
+
+def assert_as_if_never_killed(killed, whole):
+    """Weights, optimiser, schedule, probe, spectra, random numbers; the table, the arrays and the events."""
+    ours, theirs = (torch.load(run / "checkpoints/last.ckpt", weights_only=True) for run in (killed, whole))
+    assert ours["global_step"] == STEPS
+    for each in (ours, theirs):
+        del each["loops"]  # how many batches this process has seen, besides the position
+    assert_same(ours, theirs)
+    assert (killed / "spectrum.csv").read_bytes() == (whole / "spectrum.csv").read_bytes()
+    with np.load(killed / "spectrum.npz") as a, np.load(whole / "spectrum.npz") as b:
+        assert set(a) == set(b)
+        for name in a:
+            np.testing.assert_array_equal(a[name], b[name])
+    assert scalars(killed) == scalars(whole)
+    assert not list(killed.rglob(".*.partial*"))
+
+
+def assert_survive(directory, images, plan):
+    """Train each (loss, workers) of ``plan`` once without, and once with each of its kills, and compare.
+
+    Returns the folders of the runs that were not killed.
+    """
+    jobs, folders = [], {}
+    for (loss, workers), kills in plan.items():
+        folder = folders[loss, workers] = directory / f"{loss}_{workers}"
+        folder.mkdir()
+        config = write_config(folder / "config.yaml", images, loss, workers)
+        jobs.append(job(folder / "whole", config))
+        for kill in kills:
+            jobs += [job(folder / kill.replace(":", "_"), config, kill), job(folder / kill.replace(":", "_"), config)]
+    for done, each in zip(run_jobs(jobs), jobs, strict=True):
+        assert done["statuses"] == [-9 if each["when"] else 0], (each, log_of(each))
+    for key, kills in plan.items():
+        whole = newest(folders[key] / "whole")
+        for kill in kills:
+            try:
+                assert_as_if_never_killed(newest(folders[key] / kill.replace(":", "_")), whole)
+            except AssertionError as error:
+                raise AssertionError(f"{key} killed at {kill}: {error}") from error
+    return [newest(folder / "whole") for folder in folders.values()]
+
+
+def assert_complete(run):
+    """Every row is there, once: what killed runs are compared with."""
+    found = scalars(run)
+    assert [step for step, _ in found["train/loss"]] == list(range(1, STEPS, 2))
+    assert [step for step, _ in found["train/probe_loss"]] == list(range(1, STEPS, 2))
+    assert [step for step, _ in found["val/probe_top1"]] == [9, 19, 29] == [step for step, _ in found["val/knn_top1"]]
+    with (run / "spectrum.csv").open(newline="") as file:
+        rows = [(row["step"], row["matrix"], row["quantity"], row["mode"]) for row in csv.DictReader(file)]
+    assert len(rows) == len(set(rows))
+    steps = [step for step, _ in found["spectrum/covariance/eig_000"]]
+    assert steps == sorted({int(row[0]) for row in rows}) and steps[-1] == STEPS and steps[0] == 0
+
+
+def test_killed_runs_end_as_if_they_had_not_been(images, tmp_path):
+    """Just after a checkpoint, before Lightning logs; where an epoch ends; in a validation; within a step."""
+    plan = {
+        ("BarlowTwins", 0): ["saved:14", "validation:30"],
+        ("VICReg", 2): ["backward:12"],
+        ("SimCLR", 0): ["epoch_end:20"],
+    }
+    for whole in assert_survive(tmp_path, images, plan):
+        assert_complete(whole)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("loss", LOSSES)
+def test_ten_random_kills(loss, workers, images, tmp_path):
+    draw = random.Random(f"{loss} {workers}")
+    kills = [f"{moment}:{step}" for step in draw.sample(range(1, STEPS), 10) for moment in draw.sample(MOMENTS, 1)]
+    assert_survive(tmp_path, images, {(loss, workers): kills})

@@ -1,0 +1,126 @@
+"""The training runs behind the figures: finished ones are kept, cut ones go on, damaged ones are made again."""
+
+import os
+import sys
+
+import pytest
+
+from reproduce import train
+from reproduce.__main__ import main
+from reproduce.common import parser
+from reproduce.runs import PROFILES, Run, trained_runs
+
+# Stands for training: keeps a checkpoint, fails where it is told to, and leaves spectra at its end.
+TRAINING = """
+import pathlib, sys, zipfile
+folder = pathlib.Path(sys.argv[1])
+(folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+def save(path):  # NumPy's files and torch's are zip archives
+    with zipfile.ZipFile(path, "w") as file:
+        file.writestr("array", bytes(1000))
+save(folder / "checkpoints" / "last.ckpt")
+print("half of it is done")
+if "fail" in sys.argv and "--ckpt_path=last" not in sys.argv:
+    sys.exit(75 if "stop" in sys.argv else "stepwise: error: no more time")
+save(folder / "spectrum.npz")
+"""
+
+
+@pytest.fixture
+def a_run(tmp_path, monkeypatch):
+    """Return a function from options of the command line to a run that costs nothing."""
+    fail = []
+
+    def make(*arguments, fails=False, stops=False):
+        options = parser("test", "", PROFILES).parse_args(["--out", str(tmp_path), "--data", "photos", *arguments])
+        fail[:] = ["fail", "stop"] if stops else ["fail"] if fails else []
+        return Run("vicreg", "small", 0, options)
+
+    script = tmp_path / "training.py"
+    script.write_text(TRAINING)
+    command = property(lambda run: [sys.executable, "-S", str(script), str(run.directory), *fail])
+    monkeypatch.setattr(Run, "command", command)
+    return make
+
+
+def commands(run):
+    return [line for line in (run.directory.parent / "log.txt").read_text().splitlines() if line.startswith("$")]
+
+
+def test_a_run_that_was_cut_short_goes_on_and_only_then(a_run):
+    run = a_run(fails=True)
+    with pytest.raises(RuntimeError, match=r"vicreg_small_seed0 failed, see .*log.txt: stepwise: error: no more time$"):
+        run.train(resume=True)
+    assert not run.is_finished() and "--ckpt_path" not in commands(run)[0]
+    run.train(resume=True)
+    assert run.is_finished() and len(commands(run)) == 2 and commands(run)[1].endswith("--ckpt_path=last")
+    with pytest.raises(RuntimeError):
+        run.train()  # without --resume all is made anew
+    assert len(commands(run)) == 1
+    with pytest.raises(RuntimeError):
+        a_run("--profile", "smoke", fails=True).train(resume=True)  # another run than the one cut short
+    assert len(commands(run)) == 1
+
+
+@pytest.mark.parametrize("way", ["75", "os.kill(os.getpid(), signal.SIGUSR1)"])
+def test_training_that_was_told_to_stop_stops_all(way, a_run, tmp_path, capsys, monkeypatch):
+    (tmp_path / "training.py").write_text("import os, signal\n" + TRAINING.replace("75", way))
+    monkeypatch.setattr(os, "cpu_count", lambda: 1)
+    a_run(stops=True)
+    arguments = ["--out", str(tmp_path), "--seeds", "0", "--resume"]
+    with pytest.raises(SystemExit) as stop:
+        main(["three_losses", *arguments])
+    assert stop.value.code == 75 and "was told to stop: it goes on with --resume" in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["barlow_twins_small_seed0"]
+    assert train.main(["barlow_twins", "small", *arguments]) == 0
+    assert str(tmp_path / "runs" / "barlow_twins_small_seed0" / "version_0") in capsys.readouterr().out
+    assert train.main(["barlow_twins", "small", *arguments]) == 0  # it is finished, and not trained again
+    assert len(commands(Run("barlow_twins", "small", 0, parser("", "", PROFILES).parse_args(arguments)))) == 2
+
+
+def test_a_finished_run_is_found_from_elsewhere(a_run, tmp_path, monkeypatch):
+    a_run().train()
+    monkeypatch.chdir(tmp_path)
+    assert a_run("--out", ".", "--root", "elsewhere").is_finished()
+    assert not a_run("--data", "cifar10").is_finished()
+
+
+@pytest.mark.parametrize("file", ["settings.json", "version_0/spectrum.npz", "version_0/checkpoints/last.ckpt"])
+@pytest.mark.parametrize("damage", ["half", "gone", "changed"])
+def test_what_is_damaged_is_told_in_one_line_and_trained_again(file, damage, a_run, capsys):
+    run = a_run()
+    run.train()
+    path = run.directory.parent / file
+    content = path.read_bytes()
+    middle = len(content) // 2
+    path.write_bytes(content[:middle] + (b"?" + content[middle + 1 :] if damage == "changed" else b""))
+    if damage == "gone":
+        path.unlink()
+    assert not run.is_finished()
+    error = capsys.readouterr().err
+    if file == "settings.json" and damage == "gone":
+        assert error == ""  # as if it had never been finished
+    else:
+        assert str(path.parent if damage == "gone" else path) in error
+        assert error.startswith("warning: ") and error.endswith("vicreg_small_seed0 is trained again\n")
+        assert error.count("\n") == 1
+    run.train(resume=True)
+    assert run.is_finished() and capsys.readouterr().err == ""
+
+
+def test_a_launcher_that_is_not_there_is_refused(tmp_path):
+    options = parser("test", "", PROFILES).parse_args(["--out", str(tmp_path / "out"), "--launcher", "srunn --x"])
+    options.data = "photos"
+    with pytest.raises(ValueError, match="no command 'srunn' here to start training with: see --launcher"):
+        trained_runs(options)
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_last_checkpoint_is_the_one_that_is_read(a_run):
+    run = a_run()
+    run.train()
+    for number in range(3):
+        path = run.directory / "checkpoints" / f"{'cab'[number]}.ckpt"
+        path.write_text("checkpoint")
+        os.utime(path, (2e9 + number, 2e9 + number))
+    assert run._checkpoint.name == "b.ckpt"
