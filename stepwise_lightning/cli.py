@@ -32,14 +32,14 @@ _NOISE = re.compile(
     r"Subtypes:|Subclass types expect one of|a class path \(str\)|a dict with|Given value|"
     r"Problem with given class_path .*:$|$)"
 )
-_PEER_LOST = re.compile(
-    r"Connection (closed|reset) by|Broken pipe|Timed out (waiting|after)|Socket Timeout|failed to (send|recv)|"
-    r"NCCL.*(timeout|remote process exited)"
-)
 # What this package raises to tell the user something; anything else is its mistake, and keeps its traceback.
 _TOLD = (ValueError, ArithmeticError, OSError, RuntimeError)
 # The least that the Trainer can do with, and does not check.
 _LEAST = {"accumulate_grad_batches": 1, "check_val_every_n_epoch": 1, "gradient_clip_val": 0, "log_every_n_steps": 0}
+_PEER_LOST = re.compile(
+    r"Connection (closed|reset) by|Broken pipe|Timed out (waiting|after)|Socket Timeout|failed to (send|recv)|"
+    r"NCCL.*(timeout|remote process exited)"
+)
 _EXAMPLES = {
     "model": "BarlowTwins, SimCLR, VICReg",
     "encoder": "stepwise_lightning.encoders.Encoder, ….LinearEncoder, ….MLP, ….ResNet",
@@ -73,26 +73,8 @@ class _Parser(LightningArgumentParser):
 class _CLI(LightningCLI):
     """Lets every run survive what can be survived, finds the run to continue, and reads checkpoints as data.
 
-    Data are tensors and plain values, which name nothing to be imported or run.
+    As data, always: tensors and plain values, which name nothing to be imported or run.
     """
-
-    def before_instantiate_classes(self) -> None:
-        config = self.config.get(str(self.subcommand))
-        if self.subcommand == "fit" and config.ckpt_path == "last":
-            step = continue_newest(config)
-            if step is not None:
-                self.save_config_kwargs = {"config_filename": f"config_step_{step}.yaml", "overwrite": True}
-                _check_checkpoint(config)
-
-    def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
-        given = self._get(self.config_init, "trainer")
-        callbacks, plugins = (_as_list(given.get(name)) for name in ("callbacks", "plugins"))
-        wanted = given.get("enable_checkpointing") is not False
-        if wanted and not any(isinstance(callback, LastCheckpoint) for callback in callbacks):
-            callbacks.append(LastCheckpoint())
-        if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
-            plugins.append(AtomicCheckpointIO())
-        return super().instantiate_trainer(callbacks=callbacks, plugins=plugins, **kwargs)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Parse, and refuse what Lightning would stumble over later."""
@@ -105,15 +87,32 @@ class _CLI(LightningCLI):
                 raise ValueError(f"trainer.{name} must be at least {least}, got {config.trainer[name]}")
         if not 0 <= config.seed_everything < 2**32:
             raise ValueError(f"seed_everything must be at least 0 and below 2**32, got {config.seed_everything}")
+        if config.weights_only is False:
+            raise ValueError("weights_only=false would let a checkpoint run code, and is not accepted: leave it out")
 
     def _parse_ckpt_path(self) -> None:
         # Lightning would let the hyperparameters in a checkpoint replace the configuration's: silently, and with any
         # class that they name.
-        config = self.config[self.config.subcommand]
-        if config.weights_only is False:
-            raise ValueError("weights_only=false would let a checkpoint run code, and is not accepted: leave it out")
-        if self.config.subcommand == "fit" and config.ckpt_path and Path(config.ckpt_path).is_file():
-            _check_checkpoint(config)
+        pass
+
+    def before_instantiate_classes(self) -> None:
+        config = self.config.get(str(self.subcommand))
+        if self.subcommand == "fit" and config.ckpt_path == "last":
+            step = continue_newest(config)
+            if step is not None:
+                self.save_config_kwargs = {"config_filename": f"config_step_{step}.yaml", "overwrite": True}
+        if self.subcommand == "fit" and config.ckpt_path and Path(config.ckpt_path).is_file():
+            _check_settings(_restored_settings(config.ckpt_path), config.model.init_args.as_dict())
+
+    def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
+        given = self._get(self.config_init, "trainer")
+        callbacks, plugins = (_as_list(given.get(name)) for name in ("callbacks", "plugins"))
+        wanted = given.get("enable_checkpointing") is not False
+        if wanted and not any(isinstance(callback, LastCheckpoint) for callback in callbacks):
+            callbacks.append(LastCheckpoint())
+        if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
+            plugins.append(AtomicCheckpointIO())
+        return super().instantiate_trainer(callbacks=callbacks, plugins=plugins, **kwargs)
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         # Left alone, Lightning trusts checkpoints from the internet, and torch all of them if the environment says so.
@@ -149,11 +148,14 @@ def main() -> None:
         sys.exit(f"\nstepwise: error: {text}")  # a progress bar may have left its line open
 
 
-def _check_checkpoint(config: Any) -> None:
+def _restored_settings(path: str) -> dict[str, Any]:
+    checkpoint = torch.load(path, weights_only=True, map_location="cpu")
+    settings = checkpoint.get("hyper_parameters") if isinstance(checkpoint, dict) else None
+    return settings if isinstance(settings, dict) else {}
+
+
+def _check_settings(trained: dict[str, Any], asked: dict[str, Any]) -> None:
     """Refuse to resume with other settings: the optimiser's would come from the checkpoint all the same."""
-    checkpoint = torch.load(config.ckpt_path, weights_only=True, map_location="cpu")
-    trained = checkpoint.get("hyper_parameters") if isinstance(checkpoint, dict) else None
-    trained, asked = trained if isinstance(trained, dict) else {}, config.model.init_args.as_dict()
     for name in sorted(trained.keys() & asked.keys()):
         if trained[name] != asked[name]:
             raise ValueError(
@@ -165,7 +167,7 @@ def _check_checkpoint(config: Any) -> None:
 def _explained(error: Exception) -> str | None:
     """Return one line for what was raised to tell the user something; None for what went wrong inside a library."""
     if full := full_disk(error):
-        return str(full)
+        return _one_line(str(full))
     if _is_of_another_process(error):
         return (
             "another process of this run has ended or does not answer: look at what it wrote; --ckpt_path last "
@@ -179,7 +181,7 @@ def _explained(error: Exception) -> str | None:
     ours = raised_in.is_relative_to(Path(__file__).parent) and isinstance(error, _TOLD)
     if ours:
         return _one_line(message)
-    restoring = any(re.match("_?(resume|restore|parse_ckpt_path)", frame.name) for frame in frames)
+    restoring = any(re.match("_?(resume|restore)", frame.name) for frame in frames)
     libraries = Path(L.__file__).parents[1]  # where the user's own code, and its hooks, are not
     if restoring and raised_in.is_relative_to(libraries) and not isinstance(error, FileNotFoundError):
         return f"the checkpoint cannot be restored ({_reason(error)}): is it damaged, or of another model?"

@@ -229,7 +229,7 @@ def draw_run(loss_axis: Axes | None, eigenvalue_axis: Axes, run: Trajectory) -> 
 
 def _rise(run: Trajectory) -> float:
     """Return half the time when the first mode begins to rise: before that nothing is to be seen."""
-    times, top = run.times[run.times > 0], run.eigenvalues[run.times > 0].max(1)
+    times, top = run.times[run.times > 0], run.eigenvalues[run.times > 0].max(1, initial=0)  # there may be none
     visible = times[top > 0.01 * top.max()]
     return float(0.5 * visible[0] if len(visible) else times[0])
 

@@ -1,6 +1,5 @@
 """What a run leaves behind, damaged in every way: read as it was, or refused in one clear line."""
 
-import argparse
 import random
 import re
 import sys
@@ -14,9 +13,10 @@ import torch
 from matplotlib.figure import Figure
 from tiny_sets import Touch, damaged
 
-from reproduce.common import Claim, Outcome, _finished, read_claim, report, write_outputs
+from reproduce.common import Claim, Outcome, _finished, parser, read_claim, report, write_outputs
 from reproduce.report import write_report
 from reproduce.runs import Run
+from reproduce.training import PROFILES
 from stepwise_lightning.cli import main
 from stepwise_lightning.results import load_spectra
 from stepwise_lightning.theory import ContrastiveKernelPCA, linear_kernel
@@ -53,7 +53,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
         "barlow_twins",
         "small",
         0,
-        argparse.Namespace(out=out, profile="smoke", data="photos", root="data", launcher=""),
+        parser("runs", "", PROFILES).parse_args(["--out", str(out), "--profile", "smoke", "--data", "photos"]),
     )
     run.settings["trainer.max_steps"] = 2
     run.settings["trainer.log_every_n_steps"] = 1
@@ -185,9 +185,8 @@ def test_a_damaged_run_is_not_taken_for_a_finished_one(run, scale, capsys):
             path.write_bytes(content)
             if run.is_finished():
                 assert content == whole or path.suffix == ".npz"  # not all of a zip file carries information
-            assert capsys.readouterr().err.count("\n") <= 1
-        path.write_bytes(b"")
-        assert not run.is_finished() and capsys.readouterr().err.count("\n") == 1
+            else:
+                assert re.fullmatch(r"warning: [^\n]* is trained again\n", capsys.readouterr().err)
         path.write_bytes(whole)
     assert run.is_finished()
 
@@ -237,7 +236,5 @@ def test_claims_and_report(scale, tmp_path, capsys):
         kept = _finished(path.parent, identity)
         assert kept is None or report(path.parent, kept) in (0, 1)
         outcomes.add(("claims.json cannot be read" in page, kept is None))
-        said = re.sub(r"figure\.pdf|figure\.png|data\.csv|claims\.json", "FILE", capsys.readouterr().err)
-        problem = f"warning: {path.parent / 'FILE'} {{}}; the figure is made again\n"
-        assert said in ("", problem.format("cannot be read"), problem.format("is not what was written"))
+        assert re.fullmatch(r"(warning: [^\n]*; the figure is made again\n)?", capsys.readouterr().err)
     assert {(True, True), (False, False)} <= outcomes

@@ -1,5 +1,7 @@
 """The figures show what they are given: positions, scales and labels, read back from the figure itself."""
 
+import io
+
 import numpy as np
 import pytest
 
@@ -80,3 +82,10 @@ def test_the_images_at_both_ends_of_a_mode_stand_in_order():
     assert shown.shape == (5, 4 * 6 + 3, 3)
     np.testing.assert_array_equal(shown[:, :6], images[1, 0])
     np.testing.assert_array_equal(shown[:, -6:], images[1, 3])
+
+
+@pytest.mark.parametrize("shape", [(4, 0), (4, 3)])
+def test_nothing_to_draw_is_drawn(shape):
+    """No eigenvalues asked for, or a collapsed embedding: no warning of a logarithm of zero."""
+    run = Trajectory("run", np.arange(4.0), np.ones(4), np.zeros(shape))
+    trajectories_figure([run], title="t", log_eigenvalues=True).savefig(io.BytesIO())
