@@ -12,6 +12,7 @@ from PIL import Image
 
 from stepwise_lightning import BarlowTwins, FixedCropPairs, LinearEncoder, SpectrumLogger, TwoViewDataModule
 from stepwise_lightning.schedule import log_spaced_steps
+from stepwise_lightning.spectrum_files import SpectrumTable
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")]
 MEGABYTE = 2**20
@@ -72,6 +73,23 @@ def test_ten_thousand_images_with_four_workers(tmp_path):
     assert resident() - before < 200 * MEGABYTE
     assert len(workers[1]) == 4 and max(workers[1]) < 250 * MEGABYTE, workers
     assert sum(workers[1]) - sum(workers[0]) < 40 * MEGABYTE, workers
+
+
+def test_a_table_of_100_000_rows_is_written_and_continued_in_little_memory(tmp_path):
+    def rows(start, end):
+        return ((k // 64, 1e-3 * k, "covariance", "eigenvalue", k % 64, 1 / (k + 1)) for k in range(start, end))
+
+    path, before = tmp_path / "spectrum.csv", resident()
+    whole = SpectrumTable(path)
+    for k in range(0, 100_000, 64):
+        whole.add(rows(k, min(k + 64, 100_000)))
+    whole.close()
+    content = path.read_bytes()
+    continued = SpectrumTable(path, rows(0, 60_032))  # as a run does that goes on at step 938
+    continued.add(rows(60_032, 100_000))
+    continued.close()
+    assert path.read_bytes() == content and content.count(b"\n") == 100_001
+    assert resident() - before < 30 * MEGABYTE
 
 
 def test_a_schedule_of_200_000_steps():

@@ -1,0 +1,53 @@
+"""Figures killed on the way, with the training that they have started left running, and asked for again."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+FIGURES = ["linear_model", "resnet_barlow_twins", "embedding_growth"]
+
+
+def command(out):
+    return [sys.executable, "-m", "reproduce", *FIGURES, "--profile", "smoke", "--seeds", "0", "1", "--out", str(out)]
+
+
+def finished(out):
+    return {name: (out / name / "claims.json").stat().st_mtime_ns
+            for name in FIGURES if (out / name / "claims.json").exists()}  # fmt: skip
+
+
+def measured(out):
+    documents = [json.loads((out / name / "claims.json").read_text(encoding="utf-8")) for name in FIGURES]
+    return [claim["measured"] for document in documents for claim in document["claims"]]
+
+
+@pytest.mark.slow
+def test_killed_at_any_moment_and_run_again_they_end_as_if_nothing_had_happened(tmp_path):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    subprocess.run(command(whole), env=environment, check=False, capture_output=True, timeout=300)
+    draw, kept = random.Random(0), {}
+    for seconds in [draw.uniform(4, 40) for _ in range(5)]:
+        process = subprocess.Popen(
+            command(killed), env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        try:
+            process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGKILL)  # it alone: what it has started goes on
+            process.wait()
+        assert kept.items() <= finished(killed).items()  # nothing that was finished is made again
+        kept = finished(killed)
+    done = subprocess.run(command(killed), env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0 and "warning" not in done.stderr, done.stderr
+    assert kept.items() <= finished(killed).items() and len(finished(killed)) == len(FIGURES)
+    assert measured(killed) == measured(whole)
+    assert (killed / "report.html").stat().st_size > 100_000
+    assert len(list((killed / "runs").iterdir())) == 2
