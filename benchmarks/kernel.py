@@ -21,17 +21,15 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import platform
-import re
 import statistics
 import sys
 import time
 from functools import partial
 from multiprocessing import get_context
-from pathlib import Path
 from typing import Any
 
 import torch
-from timing import within
+from timing import fresh_peak_bytes, peak_bytes, within
 from torch import Tensor
 
 from stepwise_lightning import FixedCropPairs
@@ -96,20 +94,6 @@ def _measured(function: Any, arguments: tuple[Any, ...]) -> dict[str, Any]:
     before, start = fresh_peak_bytes(), time.perf_counter()
     result = prepared()
     return {"seconds": time.perf_counter() - start, "bytes": peak_bytes() - before, "result": result}
-
-
-def fresh_peak_bytes() -> int:
-    """Forget the peak so far, which may be higher than that of what is measured (man 5 proc, clear_refs)."""
-    Path("/proc/self/clear_refs").write_text("5")
-    return peak_bytes()
-
-
-def peak_bytes() -> int:
-    """Return this process's peak of resident memory since it was last forgotten."""
-    found = re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())
-    if found is None:
-        raise RuntimeError("/proc/self/status states no peak memory (VmHWM): this benchmark needs Linux")
-    return int(found[1]) * 1024
 
 
 def fit(pairs: int, size: int, max_bytes: int) -> Any:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from pathlib import Path
 
 import lightning as L
 import torch
@@ -56,6 +58,20 @@ def alternate(timed: Mapping[str, Callable[[], float]], rounds: int) -> dict[str
 def ratio(one: list[float], other: list[float]) -> float:
     """Return the median over the rounds of one / other, so that drift of the machine cancels."""
     return statistics.median(a / b for a, b in zip(one, other, strict=True))
+
+
+def fresh_peak_bytes() -> int:
+    """Forget the peak so far, which may be higher than that of what is measured (man 5 proc, clear_refs)."""
+    Path("/proc/self/clear_refs").write_text("5")
+    return peak_bytes()
+
+
+def peak_bytes() -> int:
+    """Return this process's peak of resident memory since it was last forgotten."""
+    found = re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())
+    if found is None:
+        raise RuntimeError("/proc/self/status states no peak memory (VmHWM): this benchmark needs Linux")
+    return int(found[1]) * 1024
 
 
 def within(name: str, ratio: float, limit: float | None = None, least: bool = False) -> bool:
