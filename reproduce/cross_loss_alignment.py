@@ -6,8 +6,10 @@ closed form from the tangent kernel of the network at initialisation and after t
 what makes the numbers readable: the same loss from another seed, the network before training, and chance. Embeddings
 are centred, as the losses see them.
 
-For these small ResNets the kernel after training foretells less than the one at initialisation, for few modes nearly
-nothing: it is shown, and nothing is claimed of it.
+The closer the kernel's first two eigenvalues, the less it determines the first direction (on the photographs γ_2/γ_1 is
+0.28, 0.58 and 0.34 at seeds 0, 1 and 2): claims about it are about the mean of seeds. For these small ResNets the kernel
+after training foretells less than the one at initialisation, for few modes nearly nothing: it is shown, and nothing is
+claimed of it.
 """
 
 from __future__ import annotations
@@ -160,9 +162,10 @@ def _claims(rows: list[list[Any]], options: argparse.Namespace) -> list[Claim]:
         what = f"{one} and {other}: alignment of the first mode, least of {seeds}"
         claims.append(Claim(f"{one}_{other}".lower().replace(" ", "_"), what, min(values(1, one, other)), ">=", bound))
     for one in titles:
-        what = f"{one} and the {KERNELS[0]} (Barlow Twins'): alignment of the first mode, least of {seeds}"
-        least = min(values(1, one, KERNELS[0]))
-        claims.append(Claim(f"kernel_{one.lower()}".replace(" ", "_"), what, least, ">=", bound))
+        found = values(1, one, KERNELS[0])
+        what = f"{one} and the {KERNELS[0]} (Barlow Twins'): alignment of the first mode, mean of {seeds}"
+        what += f" (least {min(found):.2f})"
+        claims.append(Claim(f"kernel_{one.lower()}".replace(" ", "_"), what, float(np.mean(found)), ">=", bound))
     between = min(np.mean(values(3, *pair)) for pair in pairs)
     untrained = max(np.mean(values(3, one, "untrained")) for one in titles)
     what = f"least alignment of two losses over most with an untrained network, three modes, means of {seeds}"
