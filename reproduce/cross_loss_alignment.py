@@ -6,10 +6,10 @@ closed form from the tangent kernel of the network at initialisation and after t
 what makes the numbers readable: the same loss from another seed, the network before training, and chance. Embeddings
 are centred, as the losses see them.
 
-The closer the kernel's first two eigenvalues, the less it determines the first direction (on the photographs γ_2/γ_1 is
-0.28, 0.58 and 0.34 at seeds 0, 1 and 2): claims about it are about the mean of seeds. For these small ResNets the kernel
-after training foretells less than the one at initialisation, for few modes nearly nothing: it is shown, and nothing is
-claimed of it.
+The closer the kernel's first two eigenvalues, the less it determines the first direction (on photographs γ_2/γ_1 is
+0.28, 0.58 and 0.34 at seeds 0, 1 and 2): claims about it are about the mean of seeds. For these small ResNets the
+kernel after training foretells less than the one at initialisation, for few modes nearly nothing: it is shown, and
+nothing is claimed of it.
 """
 
 from __future__ import annotations
