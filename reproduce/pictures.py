@@ -10,7 +10,7 @@ from PIL import Image
 from reproduce.__main__ import FIGURES
 
 DOCS = Path(__file__).parent.parent / "docs"
-WIDTH, COLOURS = 1200, 128
+WIDTH = 1200
 
 
 def write_pictures(out: str | Path) -> list[Path]:
@@ -21,7 +21,7 @@ def write_pictures(out: str | Path) -> list[Path]:
             size = WIDTH, round(figure.height * WIDTH / figure.width)
             small = figure.convert("RGB").resize(size, Image.Resampling.LANCZOS)
         written.append(DOCS / f"{name}.png")
-        small.quantize(COLOURS).save(written[-1], optimize=True)
+        small.quantize(256, Image.Quantize.FASTOCTREE).save(written[-1], optimize=True)
     return written
 
 
