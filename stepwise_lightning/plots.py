@@ -217,7 +217,8 @@ def draw_run(loss_axis: Axes | None, eigenvalue_axis: Axes, run: Trajectory) -> 
     if loss_axis is not None:
         loss_axis.set_ylim(bottom=0)
     first, last = _rise(run), times[-1]
-    ticks = (1.0, 2.0, 5.0) if last / first < 500 else (1.0, 3.0)  # or labels run into each other
+    # More labels would run into each other.
+    ticks = [1.0, 2.0, 5.0] if last / first < 500 else [1.0, 3.0] if last / first < 5000 else [1.0]
     for axis in axes:
         axis.set_xscale("log")
         axis.xaxis.set_major_locator(LogLocator(subs=ticks))
