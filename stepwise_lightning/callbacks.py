@@ -99,8 +99,9 @@ class SpectrumLogger(L.Callback):
         prediction: Callable[[Tensor], Tensor] | None = None,
         keep_embeddings: bool = False,
     ) -> None:
-        if num_points < 2:
-            raise ValueError(f"num_points must be at least 2, got {num_points}")
+        for name, value, least in (("num_points", num_points, 2), ("num_scalars", num_scalars, 0)):
+            if value < least:
+                raise ValueError(f"{name} must be at least {least}, got {value}")
         if isinstance(probe, str) and probe not in ("auto", "batch"):
             raise ValueError(f"probe must be 'auto', 'batch' or tensors, got {probe!r}")
         if unknown := set(matrices) - set(MATRICES):

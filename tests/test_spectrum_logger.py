@@ -164,3 +164,9 @@ def test_unknown_names_are_answered_with_those_that_exist(tmp_path):
     ):  # fmt: skip
         with pytest.raises(ValueError, match=message):
             SpectrumLogger(**arguments)
+
+
+def test_numbers_out_of_range_are_refused_by_name():
+    for name, value in (("num_points", 1), ("num_scalars", -1)):
+        with pytest.raises(ValueError, match=f"{name} must be at least [02], got {value}"):
+            SpectrumLogger(**{name: value})
