@@ -7,8 +7,8 @@ A job is a dictionary of
   which of its processes, by default all; ``disk``: ``full``, or ``limit`` for its files, instead of a signal;
 - ``processes``: how many, by default one.
 
-Printed is a JSON list, for each job ``{"statuses": exit status of each process, "seconds": from signal to end}``, with
--9 for a process that was killed, and None for one that had to be, because it would not end.
+Printed is a JSON list, for each job ``{"statuses": exit status of each process, "seconds": from signal to the end of
+the last one that ended}``, with -9 for a process that was killed, and None for one that had to be, because it would not.
 Forks, because starting Python and importing torch takes longer than these runs.
 """
 
@@ -214,12 +214,13 @@ def _run(job: dict) -> dict:
             os._exit(_train(job, rank, port))
         children[child] = rank
     statuses: list[int | None] = [None] * len(children)
-    deadline, stopped = time.time() + job.get("patience", PATIENCE), False
+    ended, deadline, stopped = 0.0, time.time() + job.get("patience", PATIENCE), False
     while children:
         child, status = os.waitpid(-1, os.WNOHANG)
         if child:
             rank = children.pop(child)
-            statuses[rank] = None if stopped else os.waitstatus_to_exitcode(status)
+            if not stopped:
+                statuses[rank], ended = os.waitstatus_to_exitcode(status), time.time()
         elif time.time() > deadline and not stopped:
             stopped = True
             for each in children:
@@ -228,7 +229,7 @@ def _run(job: dict) -> dict:
             time.sleep(0.02)
     Path(job["directory"], "ballast").unlink(missing_ok=True)
     signalled = Path(job["directory"], "signalled")
-    seconds = time.time() - float(signalled.read_text()) if signalled.exists() else None
+    seconds = ended - float(signalled.read_text()) if signalled.exists() else None
     signalled.unlink(missing_ok=True)
     time.sleep(1 - time.time() % 1)  # event files have their second in the name: later ones come later
     return {"statuses": statuses, "seconds": seconds}

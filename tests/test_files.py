@@ -13,7 +13,7 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 from survival import job, log_of, newest, run_jobs, write_config, write_images
-from test_resume import assert_as_if_never_killed
+from test_resume import assert_same_run
 
 from reproduce.common import Claim, Outcome, write_outputs
 from reproduce.report import write_report
@@ -152,7 +152,7 @@ def test_a_run_on_a_full_disk_says_so_and_goes_on_when_there_is_room(what, tmp_p
         (line,) = [line for line in log.splitlines() if line.startswith("stepwise: error: ")]
         assert line.startswith("stepwise: error: cannot write ") and line.endswith("free some space")
         assert "Traceback" not in log and "version_0 from step 14" in log
-        assert_as_if_never_killed(newest(tmp_path / "run"), newest(tmp_path / "whole"))
+        assert_same_run(newest(tmp_path / "run"), newest(tmp_path / "whole"))
     finally:
         if what == "full":
             subprocess.run(["umount", str(tmp_path / "run")], check=True)

@@ -43,12 +43,13 @@ def scalars(run):
     return {tag: [(s.step, s.value) for s in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
 
 
-def assert_as_if_never_killed(killed, whole):
+def assert_same_run(killed, whole):
     """Weights, optimiser, schedule, probe, spectra, random numbers; the table, the arrays and the events."""
     ours, theirs = (torch.load(run / "checkpoints/last.ckpt", weights_only=True) for run in (killed, whole))
     assert ours["global_step"] == STEPS
     for each in (ours, theirs):
         del each["loops"]  # how many batches this process has seen, besides the position
+        del each["datamodule_hyper_parameters"]["num_workers"]  # the only setting that may differ
     assert_same(ours, theirs)
     assert (killed / "spectrum.csv").read_bytes() == (whole / "spectrum.csv").read_bytes()
     with np.load(killed / "spectrum.npz") as a, np.load(whole / "spectrum.npz") as b:
@@ -78,7 +79,7 @@ def assert_survive(directory, images, plan):
         whole = newest(folders[key] / "whole")
         for kill in kills:
             try:
-                assert_as_if_never_killed(newest(folders[key] / kill.replace(":", "_")), whole)
+                assert_same_run(newest(folders[key] / kill.replace(":", "_")), whole)
             except AssertionError as error:
                 raise AssertionError(f"{key} killed at {kill}: {error}") from error
     return [newest(folder / "whole") for folder in folders.values()]
@@ -101,6 +102,15 @@ def test_killed_runs_end_as_if_they_had_not_been(images, tmp_path):
     """Just after a checkpoint, before Lightning logs; and in a validation."""
     (whole,) = assert_survive(tmp_path, images, {("VICReg", 2): ["saved:14", "validation:30"]})
     assert_complete(whole)
+
+
+def test_two_runs_are_bit_identical_whatever_the_number_of_workers(images, tmp_path):
+    configs = [write_config(tmp_path / f"{workers}.yaml", images, "VICReg", workers) for workers in (0, 0, 2)]
+    jobs = [job(tmp_path / f"run_{index}", config) for index, config in enumerate(configs)]
+    assert [done["statuses"] for done in run_jobs(jobs)] == [[0], [0], [0]], [log_of(each) for each in jobs]
+    first, again, with_workers = (newest(tmp_path / f"run_{index}") for index in range(3))
+    assert_same_run(again, first)
+    assert_same_run(with_workers, first)
 
 
 @pytest.mark.slow
