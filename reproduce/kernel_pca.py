@@ -123,6 +123,9 @@ def experiment(name: str, seed: int, options: argparse.Namespace) -> Result:
     k = kernel(z, z)
     generator = torch.Generator().manual_seed(seed)
     a = ALPHA * torch.randn(options.dim, 2 * n, dtype=torch.float64, generator=generator)
+    # The loss is the same in every basis of the embedding. In this one no function starts with a mode of those before it:
+    # in another, float64 rounds a late mode away beside the learned ones, and it comes up to 9 % late.
+    a = torch.linalg.qr(a @ k @ machine.coefficients_).Q.T @ a
     f = a @ k
     start = machine.initial_singular_values(f[:, :n].T, f[:, n:].T)
     rate = RELATIVE_RATE / (4 * float(machine.eigenvalues_[0]))
@@ -161,7 +164,7 @@ def _claims(results: list[Result]) -> list[Claim]:
             claims.append(Claim(f"{key}_{points}", what, least, ">=", LEAST_ALIGNMENT))
         error = max(result.summary()["largest_step_time_error"] for result in of)
         what = f"{name}: largest relative error of a predicted step time, {seeds.replace('least', 'most')}"
-        claims.append(Claim(f"{key}_step_times", what, error, "<=", 0.1))
+        claims.append(Claim(f"{key}_step_times", what, error, "<=", 0.01))
     return claims
 
 
