@@ -123,8 +123,8 @@ def experiment(name: str, seed: int, options: argparse.Namespace) -> Result:
     k = kernel(z, z)
     generator = torch.Generator().manual_seed(seed)
     a = ALPHA * torch.randn(options.dim, 2 * n, dtype=torch.float64, generator=generator)
-    # The loss is the same in every basis of the embedding. In this one no function starts with a mode of those before it:
-    # in another, float64 rounds a late mode away beside the learned ones, and it comes up to 9 % late.
+    # The loss is the same in every basis of the embedding. In this one no function starts with a mode of those before
+    # it: in another, float64 rounds a late mode away beside the learned ones, and it comes up to 9 % late.
     a = torch.linalg.qr(a @ k @ machine.coefficients_).Q.T @ a
     f = a @ k
     start = machine.initial_singular_values(f[:, :n].T, f[:, n:].T)

@@ -13,7 +13,7 @@ import lightning as L
 import torch
 from torch import Tensor
 
-from stepwise_lightning.capture import capture, check_watched, views_in
+from stepwise_lightning.capture import capture, check_finite, check_watched, views_in
 from stepwise_lightning.collectives import from_all_ranks
 from stepwise_lightning.schedule import Clock, log_spaced_steps
 from stepwise_lightning.spectrum import MATRICES, measure
@@ -207,15 +207,11 @@ class SpectrumLogger(L.Callback):
         while self._schedule and self._schedule[-1] <= step:
             self._schedule.pop()
         probe = self._batch if isinstance(self._probe, str) else self._probe
-        captured = capture(pl_module, views_in(probe, pl_module), self.watch)
+        samples = views_in(probe, pl_module)
+        captured = capture(pl_module, samples, self.watch)
         if self._probe == "batch" and trainer.world_size > 1:
             captured = {name: [from_all_ranks(z).flatten(0, 1) for z in views] for name, views in captured.items()}
-        for name, views in captured.items():
-            if not all(z.isfinite().all() for z in views):
-                raise FloatingPointError(
-                    f"the output of {name or type(pl_module).__name__} at step {step} is not finite: training has most "
-                    "likely diverged; lower the learning rate"
-                )
+        check_finite(captured, samples, pl_module, step)
         if not trainer.is_global_zero:
             return
         self.steps.append(step)

@@ -68,6 +68,18 @@ def capture(
     return outputs
 
 
+def check_finite(outputs: dict[str, list[Tensor]], samples: list[Tensor], module: nn.Module, step: int) -> None:
+    """Raise FloatingPointError if an output that was captured at ``step`` is not, and say whether the samples are."""
+    for name, views in outputs.items():
+        if not all(z.isfinite().all() for z in views):
+            cause = "training has most likely diverged; lower the learning rate"
+            if not all(x.isfinite().all() for x in samples):
+                cause = "the samples hold values that are not finite: look at the data"
+            raise FloatingPointError(
+                f"the output of {name or type(module).__name__} at step {step} is not finite: {cause}"
+            )
+
+
 def views_in(batch: Any, module: nn.Module) -> list[Tensor]:
     """Return the one or two views in a batch, ready for ``module``: a second item is one if shaped like the first."""
     if isinstance(batch, Tensor):

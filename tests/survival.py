@@ -8,7 +8,7 @@ A job is a dictionary of
 - ``processes``: how many, by default one.
 
 Printed is a JSON list, for each job ``{"statuses": exit status of each process, "seconds": from signal to the end of
-the last one that ended}``, with -9 for a process that was killed, and None for one that had to be, because it would not.
+the last one that ended}``, with -9 for a process that was killed, and None for one that had to be, as it would not end.
 Forks, because starting Python and importing torch takes longer than these runs.
 """
 
