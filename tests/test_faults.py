@@ -157,7 +157,7 @@ def test_an_exploding_loss_stops_training_and_keeps_no_bad_weights(folder, capsy
     assert list(folder.glob("runs/*/*/spectrum.npz"))  # what was measured before
 
 
-def test_measuring_what_is_not_finite_stops_training():
+def test_measuring_what_is_not_finite_stops_training(tmp_path):
     with pytest.raises(FloatingPointError, match="the output of BarlowTwins at step 0 is not finite: the samples hold"):
-        fit(torch.randn(16, 6), torch.randn(16, 6), LinearEncoder(6, 2),
+        fit(torch.randn(16, 6), torch.randn(16, 6), LinearEncoder(6, 2), default_root_dir=tmp_path,
             callbacks=[SpectrumLogger(probe=torch.full((4, 6), math.nan))])  # fmt: skip
