@@ -37,8 +37,9 @@ _TOLD = (ValueError, ArithmeticError, OSError, RuntimeError)
 # The least that the Trainer can do with, and does not check.
 _LEAST = {"accumulate_grad_batches": 1, "check_val_every_n_epoch": 1, "gradient_clip_val": 0, "log_every_n_steps": 0}
 _PEER_LOST = re.compile(
-    r"Connection (closed|reset) by|Broken pipe|Timed out (waiting|after)|Socket Timeout|failed to (send|recv)|"
-    r"NCCL.*(timeout|remote process exited)"
+    r"Connection (closed|reset) by|Broken pipe|Timed out (waiting|after)|(Application|Socket|Read|Write) timeout|"
+    r"Socket (unexpectedly )?closed|failed to (send|recv)|NCCL.*(timeout|remote process exited)",
+    re.IGNORECASE,
 )
 _EXAMPLES = {
     "model": "BarlowTwins, SimCLR, VICReg",
