@@ -25,6 +25,8 @@ from lightning.pytorch.callbacks import TQDMProgressBar
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
+import reproduce
+import stepwise_lightning
 from stepwise_lightning.files import replace, replace_text
 from stepwise_lightning.provenance import provenance
 
@@ -103,7 +105,7 @@ def run_figure(
     directory, started = Path(options.out) / name, time.perf_counter()
     asked = {k: v for k, v in vars(options).items() if k not in (*_PLACES, "seeds", "data")}
     identity = {"data_set": options.data, "seeds": options.seeds, "options": asked}
-    identity |= {"version": version("stepwise_lightning")}
+    identity |= {"version": version("stepwise_lightning"), "source_sha256": source_digest()}
     if options.resume and (kept := _finished(directory, identity)) is not None:
         print(f"{name}: kept, it was finished before")
         return report(directory, kept)
@@ -141,7 +143,9 @@ def parser(name: str, description: str, profiles: dict[str, dict[str, Any]]) -> 
     result.add_argument("--data", help="photos, cifar10, stl10 or a folder of images (default: the profile's, photos)")
     result.add_argument("--out", default="results", help="folder for the outputs (default: results)")
     result.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of data and weights (default: 0 1 2)")
-    result.add_argument("--resume", action="store_true", help="keep what an earlier call with these options finished")
+    result.add_argument(
+        "--resume", action="store_true", help="keep what an earlier call of these options and this code finished"
+    )
     result.add_argument("--root", default="data", help="where cifar10 and stl10 lie (default: data)")
     result.add_argument("--download", action="store_true", help="fetch them if they are not there")
     result.add_argument("--launcher", default="", help="put before the commands that train ResNets, for instance srun")
@@ -173,6 +177,14 @@ def _digest(path: Path) -> str | None:
         return None
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def source_digest() -> str:
+    """Return one SHA-256 of the package's and the figures' code, as it is here, committed or not."""
+    digest = hashlib.sha256()
+    for path in sorted(p for module in (stepwise_lightning, reproduce) for p in Path(module.__path__[0]).rglob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
 
 
 def check_writable(directory: Path) -> None:

@@ -192,16 +192,23 @@ def test_training_in_the_span_of_the_inputs_is_training():
     torch.testing.assert_close(kernels[0], kernels[1], rtol=1e-3, atol=1e-3)
 
 
-def test_resume_keeps_a_finished_figure_and_only_that(outputs, capsys):
-    arguments = ["linear_model", "--profile", "smoke", "--seeds", "0", "1", "--out", str(outputs.parent), "--resume"]
-    before = (outputs / "claims.json").stat().st_mtime_ns
-    assert main(arguments) == 0
-    assert "kept" in capsys.readouterr().out and (outputs / "claims.json").stat().st_mtime_ns == before
-    text = (outputs / "claims.json").read_text(encoding="utf-8")
-    (outputs / "claims.json").write_text(text[:100], encoding="utf-8")
-    assert main(arguments) == 0
-    assert "cannot be read; the figure is made again" in capsys.readouterr().err
-    assert json.loads((outputs / "claims.json").read_text(encoding="utf-8"))["claims"] == json.loads(text)["claims"]
+def test_resume_keeps_a_finished_figure_and_only_that(tmp_path, capsys):
+    arguments = ["linear_model", *TINY, "--out", str(tmp_path), "--resume"]
+    status, path = main(arguments), tmp_path / "linear_model" / "claims.json"
+    text, written = path.read_text(encoding="utf-8"), path.stat().st_mtime_ns
+    assert main(arguments) == status
+    assert "kept" in capsys.readouterr().out and path.stat().st_mtime_ns == written
+    digest = json.loads(text)["source_sha256"]
+    for changed, said in (
+        (text.replace(digest, 64 * "0"), ""),
+        (text[:100], "cannot be read; the figure is made again"),
+    ):
+        path.write_text(changed, encoding="utf-8")
+        assert main(arguments) == status
+        printed = capsys.readouterr()
+        assert "kept" not in printed.out and said in printed.err
+        again = json.loads(path.read_text(encoding="utf-8"))
+        assert again["claims"] == json.loads(text)["claims"] and again["source_sha256"] == digest
 
 
 @pytest.mark.parametrize(
