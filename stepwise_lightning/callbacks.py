@@ -122,9 +122,7 @@ class SpectrumLogger(L.Callback):
         self._clock = Clock()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return all measurements so far, as tensors and numbers; they are on the disk too, when it returns."""
-        if self._table is not None:
-            self._table.sync()
+        """Return all measurements so far, as tensors and numbers."""
         return {
             "steps": list(self.steps),
             "times": list(self.times),
@@ -289,7 +287,6 @@ class SpectrumLogger(L.Callback):
     def _close(self) -> None:
         if self._table is None:
             return
-        self._table.close()
         self._table = None
         arrays: dict[str, Any] = {"step": self.steps, "time": self.times, "loss": self.losses, **self.measures}
         arrays |= {what: torch.stack(values) for what, values in self.eigenvalues.items()}

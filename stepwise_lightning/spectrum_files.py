@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import csv
-import os
 from collections.abc import Iterable
-from contextlib import suppress
-from functools import partial
+from io import BytesIO, TextIOWrapper
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +13,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from stepwise_lightning.files import cannot_write, replace
+from stepwise_lightning.files import replace
 from stepwise_lightning.spectrum import detect_steps
 
 COLUMNS = ["step", "time", "matrix", "quantity", "mode", "value"]
@@ -24,10 +22,9 @@ Row = tuple[int, float, str, str, int | str, float]
 
 
 class SpectrumTable:
-    """``spectrum.csv``, which grows while training goes on.
+    """``spectrum.csv``, which grows while training goes on: each time it is replaced by a longer one.
 
-    It begins with the rows that a resumed run has already, whatever the file held before. A kill can cut the last line
-    short, and only that one.
+    It begins with the rows that a resumed run has already, whatever the file held before.
 
     Raises:
         OSError: it cannot be written (here or later).
@@ -36,31 +33,17 @@ class SpectrumTable:
 
     def __init__(self, path: Path, rows: Iterable[Row] = ()) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        self.path = path
-        replace(path, partial(_write_table, rows=rows))
-        self._file = path.open("a", newline="")
+        self.path, self._content = path, BytesIO()
+        self._text = TextIOWrapper(self._content, "utf-8", newline="")
+        csv.writer(self._text).writerow(COLUMNS)
+        self.add(rows)
 
     def add(self, rows: Iterable[Row]) -> None:
-        """Append rows, and hand them to the operating system."""
-        try:
-            csv.writer(self._file).writerows(map(_exactly, rows))
-            self._file.flush()
-        except OSError as error:
-            raise cannot_write(self.path, error) from error
-
-    def sync(self) -> None:
-        """Wait until all rows are on the disk."""
-        os.fsync(self._file.fileno())
-
-    def close(self) -> None:
-        """Close the file."""
-        with suppress(OSError):  # every row was flushed, or the error was raised then
-            self._file.close()
-
-
-def _write_table(path: Path, rows: Iterable[Row]) -> None:
-    with path.open("w", newline="") as file:
-        csv.writer(file).writerows([COLUMNS, *map(_exactly, rows)])
+        """Append rows; when this returns, they are on the disk."""
+        csv.writer(self._text).writerows(map(_exactly, rows))
+        self._text.flush()
+        # Not appended to the file: a kill could cut a number short, which nobody would notice.
+        replace(self.path, lambda partial: partial.write_bytes(self._content.getbuffer()))
 
 
 def _exactly(row: Row) -> tuple[Any, ...]:

@@ -31,7 +31,6 @@ def write_all(folder, number):
     write_arrays(folder / "spectrum.npz", {"step": np.full(100_000, number)})
     table = SpectrumTable(folder / "spectrum.csv", [(number, 0.5, "covariance", "eigenvalue", 0, 1.0)] * 2000)
     table.add([(number, 0.5, "", "loss", "", 1.0)] * 2000)
-    table.close()
     outcome = Outcome(Figure((1, 1)), ["value"], [[number]] * 1000, [Claim("a", "b", number, "<=", 9999)], [])
     facts = {
         "name": "figure", "title": "", "paper": "", "data_set": "photos", "seeds": [0], "settings": {},
@@ -46,11 +45,11 @@ def numbers_in(folder):
     weights = torch.load(folder / "last.ckpt", weights_only=True)["weights"]
     with np.load(folder / "spectrum.npz") as saved:
         steps = saved["step"]
-    text = (folder / "spectrum.csv").read_text()
-    rows = list(csv.reader(text[: text.rindex("\n")].splitlines()))[1:]  # a kill can cut the last line short
+    with (folder / "spectrum.csv").open(newline="") as file:
+        rows = list(csv.reader(file))[1:]
     with (folder / "figure/data.csv").open(newline="") as file:
         data = list(csv.reader(file))[1:]
-    assert len(weights) == 300_000 and len(steps) == 100_000 and len(data) == 1000 and len(rows) >= 2000
+    assert len(weights) == 300_000 and len(steps) == 100_000 and len(data) == 1000 and len(rows) in (2000, 4000)
     assert (folder / "figure/figure.png").read_bytes().endswith(b"IEND\xaeB`\x82")
     assert (folder / "figure/figure.pdf").read_bytes().endswith(b"%%EOF\n")
     claims = json.loads((folder / "figure/claims.json").read_text())
@@ -114,6 +113,7 @@ def test_on_a_full_disk_each_file_stays_what_it_was(tmp_path):
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(tmp_path)], check=True)
     try:
         write_all(tmp_path, 1)
+        table = SpectrumTable(tmp_path / "spectrum.csv", [(1, 0.5, "", "loss", "", 1.0)])
         size = os.statvfs(tmp_path)
         (tmp_path / "ballast").write_bytes(bytes(size.f_bavail * size.f_frsize))
         before = read_bytes(tmp_path)
@@ -121,6 +121,7 @@ def test_on_a_full_disk_each_file_stays_what_it_was(tmp_path):
         for write in (
             lambda: AtomicCheckpointIO().save_checkpoint({"weights": torch.ones(300_000)}, tmp_path / "last.ckpt"),
             lambda: write_arrays(tmp_path / "spectrum.npz", {"step": np.ones(100_000)}),
+            lambda: table.add([(1, 0.5, "", "loss", "", 1.0)] * 5000),
             lambda: SpectrumTable(tmp_path / "spectrum.csv", [(2, 0.5, "", "loss", "", 1.0)]),
             lambda: write_report(tmp_path, ["figure"]),
         ):

@@ -83,11 +83,9 @@ def test_a_table_of_100_000_rows_is_written_and_continued_in_little_memory(tmp_p
     whole = SpectrumTable(path)
     for k in range(0, 100_000, 64):
         whole.add(rows(k, min(k + 64, 100_000)))
-    whole.close()
     content = path.read_bytes()
     continued = SpectrumTable(path, rows(0, 60_032))  # as a run does that goes on at step 938
     continued.add(rows(60_032, 100_000))
-    continued.close()
     assert path.read_bytes() == content and content.count(b"\n") == 100_001
     assert resident() - before < 30 * MEGABYTE
 
