@@ -9,6 +9,7 @@ import json
 import logging
 import operator
 import os
+import signal
 import sys
 import time
 import warnings
@@ -16,7 +17,7 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
-from multiprocessing import get_context, parent_process
+from multiprocessing import active_children, get_context, parent_process
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -117,6 +118,8 @@ def run_figure(
     except (ValueError, OSError, RuntimeError) as error:
         print("error:", *str(error).split(), file=sys.stderr)  # in one line, whatever a library says
         return 2
+    except KeyboardInterrupt:
+        interrupted()
     facts = {
         "name": name, "title": description.splitlines()[0], "paper": paper, **identity, "settings": outcome.settings,
         "runs": outcome.runs, "seconds": round(time.perf_counter() - started, 1),
@@ -124,6 +127,12 @@ def run_figure(
     write_outputs(directory, outcome, facts)
     print_table(outcome.runs)
     return report(directory, outcome.claims)
+
+
+def interrupted() -> NoReturn:
+    """End the program, not one figure only, after Ctrl-C."""
+    print("\ninterrupted: what is finished is kept, and with --resume the rest goes on", file=sys.stderr)
+    sys.exit(128 + signal.SIGINT)  # as shells say it
 
 
 class _Parser(argparse.ArgumentParser):
@@ -212,6 +221,8 @@ def each(function: Callable[..., Any], items: Sequence[tuple[Any, ...]], what: s
             for future in tqdm(as_completed(futures), what, len(futures), unit="run"):
                 future.result()
         except BaseException:
+            for process in active_children():  # or the pool would wait for what they do now
+                process.terminate()
             pool.shutdown(cancel_futures=True)
             raise
         return [future.result() for future in futures]

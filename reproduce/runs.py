@@ -217,6 +217,13 @@ def trained_runs(
 
     bar = tqdm(total=len(runs), initial=len(runs) - len(missing), desc="training networks", unit="run")
     with bar, ThreadPoolExecutor(workers) as pool:
-        for future in [pool.submit(train, run) for run in missing]:
-            future.result()
+        futures = [pool.submit(train, run) for run in missing]
+        try:
+            for future in futures:
+                future.result()
+        except KeyboardInterrupt:
+            ended.set()
+            for run in missing:
+                run.stop()
+            raise
     return runs

@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from reproduce.common import check_writable, parser
+from reproduce.common import check_writable, interrupted, parser
 from reproduce.runs import LOSSES, trained_runs
 from reproduce.standard_init import STARTS
 from reproduce.training import PROFILES
@@ -29,6 +29,8 @@ def main(arguments: list[str] | None = None) -> int:
     except (ValueError, OSError, RuntimeError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        interrupted()
     for run in runs:
         print(f"{run.name}: {run.directory.resolve()}")
     return 0

@@ -43,6 +43,7 @@ class TrainingRun:
         suffix = "_ordinary" if start == "ordinary" else ""
         self.config = CONFIGS / f"{loss}_{_CONFIGURATION[options.profile]}{suffix}.yaml"
         self.settings = self._settings(options)
+        self._process: subprocess.Popen[bytes] | None = None
 
     def _settings(self, options: argparse.Namespace) -> dict[str, Any]:
         settings: dict[str, Any] = {
@@ -127,17 +128,24 @@ class TrainingRun:
             environment["OMP_NUM_THREADS"] = "1"
         with log.open("a", encoding="utf-8") as file:
             print("$", shlex.join(command), file=file, flush=True)
-            done = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, env=environment, pass_fds=[lock])
+            with subprocess.Popen(command, stdout=file, stderr=file, env=environment, pass_fds=[lock]) as self._process:
+                status = self._process.wait()
+            self._process = None
         # The other two, of which srun makes the second: the signal came before it was ready to listen.
-        if done.returncode in (TO_BE_CONTINUED, -signal.SIGUSR1, 128 + signal.SIGUSR1):
+        if status in (TO_BE_CONTINUED, -signal.SIGUSR1, 128 + signal.SIGUSR1):
             print(f"{self.name} was told to stop: it goes on with --resume", file=sys.stderr)
             raise SystemExit(TO_BE_CONTINUED)
-        if done.returncode:
+        if status:
             lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
             said = [line for line in lines if line.strip() and not line.startswith(("$", "srun:"))]
-            last = said[-1] if said else f"exit status {done.returncode}"
+            last = said[-1] if said else f"exit status {status}"
             raise RuntimeError(f"{self.name} failed, see {log}: {last}")
         os.replace(started, folder / "settings.json")
+
+    def stop(self) -> None:
+        """Tell training that is under way to save itself and end."""
+        if (process := self._process) is not None:
+            process.terminate()  # a second SIGINT, where a terminal has sent one, would end it at once
 
     @contextmanager
     def _alone(self) -> Iterator[tuple[int, bool]]:

@@ -27,8 +27,8 @@ from stepwise_lightning.resume import (
 
 # The exit status of a run that was told to stop, has saved itself, and can be continued: sysexits.h's "try again".
 TO_BE_CONTINUED = 75
-# Windows has the first one alone.
-STOP_SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name)]
+# Ctrl-C, and what schedulers send; Windows lacks the last one.
+STOP_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
 _KEY = "stepwise_lightning"
 
 
@@ -58,9 +58,9 @@ class LastCheckpoint(Checkpoint):
     """Keep ``checkpoints/last.ckpt`` of a run up to date, so that it can be continued exactly.
 
     It is saved every so many optimiser steps, when training ends, and when SIGTERM or SIGUSR1 says that it must end
-    (SLURM and other schedulers send them before they kill): then at the end of the step under way on all processes,
-    whichever of them got the signal, before they exit with the status 75. Where that step is the last one of an epoch,
-    validation and one more step come first.
+    (SLURM and other schedulers send them before they kill), or SIGINT (Ctrl-C; a second one ends it at once): then at
+    the end of the step under way on all processes, whichever of them got the signal, before they exit with the status
+    75. Where that step is the last one of an epoch, validation and one more step come first.
 
     Besides what Lightning saves it keeps the state of the random number generators of each process. When training is
     resumed, events that TensorBoard got after the checkpoint are marked as void.
@@ -132,6 +132,8 @@ class LastCheckpoint(Checkpoint):
 
     def _hear(self, number: int, frame: FrameType | None) -> None:
         self._signal = number
+        if number == signal.SIGINT:  # whoever asks again does not want to wait
+            signal.signal(number, signal.default_int_handler)
 
     def _save_if_due(self, trainer: L.Trainer) -> None:
         stop = trainer.strategy.reduce_boolean_decision(bool(self._signal), all=False)
@@ -141,7 +143,7 @@ class LastCheckpoint(Checkpoint):
         if stop or step // self.every_n_train_steps > self._saved // self.every_n_train_steps:
             self._save(trainer)
         if stop:
-            rank_zero_info(f"told to stop: saved at step {step}; the same command with --ckpt_path last continues")
+            rank_zero_info(f"\ntold to stop: saved at step {step}; the same command with --ckpt_path last continues")
             raise SystemExit(self._status(trainer))
 
     def _save(self, trainer: L.Trainer) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 import re
+import signal
 import sys
 import traceback
 from difflib import get_close_matches
@@ -41,6 +42,7 @@ _PEER_LOST = re.compile(
     r"Socket (unexpectedly )?closed|failed to (send|recv)|NCCL.*(timeout|remote process exited)",
     re.IGNORECASE,
 )
+_INTERRUPTED = 128 + signal.SIGINT  # as shells say it
 _EXAMPLES = {
     "model": "BarlowTwins, SimCLR, VICReg",
     "encoder": "stepwise_lightning.encoders.Encoder, ….LinearEncoder, ….MLP, ….ResNet",
@@ -142,6 +144,8 @@ def main() -> None:
             auto_configure_optimizers=False,
             seed_everything_default=0,
         )
+    except KeyboardInterrupt:
+        sys.exit(_INTERRUPTED)
     except Exception as error:
         text = _explained(error)
         if text is None:

@@ -6,6 +6,8 @@ import random
 import signal
 import subprocess
 import sys
+import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -51,3 +53,28 @@ def test_killed_at_any_moment_and_run_again_they_end_as_if_nothing_had_happened(
     assert measured(killed) == measured(whole)
     assert (killed / "report.html").stat().st_size > 100_000
     assert len(list((killed / "runs").iterdir())) == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("to_all", [False, True])
+@pytest.mark.parametrize("figure", ["linear_model", "resnet_barlow_twins"])
+def test_ctrl_c_ends_a_figure_with_one_line(figure, to_all, tmp_path):
+    """A terminal sends it to all processes; another program may send it to one."""
+    command = [sys.executable, "-m", "reproduce", figure, "--seeds", "0", "1", "--out", str(tmp_path / "out")]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    with (tmp_path / "log.txt").open("w") as log:
+        process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
+    try:
+        deadline = time.monotonic() + 120
+        while "training" not in (tmp_path / "log.txt").read_text():
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.1)
+        time.sleep(10)  # for what has been started to begin
+        (os.killpg if to_all else os.kill)(process.pid, signal.SIGINT)
+        assert process.wait(30) == 130
+        said = (tmp_path / "log.txt").read_text()
+        assert "Traceback" not in said
+        assert said.splitlines()[-1] == "interrupted: what is finished is kept, and with --resume the rest goes on"
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)

@@ -13,7 +13,8 @@ from test_resume import assert_same_run
 
 from stepwise_lightning.checkpoints import TO_BE_CONTINUED
 
-TERM, USR1, STOP = (int(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGSTOP))
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGSTOP)
+INT, TERM, USR1, STOP = (int(number) for number in SIGNALS)
 TIMEOUT = 15
 DDP = {
     "devices": 2,
@@ -53,10 +54,12 @@ def stop_and_continue(directory, images, loss, stops, **options):
 
 
 def test_a_signal_saves_and_the_same_command_continues(images, tmp_path):
-    stop_and_continue(tmp_path / "runs", images, "SimCLR", {"term": ("backward:16", TERM, [0])})
-    log = log_of({"directory": tmp_path / "runs/term"})
-    assert "told to stop: saved at step 17; the same command with --ckpt_path last continues" in log
-    assert "version_0 from step 17" in log and "Traceback" not in log
+    stops = {"term": ("backward:16", TERM, [0]), "ctrl_c": ("saved:16", INT, [0])}
+    stop_and_continue(tmp_path / "runs", images, "SimCLR", stops)
+    for name in stops:
+        log = log_of({"directory": tmp_path / "runs" / name})
+        assert "told to stop: saved at step 17; the same command with --ckpt_path last continues" in log
+        assert "version_0 from step 17" in log and "Traceback" not in log
 
 
 def test_two_processes_stop_together_when_the_second_is_told(images, tmp_path):
@@ -89,19 +92,20 @@ def started(directory, config, *options):
 
 
 @pytest.mark.parametrize(
-    "to_all",
+    ("number", "to_all"),
     [
-        pytest.param(False, id="the first process, which has started the other", marks=pytest.mark.slow),
-        pytest.param(True, id="all processes"),
+        pytest.param(TERM, False, id="the first process, which has started the other", marks=pytest.mark.slow),
+        pytest.param(TERM, True, id="all processes", marks=pytest.mark.slow),
+        pytest.param(INT, True, id="Ctrl-C, to all processes"),
     ],
 )
-def test_from_outside_with_workers(to_all, images, tmp_path):
+def test_from_outside_with_workers(number, to_all, images, tmp_path):
     """Lightning starts the second process; a scheduler's signal may reach the processes that load data too."""
     workers, more = (2, {}) if to_all else (0, DDP)
     config = write_config(tmp_path / "config.yaml", images, "BarlowTwins", workers, **more)
     process = started(tmp_path / "run", config, "--trainer.max_steps=100000")
     try:
-        (os.killpg if to_all else os.kill)(process.pid, signal.SIGTERM)
+        (os.killpg if to_all else os.kill)(process.pid, number)
         assert process.wait(SECONDS) == TO_BE_CONTINUED, (tmp_path / "run/log.txt").read_text()
     finally:
         if process.poll() is None:
