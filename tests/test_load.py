@@ -9,6 +9,7 @@ import lightning as L
 import numpy as np
 import pytest
 from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from stepwise_lightning import BarlowTwins, FixedCropPairs, LinearEncoder, SpectrumLogger, TwoViewDataModule
 from stepwise_lightning.schedule import log_spaced_steps
@@ -48,6 +49,10 @@ def test_memory_does_not_grow_over_20_000_steps(tmp_path):
     # About 150 measurements of 3 matrices lie between the last two; what is kept of them is 30 KB.
     assert memory.bytes[2] - memory.bytes[1] < 8 * MEGABYTE, memory.bytes
     assert memory.bytes[2] - memory.bytes[0] < 16 * MEGABYTE, memory.bytes
+    (events,) = tmp_path.rglob("events.*")
+    assert events.stat().st_size < 4 * MEGABYTE
+    for tag, points in (("spectrum/cross_correlation/eig_007", len(spectra.steps)), ("train/loss", 20_000 // 50)):
+        assert len(EventAccumulator(str(events), {"scalars": 0}).Reload().Scalars(tag)) == points
 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create 4 worker processes")  # on two cores
