@@ -59,19 +59,24 @@ def test_killed_at_any_moment_and_run_again_they_end_as_if_nothing_had_happened(
 @pytest.mark.parametrize("to_all", [False, True])
 @pytest.mark.parametrize("figure", ["linear_model", "resnet_barlow_twins"])
 def test_ctrl_c_ends_a_figure_with_one_line(figure, to_all, tmp_path):
-    """A terminal sends it to all processes; another program may send it to one."""
+    """A terminal sends it to all processes; another program may send it to one. Networks under training are saved."""
     command = [sys.executable, "-m", "reproduce", figure, "--seeds", "0", "1", "--out", str(tmp_path / "out")]
+    begun = 2 if figure == "resnet_barlow_twins" else 0
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
     with (tmp_path / "log.txt").open("w") as log:
         process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
     try:
         deadline = time.monotonic() + 120
-        while "training" not in (tmp_path / "log.txt").read_text():
+        while (
+            "training" not in (tmp_path / "log.txt").read_text()
+            or len(list(tmp_path.glob("out/runs/*/version_0/checkpoints"))) < begun
+        ):
             assert process.poll() is None and time.monotonic() < deadline
             time.sleep(0.1)
-        time.sleep(10)  # for what has been started to begin
+        time.sleep(1 if begun else 8)  # for what has been started to get under way
         (os.killpg if to_all else os.kill)(process.pid, signal.SIGINT)
         assert process.wait(30) == 130
+        assert len(list(tmp_path.glob("out/runs/*/version_0/checkpoints/last.ckpt"))) == begun
         said = (tmp_path / "log.txt").read_text()
         assert "Traceback" not in said
         assert said.splitlines()[-1] == "interrupted: what is finished is kept, and with --resume the rest goes on"
