@@ -131,7 +131,8 @@ def main() -> None:
 
     A mistake in the configuration, missing data, a checkpoint that does not fit, diverging training, a full disk or a
     lost process end it with one line on standard error and exit status 2 or 1; errors inside other libraries keep their
-    traceback. A run that has saved itself because of a signal ends with exit status 75.
+    traceback. A run that has saved itself because of a signal ends with exit status 75; Ctrl-C outside of training with
+    130.
     """
     try:
         _CLI(
