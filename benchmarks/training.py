@@ -34,10 +34,10 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from reproduce.common import quiet_lightning
 from stepwise_lightning import BarlowTwins, SpectrumLogger, TwoViewDataModule
-from stepwise_lightning.capture import capture
+from stepwise_lightning.spectrum.capture import capture
 from stepwise_lightning.encoders import Encoder
-from stepwise_lightning.images import ImageSet
-from stepwise_lightning.schedule import log_spaced_steps
+from stepwise_lightning.data.image_sets import ImageSet
+from stepwise_lightning.spectrum.schedule import log_spaced_steps
 
 RUN_STEPS, RUN_PAIRS, BATCH = 5000, 512, 64
 

@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from stepwise_lightning import TwoViewDataModule
 from stepwise_lightning.encoders import Encoder
-from stepwise_lightning.images import ImageSet
+from stepwise_lightning.data.image_sets import ImageSet
 
 BATCH, IMAGE_SIZE = 64, 32
 

@@ -28,8 +28,8 @@ from tqdm import tqdm
 
 import reproduce
 import stepwise_lightning
-from stepwise_lightning.files import replace, replace_text
-from stepwise_lightning.provenance import provenance
+from stepwise_lightning.files import atomic_write, atomic_write_text
+from stepwise_lightning.runs.provenance import provenance
 
 # Options that say where and how, not what.
 _PLACES = ("out", "root", "download", "resume", "launcher")
@@ -249,19 +249,19 @@ FILES = ("figure.png", "figure.pdf", "data.csv")  # and claims.json, which has t
 def write_outputs(directory: Path, outcome: Outcome, facts: dict[str, Any]) -> None:
     """Write ``figure.png``, ``figure.pdf``, ``data.csv`` and ``claims.json``, each replaced only when complete."""
     directory.mkdir(parents=True, exist_ok=True)
-    replace(directory / "figure.png", lambda path: outcome.figure.savefig(path, format="png", dpi=150))
-    replace(directory / "figure.pdf", lambda path: outcome.figure.savefig(path, format="pdf"))
+    atomic_write(directory / "figure.png", lambda path: outcome.figure.savefig(path, format="png", dpi=150))
+    atomic_write(directory / "figure.pdf", lambda path: outcome.figure.savefig(path, format="pdf"))
 
     def write_csv(path: Path) -> None:
         with path.open("w", newline="") as file:
             csv.writer(file).writerows([outcome.columns, *outcome.rows])
 
-    replace(directory / "data.csv", write_csv)
+    atomic_write(directory / "data.csv", write_csv)
     claims = [asdict(claim) for claim in outcome.claims]
     document = {"claims": claims, "all_hold": all(claim.holds for claim in outcome.claims)} | facts | provenance()
     document["sha256"] = {name: _digest(directory / name) for name in FILES}
     text = json.dumps(document, indent=2, ensure_ascii=False) + "\n"
-    replace_text(directory / "claims.json", text)
+    atomic_write_text(directory / "claims.json", text)
 
 
 def report(directory: Path, claims: list[Claim]) -> int:

@@ -30,7 +30,7 @@ from reproduce.common import Claim, Outcome, data_name, each, run_figure, seeds_
 from reproduce.runs import LOSSES, TITLES, Run, trained_runs
 from reproduce.training import PROFILES
 from stepwise_lightning.encoders import Encoder
-from stepwise_lightning.plots import alignments_figure
+from stepwise_lightning.plots.trajectories import alignments_figure
 from stepwise_lightning.theory import ContrastiveKernelPCA, EmpiricalNTK, chance_alignment, subspace_alignment
 
 PAPER = (

@@ -19,8 +19,8 @@ import torch
 from reproduce.common import Claim, Outcome, data_name, run_figure, seeds_of
 from reproduce.runs import Run, trained_runs
 from reproduce.training import PROFILES
-from stepwise_lightning.embedding_plots import growth_animation, growth_figure, principal_components
-from stepwise_lightning.files import replace
+from stepwise_lightning.plots.embeddings import growth_animation, growth_figure, principal_components
+from stepwise_lightning.files import atomic_write
 
 PAPER = (
     "The authors' blog post, Fig. 1: top three principal components of the embeddings as the loss steps down; they are "
@@ -52,7 +52,7 @@ def produce(options: argparse.Namespace, directory: Path) -> Outcome:
     start = max(samples[0] - 10, 0)
     frames = np.unique(np.linspace(start, samples[-1], FRAMES).round().astype(int)).tolist()
     directory.mkdir(parents=True, exist_ok=True)
-    replace(
+    atomic_write(
         directory / "animation.gif",
         lambda path: growth_animation(path, trajectory, embeddings, labels, frames, title),
     )

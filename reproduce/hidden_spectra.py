@@ -18,7 +18,7 @@ import numpy as np
 from reproduce.common import Claim, Outcome, data_name, run_figure, seeds_of
 from reproduce.runs import LOSSES, ROW_COLUMNS, TITLES, Run, trained_runs
 from reproduce.training import PROFILES
-from stepwise_lightning.plots import Trajectory, eigenvalues_figure
+from stepwise_lightning.plots.trajectories import Trajectory, eigenvalues_figure
 
 PAPER = (
     "Appendix: eigenvalues of the ResNet's hidden representation beside those of the embedding; they grow in steps at "

@@ -28,8 +28,8 @@ from torch import Tensor, nn
 from reproduce.common import Claim, Outcome, data_name, each, is_alone, progress_bar, run_figure, seeds_of
 from stepwise_lightning import BarlowTwins, FixedCropPairs, SpectrumLogger
 from stepwise_lightning.encoders import MLP, scale_last_layer
-from stepwise_lightning.plots import Trajectory, alignment_figure
-from stepwise_lightning.spectrum import crossing_times
+from stepwise_lightning.plots.trajectories import Trajectory, alignment_figure
+from stepwise_lightning.spectrum.measures import crossing_times
 from stepwise_lightning.theory import ContrastiveKernelPCA, EmpiricalNTK, subspace_alignment
 
 PAPER = (

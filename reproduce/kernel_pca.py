@@ -25,12 +25,12 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import trange
 
 from reproduce.common import Claim, Outcome, data_name, each, is_alone, run_figure
-from stepwise_lightning.images import download_images, load_images
-from stepwise_lightning.plots import Trajectory, eigenfunctions_figure
-from stepwise_lightning.schedule import log_spaced_steps
-from stepwise_lightning.spectrum import cross_correlation_eigenvalues, crossing_times
+from stepwise_lightning.data.image_sets import download_images, load_images
+from stepwise_lightning.plots.trajectories import Trajectory, eigenfunctions_figure
+from stepwise_lightning.spectrum.schedule import log_spaced_steps
+from stepwise_lightning.spectrum.measures import cross_correlation_eigenvalues, crossing_times
 from stepwise_lightning.theory import ContrastiveKernelPCA, LinearBarlowTwins, rbf_kernel, relu_ntk, subspace_alignment
-from stepwise_lightning.views import crop_pairs
+from stepwise_lightning.data.views import crop_pairs
 
 PAPER = (
     "Kernel section: kernelised Barlow Twins ends at the closed-form embedding given by the top modes of a contrastive "

@@ -24,8 +24,8 @@ from torch.utils.tensorboard import SummaryWriter
 
 from reproduce.common import Claim, Outcome, data_name, each, is_alone, progress_bar, run_figure, seeds_of
 from stepwise_lightning import BarlowTwins, FixedCropPairs, LinearEncoder, SpectrumLogger
-from stepwise_lightning.plots import Trajectory, trajectories_figure
-from stepwise_lightning.spectrum import crossing_times, detect_steps
+from stepwise_lightning.plots.trajectories import Trajectory, trajectories_figure
+from stepwise_lightning.spectrum.measures import crossing_times, detect_steps
 from stepwise_lightning.theory import LinearBarlowTwins, feature_cross_correlation
 
 PAPER = (

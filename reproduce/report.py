@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from reproduce.common import data_name, read_claim
-from stepwise_lightning.files import replace_text
+from stepwise_lightning.files import atomic_write_text
 
 STYLE = """
 :root { color-scheme: light dark; }
@@ -47,7 +47,7 @@ def write_report(out: str | Path, names: list[str]) -> Path:
     )
     path = Path(out) / "report.html"
     path.parent.mkdir(parents=True, exist_ok=True)
-    replace_text(path, page)
+    atomic_write_text(path, page)
     return path
 
 

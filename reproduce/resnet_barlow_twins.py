@@ -23,8 +23,8 @@ from reproduce.common import Claim, Outcome, data_name, run_figure, seeds_of
 from reproduce.runs import ROW_COLUMNS, Run, trained_runs
 from reproduce.three_losses import LEAST_STEPS
 from reproduce.training import PROFILES
-from stepwise_lightning.plots import trajectories_figure
-from stepwise_lightning.spectrum import detect_steps
+from stepwise_lightning.plots.trajectories import trajectories_figure
+from stepwise_lightning.spectrum.measures import detect_steps
 
 PAPER = (
     "Fig. 1 C-D: loss and embedding eigenvalues of ResNet-50 trained with Barlow Twins on STL-10 from small "

@@ -27,12 +27,12 @@ from tqdm import tqdm
 
 from reproduce.training import CONFIGS, TrainingRun
 from stepwise_lightning import TwoViewDataModule
-from stepwise_lightning.capture import capture
+from stepwise_lightning.spectrum.capture import capture
 from stepwise_lightning.encoders import Encoder
-from stepwise_lightning.images import load_image_set
-from stepwise_lightning.plots import Trajectory
+from stepwise_lightning.data.image_sets import load_image_set
+from stepwise_lightning.plots.trajectories import Trajectory
 from stepwise_lightning.results import load_spectra, reason
-from stepwise_lightning.spectrum import Steps, detect_steps
+from stepwise_lightning.spectrum.measures import Steps, detect_steps
 from stepwise_lightning.theory import LinearBarlowTwins, feature_cross_correlation
 
 LOSSES = ("barlow_twins", "vicreg", "simclr")

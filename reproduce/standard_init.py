@@ -14,7 +14,7 @@ from pathlib import Path
 from reproduce.common import Claim, Outcome, data_name, run_figure, seeds_of
 from reproduce.runs import LOSSES, ROW_COLUMNS, TITLES, trained_runs
 from reproduce.training import PROFILES
-from stepwise_lightning.plots import eigenvalues_figure
+from stepwise_lightning.plots.trajectories import eigenvalues_figure
 
 PAPER = (
     "Appendix: the same three losses from ordinary initialisation; eigenvalues rise earlier and more nearly together, "

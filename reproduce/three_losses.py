@@ -17,7 +17,7 @@ from pathlib import Path
 from reproduce.common import Claim, Outcome, data_name, run_figure, seeds_of
 from reproduce.runs import LOSSES, ROW_COLUMNS, TITLES, Run, trained_runs
 from reproduce.training import PROFILES
-from stepwise_lightning.plots import trajectories_figure
+from stepwise_lightning.plots.trajectories import trajectories_figure
 
 PAPER = (
     "Main experiment: loss above embedding eigenvalues for the three losses, ResNet-50 on STL-10; every loss learns in "

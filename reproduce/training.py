@@ -20,8 +20,8 @@ from zipfile import ZipFile
 
 import torch
 
-from stepwise_lightning.checkpoints import TO_BE_CONTINUED
-from stepwise_lightning.files import replace_text
+from stepwise_lightning.signals import EX_TEMPFAIL
+from stepwise_lightning.files import atomic_write_text
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 # cpu is the shipped configuration as it is; smoke is a size for tests; full is the paper's.
@@ -122,7 +122,7 @@ class TrainingRun:
         else:
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir(parents=True)
-            replace_text(started, self._identity)
+            atomic_write_text(started, self._identity)
         environment = os.environ | {"PYTHONUNBUFFERED": "1"}  # or its last line would not be its last
         if not torch.cuda.is_available():
             environment["OMP_NUM_THREADS"] = "1"
@@ -132,9 +132,9 @@ class TrainingRun:
                 status = self._process.wait()
             self._process = None
         # The other two, of which srun makes the second: the signal came before it was ready to listen.
-        if status in (TO_BE_CONTINUED, -signal.SIGUSR1, 128 + signal.SIGUSR1):
+        if status in (EX_TEMPFAIL, -signal.SIGUSR1, 128 + signal.SIGUSR1):
             print(f"{self.name} was told to stop: it goes on with --resume", file=sys.stderr)
-            raise SystemExit(TO_BE_CONTINUED)
+            raise SystemExit(EX_TEMPFAIL)
         if status:
             lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
             said = [line for line in lines if line.strip() and not line.startswith(("$", "srun:"))]

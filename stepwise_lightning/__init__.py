@@ -2,12 +2,13 @@
 
 from importlib.metadata import version
 
-from stepwise_lightning.callbacks import SpectrumLogger
-from stepwise_lightning.checkpoints import LastCheckpoint
 from stepwise_lightning.data import FixedCropPairs, TwoViewDataModule
 from stepwise_lightning.encoders import LinearEncoder
 from stepwise_lightning.losses import barlow_twins_loss, simclr_loss, vicreg_loss
 from stepwise_lightning.modules import BarlowTwins, SimCLR, VICReg
+from stepwise_lightning.record import SpectrumRecord
+from stepwise_lightning.runs import LastCheckpoint
+from stepwise_lightning.spectrum.logger import SpectrumLogger
 
 __all__ = [
     "BarlowTwins",
@@ -16,6 +17,7 @@ __all__ = [
     "LinearEncoder",
     "SimCLR",
     "SpectrumLogger",
+    "SpectrumRecord",
     "TwoViewDataModule",
     "VICReg",
     "barlow_twins_loss",

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-import pickle
 import re
-import signal
 import sys
-import traceback
 from difflib import get_close_matches
 from inspect import isclass, signature
 from pathlib import Path
@@ -16,33 +13,21 @@ from typing import Any, NoReturn
 import lightning as L
 import torch
 from lightning.fabric.plugins import CheckpointIO
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 
-from stepwise_lightning import callbacks, checkpoints, data, encoders, modules
-from stepwise_lightning.checkpoints import AtomicCheckpointIO, LastCheckpoint
-from stepwise_lightning.files import full_disk, replace_text
+import stepwise_lightning
+from stepwise_lightning import encoders, evaluation
+from stepwise_lightning.errors import UserError, condensed, one_line
+from stepwise_lightning.files import atomic_write_text
 from stepwise_lightning.modules import JointEmbedding
-from stepwise_lightning.provenance import provenance
-from stepwise_lightning.results import reason
-from stepwise_lightning.resume import continue_newest
+from stepwise_lightning.runs import AtomicCheckpointIO, LastCheckpoint, provenance
+from stepwise_lightning.runs.resume import continue_newest
+from stepwise_lightning.signals import INTERRUPTED
 
-# What a parser says around the one sentence that matters to whoever mistyped something.
-_NOISE = re.compile(
-    r"^(?:- )*(Does not validate against|Errors:|Expected a <class 'NoneType'>|Expected a path but|"
-    r"Subtypes:|Subclass types expect one of|a class path \(str\)|a dict with|Given value|"
-    r"Problem with given class_path .*:$|$)"
-)
-# What this package raises to tell the user something; anything else is its mistake, and keeps its traceback.
-_TOLD = (ValueError, ArithmeticError, OSError, RuntimeError)
+# Where the classes are that a configuration usually names.
+_NAMED = (stepwise_lightning, encoders, evaluation)
 # The least that the Trainer can do with, and does not check.
 _LEAST = {"accumulate_grad_batches": 1, "check_val_every_n_epoch": 1, "gradient_clip_val": 0, "log_every_n_steps": 0}
-_PEER_LOST = re.compile(
-    r"Connection (closed|reset) by|Broken pipe|Timed out (waiting|after)|(Application|Socket|Read|Write) timeout|"
-    r"Socket (unexpectedly )?closed|failed to (send|recv)|NCCL.*(timeout|remote process exited)",
-    re.IGNORECASE,
-)
-_INTERRUPTED = 128 + signal.SIGINT  # as shells say it
 _EXAMPLES = {
     "model": "BarlowTwins, SimCLR, VICReg",
     "encoder": "stepwise_lightning.encoders.Encoder, ….LinearEncoder, ….MLP, ….ResNet",
@@ -62,7 +47,7 @@ class SaveRun(SaveConfigCallback):
         directory = trainer.log_dir  # a broadcast: every rank must ask
         if trainer.is_global_zero and directory is not None:
             name = self.config_filename.replace("config", "provenance").replace(".yaml", ".json")
-            replace_text(Path(directory, name), json.dumps(provenance(), indent=2) + "\n")
+            atomic_write_text(Path(directory, name), json.dumps(provenance(), indent=2) + "\n")
 
 
 class _Parser(LightningArgumentParser):
@@ -70,7 +55,7 @@ class _Parser(LightningArgumentParser):
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         parser = getattr(ex, "subcommand_parser", None) or self
-        self.exit(2, f"{parser.prog.replace(' [options]', '')}: error: {_one_line(message)} (see --help)\n")
+        self.exit(2, f"{parser.prog.replace(' [options]', '')}: error: {_told(message)} (see --help)\n")
 
 
 class _CLI(LightningCLI):
@@ -84,14 +69,14 @@ class _CLI(LightningCLI):
         super().parse_arguments(parser, args)
         config = self.config[self.config.subcommand]
         if config.trainer is None:
-            raise ValueError("trainer is empty: give it options, such as max_steps, or leave it out")
+            raise UserError("trainer is empty: give it options, such as max_steps, or leave it out")
         for name, least in _LEAST.items():
             if config.trainer[name] is not None and config.trainer[name] < least:
-                raise ValueError(f"trainer.{name} must be at least {least}, got {config.trainer[name]}")
+                raise UserError(f"trainer.{name} must be at least {least}, got {config.trainer[name]}")
         if not 0 <= config.seed_everything < 2**32:
-            raise ValueError(f"seed_everything must be at least 0 and below 2**32, got {config.seed_everything}")
+            raise UserError(f"seed_everything must be at least 0 and below 2**32, got {config.seed_everything}")
         if config.weights_only is False:
-            raise ValueError("weights_only=false would let a checkpoint run code, and is not accepted: leave it out")
+            raise UserError("weights_only=false would let a checkpoint run code, and is not accepted: leave it out")
 
     def _parse_ckpt_path(self) -> None:
         # Lightning would let the hyperparameters in a checkpoint replace the configuration's: silently, and with any
@@ -130,9 +115,9 @@ def main() -> None:
     """Run ``stepwise``; any class of this package or another can be named as model, data or callback.
 
     A mistake in the configuration, missing data, a checkpoint that does not fit, diverging training, a full disk or a
-    lost process end it with one line on standard error and exit status 2 or 1; errors inside other libraries keep their
-    traceback. A run that has saved itself because of a signal ends with exit status 75; Ctrl-C outside of training with
-    130.
+    lost process end it with one line on standard error and exit status 2 or 1 (:mod:`stepwise_lightning.errors`); a bug
+    keeps its traceback. A run that has saved itself because of a signal ends with exit status 75; Ctrl-C outside of
+    training with 130.
     """
     try:
         _CLI(
@@ -146,9 +131,9 @@ def main() -> None:
             seed_everything_default=0,
         )
     except KeyboardInterrupt:
-        sys.exit(_INTERRUPTED)
+        sys.exit(INTERRUPTED)
     except Exception as error:
-        text = _explained(error)
+        text = one_line(error)
         if text is None:
             raise
         sys.exit(f"\nstepwise: error: {text}")  # a progress bar may have left its line open
@@ -164,71 +149,28 @@ def _check_settings(trained: dict[str, Any], asked: dict[str, Any]) -> None:
     """Refuse to resume with other settings: the optimiser's would come from the checkpoint all the same."""
     for name in sorted(trained.keys() & asked.keys()):
         if trained[name] != asked[name]:
-            raise ValueError(
+            raise UserError(
                 f"the checkpoint was trained with {name}={trained[name]!r}, not {asked[name]!r}: resume it with its "
                 "own configuration (config.yaml in the folder of its run), where only trainer and data may change"
             )
 
 
-def _explained(error: Exception) -> str | None:
-    """Return one line for what was raised to tell the user something; None for what went wrong inside a library."""
-    if full := full_disk(error):
-        return _one_line(str(full))
-    if _is_of_another_process(error):
-        return (
-            "another process of this run has ended or does not answer: look at what it wrote; --ckpt_path last "
-            f"continues from the last checkpoint ({str(error).strip().splitlines()[0]})"
-        )
-    frames = traceback.extract_tb(error.__traceback__)
-    raised_in, message = Path(frames[-1].filename), str(error)
-    if re.match(r"Caught \w+ in DataLoader worker", message):  # torch raises it again, with the worker's traceback
-        raised_in, message = Path(re.findall(r'File "(.+?)", line', message)[-1]), message.splitlines()[-1]
-        message = message.partition(": ")[2]
-    ours = raised_in.is_relative_to(Path(__file__).parent) and isinstance(error, _TOLD)
-    if ours:
-        return _one_line(message)
-    restoring = any(re.match("_?(resume|restore)", frame.name) for frame in frames)
-    libraries = Path(L.__file__).parents[1]  # where the user's own code, and its hooks, are not
-    if restoring and raised_in.is_relative_to(libraries) and not isinstance(error, FileNotFoundError):
-        return f"the checkpoint cannot be restored ({_reason(error)}): is it damaged, or of another model?"
-    lightning = raised_in.parent.name == "jsonargparse" or raised_in.is_relative_to(libraries / "lightning")
-    checked = (ValueError, TypeError, OSError, MisconfigurationException)
-    return _one_line(message) if lightning and (isinstance(error, checked) or raised_in.name == "cli.py") else None
-
-
-def _reason(error: Exception) -> str:
-    if isinstance(error, pickle.UnpicklingError):
-        found = re.search(r"GLOBAL (\S+)", str(error))
-        return "it holds more than tensors and plain values" + (f", namely {found[1]}" if found else "")
-    return reason(error)
-
-
-def _is_of_another_process(error: BaseException) -> bool:
-    """Whether communication with another process broke down: the back-ends say it in many words."""
-    return isinstance(error, RuntimeError) and _PEER_LOST.search(str(error)) is not None
-
-
-def _one_line(message: str) -> str:
-    """Condense a parser's message to what was given, and what was expected."""
-    lines = [line.strip().removeprefix("- ") for line in message.splitlines()]
-    text = ": ".join(line.rstrip(":") for line in lines if not _NOISE.match(line))
-    text = re.sub(r"(?<=[^\"]): Not a valid subclass of \w+\.?", "", text)  # where the reason stands before it
-    text = re.sub(r'(": Not a valid subclass of \w+)', r"\1 (class_path and, if any, init_args)", text, count=1)
-    if found := re.search(r"[Oo]ption '([\w.]+)'", text):
-        return text + _suggestion(found[1])
+def _told(message: str) -> str:
+    """Condense a parser's message, and say what was probably meant."""
+    text = condensed(message)
+    if option := re.search(r"[Oo]ption '([\w.]+)'", text):
+        return text + _suggestion(option[1])
     keys = re.findall(r'key "(\w+)"', text)
-    if (found := re.search(r"Expected a dot import path string: (\S+)", text)) and keys and keys[-1] in _EXAMPLES:
-        return (
-            f"unknown {keys[-1]} {found[1]!r}; choose from: {_EXAMPLES[keys[-1]]}, or give the dotted path of a class"
-        )
+    name = re.search(r"Expected a dot import path string: (\S+)", text)
+    if name and keys and keys[-1] in _EXAMPLES:
+        return f"unknown {keys[-1]} {name[1]!r}; choose from: {_EXAMPLES[keys[-1]]}, or give the dotted path of a class"
     return text
 
 
 def _suggestion(option: str) -> str:
     """Say what an option was probably meant to be: one of the Trainer, or of a class of this package."""
-    classes: list[type] = [L.Trainer]
-    for module in (modules, encoders, data, callbacks, checkpoints):
-        classes += [thing for thing in vars(module).values() if isclass(thing) and thing.__module__ == module.__name__]
+    public = [getattr(module, name) for module in _NAMED for name in getattr(module, "__all__", dir(module))]
+    classes: list[type] = [L.Trainer, *(item for item in public if isclass(item))]
     known = {name for cls in classes for name in signature(cls).parameters}
     known |= {"trainer", "model", "data", "seed_everything", "ckpt_path", "class_path", "init_args"}
     wrong = next((part for part in option.split(".") if part not in known), option)

@@ -20,8 +20,10 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.hooks import RemovableHandle
 
+from stepwise_lightning.errors import UserError
 
-def gather_views(z: Tensor) -> Tensor:
+
+def all_gather_with_grad(z: Tensor) -> Tensor:
     """Return the rows of all ranks, differentiably: (n, …) to (W·n, …), rank 0's first; ``z`` itself in one process.
 
     All ranks must call this in the same order with shards of the same shape: see :func:`check_equal_shards`.
@@ -44,18 +46,18 @@ def check_equal_shards(view: Tensor) -> None:
     sizes = torch.empty(dist.get_world_size(), dtype=torch.long)
     dist.all_gather_into_tensor(sizes, torch.tensor([len(view)]))
     if (sizes != len(view)).any():
-        raise ValueError(
+        raise UserError(
             f"every rank must hold equally many samples, but they hold {sizes.tolist()}: "
             "use a distributed sampler and drop_last=True"
         )
 
 
-def from_all_ranks(x: Tensor) -> Tensor:
+def all_gather(x: Tensor) -> Tensor:
     """Stack what R processes hold, in rank order: (…) of equal shapes to (R, …), without gradients."""
-    return gather_views(x.detach()[None])
+    return all_gather_with_grad(x.detach()[None])
 
 
-def gather_objects(own: Any) -> list[Any]:
+def all_gather_objects(own: Any) -> list[Any]:
     """Return what all ranks hold, in rank order, of any picklable type; all must call this together."""
     if not _is_distributed():
         return [own]
@@ -112,7 +114,7 @@ class SyncBatchNorm(TorchSyncBatchNorm):
 
 
 def _gather_input(layer: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor] | None:
-    return (gather_views(inputs[0]),) if layer.training else None
+    return (all_gather_with_grad(inputs[0]),) if layer.training else None
 
 
 def _keep_own_rows(layer: nn.Module, inputs: tuple[Tensor], output: Tensor) -> Tensor | None:

@@ -6,13 +6,15 @@ another layer's bias or another projector, changes nothing.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+
+from stepwise_lightning.errors import UserError
+from stepwise_lightning.seeding import checked_seed, own_randomness
 
 
 class LinearEncoder(nn.Module):
@@ -34,10 +36,10 @@ class LinearEncoder(nn.Module):
     def __init__(self, in_features: int, out_features: int, init_std: float | None = None, seed: int = 0) -> None:
         super().__init__()
         if in_features < 1 or out_features < 1:
-            raise ValueError(f"a linear encoder needs in_features, out_features ≥ 1, got {in_features}, {out_features}")
+            raise UserError(f"a linear encoder needs in_features, out_features ≥ 1, got {in_features}, {out_features}")
         if init_std is not None and not 0 <= init_std < float("inf"):
-            raise ValueError(f"init_std must be finite and ≥ 0, got {init_std}")
-        generator = torch.Generator().manual_seed(_checked(seed))
+            raise UserError(f"init_std must be finite and ≥ 0, got {init_std}")
+        generator = torch.Generator().manual_seed(checked_seed(seed))
         weight = torch.empty(out_features, in_features)
         if init_std is None:
             bound = in_features**-0.5
@@ -73,11 +75,11 @@ class MLP(nn.Sequential):
     ) -> None:
         widths = [in_features, *hidden, out_features]
         if min(widths) < 1:
-            raise ValueError(
+            raise UserError(
                 f"every layer of an MLP needs a width of at least 1, got {widths} (in_features, hidden, out_features)"
             )
         layers: list[nn.Module] = [nn.Flatten()]
-        with _own_randomness(seed):
+        with own_randomness(checked_seed(seed)):
             for narrow, wide in pairwise(widths):
                 layers += [nn.Linear(narrow, wide, bias=bias), nn.ReLU()]
         super().__init__(*layers[:-1])
@@ -115,8 +117,8 @@ class ResNet(nn.Module):
 
         super().__init__()
         if name not in self.NAMES:
-            raise ValueError(f"unknown ResNet {name!r}; choose from: {', '.join(self.NAMES)}")
-        with _own_randomness(seed):
+            raise UserError(f"unknown ResNet {name!r}; choose from: {', '.join(self.NAMES)}")
+        with own_randomness(checked_seed(seed)):
             network: Any = _small_resnet() if name == "resnet_small" else getattr(models, name)(weights=None)
             if small_images:
                 channels = network.conv1.out_channels
@@ -158,14 +160,14 @@ class Projector(nn.Sequential):
         seed: int = 0,
     ) -> None:
         if min(in_features, out_features, depth, hidden_features) < 1:
-            raise ValueError(
+            raise UserError(
                 f"a projector needs widths and depth of at least 1, got in_features={in_features}, "
                 f"out_features={out_features}, depth={depth}, hidden_features={hidden_features}"
             )
         if norm not in ("batch", "none"):
-            raise ValueError(f"norm must be 'batch' or 'none', got {norm!r}")
+            raise UserError(f"norm must be 'batch' or 'none', got {norm!r}")
         layers: list[nn.Module] = []
-        with _own_randomness(seed):
+        with own_randomness(checked_seed(seed)):
             for index in range(depth - 1):
                 layers.append(nn.Linear(in_features if index == 0 else hidden_features, hidden_features))
                 layers += [nn.BatchNorm1d(hidden_features)] if norm == "batch" else []
@@ -244,38 +246,24 @@ def scale_last_layer(module: nn.Module, alpha: float, bias_norm: float | None = 
     """
     layers = [layer for layer in module.modules() if isinstance(layer, nn.Linear)]
     if not layers:
-        raise ValueError(f"{type(module).__name__} has no linear layer to scale")
+        raise UserError(f"{type(module).__name__} has no linear layer to scale")
     if not 0 < alpha < float("inf"):
-        raise ValueError(f"alpha must be positive and finite, got {alpha}")
+        raise UserError(f"alpha must be positive and finite, got {alpha}")
     last = layers[-1]
     last.weight.mul_(alpha)
     if bias_norm is not None:
         if last.bias is None or not 0 <= bias_norm < float("inf"):
-            raise ValueError(f"bias_norm={bias_norm} needs a last layer with a bias, and a finite norm of at least 0")
-        direction = torch.randn(last.bias.shape, generator=torch.Generator().manual_seed(_checked(seed)))
+            raise UserError(f"bias_norm={bias_norm} needs a last layer with a bias, and a finite norm of at least 0")
+        direction = torch.randn(last.bias.shape, generator=torch.Generator().manual_seed(checked_seed(seed)))
         last.bias.copy_(direction * bias_norm / direction.norm())
     elif last.bias is not None:
         last.bias.mul_(alpha)
     return module
 
 
-@contextmanager
-def _own_randomness(seed: int) -> Iterator[None]:
-    """Let layers draw their initial weights from ``seed``, and leave torch's generator as it was."""
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(_checked(seed))
-        yield
-
-
-def _checked(seed: int) -> int:
-    if not -(2**63) <= seed < 2**63:
-        raise ValueError(f"seed must have 64 bits or less, got {seed}")
-    return seed
-
-
 def _check_inputs(x: Tensor, in_features: int) -> None:
     if (given := x[0].numel()) != in_features:
-        raise ValueError(f"in_features is {in_features}, but each input has {given} values: set in_features={given}")
+        raise UserError(f"in_features is {in_features}, but each input has {given} values: set in_features={given}")
 
 
 def _small_resnet() -> nn.Module:

@@ -16,8 +16,9 @@ from torch.nn.functional import cross_entropy, normalize
 from torchmetrics.classification import MulticlassAccuracy
 from tqdm import tqdm
 
-from stepwise_lightning.capture import capture, check_watched
-from stepwise_lightning.collectives import from_all_ranks
+from stepwise_lightning.collectives import all_gather
+from stepwise_lightning.errors import UserError
+from stepwise_lightning.spectrum.capture import capture, check_watched
 
 REPRESENTATION = "encoder.backbone"
 # Entries of the table of similarities that k-NN holds at a time: 256 MB.
@@ -35,7 +36,7 @@ class _Evaluation(L.Callback):
 
     def __init__(self, watch: str, num_classes: int | None) -> None:
         if num_classes is not None and num_classes < 2:
-            raise ValueError(f"num_classes must be at least 2, got {num_classes}")
+            raise UserError(f"num_classes must be at least 2, got {num_classes}")
         self.watch, self.num_classes = watch, num_classes
         self._accuracies: dict[str, MulticlassAccuracy] = {}
         self._num_labels = 0
@@ -51,7 +52,7 @@ class _Evaluation(L.Callback):
         if self.num_classes is None:
             self.num_classes = len(getattr(getattr(trainer, "datamodule", None), "class_names", ()))
         if self.num_classes < 2:
-            raise ValueError(
+            raise UserError(
                 f"{type(self).__name__} found {self.num_classes} classes in the data: use a data set with labels (a "
                 "folder with a subfolder for each class), or give num_classes"
             )
@@ -75,8 +76,8 @@ class _Evaluation(L.Callback):
 
     def _finish(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         stage = "test" if trainer.testing else "val"
-        if not from_all_ranks(torch.tensor(self._num_labels, device=pl_module.device)).any():
-            raise ValueError(
+        if not all_gather(torch.tensor(self._num_labels, device=pl_module.device)).any():
+            raise UserError(
                 f"{type(self).__name__} cannot be right or wrong: no {stage} image has a label of at least 0"
             )
         for name, accuracy in self._accuracies.items():
@@ -85,7 +86,7 @@ class _Evaluation(L.Callback):
 
     def _known(self, labels: Tensor) -> Tensor:
         if len(labels) and labels.max() >= (self.num_classes or 0):
-            raise ValueError(
+            raise UserError(
                 f"{type(self).__name__} got the label {int(labels.max())}, but there are {self.num_classes} classes, "
                 "counted from 0: give the right num_classes"
             )
@@ -155,7 +156,7 @@ class OnlineLinearProbe(_Evaluation):
     ) -> None:
         super().__init__(watch, num_classes)
         if not 0 <= learning_rate < float("inf"):
-            raise ValueError(f"learning_rate must be finite and at least 0, got {learning_rate}")
+            raise UserError(f"learning_rate must be finite and at least 0, got {learning_rate}")
         self.learning_rate = learning_rate
         self._probe: nn.Sequential | None = None
 
@@ -170,7 +171,7 @@ class OnlineLinearProbe(_Evaluation):
         if state_dict:
             num_classes, in_features = state_dict["probe"]["1.weight"].shape
             if self.num_classes not in (None, num_classes):
-                raise ValueError(
+                raise UserError(
                     f"the checkpoint's linear probe knows {num_classes} classes, but the data have {self.num_classes}: "
                     "use the data it was trained on"
                 )
@@ -190,9 +191,9 @@ class OnlineLinearProbe(_Evaluation):
         """Take one step of the probe on the labelled part of the global batch (x1, x2, label)."""
         features, labels = self._features(pl_module, batch[0]), batch[-1]
         if not isinstance(labels, Tensor) or labels.shape != features.shape[:1] or labels.is_floating_point():
-            raise ValueError("OnlineLinearProbe needs labels, int64, (n,), as the last item of a training batch")
+            raise UserError("OnlineLinearProbe needs labels, int64, (n,), as the last item of a training batch")
         if trainer.world_size > 1:
-            features, labels = (from_all_ranks(part).flatten(0, 1) for part in (features, labels))
+            features, labels = (all_gather(part).flatten(0, 1) for part in (features, labels))
         known = self._known(labels)
         features, labels = features[known], labels[known]
         if len(labels) < 2:  # nothing to standardise
@@ -226,7 +227,7 @@ class OnlineLinearProbe(_Evaluation):
 
     def _scores(self, features: Tensor) -> Tensor:
         if self._probe is None:
-            raise ValueError(
+            raise UserError(
                 "the linear probe has seen no labelled image: train with it first, on batches with at least two "
                 "labels, or give the checkpoint of a run with it (--ckpt_path)"
             )
@@ -260,14 +261,14 @@ class OnlineKNN(_Evaluation):
         self, watch: str = REPRESENTATION, k: int = 200, temperature: float = 0.07, num_classes: int | None = None
     ) -> None:
         if k < 1 or not 0 < temperature < float("inf"):
-            raise ValueError(f"k must be at least 1 and temperature positive, got {k} and {temperature}")
+            raise UserError(f"k must be at least 1 and temperature positive, got {k} and {temperature}")
         super().__init__(watch, num_classes)
         self.k, self.temperature = k, temperature
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Check that there are images to compare with."""
         if not hasattr(getattr(trainer, "datamodule", None), "labelled_train_dataloader"):
-            raise ValueError(
+            raise UserError(
                 "OnlineKNN compares with the images of datamodule.labelled_train_dataloader(): give the Trainer a "
                 "datamodule that has this method, such as TwoViewDataModule"
             )
@@ -285,12 +286,10 @@ class OnlineKNN(_Evaluation):
             features.append(normalize(self._features(pl_module, x.to(pl_module.device))))
             labels.append(label.to(pl_module.device))
         if not any(self._known(label).any() for label in labels):
-            raise ValueError(
-                "OnlineKNN has nothing to compare with: labelled_train_dataloader() gave no labelled image"
-            )
+            raise UserError("OnlineKNN has nothing to compare with: labelled_train_dataloader() gave no labelled image")
         bank, answers = torch.cat(features), torch.cat(labels)
         if trainer.world_size > 1:  # dealt out in turn, so that the order is that of one process
-            bank, answers = (from_all_ranks(part).transpose(0, 1).flatten(0, 1) for part in (bank, answers))
+            bank, answers = (all_gather(part).transpose(0, 1).flatten(0, 1) for part in (bank, answers))
         bank, answers = bank[: len(loader.dataset)], answers[: len(loader.dataset)]
         self._bank, self._answers = bank[answers >= 0], answers[answers >= 0]
 

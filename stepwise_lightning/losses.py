@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
+from stepwise_lightning.errors import UserError
+
 OFF_DIAGONAL_WEIGHT = 0.0051
 BARLOW_TWINS_EPS = 1e-5
 TEMPERATURE = 0.5
@@ -100,7 +102,7 @@ def simclr_terms(z1: Tensor, z2: Tensor, temperature: float) -> dict[str, Tensor
     """Return the terms of :func:`simclr_loss`: ``alignment``, mean −s_ij/τ, and ``uniformity``, mean log Σ_k exp."""
     _check_views(z1, z2, 2, "SimCLR (one pair has no negatives)")
     if not temperature > 0:
-        raise ValueError(f"the temperature must be above 0, got {temperature}")
+        raise UserError(f"the temperature must be above 0, got {temperature}")
     z = F.normalize(torch.cat([z1, z2]), dim=1)
     similarities = z @ z.T / temperature
     # The other view of sample i is n rows further, in either direction.
@@ -168,9 +170,9 @@ def _off_diagonal(matrix: Tensor) -> Tensor:
 
 def _check_views(z1: Tensor, z2: Tensor, min_samples: int = 1, loss: str = "this loss") -> None:
     if z1.shape != z2.shape or z1.ndim != 2 or z1.numel() == 0:
-        raise ValueError(
+        raise UserError(
             f"the two views' embeddings must have one shape (samples, dimensions), not empty, "
             f"got {tuple(z1.shape)} and {tuple(z2.shape)}"
         )
     if len(z1) < min_samples:
-        raise ValueError(f"{loss} needs at least {min_samples} pairs in a batch, got {len(z1)}: raise the batch size")
+        raise UserError(f"{loss} needs at least {min_samples} pairs in a batch, got {len(z1)}: raise the batch size")

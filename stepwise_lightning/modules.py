@@ -12,7 +12,8 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 
 from stepwise_lightning import losses
-from stepwise_lightning.collectives import check_equal_shards, gather_views
+from stepwise_lightning.collectives import all_gather_with_grad, check_equal_shards
+from stepwise_lightning.errors import DivergedError, UserError
 
 
 class JointEmbedding(L.LightningModule):
@@ -56,7 +57,7 @@ class JointEmbedding(L.LightningModule):
             learning_rate=learning_rate, momentum=momentum, weight_decay=weight_decay, warmup_steps=warmup_steps
         )
         if momentum >= 1:
-            raise ValueError(f"momentum must be below 1, or the weights would run away, got {momentum}")
+            raise UserError(f"momentum must be below 1, or the weights would run away, got {momentum}")
         # Called here, it collects the arguments of the method's own __init__ too.
         self.save_hyperparameters(ignore=["encoder"])
         self.encoder = encoder
@@ -76,7 +77,7 @@ class JointEmbedding(L.LightningModule):
     def training_step(self, batch: Sequence[Tensor], batch_idx: int) -> Tensor:
         """Return the loss of one batch of pairs, logged as ``train/loss`` with its terms as ``train/<term>``."""
         check_equal_shards(batch[0])
-        z1, z2 = (gather_views(self(view)) for view in batch[:2])
+        z1, z2 = (all_gather_with_grad(self(view)) for view in batch[:2])
         # In half precision the squares of a small initialisation's embeddings would vanish.
         with torch.autocast(self.device.type, enabled=False):
             terms = self.loss_terms(_at_least_single(z1), _at_least_single(z2))
@@ -114,7 +115,7 @@ class JointEmbedding(L.LightningModule):
         cause = f"training has most likely diverged: lower learning_rate (now {self.hparams['learning_rate']})"
         if not all(view.isfinite().all() for view in batch[:2]):
             cause = "the batch holds values that are not finite: look at the data"
-        raise FloatingPointError(f"training stopped, because {what}; {cause}")
+        raise DivergedError(f"training stopped, because {what}; {cause}")
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Return plain SGD, with a schedule stepped at every optimiser step if one is asked for."""
@@ -126,7 +127,7 @@ class JointEmbedding(L.LightningModule):
             return optimizer
         num_steps = self.trainer.estimated_stepping_batches if h["cosine"] else math.inf
         if h["cosine"] and math.isinf(num_steps):
-            raise ValueError("cosine=True needs to know how long training lasts: set max_steps or max_epochs")
+            raise UserError("cosine=True needs to know how long training lasts: set max_steps or max_epochs")
         # A lambda, because the scheduler's state would hold a callable object's attributes.
         schedule = torch.optim.lr_scheduler.LambdaLR(
             optimizer, lambda step: rate_factor(step, h["warmup_steps"], num_steps)
@@ -222,7 +223,7 @@ class VICReg(JointEmbedding):
 def _check_not_negative(**settings: float) -> None:
     for name, value in settings.items():
         if not 0 <= value < math.inf:
-            raise ValueError(f"{name} must be finite and at least 0, got {value}")
+            raise UserError(f"{name} must be finite and at least 0, got {value}")
 
 
 def _at_least_single(z: Tensor) -> Tensor:

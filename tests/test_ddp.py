@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from stepwise_lightning import BarlowTwins, SimCLR, VICReg
-from stepwise_lightning.collectives import SyncBatchNorm, check_equal_shards, gather_views
+from stepwise_lightning.collectives import SyncBatchNorm, check_equal_shards, all_gather_with_grad
 
 GLOBAL_BATCH, IMAGE, STEPS = 12, 8, 20
 METHODS = {
@@ -68,7 +68,7 @@ class Step(nn.Module):
         self.module = kind(encoder.double(), learning_rate=RATES[method], momentum=0.9, **arguments)
 
     def forward(self, views):
-        return self.module.loss(*(gather_views(self.module(view)) for view in views))
+        return self.module.loss(*(all_gather_with_grad(self.module(view)) for view in views))
 
 
 def gradients(step, shards):
@@ -168,5 +168,5 @@ def test_unequal_shards_are_one_clear_line_on_every_rank(ranks):
 
 def test_one_process_gathers_nothing():
     z = torch.zeros(3, 2)
-    assert gather_views(z) is z
+    assert all_gather_with_grad(z) is z
     check_equal_shards(z)

@@ -17,9 +17,9 @@ from test_resume import assert_same_run
 
 from reproduce.common import Claim, Outcome, write_outputs
 from reproduce.report import write_report
-from stepwise_lightning.checkpoints import AtomicCheckpointIO
-from stepwise_lightning.files import replace, replace_text
-from stepwise_lightning.spectrum_files import SpectrumTable, write_arrays
+from stepwise_lightning.runs.checkpoints import AtomicCheckpointIO
+from stepwise_lightning.files import atomic_write, atomic_write_text
+from stepwise_lightning.spectrum.writers import SpectrumTable, write_arrays
 
 KILLS = 50
 ROOT = os.geteuid() == 0
@@ -91,17 +91,17 @@ def test_killed_fifty_times_while_writing(tmp_path):
 
 def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path):
     path = tmp_path / "claims.json"
-    replace_text(path, "old")
+    atomic_write_text(path, "old")
 
     def fail(partial):
         partial.write_text("half of the n")
         raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
-        replace(path, fail)
+        atomic_write(path, fail)
     assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
     with pytest.raises(OSError, match="cannot write .*nowhere.*: No such file or directory; what was saved before is"):
-        replace_text(tmp_path / "nowhere" / "claims.json", "new")
+        atomic_write_text(tmp_path / "nowhere" / "claims.json", "new")
 
 
 def read_bytes(folder):

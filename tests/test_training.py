@@ -11,8 +11,8 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from stepwise_lightning import BarlowTwins, FixedCropPairs, LinearEncoder, SpectrumLogger, barlow_twins_loss
-from stepwise_lightning.schedule import log_spaced_steps
-from stepwise_lightning.spectrum import cross_correlation_eigenvalues, embedding_eigenvalues
+from stepwise_lightning.spectrum.schedule import log_spaced_steps
+from stepwise_lightning.spectrum.measures import cross_correlation_eigenvalues, embedding_eigenvalues
 from stepwise_lightning.theory import LinearBarlowTwins, feature_cross_correlation
 
 RATE, STEPS = 1e-3, 60

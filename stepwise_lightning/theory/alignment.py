@@ -10,6 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from stepwise_lightning.errors import UserError
+
 
 def subspace_alignment(f: Tensor, g: Tensor) -> Tensor:
     """Return ‖Q_fᵀ Q_g‖²_F / d in [0, 1], Q orthonormal bases of the column spaces: 1 where they are the same.
@@ -30,7 +32,7 @@ def subspace_alignment(f: Tensor, g: Tensor) -> Tensor:
 def chance_alignment(num_points: int, dimensions: int) -> float:
     """Return the mean :func:`subspace_alignment` of random subspaces: d / n."""
     if not 1 <= dimensions <= num_points:
-        raise ValueError(f"expected 1 ≤ dimensions ≤ num_points, got {dimensions} and {num_points}")
+        raise UserError(f"expected 1 ≤ dimensions ≤ num_points, got {dimensions} and {num_points}")
     return dimensions / num_points
 
 
@@ -59,7 +61,7 @@ def linear_cka(f: Tensor, g: Tensor) -> Tensor:
     """
     f, g = (z - z.mean(0) for z in _checked(f, g))
     if not f.any() or not g.any():
-        raise ValueError("constant embeddings have no centred alignment")
+        raise UserError("constant embeddings have no centred alignment")
     return (f.T @ g).square().sum() / ((f.T @ f).norm() * (g.T @ g).norm())
 
 
@@ -70,12 +72,12 @@ def _basis(z: Tensor) -> Tensor:
 
 def _checked(f: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
     if f.ndim != 2 or g.ndim != 2 or len(f) != len(g) or not f.numel() or not g.numel():
-        raise ValueError(
+        raise UserError(
             f"expected embeddings (n, d) of the same points, got shapes {tuple(f.shape)} and {tuple(g.shape)}"
         )
     f = f.detach().double()
     g = g.detach().to(f)
     for name, z in (("first", f), ("second", g)):
         if not z.isfinite().all() or not z.any():
-            raise ValueError(f"the {name} embeddings are zero, or hold NaN or infinite values")
+            raise UserError(f"the {name} embeddings are zero, or hold NaN or infinite values")
     return f, g

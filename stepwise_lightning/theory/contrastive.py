@@ -20,6 +20,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from stepwise_lightning.errors import UserError
 from stepwise_lightning.theory.krylov import KernelProducts, top_modes
 from stepwise_lightning.theory.linear import LinearBarlowTwins
 
@@ -74,9 +75,9 @@ class ContrastiveKernelPCA:
         progress: bool = True,
     ) -> None:
         if n_components < 1:
-            raise ValueError(f"n_components must be at least 1, got {n_components}")
+            raise UserError(f"n_components must be at least 1, got {n_components}")
         if not 0 < tolerance < 1:
-            raise ValueError(f"tolerance must lie between 0 and 1, got {tolerance}")
+            raise UserError(f"tolerance must lie between 0 and 1, got {tolerance}")
         self.kernel, self.n_components, self.max_bytes = kernel, n_components, max_bytes
         self.tolerance, self.progress = tolerance, progress
 
@@ -94,7 +95,7 @@ class ContrastiveKernelPCA:
         eigenvalues, coefficients, residuals = top_modes(products, self.n_components, self.tolerance, self.progress)
         positive = int((eigenvalues > _ZERO * eigenvalues.abs().max()).sum())
         if positive < self.n_components:
-            raise ValueError(
+            raise UserError(
                 f"n_components {self.n_components} is more than the {positive} positive modes that these "
                 f"{len(x1)} pairs have under this kernel: choose 1 to {positive}"
                 if positive
@@ -154,12 +155,12 @@ class ContrastiveKernelPCA:
         self._check_fitted()
         f = torch.cat([f1, f2]).detach().to(self.coefficients_)
         if f1.shape != f2.shape or f.ndim != 2 or len(f) != len(self._views) or f.shape[1] < self.n_components:
-            raise ValueError(
+            raise UserError(
                 f"initial embeddings must have shape ({len(self._views) // 2}, at least {self.n_components}) for each "
                 f"view, got {tuple(f1.shape)} and {tuple(f2.shape)}"
             )
         if not f.isfinite().all():
-            raise ValueError("the initial embeddings hold NaN or infinite values")
+            raise UserError("the initial embeddings hold NaN or infinite values")
         return torch.linalg.qr(f.T @ self.coefficients_, mode="r").R.diagonal().abs()
 
     def embedding_eigenvalues(self, t: Tensor | float, initial_singular_values: Tensor) -> Tensor:
@@ -212,11 +213,9 @@ class ContrastiveKernelPCA:
             raise
         except Exception as error:  # torch and its unpickler raise whatever they come across
             kind = f"{type(error).__name__}: {error}".splitlines()[0]
-            raise ValueError(
-                f"{str(path)!r} cannot be read as a saved model ({kind}): fit and save it again"
-            ) from error
+            raise UserError(f"{str(path)!r} cannot be read as a saved model ({kind}): fit and save it again") from error
         if not _is_fitted(fitted):
-            raise ValueError(f"{str(path)!r} does not hold a fitted ContrastiveKernelPCA: fit and save it again")
+            raise UserError(f"{str(path)!r} does not hold a fitted ContrastiveKernelPCA: fit and save it again")
         model = cls(kernel, len(fitted["eigenvalues"]))
         model.eigenvalues_, model.coefficients_ = fitted["eigenvalues"], fitted["coefficients"]
         model.residuals_, model._views = fitted["residuals"], fitted["views"]
@@ -224,14 +223,14 @@ class ContrastiveKernelPCA:
 
     def _check_fitted(self) -> None:
         if not hasattr(self, "eigenvalues_"):
-            raise ValueError("this ContrastiveKernelPCA is not fitted yet: call fit(x1, x2) first")
+            raise UserError("this ContrastiveKernelPCA is not fitted yet: call fit(x1, x2) first")
 
     def _trajectory(self, initial_singular_values: Tensor) -> LinearBarlowTwins:
         """Return the linear model in the basis of the eigenfunctions, where it is diagonal."""
         self._check_fitted()
         start = torch.as_tensor(initial_singular_values).to(self.eigenvalues_)
         if start.shape != self.eigenvalues_.shape or not (start >= 0).all():
-            raise ValueError(
+            raise UserError(
                 f"initial_singular_values must be {self.n_components} values ≥ 0, got {initial_singular_values}"
             )
         return LinearBarlowTwins(torch.diag(self.eigenvalues_), torch.diag(start))
@@ -267,10 +266,10 @@ def _is_fitted(saved: Any) -> bool:
 
 def _checked_views(x1: Tensor, x2: Tensor) -> tuple[Tensor, Tensor]:
     if x1.shape != x2.shape:
-        raise ValueError(f"the two views must have one shape, got {tuple(x1.shape)} and {tuple(x2.shape)}")
+        raise UserError(f"the two views must have one shape, got {tuple(x1.shape)} and {tuple(x2.shape)}")
     if x1.ndim < 2 or x1.numel() == 0:
-        raise ValueError(f"views must have shape (pairs, features…) and not be empty, got {tuple(x1.shape)}")
+        raise UserError(f"views must have shape (pairs, features…) and not be empty, got {tuple(x1.shape)}")
     for name, x in (("first", x1), ("second", x2)):
         if not x.isfinite().all():
-            raise ValueError(f"the {name} views hold NaN or infinite values: clean them")
+            raise UserError(f"the {name} views hold NaN or infinite values: clean them")
     return x1, x2.to(x1)

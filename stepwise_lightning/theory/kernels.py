@@ -17,6 +17,8 @@ import math
 import torch
 from torch import Tensor
 
+from stepwise_lightning.errors import UserError
+
 # Below this share of |x|² + |y|² a squared distance from products has lost half of its digits.
 _CLOSE = 1e-8
 
@@ -53,7 +55,7 @@ def relu_ntk(x: Tensor, y: Tensor, depth: int = 1) -> Tensor:
 
     """
     if depth < 1:
-        raise ValueError(f"depth must be at least 1 hidden layer, got {depth}")
+        raise UserError(f"depth must be at least 1 hidden layer, got {depth}")
     x, y = _flattened(x, y)
     lengths = [z.norm(dim=1, keepdim=True) for z in (x, y)]
     u, v = (z / length.where(length > 0, 1.0) for z, length in zip((x, y), lengths, strict=True))
@@ -70,7 +72,7 @@ def relu_ntk(x: Tensor, y: Tensor, depth: int = 1) -> Tensor:
 
 def _flattened(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     if x.ndim < 2 or y.ndim < 2 or not x.numel() or not y.numel() or x[0].numel() != y[0].numel():
-        raise ValueError(
+        raise UserError(
             "a kernel needs inputs (k, …) and (l, …) with equally many features, got "
             f"{tuple(x.shape)} and {tuple(y.shape)}"
         )
@@ -80,7 +82,7 @@ def _flattened(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
 
 def _positive(length_scale: float) -> float:
     if not 0 < length_scale < math.inf:
-        raise ValueError(f"length_scale must be positive and finite, got {length_scale}")
+        raise UserError(f"length_scale must be positive and finite, got {length_scale}")
     return length_scale
 
 

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from stepwise_lightning.errors import UserError
+
 # Pairs up to which all eigenpairs are computed at once.
 _DENSE = 300
 # Directions below this share of the largest are round-off.
@@ -45,7 +47,7 @@ class KernelProducts:
         largest, least = min(_SIDE.get(points.device.type, 4096), len(points)), min(_LEAST_SIDE, len(points))
         side = math.isqrt(max_bytes // (8 * _TEMPORARIES))
         if side < least:
-            raise ValueError(
+            raise UserError(
                 f"max_bytes {max_bytes} cannot hold one tile of kernel values: at least {8 * _TEMPORARIES * least**2}"
             )
         return min(side, largest)
@@ -70,7 +72,7 @@ class KernelProducts:
             tile = self.kernel(self.points[rows], self.points[columns]).detach().double()
             # one NaN or infinite value makes the sum so, and a sum is quicker than a look at each
             if not tile.sum().isfinite():
-                raise ValueError("the kernel returned NaN or infinite values: rescale the inputs or its length scale")
+                raise UserError("the kernel returned NaN or infinite values: rescale the inputs or its length scale")
             yield rows, columns, tile
 
     def _filled(self) -> Tensor:
@@ -86,9 +88,9 @@ class KernelProducts:
         sample = self.kernel(some, some)
         if not isinstance(sample, Tensor) or sample.shape != (len(some), len(some)) or sample.is_complex():
             got = f"{sample.dtype} of shape {tuple(sample.shape)}" if isinstance(sample, Tensor) else type(sample)
-            raise ValueError(f"kernel(x, y) must be a real (k, l) matrix, here {(len(some),) * 2}, but is {got}")
+            raise UserError(f"kernel(x, y) must be a real (k, l) matrix, here {(len(some),) * 2}, but is {got}")
         if not (sample - sample.T).abs().max() <= 1e-5 * sample.abs().max() and sample.isfinite().all():
-            raise ValueError("kernel(x, x) must be symmetric: this one is not")
+            raise UserError("kernel(x, x) must be symmetric: this one is not")
 
 
 def top_modes(products: KernelProducts, count: int, tolerance: float, progress: bool) -> tuple[Tensor, Tensor, Tensor]:

@@ -22,6 +22,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from stepwise_lightning.errors import UserError
 from stepwise_lightning.theory.graded import graded_eigenvalues, grown_eigenvalues, ordered_basis
 
 Method = Literal["uniform", "qr"]
@@ -51,14 +52,14 @@ def feature_cross_correlation(x1: Tensor, x2: Tensor) -> Tensor:
 
     """
     if x1.shape != x2.shape:
-        raise ValueError(f"the two views must have one shape, got {tuple(x1.shape)} and {tuple(x2.shape)}")
+        raise UserError(f"the two views must have one shape, got {tuple(x1.shape)} and {tuple(x2.shape)}")
     if x1.ndim < 2 or x1.numel() == 0:
-        raise ValueError(f"views must have shape (pairs, features…) and not be empty, got {tuple(x1.shape)}")
+        raise UserError(f"views must have shape (pairs, features…) and not be empty, got {tuple(x1.shape)}")
     a = x1.flatten(1).double()
     b = x2.flatten(1).to(a)
     product = a.T @ b / len(a)
     if not product.isfinite().all():
-        raise ValueError("the views hold NaN or infinite values (or overflow when multiplied): clean or rescale them")
+        raise UserError("the views hold NaN or infinite values (or overflow when multiplied): clean or rescale them")
     return (product + product.T) / 2
 
 
@@ -172,7 +173,7 @@ class LinearBarlowTwins:
         if method == "qr":
             return self.eigenvalues * self.singular_values(t) ** 2
         if method != "uniform":
-            raise ValueError(f"method must be 'uniform' or 'qr', got {method!r}")
+            raise UserError(f"method must be 'uniform' or 'qr', got {method!r}")
         times, scalar = self._times(t)
         chunk = max(1, _MAX_ELEMENTS // len(self._spectrum))
         values = torch.cat([self._uniform_eigenvalues(part) for part in times.split(chunk)])
@@ -196,7 +197,7 @@ class LinearBarlowTwins:
 
         """
         if not 0 < level < 1:
-            raise ValueError(f"level must lie between 0 and 1 (the eigenvalues' limits), got {level}")
+            raise UserError(f"level must lie between 0 and 1 (the eigenvalues' limits), got {level}")
         final = self.embedding_eigenvalues(math.inf)
         low = torch.zeros_like(final)
         positive = self._spectrum[self._spectrum > 0]
@@ -219,7 +220,7 @@ class LinearBarlowTwins:
         largest = self._spectrum.abs().max().item()
         limit = 1 / (4 * largest) if largest > 0 else math.inf
         if not 0 < learning_rate < limit:
-            raise ValueError(
+            raise UserError(
                 f"learning rate {learning_rate:g} must lie between 0 and the stability limit 1/(4γ_1) = {limit:.4g}, "
                 f"where γ_1 = {largest:.4g} is the largest eigenvalue of gamma in magnitude"
             )
@@ -290,17 +291,17 @@ class LinearBarlowTwins:
     def _times(self, t: Tensor | float) -> tuple[Tensor, bool]:
         times = torch.as_tensor(t, dtype=torch.float64, device=self.eigenvalues.device)
         if times.ndim > 1:
-            raise ValueError(f"t must be a scalar or a vector of times, got shape {tuple(times.shape)}")
+            raise UserError(f"t must be a scalar or a vector of times, got shape {tuple(times.shape)}")
         if not (times >= 0).all():
-            raise ValueError("t must be ≥ 0 and not NaN: it is learning rate × number of steps")
+            raise UserError("t must be ≥ 0 and not NaN: it is learning rate × number of steps")
         return times.reshape(-1), times.ndim == 0
 
 
 def _validated(gamma: Tensor, weights0: Tensor) -> tuple[Tensor, Tensor]:
     if gamma.ndim != 2 or gamma.shape[0] != gamma.shape[1] or gamma.numel() == 0:
-        raise ValueError(f"gamma must be a square matrix (m, m), got shape {tuple(gamma.shape)}")
+        raise UserError(f"gamma must be a square matrix (m, m), got shape {tuple(gamma.shape)}")
     if weights0.ndim != 2 or weights0.shape[1] != len(gamma) or len(weights0) < 1:
-        raise ValueError(
+        raise UserError(
             f"weights0 must have shape (d, m) with d ≥ 1 and m = {len(gamma)} to match gamma, "
             f"got {tuple(weights0.shape)}"
         )
@@ -309,9 +310,9 @@ def _validated(gamma: Tensor, weights0: Tensor) -> tuple[Tensor, Tensor]:
     weights0 = weights0.to(gamma)
     for name, values in (("gamma", gamma), ("weights0", weights0)):
         if not values.isfinite().all():
-            raise ValueError(f"{name} holds NaN or infinite values")
+            raise UserError(f"{name} holds NaN or infinite values")
     if (gamma - gamma.T).abs().max() > tolerance * gamma.abs().max():
-        raise ValueError("gamma must be symmetric: use feature_cross_correlation(x1, x2)")
+        raise UserError("gamma must be symmetric: use feature_cross_correlation(x1, x2)")
     return (gamma + gamma.T) / 2, weights0
 
 

@@ -21,6 +21,8 @@ from torch.func import functional_call, grad, vmap
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
+from stepwise_lightning.errors import UserError
+
 # vmap keeps a few copies of what it differentiates.
 _COPIES = 4
 
@@ -54,7 +56,7 @@ class EmpiricalNTK:
         dtype: torch.dtype = torch.float64,
     ) -> None:
         if dtype not in (torch.float32, torch.float64):
-            raise ValueError(f"dtype must be torch.float32 or torch.float64, got {dtype}")
+            raise UserError(f"dtype must be torch.float32 or torch.float64, got {dtype}")
         self.module, self.max_bytes, self.dtype = module, max_bytes, dtype
         self.names = _chosen(module, parameters)
 
@@ -62,7 +64,7 @@ class EmpiricalNTK:
         """Return the kernel of (k, …) and (l, …) inputs, (k, l), float64, on the device of the module."""
         for name, part in self.module.named_modules():
             if isinstance(part, (_BatchNorm, _DropoutNd)) and part.training:
-                raise ValueError(
+                raise UserError(
                     f"{name!r} ({type(part).__name__}) is in training mode, where samples depend on each other or on "
                     "chance: call eval() on the module first"
                 )
@@ -183,7 +185,7 @@ class EmpiricalNTK:
         """Return how many samples' gradients, so many numbers each, may be held twice, for both sides of the kernel."""
         a_number = 2 * self.dtype.itemsize
         if most * a_number > self.max_bytes:
-            raise ValueError(
+            raise UserError(
                 f"max_bytes {self.max_bytes} cannot hold the gradients of a pair: at least {most * a_number}"
             )
         return self.max_bytes // (a_number * max(numbers, 1))
@@ -200,7 +202,7 @@ def _chosen(module: nn.Module, parameters: str | Sequence[str]) -> list[str]:
     else:
         chosen = [parameters] if isinstance(parameters, str) else list(parameters)
     if unknown := sorted(set(chosen) - set(names)):
-        raise ValueError(f"no parameters {unknown}; give 'all', 'last', or names among {', '.join(names[:20])}")
+        raise UserError(f"no parameters {unknown}; give 'all', 'last', or names among {', '.join(names[:20])}")
     if not chosen:
-        raise ValueError(f"{type(module).__name__} has no {'linear layer' if parameters == 'last' else 'parameters'}")
+        raise UserError(f"{type(module).__name__} has no {'linear layer' if parameters == 'last' else 'parameters'}")
     return chosen

@@ -1,0 +1,110 @@
+"""Which samples are in which step: the same ones, however many processes share the work and whenever it is resumed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sized
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
+
+from stepwise_lightning.errors import UserError
+from stepwise_lightning.seeding import hashed_seed
+
+
+class GlobalBatchSampler(DistributedSampler[Any]):
+    """One rank's share of every global batch, as addresses (epoch, index).
+
+    The samples are permuted by (seed, epoch) and dealt out in global batches; an incomplete last one is dropped. Rank r
+    of R gets the r-th of R equal slices of *each* global batch, so that step k sees the same samples for every R.
+
+    It is a DistributedSampler so that Lightning keeps it, also under DDP, and tells it the epoch.
+
+    Args:
+        dataset: only its length matters.
+        global_batch_size: samples per step over all ranks.
+        num_replicas: R, number of processes.
+        rank: r, of this process.
+        seed: of the order.
+
+    Raises:
+        ValueError: ``global_batch_size`` is below 2, not a multiple of ``num_replicas``, or larger than the data set;
+            a data set of one image.
+
+    """
+
+    def __init__(
+        self, dataset: Dataset[Any], global_batch_size: int, num_replicas: int = 1, rank: int = 0, seed: int = 0
+    ) -> None:
+        assert isinstance(dataset, Sized)
+        super().__init__(dataset, num_replicas, rank, seed=seed, drop_last=True)
+        self.local_batch_size = local_batch_size(global_batch_size, num_replicas)
+        self.global_batch_size = global_batch_size
+        self.num_batches = len(dataset) // global_batch_size
+        if len(dataset) < 2:
+            raise UserError(f"the losses compare samples, but the data set has {len(dataset)} training image: add some")
+        if not self.num_batches:
+            raise UserError(
+                f"global_batch_size {global_batch_size} is larger than the {len(dataset)} training images: "
+                f"choose 2 to {len(dataset)}"
+            )
+        self.num_images = len(dataset)
+        self.skip = 0  # batches of this epoch that were done before training was resumed
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the permutation; a new epoch begins at its first batch."""
+        if epoch != self.epoch:
+            self.epoch, self.skip = epoch, 0
+
+    def __len__(self) -> int:
+        return self.num_batches * self.local_batch_size
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        generator = torch.Generator().manual_seed(hashed_seed(self.seed, self.epoch, "order"))
+        order = torch.randperm(self.num_images, generator=generator)[: self.num_batches * self.global_batch_size]
+        mine = order.view(self.num_batches, self.num_replicas, self.local_batch_size)[self.skip :, self.rank]
+        return iter([(self.epoch, index) for index in mine.flatten().tolist()])
+
+
+def local_batch_size(global_batch_size: int, num_replicas: int) -> int:
+    """Return the samples of one rank in each step; ValueError where the ranks do not divide the batch."""
+    if global_batch_size < 2:
+        raise UserError(f"global_batch_size must be at least 2, since the losses compare samples: {global_batch_size}")
+    if global_batch_size % num_replicas:
+        nearest = max(1, round(global_batch_size / num_replicas)) * num_replicas
+        raise UserError(
+            f"global_batch_size {global_batch_size} cannot be divided among {num_replicas} processes: "
+            f"choose a multiple of {num_replicas}, for example {nearest}"
+        )
+    return global_batch_size // num_replicas
+
+
+class ResumableLoader(DataLoader[Any]):
+    """A DataLoader over a :class:`GlobalBatchSampler` that can be resumed within an epoch.
+
+    Lightning keeps ``state_dict()`` in its checkpoints: the epoch and the number of batches handed out, not those that
+    workers have prepared in advance.
+    """
+
+    sampler: GlobalBatchSampler
+    _done = 0
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]  # promises its own iterator class
+        # A generator begins at the first next(). Lightning asks for an iterator before it tells the sampler the epoch
+        # of a resumed run, and workers would by then have prepared batches of the wrong one.
+        done = self.sampler.skip
+        for batch in super().__iter__():
+            self.sampler.skip = 0
+            done += 1
+            self._done = done
+            yield batch
+
+    def state_dict(self) -> dict[str, int]:
+        """Return the epoch and the number of its batches that were handed out."""
+        return {"epoch": self.sampler.epoch, "batches": self._done}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Continue where the loader that gave ``state`` stopped."""
+        finished = state["batches"] >= len(self)
+        self.sampler.set_epoch(state["epoch"] + finished)
+        self._done = self.sampler.skip = 0 if finished else state["batches"]

@@ -1,0 +1,28 @@
+"""Figures of what was measured: functions of records that return a matplotlib Figure."""
+
+from stepwise_lightning.plots.embeddings import embedding_figure, growth_animation, growth_figure, principal_components
+from stepwise_lightning.plots.panels import Panel, draw_panel, mode_colours
+from stepwise_lightning.plots.trajectories import (
+    alignment_figure,
+    alignments_figure,
+    eigenfunctions_figure,
+    eigenvalues_figure,
+    spectra_figure,
+    trajectories_figure,
+)
+
+__all__ = [
+    "Panel",
+    "alignment_figure",
+    "alignments_figure",
+    "draw_panel",
+    "eigenfunctions_figure",
+    "eigenvalues_figure",
+    "embedding_figure",
+    "growth_animation",
+    "growth_figure",
+    "mode_colours",
+    "principal_components",
+    "spectra_figure",
+    "trajectories_figure",
+]

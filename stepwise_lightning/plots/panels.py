@@ -1,0 +1,140 @@
+"""One run in one place: which of its matrices, beside which theory, and how that is drawn."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.ticker import LogLocator, NullFormatter
+from numpy.typing import NDArray
+from torch import Tensor
+
+from stepwise_lightning.record import SpectrumRecord
+
+Array = NDArray[np.float64]
+TIME = "time  (learning rate × step)"
+_LABELS = {
+    "cross_correlation": "C",
+    "covariance": "the covariance",
+    "normalized_covariance": "the normalised covariance",
+}
+
+
+@dataclass
+class Panel:
+    """How to show one matrix of a record, which holds the numbers.
+
+    Args:
+        record: what was measured; its losses are drawn where there is an axis for them.
+        matrix: the name of the matrix whose eigenvalues are drawn; None for the first one of the record.
+        title: above the panel.
+        theory: drawn dashed: a record of the same matrix, with its own times. None for the record's own prediction of C
+            where it has one.
+        step_times: drawn dotted, one a mode, () for none; None for those that ``detect_steps`` finds in the matrix.
+        num_modes: how many of the eigenvalues to show; None for all.
+
+    """
+
+    record: SpectrumRecord
+    matrix: str | None = None
+    title: str = ""
+    theory: SpectrumRecord | None = None
+    step_times: Tensor | Sequence[float] | None = None
+    num_modes: int | None = None
+
+    @property
+    def name(self) -> str:
+        """The matrix's."""
+        return self.matrix or self.record.matrices[0]
+
+    @property
+    def label(self) -> str:
+        """What the axis of its eigenvalues is called."""
+        return f"eigenvalues of {_LABELS.get(self.name.rpartition('.')[2], self.name)}"
+
+    @cached_property
+    def times(self) -> Array:
+        """(T,)."""
+        return self.record.times.numpy()
+
+    @cached_property
+    def eigenvalues(self) -> Array:
+        """Those shown, (T, d)."""
+        return self.record.eigenvalues(self.name)[:, : self.num_modes].numpy()
+
+    def predicted(self) -> SpectrumRecord | None:
+        """Return the theory to draw."""
+        if self.theory is None and self.record.predicted is not None and self.name == "cross_correlation":
+            return SpectrumRecord.of(self.record.times, self.record.predicted)
+        return self.theory
+
+    def marks(self) -> list[float]:
+        """Return the finite step times; none where steps cannot be looked for."""
+        if self.step_times is not None:
+            return [float(time) for time in self.step_times][: self.num_modes]
+        try:
+            return self.record.detect_steps(self.name).step_times[: self.num_modes].tolist()
+        except ValueError:  # too few measurements, or values that are not finite
+            return []
+
+
+def mode_colours(count: int) -> list[tuple[float, float, float, float]]:
+    """Return one colour per mode, dark for the first to light for the last."""
+    return [tuple(colour) for colour in matplotlib.colormaps["viridis"](np.linspace(0, 0.9, count))]
+
+
+def draw_panel(panel: Panel, loss_axis: Axes | None, eigenvalue_axis: Axes) -> None:
+    """Draw loss (where there is an axis for it) and eigenvalues against log time, theory dashed, steps dotted."""
+    colours = mode_colours(panel.eigenvalues.shape[1])
+    axes = [axis for axis in (loss_axis, eigenvalue_axis) if axis is not None]
+    shown = panel.times > 0  # time 0 has no place on a logarithmic axis
+    times, theory = panel.times[shown], panel.predicted()
+    dashed: dict[str, Any] = {"color": "black", "linewidth": 1.1, "linestyle": "--"}
+    if loss_axis is not None:
+        loss_axis.plot(times, panel.record.losses.numpy()[shown], color="tab:red", linewidth=2.2)
+        loss_axis.set_title(panel.title)
+    for values, colour in zip(panel.eigenvalues[shown].T, colours, strict=True):
+        eigenvalue_axis.plot(times, values, color=colour, linewidth=2.2)
+    if theory is not None:
+        moved = (theory.times > 0).numpy()
+        dashes = theory.times.numpy()[moved]
+        eigenvalue_axis.plot(dashes, theory.eigenvalues(panel.name)[:, : panel.num_modes].numpy()[moved], **dashed)
+        if loss_axis is not None:
+            loss_axis.plot(dashes, theory.losses.numpy()[moved], **dashed)
+    for time, colour in zip(panel.marks(), colours, strict=False):
+        if np.isfinite(time):
+            for axis in axes:
+                axis.axvline(time, color=colour, linewidth=0.9, linestyle=":", zorder=0)
+    eigenvalue_axis.set_xlabel(TIME)
+    if loss_axis is not None:
+        loss_axis.set_ylim(bottom=0)
+    first, last = first_rise(panel), times[-1]
+    # More labels would run into each other.
+    ticks = [1.0, 2.0, 5.0] if last / first < 500 else [1.0, 3.0] if last / first < 5000 else [1.0]
+    for axis in axes:
+        axis.set_xscale("log")
+        axis.xaxis.set_major_locator(LogLocator(subs=ticks))
+        axis.xaxis.set_major_formatter("{x:g}")
+        axis.xaxis.set_minor_formatter(NullFormatter())
+        axis.set_xlim(first, last)
+        axis.spines[["top", "right"]].set_visible(False)
+
+
+def first_rise(panel: Panel) -> float:
+    """Return half the time when the first mode begins to rise: before that nothing is to be seen."""
+    moved = panel.times > 0
+    times, top = panel.times[moved], panel.eigenvalues[moved].max(1, initial=0)  # there may be none
+    visible = times[top > 0.01 * top.max()]
+    return float(0.5 * visible[0] if len(visible) else times[0])
+
+
+def log_scale(axis: Axes, eigenvalues: Array) -> None:
+    """Give an axis of eigenvalues a logarithmic scale, ten orders of magnitude at the most."""
+    if (eigenvalues > 0).any():  # a collapsed embedding has nothing that a logarithm could show
+        axis.set_yscale("log", nonpositive="mask")
+        axis.set_ylim(bottom=max(axis.get_ylim()[0], 1e-10 * eigenvalues.max()))

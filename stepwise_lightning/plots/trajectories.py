@@ -1,0 +1,171 @@
+"""Figures of how eigenvalues rise: functions of records that return a matplotlib Figure; theory is dashed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from stepwise_lightning.plots.panels import TIME, Array, Panel, draw_panel, first_rise, log_scale, mode_colours
+from stepwise_lightning.record import SpectrumRecord
+
+
+def trajectories_figure(
+    records: SpectrumRecord | Sequence[SpectrumRecord | Panel],
+    title: str = "",
+    note: str = "",
+    loss_label: str = "loss",
+    steps_label: str = "detected step",
+    log_eigenvalues: bool = False,
+    same_axes: bool = True,
+) -> Figure:
+    """Draw loss above eigenvalues against log time, one column per run (in the manner of the paper's Fig. 1 A-B).
+
+    ``records`` is one record, or several, or panels that say which of their matrices to draw, and what beside it. With
+    ``same_axes`` the runs share their vertical axes, and the first is the main one and wider; without, they are
+    different experiments of equal rank, such as different losses. Vertical dotted lines are the step times.
+    """
+    panels = [Panel(records)] if isinstance(records, SpectrumRecord) else [_panel(item) for item in records]
+    figure = Figure(figsize=(5.2 + 3.4 * len(panels), 6.2), layout="constrained")
+    widths = [1.7 if same_axes else 1.0] + [1.0] * (len(panels) - 1)
+    sharey: Any = "row" if same_axes else "none"
+    axes = figure.subplots(2, len(panels), sharex="col", sharey=sharey, squeeze=False, width_ratios=widths)
+    for column, panel in enumerate(panels):
+        draw_panel(panel, axes[0, column], axes[1, column])
+        if log_eigenvalues:
+            log_scale(axes[1, column], panel.eigenvalues)
+        if not same_axes or column == 0:
+            axes[1, column].set_ylabel(panel.label)
+    axes[0, 0].set_ylabel(loss_label)
+    for axis, letter in zip(axes.T.flat, "ABCDEFGH", strict=False):
+        axis.set_title(letter, loc="left", fontweight="bold")
+    Line = matplotlib.lines.Line2D
+    handles = [Line([], [], color="0.35", linewidth=2.2, label="experiment")]
+    if any(panel.predicted() is not None for panel in panels):
+        handles.append(Line([], [], color="black", linewidth=1.1, linestyle="--", label="theory"))
+    handles.append(Line([], [], color="0.35", linewidth=0.9, linestyle=":", label=steps_label))
+    axes[0, 0].legend(handles=handles, loc="upper right", frameon=True, framealpha=0.9)
+    figure.suptitle(title)
+    if note:
+        figure.supxlabel(note, fontsize="small", color="0.3")
+    return figure
+
+
+def _panel(item: SpectrumRecord | Panel) -> Panel:
+    return Panel(item) if isinstance(item, SpectrumRecord) else item
+
+
+def eigenvalues_figure(rows: list[list[Panel]], labels: list[str], title: str, note: str = "") -> Figure:
+    """Draw eigenvalues against log time: rows of panels, named by labels; a column is one experiment."""
+    figure = Figure(figsize=(1.6 + 3.6 * len(rows[0]), 0.9 + 2.7 * len(rows)), layout="constrained")
+    axes = figure.subplots(len(rows), len(rows[0]), sharex="col", squeeze=False)
+    for i, (panels, label) in enumerate(zip(rows, labels, strict=True)):
+        for j, panel in enumerate(panels):
+            axis = axes[i, j]
+            draw_panel(panel, None, axis)
+            log_scale(axis, panel.eigenvalues)
+            axis.set(title=panel.title, ylabel=panel.label, xlabel=TIME if i == len(rows) - 1 else "")
+        axes[i, 0].set_ylabel(f"{label}\n{panels[0].label}")
+    for j, panel in enumerate(rows[0]):  # where the first row's first mode begins to rise; hidden ones start large
+        axes[0, j].set_xlim(first_rise(panel), panel.times[-1])
+    figure.suptitle(title)
+    if note:
+        figure.supxlabel(note, fontsize="small", color="0.3")
+    return figure
+
+
+def alignment_figure(panels: list[Panel], alignments: list[dict[str, Array]], title: str, note: str = "") -> Figure:
+    """Draw eigenvalues above alignments, in [0, 1], against log time, one column per run.
+
+    alignments: for each panel, three of them by name, the baseline last: (T,), NaN where undefined.
+    """
+    figure = Figure(figsize=(6.2 * len(panels), 6.2), layout="constrained")
+    axes = figure.subplots(2, len(panels), sharex="col", sharey="row", squeeze=False)
+    for column, (panel, values) in enumerate(zip(panels, alignments, strict=True)):
+        upper, lower = axes[:, column]
+        draw_panel(panel, None, upper)
+        upper.set(title=panel.title, xlabel="")
+        for (name, alignment), colour in zip(values.items(), ("tab:blue", "tab:orange", "0.6"), strict=True):
+            lower.plot(panel.times, alignment, color=colour, linewidth=2.2, label=name)
+        lower.set(ylim=(0, 1.03), xlabel=TIME)
+        lower.spines[["top", "right"]].set_visible(False)
+    axes[0, 0].set_ylabel("eigenvalues of C; dashed: theory")
+    axes[1, 0].set_ylabel("alignment with the closed form")
+    axes[1, 0].legend(loc="lower right")
+    figure.suptitle(title)
+    if note:
+        figure.supxlabel(note, fontsize="small", color="0.3")
+    return figure
+
+
+def alignments_figure(
+    matrices: list[Array], titles: list[str], rows: list[str], columns: list[str], title: str, note: str = ""
+) -> Figure:
+    """Draw matrices (rows, columns) of alignments in [0, 1] side by side, each number in its cell; NaN stays empty."""
+    figure = Figure(figsize=(1.8 + 3.9 * len(matrices), 1.9 + 0.5 * len(rows)), layout="constrained")
+    axes = figure.subplots(1, len(matrices), sharey=True, squeeze=False)[0]
+    for axis, matrix, name in zip(axes, matrices, titles, strict=True):
+        image = axis.imshow(matrix, vmin=0, vmax=1, cmap="viridis", aspect="auto")
+        for (i, j), value in np.ndenumerate(matrix):
+            if np.isfinite(value):
+                axis.text(j, i, f"{value:.2f}", ha="center", va="center", color="black" if value > 0.6 else "white")
+        axis.set_xticks(range(len(columns)), columns, rotation=30, ha="right", rotation_mode="anchor")
+        axis.set_yticks(range(len(rows)), rows)
+        axis.set_title(name)
+    figure.colorbar(image, ax=axes, label="subspace alignment")
+    figure.suptitle(title)
+    if note:
+        figure.supxlabel(note, fontsize="small", color="0.3")
+    return figure
+
+
+def eigenfunctions_figure(panels: list[Panel], extremes: list[list[Array]], title: str, note: str = "") -> Figure:
+    """Draw eigenvalues against log time, one column per run, above the images at both ends of its first eigenfunctions.
+
+    extremes: for each panel and mode, images (2k, h, w, 3) in [0, 1], the k lowest before the k highest.
+    """
+    rows = len(extremes[0])
+    figure = Figure(figsize=(6.2 * len(panels), 3.4 + 0.72 * rows), layout="constrained")
+    axes = figure.subplots(1 + rows, len(panels), squeeze=False, height_ratios=[4.5] + [1.0] * rows)
+    for column, (panel, images_of) in enumerate(zip(panels, extremes, strict=True)):
+        draw_panel(panel, None, axes[0, column])
+        axes[0, column].set_title(panel.title)
+        for mode, images in enumerate(images_of):
+            axis, half = axes[1 + mode, column], len(images) // 2
+            gap = np.ones((images.shape[1], images.shape[2] // 2, 3))
+            axis.imshow(np.concatenate([*images[:half], gap, *images[half:]], axis=1), interpolation="nearest")
+            axis.set(xticks=[], yticks=[], ylabel=mode + 1)
+            axis.spines[:].set_visible(False)
+    axes[0, 0].set_ylabel("eigenvalues of C; dashed: theory")
+    for axis in axes[1]:
+        axis.set_title("lowest" + 48 * " " + "highest", fontsize="small")
+    figure.suptitle(title)
+    if note:
+        figure.supxlabel(note, fontsize="small", color="0.3")
+    return figure
+
+
+def spectra_figure(record: SpectrumRecord | Panel, chosen: Sequence[float] | Tensor, title: str = "") -> Figure:
+    """Draw the whole spectrum, eigenvalue against mode, at chosen times (k,): each is drawn at the nearest sample."""
+    panel = _panel(record)
+    times, eigenvalues = panel.times, panel.eigenvalues
+    figure = Figure(figsize=(6.4, 4.6), layout="constrained")
+    axis = figure.subplots()
+    samples = np.abs(times[:, None] - np.asarray(chosen)).argmin(0)
+    modes = np.arange(1, eigenvalues.shape[1] + 1)
+    for sample, colour in zip(samples, mode_colours(len(samples)), strict=True):
+        axis.plot(modes, eigenvalues[sample], "o-", color=colour, markersize=4, label=f"{times[sample]:.3g}")
+    axis.set(xlabel="mode", ylabel="eigenvalue", title=title)
+    if (eigenvalues[samples] > 0).any():
+        axis.set_yscale("log", nonpositive="mask")
+    if len(modes) > 30:
+        axis.set_xscale("log")
+    else:
+        axis.set_xticks(modes)
+    axis.legend(title=TIME, frameon=False, fontsize="small")
+    axis.spines[["top", "right"]].set_visible(False)
+    return figure

@@ -1,0 +1,29 @@
+"""The spectrum of embeddings: eigenvalues, what they say, and the callback that measures them in training."""
+
+from stepwise_lightning.spectrum.measures import (
+    MATRICES,
+    alpha_req,
+    cross_correlation_eigenvalues,
+    effective_rank,
+    embedding_eigenvalues,
+    measure,
+    participation_ratio,
+    rankme,
+)
+from stepwise_lightning.steps import Steps, crossing_times, detect_steps, num_crossed, num_grown
+
+__all__ = [
+    "MATRICES",
+    "Steps",
+    "alpha_req",
+    "cross_correlation_eigenvalues",
+    "crossing_times",
+    "detect_steps",
+    "effective_rank",
+    "embedding_eigenvalues",
+    "measure",
+    "num_crossed",
+    "num_grown",
+    "participation_ratio",
+    "rankme",
+]

@@ -1,0 +1,163 @@
+"""Spectra of embeddings and measures of their rank: pure functions of tensors.
+
+Everything is computed in float64, whatever comes in: a float32 covariance hides every mode below 1e-8 of the top one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from stepwise_lightning.errors import UserError
+
+MATRICES = ("cross_correlation", "covariance", "normalized_covariance")
+
+
+def embedding_eigenvalues(z: Tensor, center: bool = True) -> Tensor:
+    """Return the eigenvalues of the embeddings' covariance (1/n) Σ_i z_i z_iᵀ, descending.
+
+    Args:
+        z: embeddings, (n, d), any floating type; cast to float64 before anything is multiplied.
+        center: subtract the mean embedding first, which caps the number of non-zero eigenvalues at n − 1.
+
+    Returns:
+        (d,) float64, ≥ 0, resolved down to about 1e-15 of the largest. For d > n they come from the n × n Gram matrix.
+
+    Raises:
+        ValueError: ``z`` is not a non-empty, finite matrix.
+
+    """
+    z = _matrix(z)
+    if center:
+        z = z - z.mean(0)
+    n, d = z.shape
+    smaller = z.T @ z if d <= n else z @ z.T
+    eigenvalues = torch.linalg.eigvalsh(smaller / n).flip(0).clamp(min=0)
+    return torch.nn.functional.pad(eigenvalues, (0, d - len(eigenvalues)))
+
+
+def cross_correlation_eigenvalues(z1: Tensor, z2: Tensor, center: bool = False) -> Tensor:
+    """Return the eigenvalues of C = (z1ᵀz2 + z2ᵀz1)/2n, descending; they may be negative.
+
+    Args:
+        z1: embeddings of the first views, (n, d), any floating type; cast to float64 first.
+        z2: embeddings of the second views, (n, d).
+        center: subtract each view's mean embedding first.
+
+    Returns:
+        (d,) float64. For d > 2n they come from a 2n × 2n matrix, the other d − 2n being zero.
+
+    Raises:
+        ValueError: the views differ in shape, or are not non-empty, finite matrices.
+
+    """
+    if z1.shape != z2.shape:
+        raise UserError(f"the two views' embeddings must have one shape, got {tuple(z1.shape)} and {tuple(z2.shape)}")
+    z1, z2 = _matrix(z1), _matrix(z2)
+    if center:
+        z1, z2 = z1 - z1.mean(0), z2 - z2.mean(0)
+    n, d = z1.shape
+    if d > 2 * n:  # with [z1; z2]ᵀ = Q R and P the swap of the views, C = Q (R P Rᵀ/2n) Qᵀ
+        r = torch.linalg.qr(torch.cat([z1, z2]).T, mode="r").R
+        z1, z2 = r[:, :n].T, r[:, n:].T
+    c = z1.T @ z2 / n
+    eigenvalues = torch.linalg.eigvalsh((c + c.T) / 2).flip(0)
+    zeros = eigenvalues.new_zeros(d - len(eigenvalues))
+    return torch.cat([eigenvalues, zeros]).sort(descending=True).values
+
+
+def effective_rank(eigenvalues: Tensor) -> Tensor:
+    """Return exp(H(p)), H the entropy of p_k = λ_k / Σλ: the effective rank of a spectrum, between 1 and d.
+
+    Roy and Vetterli, *The effective rank*, EUSIPCO 2007; they normalise singular values, here it is the eigenvalues of
+    a covariance. Negative eigenvalues count as zero; an all-zero spectrum has rank 0. Shape (…, d) -> (…).
+    """
+    p = _weights(eigenvalues)
+    return torch.where(p.sum(-1) > 0, torch.special.entr(p).sum(-1).exp(), 0.0)
+
+
+def participation_ratio(eigenvalues: Tensor) -> Tensor:
+    """Return (Σλ)² / Σλ², between 1 and d: the number of modes that share the variance.
+
+    Gao et al., *A theory of multineuronal dimensionality*, bioRxiv 214262, 2017. Negative eigenvalues count as zero; an
+    all-zero spectrum has ratio 0. Shape (…, d) -> (…).
+    """
+    p = _weights(eigenvalues)
+    return torch.where(p.sum(-1) > 0, 1 / p.square().sum(-1), 0.0)
+
+
+def alpha_req(eigenvalues: Tensor) -> Tensor:
+    """Return α of the power law λ_k ∝ k^{−α}: minus the least-squares slope of log λ_k against log k.
+
+    Agrawal et al., *α-ReQ*, NeurIPS 2022, who fit a middle range of ranks; here all eigenvalues above 1e-12 of the
+    largest are fitted with equal weight. NaN where fewer than two remain. Shape (…, d) -> (…).
+    """
+    values = eigenvalues.double().sort(dim=-1, descending=True).values
+    kept = values > 1e-12 * values[..., :1].clamp(min=0)
+    count = kept.sum(-1)
+    x = torch.arange(1, values.shape[-1] + 1).to(values).log().expand_as(values) * kept
+    y = torch.where(kept, values, 1.0).log()
+    x_centred = (x - (x.sum(-1) / count)[..., None]) * kept
+    slope = (x_centred * y).sum(-1) / x_centred.square().sum(-1)
+    return torch.where(count >= 2, -slope, math.nan)
+
+
+def rankme(z: Tensor) -> Tensor:
+    """Return exp(−Σ p_k log p_k) with p_k = σ_k / Σσ + 1e-7, σ the singular values of the embeddings (n, d).
+
+    RankMe: Garrido et al., ICML 2023 (the 1e-7 is theirs; not centred). At most min(n, d), up to 1e-5.
+
+    Raises:
+        ValueError: ``z`` is not a non-empty, finite matrix.
+
+    """
+    z = _matrix(z)
+    sigma = torch.linalg.svdvals(z if len(z) >= z.shape[1] else z.T)  # tall, which is up to four times as fast
+    if sigma[0] == 0:
+        return torch.zeros_like(sigma[0])
+    return torch.special.entr(sigma / sigma.sum() + 1e-7).sum().exp()
+
+
+def measure(matrix: str, views: Sequence[Tensor], center: bool = False) -> tuple[Tensor, dict[str, float]]:
+    """Return the eigenvalues, (d,), of one of ``MATRICES``, and the measures of its rank.
+
+    Args:
+        matrix: which one.
+        views: embeddings, (n, d) each; two of them for ``cross_correlation``.
+        center: subtract the means before the cross-correlation is formed; covariances are always centred.
+
+    """
+    views = [z.double() for z in views]
+    if matrix == "cross_correlation":
+        eigenvalues = cross_correlation_eigenvalues(views[0], views[1], center=center)
+    else:
+        z = torch.cat(views)
+        z = torch.nn.functional.normalize(z) if matrix == "normalized_covariance" else z
+        eigenvalues = embedding_eigenvalues(z)
+    eigenvalues = eigenvalues.cpu()
+    measures = {
+        "effective_rank": float(effective_rank(eigenvalues)),
+        "participation_ratio": float(participation_ratio(eigenvalues)),
+        "alpha_req": float(alpha_req(eigenvalues)),
+    }
+    if matrix != "cross_correlation":  # RankMe is a property of the embeddings
+        measures["rankme"] = float(rankme(z))
+    return eigenvalues, measures
+
+
+def _matrix(z: Tensor) -> Tensor:
+    if z.ndim != 2 or z.numel() == 0:
+        raise UserError(f"embeddings must have shape (samples, dimensions) and not be empty, got {tuple(z.shape)}")
+    z = z.detach().double()
+    if not z.isfinite().all():
+        raise UserError("the embeddings hold NaN or infinite values: training has diverged, or the input is not clean")
+    return z
+
+
+def _weights(eigenvalues: Tensor) -> Tensor:
+    values = eigenvalues.double().clamp(min=0)
+    total = values.sum(-1, keepdim=True)
+    return torch.where(total > 0, values / total, 0.0)

@@ -1,0 +1,115 @@
+"""What SpectrumLogger leaves behind: a table, the steps found, and TensorBoard's charts."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from collections.abc import Iterable
+from io import BytesIO, TextIOWrapper
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.utilities import rank_zero_warn
+
+from stepwise_lightning.files import atomic_write, atomic_write_text
+from stepwise_lightning.record import COLUMNS, Row, SpectrumRecord
+
+
+class SpectrumTable:
+    """``spectrum.csv``, which grows while training goes on: each time it is replaced by a longer one.
+
+    It begins with the rows that a resumed run has already, whatever the file held before.
+
+    Raises:
+        OSError: it cannot be written (here or later).
+
+    """
+
+    def __init__(self, path: Path, rows: Iterable[Row] = ()) -> None:
+        self.path, self._content = path, BytesIO()
+        self._text = TextIOWrapper(self._content, "utf-8", newline="")
+        csv.writer(self._text).writerow(COLUMNS)
+        self.add(rows)
+
+    def add(self, rows: Iterable[Row]) -> None:
+        """Append rows; when this returns, they are on the disk."""
+        csv.writer(self._text).writerows(map(_exactly, rows))
+        self._text.flush()
+        # Not appended to the file: a kill could cut a number short, which nobody would notice.
+        atomic_write(self.path, lambda partial: partial.write_bytes(self._content.getbuffer()))
+
+
+def _exactly(row: Row) -> tuple[Any, ...]:
+    return row[0], repr(row[1]), *row[2:-1], repr(row[-1])
+
+
+def write_steps(path: Path, record: SpectrumRecord) -> None:
+    """Write what :func:`stepwise_lightning.spectrum.detect_steps` finds in each matrix as JSON; null stands for NaN.
+
+    For each matrix: ``num_distinct``, ``num_learned`` (at the end), ``stepwiseness``, ``threshold``, and for each mode
+    ``step_times`` and ``rise_widths``, in time (learning rate × steps).
+
+    Raises:
+        OSError: it cannot be written.
+
+    """
+    document: dict[str, Any] = {}
+    for matrix in record.matrices:
+        try:
+            steps = record.detect_steps(matrix)
+        except ValueError as error:  # a run of one measurement, or whose learning rate was 0 throughout
+            document[matrix] = {"undefined": str(error)}
+            continue
+        document[matrix] = {
+            "num_distinct": steps.num_distinct,
+            "num_learned": int(steps.num_learned[-1]),
+            "stepwiseness": steps.stepwiseness,
+            "threshold": steps.threshold,
+            "step_times": _without_nan(steps.step_times.tolist()),
+            "rise_widths": _without_nan(steps.rise_widths.tolist()),
+        }
+    atomic_write_text(path, json.dumps(document, indent=2) + "\n")
+
+
+def _without_nan(values: list[float]) -> list[float | None]:
+    return [None if math.isnan(value) else value for value in values]
+
+
+def scalar_tag(row: Row) -> str:
+    """Return what a row is called in TensorBoard."""
+    _, _, matrix, quantity, mode, _ = row
+    short = {"eigenvalue": "eig", "predicted_eigenvalue": "predicted"}.get(quantity, quantity)
+    return f"spectrum/{matrix}/{short}" if mode == "" else f"spectrum/{matrix}/{short}_{mode:03d}"
+
+
+def boards(trainer: L.Trainer) -> list[Any]:
+    """Return the TensorBoard writers, of ``lightning`` as of ``pytorch_lightning``, whose loggers share no class."""
+    writers = [getattr(logger, "experiment", None) for logger in trainer.loggers]
+    return [writer for writer in writers if hasattr(writer, "add_custom_scalars")]
+
+
+def lay_out_charts(trainer: L.Trainer, matrices: Iterable[str]) -> None:
+    """Put all eigenvalues of a matrix on one chart of TensorBoard's custom scalars."""
+    charts = {matrix: ["Multiline", [f"^spectrum/{matrix}/eig_[0-9]+$"]] for matrix in matrices}
+    for board in boards(trainer):
+        board.add_custom_scalars({"spectrum": charts})
+
+
+def draw_trajectories(trainer: L.Trainer, record: SpectrumRecord, num_modes: int) -> None:
+    """Add the trajectories so far of the first ``num_modes`` modes, with the steps found in them, to TensorBoard."""
+    writers = boards(trainer)
+    if not writers or len(record) < 3:
+        return
+    from stepwise_lightning.plots import Panel, trajectories_figure
+
+    if not (record.times.diff() > 0).all():
+        rank_zero_warn("no trajectories are drawn: the learning rate was 0, so that time stood still")
+        return
+    for matrix in record.matrices:
+        title = f"{record.detect_steps(matrix).num_distinct} distinct steps so far"
+        panel = Panel(record, matrix, title, num_modes=num_modes)
+        figure = trajectories_figure([panel], title=matrix, log_eigenvalues=True)
+        for board in writers:
+            board.add_figure(f"spectrum/{matrix}", figure, int(record.steps[-1]))

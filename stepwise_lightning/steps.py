@@ -1,0 +1,149 @@
+"""When the eigenvalues of an embedding rise, and how far they rise one by one: pure functions of trajectories.
+
+Three rules, three words. A mode is *learned* by :func:`detect_steps`, which judges a whole run; it has *grown* by
+:func:`num_grown`, which can be said while a run goes on; it has *crossed* by :func:`crossing_times`, which is for the
+eigenvalues of C under Barlow Twins, where theory says that they end at 1.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from stepwise_lightning.errors import UserError
+
+
+class Steps(NamedTuple):
+    """What :func:`detect_steps` found; times are in the unit of the times given."""
+
+    step_times: Tensor
+    """(d,): when each mode is learned; NaN for modes that never are, or that start too high to make a step."""
+    rise_widths: Tensor
+    """(d,): time from a tenth of the threshold to the threshold; NaN with the step time."""
+    num_learned: Tensor
+    """(T,), int64: modes above the threshold at each time."""
+    num_distinct: int
+    """Steps that are separated from the one before by more than their own rise width."""
+    stepwiseness: float
+    """Median over neighbouring steps of min(separation / rise width, 10); 0 with fewer than two steps."""
+    threshold: float
+    """θ, in the unit of the eigenvalues."""
+
+
+def detect_steps(times: Tensor, eigenvalues: Tensor) -> Steps:
+    """Find the times at which the eigenvalues of an embedding rise, and how far they rise one by one.
+
+    Eigenvalues are sorted at each time and median-filtered over three samples. θ is a tenth of the median of the
+    largest eigenvalue over the last tenth of the samples. Mode k is learned at t_k, where it first crosses θ and stays
+    above for three samples (or to the end), interpolated in log λ; its rise width is w_k = t(θ) − t(θ/10). A mode that
+    starts above θ/10 makes no step. Steps k and k+1 are distinct when (t_{k+1} − t_k) / w_{k+1} > 1.
+
+    Args:
+        times: (T,), ascending; learning rate × steps, or steps.
+        eigenvalues: (T, d), in any order; values ≤ 0 are allowed.
+
+    Raises:
+        ValueError: shapes do not match, T < 2, times not ascending, or non-finite values.
+
+    """
+    times, values = torch.as_tensor(times).double().cpu(), torch.as_tensor(eigenvalues).double().cpu()
+    _check_trajectory(times, values)
+    values = _median_of_three(values.sort(dim=1, descending=True).values)
+    tail = values[-max(1, math.ceil(len(values) / 10)) :, 0]
+    threshold = 0.1 * tail.median().clamp(min=0)
+    nan = torch.full((values.shape[1],), math.nan, dtype=torch.float64)
+    step_times, widths = nan.clone(), nan.clone()
+    for mode, path in enumerate(values.T):
+        if threshold > 0 and path[0] <= threshold / 10:
+            index = _first_sustained(path > threshold)
+            if index is not None:
+                step_times[mode] = _crossing(times, path, index, threshold)
+                low = int((path[:index] <= threshold / 10).nonzero()[-1]) + 1
+                widths[mode] = step_times[mode] - _crossing(times, path, low, threshold / 10)
+    found = step_times.isfinite()
+    gaps = step_times[found].diff() / widths[found][1:]
+    return Steps(
+        step_times=step_times,
+        rise_widths=widths,
+        num_learned=(values > threshold).sum(1) if threshold > 0 else torch.zeros(len(values), dtype=torch.int64),
+        num_distinct=int(found.any()) + int((gaps > 1).sum()),
+        stepwiseness=float(gaps.clamp(max=10).quantile(0.5)) if len(gaps) else 0.0,
+        threshold=float(threshold),
+    )
+
+
+def num_grown(start: Tensor, now: Tensor) -> int:
+    """Return how many eigenvalues have grown tenfold since the start and exceed a tenth of the largest one now.
+
+    What can be said while a run goes on, of descending eigenvalues, (d,) each.
+    """
+    return int(((now > 0.1 * now[0]) & (now > 10 * start)).sum())
+
+
+def num_crossed(eigenvalues: Tensor, level: float = 0.5) -> Tensor:
+    """Return how many eigenvalues of C are above ``level``, (…, d) to (…), int64: see :func:`crossing_times`."""
+    return (eigenvalues > level).sum(-1)
+
+
+def crossing_times(times: Tensor, eigenvalues: Tensor, level: float = 0.5) -> Tensor:
+    """Return when each eigenvalue of C first reaches ``level``, (d,); NaN if never, or if it starts above.
+
+    Between samples the log-odds log(λ/(1−λ)) are interpolated linearly: for an isolated mode of the analytical model
+    they are linear in time.
+
+    Args:
+        times: (T,), ascending.
+        eigenvalues: (T, d), each column one mode.
+        level: between 0 and 1.
+
+    Raises:
+        ValueError: shapes do not match, T < 2, times not ascending, non-finite values, or a level outside (0, 1).
+
+    """
+    times, values = torch.as_tensor(times).double().cpu(), torch.as_tensor(eigenvalues).double().cpu()
+    _check_trajectory(times, values)
+    if not 0 < level < 1:
+        raise UserError(f"level must lie between 0 and 1, got {level}")
+    crossings = torch.full((values.shape[1],), math.nan, dtype=torch.float64)
+    target = math.log(level / (1 - level))
+    for mode, path in enumerate(values.T):
+        above = (path >= level).nonzero()
+        if len(above) and above[0] > 0:
+            index = int(above[0])
+            before, after = path[index - 1 : index + 1].clamp(1e-12, 1 - 1e-12).logit().tolist()
+            start, end = times[index - 1 : index + 1].tolist()
+            crossings[mode] = start + (end - start) * (target - before) / (after - before)
+    return crossings
+
+
+def _check_trajectory(times: Tensor, values: Tensor) -> None:
+    if times.ndim != 1 or values.ndim != 2 or len(times) != len(values) or values.shape[1] < 1:
+        raise UserError(f"expected times (T,) and eigenvalues (T, d), got {tuple(times.shape)}, {tuple(values.shape)}")
+    if len(times) < 2 or not (times.diff() > 0).all():
+        raise UserError("times must be ascending, with at least two samples")
+    if not values.isfinite().all():
+        raise UserError("eigenvalues hold NaN or infinite values")
+
+
+def _median_of_three(values: Tensor) -> Tensor:
+    padded = torch.cat([values[:1], values, values[-1:]])
+    return torch.stack([padded[:-2], padded[1:-1], padded[2:]]).median(0).values
+
+
+def _first_sustained(above: Tensor) -> int | None:
+    """Index of the first sample from which ``above`` holds for three samples, or to the end."""
+    padded = torch.cat([above, above.new_ones(2)])
+    starts = (padded[:-2] & padded[1:-1] & padded[2:]).nonzero()
+    return int(starts[0]) if len(starts) else None
+
+
+def _crossing(times: Tensor, path: Tensor, index: int, level: Tensor) -> float:
+    """Time between samples index − 1 and index at which the path reaches ``level``, linear in log λ."""
+    tiny = torch.finfo(torch.float64).tiny
+    before, after = path[index - 1 : index + 1].clamp(min=tiny).log().tolist()
+    fraction = (math.log(float(level)) - before) / (after - before)
+    start, end = times[index - 1 : index + 1].tolist()
+    return start + fraction * (end - start)

@@ -1,0 +1,332 @@
+"""Views, order and loaders: the same batches whatever the workers, the ranks, and the interruptions."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import lightning as L
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from stepwise_lightning import FixedCropPairs, TwoViewDataModule
+from stepwise_lightning.data.image_sets import load_images
+from stepwise_lightning.data.sampling import GlobalBatchSampler
+from stepwise_lightning.data.views import TwoViews, crop_pairs
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Fifty images in two classes: 45 for training, 5 held out."""
+    root = tmp_path_factory.mktemp("images")
+    for number in range(50):
+        path = root / f"class_{number % 2}" / f"{number:02d}.png"
+        path.parent.mkdir(exist_ok=True)
+        pixels = np.random.default_rng(number).integers(0, 256, (16, 16, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(path)
+    return str(root)
+
+
+def module(folder: str, **settings) -> TwoViewDataModule:
+    defaults = {"augmentation": "weak", "image_size": 8, "global_batch_size": 8, "num_probe_pairs": 4}
+    data = TwoViewDataModule(folder, **(defaults | settings))
+    data.setup("fit")
+    return data
+
+
+def epoch(data: TwoViewDataModule, number: int = 0) -> list[Tensor]:
+    """Return the training batches of one epoch, both views in one tensor each."""
+    loader = data.train_dataloader()
+    loader.sampler.set_epoch(number)
+    return [torch.cat([x1, x2]) for x1, x2, _ in loader]
+
+
+class Recorder(L.LightningModule):
+    """A model that notes its batches, saves a checkpoint before step ``save_at`` and trains as little as it can."""
+
+    def __init__(self, save_at: int | None = None, path: str = "") -> None:
+        super().__init__()
+        self.layer = nn.Linear(1, 1)
+        self.save_at, self.path = save_at, path
+        self.batches: list[Tensor] = []
+
+    def training_step(self, batch, batch_idx: int) -> Tensor:
+        self.batches.append(torch.cat(batch[:2]))
+        return self.layer(batch[0].mean()[None]).sum()
+
+    def validation_step(self, batch, batch_idx: int) -> None: ...
+
+    test_step = validation_step
+
+    def on_train_batch_end(self, outputs, batch, batch_idx: int) -> None:
+        if self.trainer.global_step == self.save_at:
+            self.trainer.save_checkpoint(self.path)
+
+    def on_train_epoch_end(self) -> None:
+        if self.save_at == -1 and self.current_epoch == 1:
+            self.trainer.save_checkpoint(self.path)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.01)
+
+
+def fit(model: Recorder, data: TwoViewDataModule, ckpt_path: str | None = None, **settings) -> list[Tensor]:
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "accelerator": "cpu"}
+    trainer = L.Trainer(max_epochs=3, enable_model_summary=False, **quiet, **settings)
+    trainer.fit(model, datamodule=data, ckpt_path=ckpt_path)
+    return model.batches
+
+
+def test_crop_pairs_are_crops_and_normalised() -> None:
+    images = load_images("photos")
+    x1, x2 = crop_pairs(images, 7, 32, seed=0)
+    assert torch.equal(x1, x2)  # only one crop fits
+    whole, _ = crop_pairs(images, len(images), 32, seed=1)
+    torch.testing.assert_close(whole.double().mean((0, 2, 3)), torch.zeros(3, dtype=torch.float64), rtol=0, atol=1e-6)
+    torch.testing.assert_close(whole.double().std((0, 2, 3)), torch.ones(3, dtype=torch.float64), rtol=0, atol=1e-6)
+    x1, x2 = crop_pairs(images, 50, 20, seed=0)
+    assert x1.shape == x2.shape == (50, 3, 20, 20) and x1.dtype == torch.float32 and not torch.equal(x1, x2)
+    assert torch.equal(crop_pairs(images, 50, 20, seed=0)[1], x2)
+    assert not torch.equal(crop_pairs(images, 50, 20, seed=1)[1], x2)
+
+
+def test_crop_pairs_refuses_what_does_not_fit() -> None:
+    images = load_images("photos")
+    with pytest.raises(ValueError, match="2691 pairs asked for, but the data set has 2690 images: choose 1 to 2690"):
+        crop_pairs(images, 2691, 20, 0)
+    for size in (0, 33):
+        with pytest.raises(ValueError, match=f"crops of {size}×{size} do not fit the images of 32×32 pixels"):
+            crop_pairs(images, 5, size, 0)
+
+
+def test_fixed_crop_pairs_repeats_one_batch() -> None:
+    data = FixedCropPairs(num_pairs=6, crop_size=8, steps_per_epoch=3)
+    data.prepare_data()
+    data.setup("fit")
+    batches = list(data.train_dataloader())
+    assert len(batches) == len(data.train_dataloader()) == 3
+    assert all(x1 is data.x1 and x2 is data.x2 for x1, x2 in batches)
+    assert torch.equal(data.x1, crop_pairs(load_images("photos"), 6, 8, 0)[0])
+
+
+@pytest.mark.parametrize("augmentation", ["weak", "standard"])
+def test_views_are_drawn_for_each_sample_view_and_epoch(augmentation: str, folder: str) -> None:
+    data = module(folder, augmentation=augmentation)
+    views: TwoViews = data.train_dataloader().dataset
+    drawn = torch.stack([views[e, 3][v] for e in range(8) for v in range(2)])
+    assert drawn.shape == (16, 3, 8, 8) and drawn.dtype == torch.float32
+    assert len(drawn.unique(dim=0)) > 12  # small images have few different crops
+    assert torch.equal(views[5, 3][1], drawn[11])  # in any order
+    assert module(folder, augmentation=augmentation, seed=1).train_dataloader().dataset[5, 3][1].ne(drawn[11]).any()
+
+
+def test_crops_differ_within_a_batch(tmp_path: Path) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    for number in range(20):
+        Image.fromarray(pixels).save(tmp_path / f"{number:02d}.png")
+    x1, _, _ = next(iter(module(str(tmp_path), global_batch_size=16).train_dataloader()))
+    assert len(x1.unique(dim=0)) == 16  # copies of one image: only the crop can differ
+
+
+def test_views_leave_the_global_generator_alone(folder: str) -> None:
+    data = module(folder, augmentation="standard")
+    before = torch.get_rng_state()
+    first = epoch(data)
+    data.probe_pairs()
+    list(data.val_dataloader())
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.manual_seed(123)
+    assert torch.equal(torch.stack(epoch(data)), torch.stack(first))
+
+
+def test_standard_view_uses_colour_and_weak_does_not(folder: str) -> None:
+    # Grey pixels stay grey under crop and flip; hue and saturation cannot be seen there, brightness can.
+    def grays(augmentation: str) -> float:
+        views = module(folder, augmentation=augmentation, image_size=16).train_dataloader().dataset
+        mean, std = views.transform.transforms[-1].mean / 255, views.transform.transforms[-1].std / 255
+        rgb = torch.stack([views[0, i][0] * std + mean for i in range(45)])
+        assert rgb.min() > -1e-5 and rgb.max() < 1 + 1e-5
+        return (rgb.amax(1) - rgb.amin(1)).amax((1, 2)).lt(1e-3).double().mean().item()
+
+    assert grays("weak") == 0 and 0.05 < grays("standard") < 0.45  # a fifth, of 45 images
+
+
+def test_workers_change_nothing(folder: str) -> None:
+    alone, helped = (module(folder, augmentation="standard", num_workers=n) for n in (0, 2))
+    loaders = [data.train_dataloader() for data in (alone, helped)]
+    for number in (0, 1):  # the workers outlive the epoch and must learn the next one
+        for loader in loaders:
+            loader.sampler.set_epoch(number)
+        first, second = ([torch.cat([x1, x2]) for x1, x2, _ in loader] for loader in loaders)
+        assert len(first) == 5 and torch.equal(torch.stack(first), torch.stack(second))
+        assert torch.equal(torch.stack(first), torch.stack(epoch(alone, number)))
+    assert not torch.equal(torch.stack(epoch(alone, 0)), torch.stack(epoch(alone, 1)))
+
+
+@pytest.mark.parametrize("num_replicas", [1, 2, 3, 6])
+def test_the_global_batch_is_the_same_for_every_number_of_ranks(num_replicas: int) -> None:
+    images = range(100)
+    one = GlobalBatchSampler(images, 12, seed=3)
+    ranks = [GlobalBatchSampler(images, 12, num_replicas, rank, seed=3) for rank in range(num_replicas)]
+    for number in (0, 4):
+        for sampler in (one, *ranks):
+            sampler.set_epoch(number)
+        expected = torch.tensor(list(one)).view(8, 12, 2)
+        shares = [torch.tensor(list(sampler)).view(8, 12 // num_replicas, 2) for sampler in ranks]
+        assert torch.equal(torch.cat(shares, dim=1), expected)
+        assert (expected[..., 0] == number).all() and len(expected[..., 1].unique()) == 96
+        assert all(len(sampler) == 96 // num_replicas for sampler in ranks)
+
+
+def test_two_processes_of_a_trainer_share_the_batches_of_one(folder: str, tmp_path: Path) -> None:
+    script = f"""
+import sys, torch
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+from test_data import Recorder, fit, module
+data = module({folder!r}, augmentation="standard")
+batches = fit(Recorder(), data, strategy="ddp", devices=2)
+torch.save(torch.stack(batches), f"{tmp_path}/{{data.trainer.global_rank}}.pt")
+"""
+    (tmp_path / "run.py").write_text(script)
+    done = subprocess.run([sys.executable, tmp_path / "run.py"], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    shares = [torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1)]
+    joined = torch.cat([share.unflatten(1, (2, 4)) for share in shares], dim=2).flatten(1, 2)  # view, then sample
+    alone = torch.stack(fit(Recorder(), module(folder, augmentation="standard")))
+    assert torch.equal(joined, alone)
+
+
+@pytest.mark.parametrize("save_at", [7, 10, -1], ids=["mid-epoch", "last-batch", "epoch-end"])
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_resuming_changes_nothing(save_at: int, num_workers: int, folder: str, tmp_path: Path) -> None:
+    path = str(tmp_path / "saved.ckpt")
+    data = {"augmentation": "standard", "num_workers": num_workers}
+    whole = fit(Recorder(save_at, path), module(folder, **data))
+    assert len(whole) == 15
+    torch.load(path, weights_only=True)
+    resumed = fit(Recorder(), module(folder, **data), ckpt_path=path)
+    done = 10 if save_at == -1 else save_at
+    assert torch.equal(torch.stack(resumed), torch.stack(whole[done:]))
+
+
+def test_an_iteration_given_up_is_no_interruption(folder: str) -> None:
+    loader = module(folder).train_dataloader()
+    first = next(iter(loader))[0]
+    assert torch.equal(next(iter(loader))[0], first)
+    assert len(list(loader)) == len(list(loader)) == 5
+
+
+def test_probe_pairs_are_fixed_and_held_out(folder: str) -> None:
+    data = module("photos", num_probe_pairs=20)
+    x1, x2 = data.probe_pairs()
+    assert x1.shape == x2.shape == (20, 3, 8, 8) and x1.dtype == torch.float32 and not torch.equal(x1, x2)
+    assert data.probe_pairs()[0] is x1
+    again = module("photos", num_probe_pairs=20, num_workers=2, global_batch_size=2).probe_pairs()
+    assert torch.equal(again[0], x1) and torch.equal(again[1], x2)
+    assert torch.equal(module("photos", num_probe_pairs=20, seed=1).probe_pairs()[0], x1)
+    assert not torch.equal(module("photos", num_probe_pairs=20, probe_seed=1).probe_pairs()[0], x1)
+    # Disjoint: no training file of a folder is among the held-out ones.
+    plain = module(folder, image_size=None)
+    train, val = (
+        torch.cat([x for x, _ in loader]) for loader in (plain.labelled_train_dataloader(), plain.val_dataloader())
+    )
+    assert len(train) == 45 and len(val) == 5 and len(torch.cat([train, val]).unique(dim=0)) == 50
+    with pytest.raises(ValueError, match="num_probe_pairs 6 is more than the 5 held-out images: choose 2 to 5"):
+        module(folder, num_probe_pairs=6).probe_pairs()
+
+
+def test_plain_loaders_give_every_image_once_with_its_label(folder: str) -> None:
+    data = module(folder, image_size=None)
+    data.setup("test")
+    x, labels = (torch.cat(part) for part in zip(*data.labelled_train_dataloader(), strict=True))
+    images = data._images("train").images
+    pixels = x * torch.tensor(data.std)[:, None, None] + torch.tensor(data.mean)[:, None, None]
+    torch.testing.assert_close(pixels, images / 255)
+    assert data.class_names == ["class_0", "class_1"] and labels.bincount().tolist() == [23, 22]
+    torch.testing.assert_close(x.double().mean((0, 2, 3)), torch.zeros(3, dtype=torch.float64), rtol=0, atol=1e-6)
+    for loader in (data.val_dataloader(), data.test_dataloader()):
+        assert sum(len(x) for x, _ in loader) == 5
+    assert next(iter(data.train_dataloader()))[2].dtype == torch.int64
+
+
+def test_trainer_takes_all_loaders(folder: str) -> None:
+    class Model(Recorder):
+        seen = 0
+
+        def validation_step(self, batch, batch_idx: int) -> None:
+            self.seen += len(batch[0])
+
+        test_step = validation_step
+
+    model, data = Model(), TwoViewDataModule(folder, "weak", 8, 8)
+    trainer = L.Trainer(
+        max_epochs=1, logger=False, enable_checkpointing=False, accelerator="cpu", num_sanity_val_steps=0
+    )
+    trainer.fit(model, datamodule=data)
+    trainer.test(model, datamodule=data, verbose=False)
+    assert len(model.batches) == 5 and model.seen == 10
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"augmentation": "strong"}, "augmentation 'strong' is none of standard, weak"),
+        ({"global_batch_size": 1}, "global_batch_size must be at least 2.*: 1"),
+        ({"global_batch_size": 46}, "global_batch_size 46 is larger than the 45 training images: choose 2 to 45"),
+        ({"num_workers": -1}, "num_workers must be 0 or more, got -1"),
+        ({"image_size": 0}, "image_size must be at least 1, got 0"),
+        ({"num_probe_pairs": 1}, "num_probe_pairs must be at least 2, got 1"),
+    ],
+)
+def test_bad_settings_are_refused(settings: dict, message: str, folder: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        module(folder, **settings).train_dataloader()
+
+
+def test_a_global_batch_that_the_ranks_do_not_divide_is_refused(folder: str) -> None:
+    message = "global_batch_size 8 cannot be divided among 3 processes: choose a multiple of 3, for example 9"
+    with pytest.raises(ValueError, match=message):
+        GlobalBatchSampler(range(50), 8, 3, 0)
+    data = TwoViewDataModule(folder, global_batch_size=8)
+    data.trainer = type("Trainer", (), {"world_size": 3, "global_rank": 0})()
+    with pytest.raises(ValueError, match=message):
+        data.setup("fit")
+
+
+def test_overfit_batches_is_refused(folder: str) -> None:
+    with pytest.raises(ValueError, match="overfit_batches would replace .* limit_train_batches"):
+        fit(Recorder(), module(folder), overfit_batches=2)
+
+
+def test_large_images_need_an_image_size(tmp_path: Path) -> None:
+    for number in range(12):
+        Image.new("RGB", (20, 14 + number), (number, 20 * number, 255 - number)).save(tmp_path / f"{number:02d}.png")
+    with pytest.raises(ValueError, match="image_size must be given"):
+        module(str(tmp_path), image_size=None)
+    data = module(str(tmp_path), image_size=8, global_batch_size=11)
+    assert next(iter(data.train_dataloader()))[0].shape == (11, 3, 8, 8)
+    (tmp_path / "03.png").write_text("damaged since")
+    with pytest.raises(ValueError, match=r"03\.png' cannot be read as an image.*repair it"):
+        epoch(data)
+
+
+def test_a_loader_continues_where_its_state_was_taken(folder: str) -> None:
+    data = module(folder)
+    loader = data.train_dataloader()
+    iterator = iter(loader)
+    for _ in range(3):
+        next(iterator)
+    state = loader.state_dict()
+    assert state == {"epoch": 0, "batches": 3}
+    fresh = data.train_dataloader()
+    fresh.load_state_dict(state)
+    assert fresh.state_dict() == state
+    rest = [torch.cat([x1, x2]) for x1, x2, _ in fresh]
+    assert torch.equal(torch.stack(rest), torch.stack(epoch(data)[3:]))
+    fresh.load_state_dict(state)
+    fresh.sampler.set_epoch(1)  # as after limit_train_batches: what was left of the epoch is not made up for
+    assert len(list(fresh)) == 5
+    fresh.load_state_dict({"epoch": 1, "batches": 5})
+    assert torch.equal(next(iter(fresh))[0], epoch(data, 2)[0][:8])

@@ -1,0 +1,91 @@
+"""The figures show what they are given: positions, scales and labels, read back from the figure itself."""
+
+import io
+
+import numpy as np
+import pytest
+
+from stepwise_lightning.plots.embeddings import embedding_figure
+from stepwise_lightning.plots.trajectories import (
+    Trajectory,
+    alignment_figure,
+    eigenfunctions_figure,
+    spectra_figure,
+    trajectories_figure,
+)
+
+
+def growth(rates: np.ndarray) -> Trajectory:
+    times = np.linspace(0, 10, 50)
+    eigenvalues = 1 / (1 + 1e6 * np.exp(-times[:, None] * rates))
+    return Trajectory("run", times, 3 - eigenvalues.sum(1), eigenvalues, step_times=np.array([5.0, np.nan, 7.0]))
+
+
+def test_trajectories_have_a_line_per_mode_and_a_mark_per_step():
+    runs = [growth(np.array([8.0, 4, 2])), growth(np.array([9.0, 5, 1]))]
+    figure = trajectories_figure(runs, title="two runs", log_eigenvalues=True)
+    upper, lower = figure.axes[0], figure.axes[2]
+    curves = [line for line in lower.lines if len(line.get_xdata()) == 49]  # time 0 has no place on a log axis
+    np.testing.assert_array_equal([line.get_ydata() for line in curves], runs[0].eigenvalues[1:].T)
+    marks = [line.get_xdata()[0] for line in lower.lines if line.get_linestyle() == ":"]
+    assert marks == [5, 7] and upper.get_xscale() == "log" and lower.get_yscale() == "log"
+    assert upper.get_shared_y_axes().joined(upper, figure.axes[1])
+
+
+def test_runs_of_different_losses_keep_their_own_axes():
+    runs = [growth(np.array([8.0, 4, 2])), growth(np.array([9.0, 5, 1]))]
+    runs[1].eigenvalues_label = "eigenvalues of the covariance"
+    figure = trajectories_figure(runs, title="two losses", same_axes=False)
+    assert not figure.axes[0].get_shared_y_axes().joined(figure.axes[0], figure.axes[1])
+    assert figure.axes[3].get_ylabel() == "eigenvalues of the covariance"
+
+
+def test_spectra_are_those_nearest_to_the_chosen_times():
+    run = growth(np.array([8.0, 4, 2]))
+    figure = spectra_figure(run.times, run.eigenvalues, np.array([0.0, 5.03, 99]), title="spectrum")
+    first, middle, last = (line.get_ydata() for line in figure.axes[0].lines)
+    np.testing.assert_array_equal(first, run.eigenvalues[0])
+    np.testing.assert_array_equal(middle, run.eigenvalues[np.abs(run.times - 5.03).argmin()])
+    np.testing.assert_array_equal(last, run.eigenvalues[-1])
+
+
+@pytest.mark.parametrize("dimensions", [2, 7])
+def test_embeddings_are_shown_in_the_components_of_the_last(dimensions):
+    rng = np.random.default_rng(0)
+    scales = np.array([3.0, 2, 1, 0.1, 0.1, 0.1, 0.1])[:dimensions]
+    rotation = np.linalg.qr(rng.standard_normal((dimensions, dimensions)))[0]
+    last = rng.standard_normal((400, dimensions)) * scales @ rotation + 5
+    embeddings = np.stack([1e-3 * last, last])
+    figure = embedding_figure(embeddings, ["start", "end"], labels=rng.integers(0, 3, 400))
+    start, end = (np.array(axis.collections[0]._offsets3d) for axis in figure.axes)
+    np.testing.assert_allclose(start, 1e-3 * end, atol=1e-12)
+    eigenvalues = np.linalg.eigvalsh(np.cov(last.T, bias=True))[::-1][:3]
+    np.testing.assert_allclose(end.var(1)[: len(eigenvalues)], eigenvalues, rtol=1e-10)
+    assert figure.axes[0].get_xlim() == figure.axes[1].get_zlim()
+
+
+def test_alignments_lie_below_the_eigenvalues_they_belong_to():
+    runs = [growth(np.array([8.0, 4, 2])), growth(np.array([9.0, 5, 1]))]
+    values = {"first": runs[0].times / 10, "second": runs[0].times / 20, "baseline": 0 * runs[0].times}
+    figure = alignment_figure(runs, [values, values], title="alignments")
+    lines = figure.axes[2].lines
+    assert [line.get_label() for line in lines] == list(values)
+    np.testing.assert_array_equal(lines[1].get_ydata(), values["second"])
+    assert figure.axes[2].get_ylim()[0] == 0 and figure.axes[0].get_shared_x_axes().joined(*figure.axes[::2])
+
+
+def test_the_images_at_both_ends_of_a_mode_stand_in_order():
+    runs = [growth(np.array([8.0, 4, 2]))]
+    images = np.random.default_rng(0).random((3, 4, 5, 6, 3))
+    figure = eigenfunctions_figure(runs, [list(images)], title="modes")
+    shown = np.asarray(figure.axes[2].images[0].get_array())
+    assert shown.shape == (5, 4 * 6 + 3, 3)
+    np.testing.assert_array_equal(shown[:, :6], images[1, 0])
+    np.testing.assert_array_equal(shown[:, -6:], images[1, 3])
+
+
+@pytest.mark.parametrize("shape", [(4, 0), (4, 3)])
+def test_nothing_to_draw_is_drawn(shape):
+    """No eigenvalues asked for, or a collapsed embedding: no warning of a logarithm of zero."""
+    run = Trajectory("run", np.arange(4.0), np.ones(4), np.zeros(shape))
+    trajectories_figure([run], title="t", log_eigenvalues=True).savefig(io.BytesIO())

@@ -1,0 +1,140 @@
+"""Runs that are told to stop save themselves and can be continued; others do not wait for a process that is dead."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from survival import environment, job, log_of, newest, run_jobs, write_config, write_images
+from test_resume import assert_same_run
+
+from stepwise_lightning.signals import EX_TEMPFAIL
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGSTOP)
+INT, TERM, USR1, STOP = (int(number) for number in SIGNALS)
+TIMEOUT = 15
+DDP = {
+    "devices": 2,
+    "strategy": {
+        "class_path": "lightning.pytorch.strategies.DDPStrategy",
+        "init_args": {"timeout": f"0:00:{TIMEOUT}", "process_group_backend": "gloo"},
+    },
+    "plugins": [{"class_path": "stepwise_lightning.collectives.SyncBatchNorm"}],
+}
+SECONDS = 20  # for the machines that tests run on; see docs/trust.md for what was measured
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    return write_images(tmp_path_factory.mktemp("images"))
+
+
+def saved_step(directory):
+    return torch.load(newest(directory) / "checkpoints/last.ckpt", weights_only=True)["global_step"]
+
+
+def stop_and_continue(directory, images, loss, stops, **options):
+    """Train once without, and once with each signal, which is followed by a second, continuing run; compare."""
+    directory.mkdir()
+    processes = options.get("devices", 1)
+    config = write_config(directory / "config.yaml", images, loss, 0, **options)
+    jobs = [job(directory / "whole", config, processes=processes)]
+    for name, (when, number, ranks) in stops.items():
+        jobs.append(job(directory / name, config, when, signal=number, ranks=ranks, processes=processes))
+        jobs.append(job(directory / name, config, processes=processes))
+    for each, done in zip(jobs, run_jobs(jobs), strict=True):
+        status = EX_TEMPFAIL if each["when"] else 0
+        assert done["statuses"] == [status] * processes, (each, [log_of(each, rank) for rank in range(processes)])
+        assert done["seconds"] is None or done["seconds"] < SECONDS
+    for name in stops:
+        assert_same_run(newest(directory / name), newest(directory / "whole"))
+
+
+def test_a_signal_saves_and_the_same_command_continues(images, tmp_path):
+    stops = {"term": ("backward:16", TERM, [0]), "ctrl_c": ("saved:16", INT, [0])}
+    stop_and_continue(tmp_path / "runs", images, "SimCLR", stops)
+    for name in stops:
+        log = log_of({"directory": tmp_path / "runs" / name})
+        assert "told to stop: saved at step 17; the same command with --ckpt_path last continues" in log
+        assert "version_0 from step 17" in log and "Traceback" not in log
+
+
+def test_two_processes_stop_together_when_the_second_is_told(images, tmp_path):
+    stop_and_continue(tmp_path / "runs", images, "VICReg", {"second": ("backward:11", USR1, [1])}, **DDP)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("loss", ["BarlowTwins", "VICReg", "SimCLR"])
+def test_any_signal_to_any_process(loss, images, tmp_path):
+    """Also in the last step of an epoch, after which come its validation and one step more."""
+    alone = {"usr1": ("batch_start:19", USR1, [0]), "term": ("validation:10", TERM, [0])}
+    stop_and_continue(tmp_path / "one", images, loss, alone)
+    two = {"first": ("backward:11", TERM, [0]), "both": ("backward:19", USR1, [0, 1]), "second": ("saved:7", TERM, [1])}
+    stop_and_continue(tmp_path / "two", images, loss, two, **DDP)
+
+
+def started(directory, config, *options):
+    """Start ``stepwise`` as a scheduler does, in a group of its own, and wait until it trains."""
+    command = [sys.executable, "-m", "stepwise_lightning", "fit", f"--config={config}", "--ckpt_path=last", *options]
+    directory.mkdir()
+    with (directory / "log.txt").open("w") as log:
+        process = subprocess.Popen(
+            command, cwd=directory, env=environment(), stdout=log, stderr=log, start_new_session=True
+        )
+    deadline = time.monotonic() + 120
+    while not list(directory.glob("runs/run/version_0/checkpoints/last.ckpt")):
+        assert process.poll() is None and time.monotonic() < deadline, (directory / "log.txt").read_text()
+        time.sleep(0.05)
+    return process
+
+
+@pytest.mark.parametrize(
+    ("number", "to_all"),
+    [
+        pytest.param(TERM, False, id="the first process, which has started the other", marks=pytest.mark.slow),
+        pytest.param(TERM, True, id="all processes", marks=pytest.mark.slow),
+        pytest.param(INT, True, id="Ctrl-C, to all processes"),
+    ],
+)
+def test_from_outside_with_workers(number, to_all, images, tmp_path):
+    """Lightning starts the second process; a scheduler's signal may reach the processes that load data too."""
+    workers, more = (2, {}) if to_all else (0, DDP)
+    config = write_config(tmp_path / "config.yaml", images, "BarlowTwins", workers, **more)
+    process = started(tmp_path / "run", config, "--trainer.max_steps=100000")
+    try:
+        (os.killpg if to_all else os.kill)(process.pid, number)
+        assert process.wait(SECONDS) == EX_TEMPFAIL, (tmp_path / "run/log.txt").read_text()
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    assert saved_step(tmp_path / "run") > 0
+
+
+def test_a_killed_process_ends_the_other_with_one_clear_line(images, tmp_path):
+    config = write_config(tmp_path / "config.yaml", images, "VICReg", 0, **DDP)
+    jobs = [job(tmp_path / f"{rank}", config, "backward:16", ranks=[rank], processes=2) for rank in (0, 1)]
+    for rank, done in enumerate(run_jobs(jobs)):
+        assert done["statuses"][rank] == -9 and done["statuses"][1 - rank] == 1, (done, log_of(jobs[rank], 1 - rank))
+        assert done["seconds"] < SECONDS
+        last = log_of(jobs[rank], 1 - rank).strip().splitlines()[-1]
+        assert last.startswith("stepwise: error: another process of this run has ended or does not answer")
+        assert saved_step(tmp_path / str(rank)) == 14
+
+
+@pytest.mark.slow
+def test_a_process_that_does_not_answer_ends_the_other_within_the_timeout(images, tmp_path):
+    """The wait may begin in a message of Lightning's, which hides the first error: the next one has other words."""
+    config = write_config(tmp_path / "config.yaml", images, "VICReg", 0, **DDP)
+    stops = [(when, rank) for when in ("backward:16", "saved:16") for rank in (0, 1)]
+    jobs = [
+        job(tmp_path / f"{number}", config, when, signal=STOP, ranks=[rank], processes=2, patience=3 * TIMEOUT)
+        for number, (when, rank) in enumerate(stops)
+    ]
+    for each, done in zip(jobs, run_jobs(jobs), strict=True):
+        (rank,) = each["ranks"]
+        assert (done["statuses"][rank], done["statuses"][1 - rank]) == (None, 1), log_of(each, 1 - rank)
+        assert "another process of this run has ended or does not answer" in log_of(each, 1 - rank)
+        assert TIMEOUT - 1 < done["seconds"] < TIMEOUT + SECONDS / 2

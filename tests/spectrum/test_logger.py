@@ -1,0 +1,172 @@
+"""The spectrum logger on models that are not ours, with batch normalisation, and in TensorBoard."""
+
+import csv
+
+import lightning as L
+import numpy as np
+import pytest
+import torch
+from lightning.pytorch.loggers import TensorBoardLogger
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from stepwise_lightning import SpectrumLogger
+from stepwise_lightning.spectrum.capture import batch_statistics, capture
+from stepwise_lightning.spectrum.measures import embedding_eigenvalues
+
+
+class Classifier(L.LightningModule):
+    """A plain supervised model with batch normalisation and dropout, as anybody might write it."""
+
+    def __init__(self):
+        super().__init__()
+        self.features = nn.Sequential(nn.Linear(8, 6), nn.BatchNorm1d(6), nn.ReLU(), nn.Dropout(0.5))
+        self.head = nn.Linear(6, 3)
+
+    def forward(self, x):
+        return self.head(self.features(x))
+
+    def training_step(self, batch, batch_idx):
+        return nn.functional.cross_entropy(self(batch[0]), batch[1])
+
+    def configure_optimizers(self):
+        return torch.optim.Adam(self.parameters(), lr=0.01)
+
+
+def fit(directory, callbacks):
+    L.seed_everything(3, verbose=False)
+    module = Classifier()
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(64, 8, generator=generator)
+    data = DataLoader(TensorDataset(x, (x[:, 0] > 0).long()), batch_size=16)
+    logger = TensorBoardLogger(directory)
+    trainer = L.Trainer(
+        max_epochs=5, accelerator="cpu", logger=logger, callbacks=callbacks, log_every_n_steps=1,
+        enable_checkpointing=False, enable_model_summary=False, enable_progress_bar=False,
+    )  # fmt: skip
+    trainer.fit(module, data)
+    return module, logger
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    spectra = SpectrumLogger(watch=["features", "features.0"], num_points=12)
+    module, logger = fit(tmp_path_factory.mktemp("logs"), [spectra])
+    return spectra, module, logger
+
+
+def test_attached_in_one_line_to_a_supervised_classifier(run):
+    spectra, module, _ = run
+    expected = {name + matrix for name in ("", "features.", "features.0.") for matrix in ("covariance",)}
+    expected |= {name.replace("covariance", "normalized_covariance") for name in expected}
+    assert set(spectra.eigenvalues) == expected  # no cross-correlation: the second item of a batch is no view
+    assert torch.stack(spectra.eigenvalues["features.covariance"]).shape == (len(spectra.steps), 6)
+    assert torch.stack(spectra.eigenvalues["covariance"]).shape == (len(spectra.steps), 3)
+
+
+def test_training_is_bit_identical_with_and_without_it(run, tmp_path):
+    plain, _ = fit(tmp_path, [])
+    for ours, theirs in zip(run[1].state_dict().values(), plain.state_dict().values(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_tensorboard_has_one_chart_a_matrix_and_the_figure(run):
+    spectra, _, logger = run
+    events = EventAccumulator(logger.log_dir, size_guidance={"tensors": 0, "images": 0}).Reload()
+    layout = events.Tensors("custom_scalars__config__")[0].tensor_proto.string_val[0]
+    assert b"^spectrum/features.covariance/eig_[0-9]+$" in layout
+    images = events.Images("spectrum/covariance")
+    assert images[-1].step == spectra.steps[-1] and images[-1].width > 500
+    for measure in ("num_learned", "effective_rank", "participation_ratio", "alpha_req", "rankme"):
+        assert len(events.Scalars(f"spectrum/covariance/{measure}")) == len(spectra.steps)
+
+
+def test_step_times_are_written_as_modes_are_learned(tmp_path):
+    class Growing(Classifier):
+        """Its output grows a thousandfold, one direction after the other."""
+
+        def forward(self, x):
+            step = self.global_step if self._trainer else 0
+            return x[:, :2] * torch.tensor([1.0, 1e-3]) * min(10.0 ** (step - 8), 1.0) + 0 * self.head.weight.sum()
+
+        def training_step(self, batch, batch_idx):
+            return self(batch[0]).square().mean()
+
+    data = DataLoader(torch.utils.data.StackDataset(torch.randn(64, 8, generator=torch.Generator().manual_seed(0))), 16)
+    spectra = SpectrumLogger(num_points=20)
+    trainer = L.Trainer(
+        max_epochs=5, accelerator="cpu", logger=TensorBoardLogger(tmp_path), callbacks=[spectra], log_every_n_steps=1,
+        enable_checkpointing=False, enable_model_summary=False, enable_progress_bar=False,
+    )  # fmt: skip
+    trainer.fit(Growing(), data)
+    with (spectra.directory / "spectrum.csv").open(newline="") as file:
+        found = [r for r in csv.DictReader(file) if r["quantity"] == "step_time" and r["matrix"] == "covariance"]
+    assert [(row["mode"], int(row["step"])) for row in found] == [("0", 1)]
+    assert spectra.measures["covariance/num_learned"][0] == 0 and spectra.measures["covariance/num_learned"][-1] == 1
+
+
+def test_npz_has_every_eigenvalue_and_scalars_are_capped(tmp_path):
+    spectra = SpectrumLogger(watch=["features"], num_points=5, num_scalars=2)
+    fit(tmp_path, [spectra])
+    with np.load(spectra.directory / "spectrum.npz") as saved:
+        assert saved["features.covariance"].shape[1] == 6
+        assert saved["features.covariance/rankme"].shape == saved["step"].shape
+    with (spectra.directory / "spectrum.csv").open(newline="") as file:
+        modes = {row["mode"] for row in csv.DictReader(file) if row["quantity"] == "eigenvalue"}
+    assert modes == {"0", "1"}
+
+
+def test_capture_uses_the_batch_s_statistics_and_leaves_no_trace():
+    module = Classifier().train()
+    module.head.eval()  # a mixed state, to be restored
+    before = {name: value.clone() for name, value in module.state_dict().items()}
+    modes, state = [part.training for part in module.modules()], torch.get_rng_state()
+    x = torch.randn(32, 8, generator=torch.Generator().manual_seed(1))
+    outputs = capture(module, [x, 2 * x], ["", "features.1"])
+    normalised = outputs["features.1"][0]
+    torch.testing.assert_close(normalised.mean(0), torch.zeros(6), atol=1e-5, rtol=0)
+    torch.testing.assert_close(normalised.var(0, unbiased=False), torch.ones(6), atol=1e-3, rtol=0)
+    assert len(outputs[""]) == 2 and not outputs[""][0].requires_grad
+    assert [part.training for part in module.modules()] == modes and torch.equal(state, torch.get_rng_state())
+    assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
+    assert all(part.track_running_stats for part in module.modules() if isinstance(part, nn.BatchNorm1d))
+
+
+def test_what_was_captured_is_not_overwritten_further_on():
+    net = nn.Sequential(nn.Linear(4, 3), nn.ReLU(inplace=True))
+    x = torch.randn(5, 4, generator=torch.Generator().manual_seed(0))
+    found = capture(net, [x], ["0"])["0"][0]
+    assert found.min() < 0 and torch.equal(found, net[0](x))
+
+
+def test_batch_statistics_restores_after_an_error():
+    module = Classifier()
+    with pytest.raises(RuntimeError), batch_statistics(module):
+        assert not module.features[3].training and module.features[1].training
+        raise RuntimeError
+    assert all(part.training for part in module.modules())
+
+
+def test_a_probe_of_ones_own(tmp_path):
+    probe = torch.randn(20, 8, generator=torch.Generator().manual_seed(5))
+    spectra = SpectrumLogger(probe=probe, num_points=3)
+    module, _ = fit(tmp_path, [spectra])
+    expected = embedding_eigenvalues(capture(module, [probe], [""])[""][0])
+    torch.testing.assert_close(spectra.eigenvalues["covariance"][-1], expected)
+
+
+def test_unknown_names_are_answered_with_those_that_exist(tmp_path):
+    with pytest.raises(ValueError, match="no submodule 'featurs' to watch; did you mean one of: features"):
+        fit(tmp_path, [SpectrumLogger(watch=["featurs"])])
+    for arguments, message in (
+        ({"num_points": 1}, "at least 2"), ({"probe": "val"}, "'auto', 'batch'"), ({"matrices": ["gram"]}, "unknown"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=message):
+            SpectrumLogger(**arguments)
+
+
+def test_numbers_out_of_range_are_refused_by_name():
+    for name, value in (("num_points", 1), ("num_scalars", -1)):
+        with pytest.raises(ValueError, match=f"{name} must be at least [02], got {value}"):
+            SpectrumLogger(**{name: value})
