@@ -144,15 +144,12 @@ def resnet_kernel(max_bytes: int) -> Any:
 
 def speed() -> bool:
     """Print the time of 2000 pairs against the dense route and the kernel products."""
-    from stepwise_lightning.theory import contrastive
-
     x1, x2, kernel = crops(2000, 20)
-    contrastive.KernelProducts = TimedProducts  # type: ignore[misc]
     seconds, shares = [], []
     for _ in range(6):
         TimedProducts.seconds = 0.0
         start = time.perf_counter()
-        model = ContrastiveKernelPCA(kernel, 10, progress=False).fit(x1, x2)
+        model = ContrastiveKernelPCA(kernel, 10, progress=False).fit(x1, x2, TimedProducts)
         seconds.append(time.perf_counter() - start)
         shares.append(seconds[-1] / TimedProducts.seconds)
     ours, share = (statistics.median(values[1:]) for values in (seconds, shares))  # the first warms up
@@ -202,16 +199,13 @@ def tangent_kernels() -> bool:
 
 def stream(pairs: int, data: str) -> bool:
     """Print what a fit costs whose kernel matrix is far too large to hold."""
-    from stepwise_lightning.theory import contrastive
-
-    contrastive.KernelProducts = TimedProducts  # type: ignore[misc]
     drawn = FixedCropPairs(data, num_pairs=pairs, crop_size=16)
     drawn.setup()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     x1, x2 = (view.flatten(1).to(device) for view in (drawn.x1, drawn.x2))
     kernel = partial(rbf_kernel, length_scale=LENGTH_SCALE_PER_PIXEL * x1.shape[1] ** 0.5)
     before, start = fresh_peak_bytes(), time.perf_counter()
-    model = ContrastiveKernelPCA(kernel, 10, max_bytes=2**30).fit(x1, x2)
+    model = ContrastiveKernelPCA(kernel, 10, max_bytes=2**30).fit(x1, x2, TimedProducts)
     seconds = time.perf_counter() - start
     one, products = TimedProducts.seconds / TimedProducts.count, TimedProducts.count
     print(f"\n{pairs} pairs of 16×16 crops, streamed: {seconds:.0f} s on {torch.get_num_threads()} threads, {device}; "

@@ -68,10 +68,10 @@ def fresh_peak_bytes() -> int:
 
 def peak_bytes() -> int:
     """Return this process's peak of resident memory since it was last forgotten."""
-    found = re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())
-    if found is None:
+    peak = re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())
+    if peak is None:
         raise RuntimeError("/proc/self/status states no peak memory (VmHWM): this benchmark needs Linux")
-    return int(found[1]) * 1024
+    return int(peak[1]) * 1024
 
 
 def within(name: str, ratio: float, limit: float | None = None, least: bool = False) -> bool:

@@ -34,9 +34,9 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from reproduce.common import quiet_lightning
 from stepwise_lightning import BarlowTwins, SpectrumLogger, TwoViewDataModule
-from stepwise_lightning.spectrum.capture import capture
-from stepwise_lightning.encoders import Encoder
 from stepwise_lightning.data.image_sets import ImageSet
+from stepwise_lightning.encoders import Encoder
+from stepwise_lightning.spectrum.capture import capture
 from stepwise_lightning.spectrum.schedule import log_spaced_steps
 
 RUN_STEPS, RUN_PAIRS, BATCH = 5000, 512, 64
@@ -115,7 +115,7 @@ def photographs(image_size: int, batch: int = BATCH, copies: int = 1, **settings
     """Return the bundled photographs as two views, each so many times over."""
     data = TwoViewDataModule("photos", image_size=image_size, global_batch_size=batch, **settings)
     data.setup("fit")
-    train = data._images("train")
+    train = data.images("train")
     assert isinstance(train.images, Tensor)
     data._sets["train"] = ImageSet(train.images.repeat(copies, 1, 1, 1), train.labels.repeat(copies), train.class_names)
     return data
@@ -211,9 +211,9 @@ def logging_share(step: float, forward: float, measurements: int) -> bool:
     for dim, limit in ((64, 0.01), (512, 0.01), (2048, 0.03)):
         measurement, figures = logging_costs(dim, measurements)
         share = points * (forward + measurement + figures) / (RUN_STEPS * step)
-        what = f"{dim} dimensions (spectra {1e3 * measurement:.0f} ms, figures {1e3 * figures:.0f} ms)"
-        ok &= within(f"{what}, {RUN_PAIRS} pairs a step", share * BATCH / RUN_PAIRS, limit)
-        within(f"{what}, {BATCH} pairs a step", share)
+        case = f"{dim} dimensions (spectra {1e3 * measurement:.0f} ms, figures {1e3 * figures:.0f} ms)"
+        ok &= within(f"{case}, {RUN_PAIRS} pairs a step", share * BATCH / RUN_PAIRS, limit)
+        within(f"{case}, {BATCH} pairs a step", share)
     return ok
 
 

@@ -24,8 +24,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from stepwise_lightning import TwoViewDataModule
-from stepwise_lightning.encoders import Encoder
 from stepwise_lightning.data.image_sets import ImageSet
+from stepwise_lightning.encoders import Encoder
 
 BATCH, IMAGE_SIZE = 64, 32
 
@@ -53,7 +53,7 @@ def their_loader(data: TwoViewDataModule, workers: int) -> DataLoader[Any]:
         min_scale=0.2, random_gray_scale=0.2, gaussian_blur=0.5, sigmas=(0.1, 2.0), vf_prob=0.0, hf_prob=0.5,
         rr_prob=0.0, normalize={"mean": list(data.mean), "std": list(data.std)},
     )  # fmt: skip
-    views = TheirViews(data._images("train"), transform)
+    views = TheirViews(data.images("train"), transform)
     return DataLoader(views, BATCH, shuffle=True, drop_last=True, num_workers=workers)
 
 

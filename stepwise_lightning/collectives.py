@@ -22,6 +22,8 @@ from torch.utils.hooks import RemovableHandle
 
 from stepwise_lightning.errors import UserError
 
+__all__ = ["SyncBatchNorm", "all_gather", "all_gather_objects", "all_gather_with_grad", "check_equal_shards"]
+
 
 def all_gather_with_grad(z: Tensor) -> Tensor:
     """Return the rows of all ranks, differentiably: (n, …) to (W·n, …), rank 0's first; ``z`` itself in one process.

@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from stepwise_lightning.errors import UserError
 from stepwise_lightning.seeding import checked_seed, own_randomness
 
+__all__ = ["Encoder", "LinearEncoder", "MLP", "Projector", "ResNet", "scale_last_layer"]
+
 
 class LinearEncoder(nn.Module):
     """The linear model f(x) = W x on flattened inputs, without a bias.

@@ -12,6 +12,19 @@ import re
 import traceback
 from pathlib import Path
 
+__all__ = [
+    "CannotReadError",
+    "CannotWriteError",
+    "DivergedError",
+    "NotFoundError",
+    "UserError",
+    "cannot_write",
+    "condensed",
+    "full_disk",
+    "one_line",
+    "reason",
+]
+
 # What a disk says that takes no more: full, over a user's quota, or a file over its limit.
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # How back-ends of torch.distributed say that another process is gone.

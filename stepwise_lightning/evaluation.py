@@ -11,18 +11,20 @@ from typing import Any
 
 import lightning as L
 import torch
-from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, normalize
+from torch import Tensor
+from torch.nn.functional import normalize
 from torchmetrics.classification import MulticlassAccuracy
 from tqdm import tqdm
 
+from stepwise_lightning.classifiers import LinearProbe, knn_scores
 from stepwise_lightning.collectives import all_gather
 from stepwise_lightning.errors import UserError
 from stepwise_lightning.spectrum.capture import capture, check_watched
 
+__all__ = ["OnlineKNN", "OnlineLinearProbe"]
+
+# The submodule that the shipped encoders' hidden representation is the output of.
 REPRESENTATION = "encoder.backbone"
-# Entries of the table of similarities that k-NN holds at a time: 256 MB.
-_TABLE = 2**26
 
 
 class _Evaluation(L.Callback):
@@ -158,13 +160,11 @@ class OnlineLinearProbe(_Evaluation):
         if not 0 <= learning_rate < float("inf"):
             raise UserError(f"learning_rate must be finite and at least 0, got {learning_rate}")
         self.learning_rate = learning_rate
-        self._probe: nn.Sequential | None = None
+        self.probe: LinearProbe | None = None
 
     def state_dict(self) -> dict[str, Any]:
         """Return the probe and its optimiser's state, as tensors and numbers."""
-        if self._probe is None:
-            return {}
-        return {"probe": self._probe.state_dict(), "optimizer": self._optimizer.state_dict()}
+        return {} if self.probe is None else self.probe.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue with the probe of a checkpoint."""
@@ -175,15 +175,13 @@ class OnlineLinearProbe(_Evaluation):
                     f"the checkpoint's linear probe knows {num_classes} classes, but the data have {self.num_classes}: "
                     "use the data it was trained on"
                 )
-            self._build(in_features, num_classes)
-            assert self._probe is not None
-            self._probe.load_state_dict(state_dict["probe"])
-            self._optimizer.load_state_dict(state_dict["optimizer"])
+            self.probe = LinearProbe(in_features, num_classes, self.learning_rate)
+            self.probe.load_state_dict(state_dict)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Move a probe that has been restored, or used in an evaluation, with its optimiser's state."""
-        if self._probe is not None:
-            self._to(pl_module.device)
+        """Move a probe that has been restored, or used in an evaluation."""
+        if self.probe is not None:
+            self.probe.to(pl_module.device)
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -198,40 +196,23 @@ class OnlineLinearProbe(_Evaluation):
         features, labels = features[known], labels[known]
         if len(labels) < 2:  # nothing to standardise
             return
-        if self._probe is None:
+        if self.probe is None:
             assert self.num_classes is not None
-            self._build(features.shape[1], self.num_classes)
-            self._to(features.device)
-        assert self._probe is not None
-        with torch.enable_grad():
-            loss = cross_entropy(self._probe.train()(features), labels)
-            self._optimizer.zero_grad()
-            loss.backward()
-            self._optimizer.step()
+            self.probe = LinearProbe(features.shape[1], self.num_classes, self.learning_rate)
+            self.probe.to(features.device)
+        loss = self.probe.step(features, labels)
         every = trainer.log_every_n_steps  # type: ignore[attr-defined]
         if every > 0 and trainer.global_step % every == 0:
-            pl_module.log("train/probe_loss", loss.detach())
-
-    def _build(self, in_features: int, num_classes: int) -> None:
-        # Started at zero, and made without a draw: the global generator must not notice.
-        linear = nn.utils.skip_init(nn.Linear, in_features, num_classes)
-        nn.init.zeros_(linear.weight)
-        nn.init.zeros_(linear.bias)
-        self._probe = nn.Sequential(nn.BatchNorm1d(in_features, affine=False), linear)
-        self._optimizer = torch.optim.Adam(self._probe.parameters(), lr=self.learning_rate)
-
-    def _to(self, device: torch.device) -> None:
-        assert self._probe is not None
-        self._probe.to(device)
-        self._optimizer.load_state_dict(self._optimizer.state_dict())  # moves the state to the parameters
+            pl_module.log("train/probe_loss", loss)
 
     def _scores(self, features: Tensor) -> Tensor:
-        if self._probe is None:
+        if self.probe is None:
             raise UserError(
                 "the linear probe has seen no labelled image: train with it first, on batches with at least two "
                 "labels, or give the checkpoint of a run with it (--ckpt_path)"
             )
-        return self._probe.to(features.device).eval()(features)
+        self.probe.to(features.device)
+        return self.probe.scores(features)
 
 
 class OnlineKNN(_Evaluation):
@@ -298,11 +279,5 @@ class OnlineKNN(_Evaluation):
         del self._bank, self._answers  # room for training
 
     def _scores(self, features: Tensor) -> Tensor:
-        rows = max(1, _TABLE // len(self._bank))
-        return torch.cat([self._votes(part) for part in normalize(features).split(rows)])
-
-    def _votes(self, features: Tensor) -> Tensor:
         assert self.num_classes is not None
-        similarity, nearest = (features @ self._bank.T).topk(min(self.k, len(self._bank)))
-        votes = ((similarity - 1) / self.temperature).exp()  # at most 1, in the same proportions
-        return votes.new_zeros(len(features), self.num_classes).scatter_add_(1, self._answers[nearest], votes)
+        return knn_scores(features, self._bank, self._answers, self.num_classes, self.k, self.temperature)

@@ -9,6 +9,8 @@ from typing import Any
 
 from stepwise_lightning.errors import cannot_write
 
+__all__ = ["atomic_write", "atomic_write_text"]
+
 
 def atomic_write(path: Path, write: Callable[[Path], Any]) -> None:
     """Let ``write`` write a file beside ``path``, and move it there when all of it is on the disk.

@@ -15,6 +15,8 @@ from stepwise_lightning import losses
 from stepwise_lightning.collectives import all_gather_with_grad, check_equal_shards
 from stepwise_lightning.errors import DivergedError, UserError
 
+__all__ = ["BarlowTwins", "JointEmbedding", "SimCLR", "VICReg", "rate_factor"]
+
 
 class JointEmbedding(L.LightningModule):
     """What all joint-embedding methods share; a method adds ``loss_terms(z1, z2)``.
@@ -111,11 +113,11 @@ class JointEmbedding(L.LightningModule):
         if not all(torch.stack([weights.isfinite().all() for weights in self.parameters()]).tolist()):
             self._stop(f"the weights at step {self.global_step} are not finite")
 
-    def _stop(self, what: str, batch: Sequence[Tensor] = ()) -> None:
+    def _stop(self, event: str, batch: Sequence[Tensor] = ()) -> None:
         cause = f"training has most likely diverged: lower learning_rate (now {self.hparams['learning_rate']})"
         if not all(view.isfinite().all() for view in batch[:2]):
             cause = "the batch holds values that are not finite: look at the data"
-        raise DivergedError(f"training stopped, because {what}; {cause}")
+        raise DivergedError(f"training stopped, because {event}; {cause}")
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Return plain SGD, with a schedule stepped at every optimiser step if one is asked for."""

@@ -17,6 +17,8 @@ from stepwise_lightning.errors import NotFoundError, UserError, reason
 from stepwise_lightning.files import atomic_write
 from stepwise_lightning.steps import Steps, detect_steps, num_grown
 
+__all__ = ["COLUMNS", "Measurement", "Row", "Spectrum", "SpectrumRecord"]
+
 COLUMNS = ("step", "time", "matrix", "quantity", "mode", "value")
 # (step, time, matrix, quantity, mode, value)
 Row = tuple[int, float, str, str, int | str, float]
@@ -133,11 +135,10 @@ class SpectrumRecord:
         for name, values in sorted(tensors.items(), key=lambda item: "/" in item[0]):  # eigenvalues first
             matrix, _, measure = name.partition("/")
             for index, measurement in enumerate(record._measurements):
-                if not measure:
+                if not measure and not (len(values[index]) and values[index].isnan().all()):  # or it was not measured
                     measurement.spectra[matrix] = Spectrum(values[index].double().clone())
-                else:
-                    measures = measurement.spectra[matrix].measures
-                    measures[_RENAMED.get(measure, measure)] = float(values[index])
+                elif measure and matrix in measurement.spectra:
+                    measurement.spectra[matrix].measures[_RENAMED.get(measure, measure)] = float(values[index])
         return record
 
     def __len__(self) -> int:

@@ -10,6 +10,8 @@ import torch
 
 from stepwise_lightning.errors import UserError
 
+__all__ = ["checked_seed", "hashed_seed", "own_randomness"]
+
 
 def hashed_seed(*key: int | str) -> int:
     """Return a seed of 64 bits that depends on all of ``key`` and is the same in every process, on every machine."""

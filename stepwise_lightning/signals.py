@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import signal
 
+__all__ = ["EX_TEMPFAIL", "INTERRUPTED", "STOP_SIGNALS"]
+
 # The exit status of a run that was told to stop, has saved itself, and can be continued: sysexits.h's "try again".
 EX_TEMPFAIL = 75
 # Ctrl-C, and what schedulers send; Windows lacks the last one.

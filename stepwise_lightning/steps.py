@@ -15,6 +15,8 @@ from torch import Tensor
 
 from stepwise_lightning.errors import UserError
 
+__all__ = ["Steps", "crossing_times", "detect_steps", "num_crossed", "num_grown"]
+
 
 class Steps(NamedTuple):
     """What :func:`detect_steps` found; times are in the unit of the times given."""
@@ -63,13 +65,13 @@ def detect_steps(times: Tensor, eigenvalues: Tensor) -> Steps:
                 step_times[mode] = _crossing(times, path, index, threshold)
                 low = int((path[:index] <= threshold / 10).nonzero()[-1]) + 1
                 widths[mode] = step_times[mode] - _crossing(times, path, low, threshold / 10)
-    found = step_times.isfinite()
-    gaps = step_times[found].diff() / widths[found][1:]
+    detected = step_times.isfinite()
+    gaps = step_times[detected].diff() / widths[detected][1:]
     return Steps(
         step_times=step_times,
         rise_widths=widths,
         num_learned=(values > threshold).sum(1) if threshold > 0 else torch.zeros(len(values), dtype=torch.int64),
-        num_distinct=int(found.any()) + int((gaps > 1).sum()),
+        num_distinct=int(detected.any()) + int((gaps > 1).sum()),
         stepwiseness=float(gaps.clamp(max=10).quantile(0.5)) if len(gaps) else 0.0,
         threshold=float(threshold),
     )

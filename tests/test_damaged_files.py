@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from matplotlib.figure import Figure
+from stepwise_lightning.results import load_spectra
 from tiny_sets import Touch, damaged
 
 from reproduce.common import Claim, Outcome, _finished, parser, read_claim, report, write_outputs
@@ -18,7 +19,6 @@ from reproduce.report import write_report
 from reproduce.runs import Run
 from reproduce.training import PROFILES
 from stepwise_lightning.cli import main
-from stepwise_lightning.results import load_spectra
 from stepwise_lightning.theory import ContrastiveKernelPCA, linear_kernel
 
 # How many cases of each kind; many with -m slow.

@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from stepwise_lightning import BarlowTwins, SimCLR, VICReg
-from stepwise_lightning.collectives import SyncBatchNorm, check_equal_shards, all_gather_with_grad
+from stepwise_lightning.collectives import SyncBatchNorm, all_gather_with_grad, check_equal_shards
 
 GLOBAL_BATCH, IMAGE, STEPS = 12, 8, 20
 METHODS = {
@@ -145,10 +145,10 @@ def assert_same(actual, expected, tolerance):
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("what", ["gradients", "resnet_gradients"])
-def test_gradients_averaged_by_ddp_are_those_of_the_joined_batch(one_process, ranks, method, what):
+@pytest.mark.parametrize("quantity", ["gradients", "resnet_gradients"])
+def test_gradients_averaged_by_ddp_are_those_of_the_joined_batch(one_process, ranks, method, quantity):
     for rank in ranks:
-        assert_same(rank[method, what], one_process[method, what], 1e-10)
+        assert_same(rank[method, quantity], one_process[method, quantity], 1e-10)
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -3,7 +3,6 @@
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import lightning as L
 import numpy as np
@@ -11,7 +10,8 @@ import pytest
 import torch
 from PIL import Image
 
-from stepwise_lightning import TwoViewDataModule, VICReg, evaluation
+from stepwise_lightning import TwoViewDataModule, VICReg
+from stepwise_lightning.classifiers import LinearProbe, knn_scores
 from stepwise_lightning.cli import main
 from stepwise_lightning.encoders import MLP, Encoder
 from stepwise_lightning.evaluation import OnlineKNN, OnlineLinearProbe
@@ -164,32 +164,25 @@ def test_other_precisions(folder: str, precision: str) -> None:
     assert {"val/probe_top1", "val/knn_top1"} <= set(running.callback_metrics)
 
 
-def test_votes_in_blocks_are_those_of_a_plain_loop(monkeypatch: pytest.MonkeyPatch) -> None:
-    neighbours, generator = OnlineKNN(k=4, temperature=0.3, num_classes=3), torch.Generator().manual_seed(0)
-    neighbours._bank = torch.nn.functional.normalize(torch.randn(10, 6, generator=generator))
-    neighbours._answers = torch.randint(3, (10,), generator=generator)
+@pytest.mark.parametrize("max_similarities", [2**26, 25, 1], ids=["at once", "two rows", "one row"])
+def test_votes_in_blocks_are_those_of_a_plain_loop(max_similarities: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    bank = torch.nn.functional.normalize(torch.randn(10, 6, generator=generator))
+    labels = torch.randint(3, (10,), generator=generator)
     features = torch.randn(7, 6, generator=generator)
-    expected, sizes = torch.zeros(7, 3), []
+    expected = torch.zeros(7, 3)
     for row, z in enumerate(features):
-        cosines = [torch.cosine_similarity(z, b, dim=0).item() for b in neighbours._bank]
+        cosines = [torch.cosine_similarity(z, b, dim=0).item() for b in bank]
         for index in np.argsort(cosines)[-4:]:
-            expected[row, neighbours._answers[index]] += np.exp((cosines[index] - 1) / 0.3)
-    torch.testing.assert_close(neighbours._scores(features), expected)
-    monkeypatch.setattr(evaluation, "_TABLE", 25)  # two rows of ten
-    votes = neighbours._votes
-    monkeypatch.setattr(neighbours, "_votes", lambda part: sizes.append(len(part)) or votes(part))
-    torch.testing.assert_close(neighbours._scores(features), expected)
-    assert sizes == [2, 2, 2, 1]
+            expected[row, labels[index]] += np.exp((cosines[index] - 1) / 0.3)
+    torch.testing.assert_close(knn_scores(features, bank, labels, 3, 4, 0.3, max_similarities), expected)
 
 
 def test_the_optimiser_follows_a_probe_that_an_evaluation_has_moved() -> None:
-    probe = OnlineLinearProbe(num_classes=2)
-    probe._build(3, 2)
-    probe._probe(torch.ones(2, 3)).sum().backward()
-    probe._optimizer.step()
-    probe._probe.double()  # stands for a move to a GPU: the same parameters, with other tensors inside
-    probe.on_train_start(None, SimpleNamespace(device=torch.device("cpu")))
-    assert {state["exp_avg"].dtype for state in probe._optimizer.state.values()} == {torch.float64}
+    probe = LinearProbe(3, 2, learning_rate=0.1)
+    probe.step(torch.randn(2, 3, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 1]))
+    probe.to(torch.float64)  # stands for a move to a GPU: the same parameters, with other tensors inside
+    assert {state["exp_avg"].dtype for state in probe.optimizer.state.values()} == {torch.float64}
 
 
 class Rows(L.LightningDataModule):

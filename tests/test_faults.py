@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from stepwise_lightning import BarlowTwins, LinearEncoder, SpectrumLogger
 from stepwise_lightning import losses as loss_functions
-from stepwise_lightning.spectrum.measures import (
+from stepwise_lightning.spectrum import (
     cross_correlation_eigenvalues,
     detect_steps,
     effective_rank,

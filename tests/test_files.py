@@ -17,8 +17,8 @@ from test_resume import assert_same_run
 
 from reproduce.common import Claim, Outcome, write_outputs
 from reproduce.report import write_report
-from stepwise_lightning.runs.checkpoints import AtomicCheckpointIO
 from stepwise_lightning.files import atomic_write, atomic_write_text
+from stepwise_lightning.runs.checkpoints import AtomicCheckpointIO
 from stepwise_lightning.spectrum.writers import SpectrumTable, write_arrays
 
 KILLS = 50

@@ -23,7 +23,7 @@ def resident(pid="self", own=False):
     """Bytes of a process in memory; with ``own``, those that it shares with no other."""
     path, keys = ("smaps_rollup", "Private_(?:Clean|Dirty)") if own else ("status", "VmRSS")
     text = Path(f"/proc/{pid}/{path}").read_text()
-    return 1024 * sum(int(found) for found in re.findall(rf"^{keys}:\s+(\d+) kB", text, re.MULTILINE))
+    return 1024 * sum(int(size) for size in re.findall(rf"^{keys}:\s+(\d+) kB", text, re.MULTILINE))
 
 
 class Memory(L.Callback):

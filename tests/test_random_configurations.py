@@ -174,12 +174,12 @@ def test_many_valid_configurations_train(config, folder):
 
 def keys(config: dict[str, Any], above: str = "") -> list[str]:
     """Return the dotted paths of all keys whose names are the parser's."""
-    found = []
+    problems = []
     for key, value in config.items():
-        found.append(f"{above}{key}")
+        problems.append(f"{above}{key}")
         if isinstance(value, dict):
-            found += keys(value, f"{above}{key}.")
-    return found
+            problems += keys(value, f"{above}{key}.")
+    return problems
 
 
 @st.composite

@@ -12,9 +12,9 @@ import yaml
 from tiny_sets import write_cifar10, write_stl10
 
 from stepwise_lightning import TwoViewDataModule
-from stepwise_lightning.spectrum.capture import capture
 from stepwise_lightning.cli import main
 from stepwise_lightning.encoders import Encoder
+from stepwise_lightning.spectrum.capture import capture
 from stepwise_lightning.spectrum.measures import cross_correlation_eigenvalues
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))

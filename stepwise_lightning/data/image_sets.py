@@ -65,8 +65,8 @@ def load_images(data: str, root: str = "data", download: bool = False, image_siz
 
     Args:
         data: ``photos`` (all tiles of :func:`stepwise_lightning.data.photographs.cut_photos`), ``cifar10`` (training
-            images), ``stl10`` (training and unlabelled images), or the path of a folder that is searched for image files at
-            any depth.
+            images), ``stl10`` (training and unlabelled images), or the path of a folder that is searched for image
+            files at any depth.
         root: where ``cifar10`` and ``stl10`` are looked for, and put.
         download: fetch ``cifar10`` or ``stl10`` if it is not there.
         image_size: images in a folder that differ are resized (shorter side) and cropped at the centre.
@@ -194,15 +194,15 @@ def _folder_set(folder: Path, split: str) -> ImageSet:
     if "train" in parts and len(parts) > 1:
         other = {"val": "test", "test": "val"}
         place = {name: parts.get(name) or parts[other[name]] for name in SPLITS}
-        found = {part: image_paths(part) for part in set(place.values())}
-        base, paths = place[split], found[place[split]]
+        paths_of = {part: image_paths(part) for part in set(place.values())}
+        base, paths = place[split], paths_of[place[split]]
     else:
         base, paths = folder, image_paths(folder)
-        found = {folder: paths}
+        paths_of = {folder: paths}
         if len(paths) < 10:
             raise UserError(f"too few images in {str(folder)!r} to hold some out: {len(paths)}, at least 10 are needed")
         paths = [path for number, path in enumerate(paths) if (number % 10 == 9) == (split != "train")]
-    names = sorted({_class_name(path, part) for part, inside in found.items() for path in inside} - {""})
+    names = sorted({_class_name(path, part) for part, inside in paths_of.items() for path in inside} - {""})
     number_of = {name: number for number, name in enumerate(names)} | {"": -1}
     labels = torch.tensor([number_of[_class_name(path, base)] for path in paths])
     return ImageSet(_in_memory(paths), labels, names)

@@ -64,9 +64,11 @@ def capture(
     finally:
         for hook in hooks:
             hook.remove()
-    for name, found in outputs.items():
-        if len(found) != len(views):
-            raise UserError(f"{name!r} ran {len(found)} times on {len(views)} views: watch one that runs once a view")
+    for name, captured in outputs.items():
+        if len(captured) != len(views):
+            raise UserError(
+                f"{name!r} ran {len(captured)} times on {len(views)} views: watch one that runs once a view"
+            )
     return outputs
 
 

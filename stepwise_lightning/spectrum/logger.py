@@ -147,8 +147,8 @@ class SpectrumLogger(L.Callback):
         # What was measured at this very step belonged to a run that ended here: now it has a loss too.
         self.record.keep(int((self.record.steps < trainer.global_step).sum()) if trainer.is_global_zero else 0)
         if trainer.is_global_zero:
-            if self.prediction is not None and len(self.record):
-                self.record.predict(self._predicted(self.record.times))
+            if self.prediction is not None and "cross_correlation" in self.record.matrices:
+                self.record.predict(torch.stack([self._predicted(time) for time in self.record.times]))
             rows = (row for index in range(len(self.record)) for row in self.record.rows(index, self.num_scalars))
             self._table = SpectrumTable(self.directory / "spectrum.csv", rows)
 
@@ -211,14 +211,15 @@ class SpectrumLogger(L.Callback):
                     spectrum = Spectrum(*measure(matrix, views, self.center))
                     measurement.spectra[f"{name}.{matrix}" if name else matrix] = spectrum
         if self.prediction is not None and "cross_correlation" in measurement.spectra:
-            measurement.predicted = self._predicted(torch.tensor([measurement.time], dtype=torch.float64))[0]
+            measurement.predicted = self._predicted(torch.tensor(measurement.time, dtype=torch.float64))
         if self.keep_embeddings:
             measurement.embeddings = torch.stack(captured[""]).float().cpu()
         return measurement
 
-    def _predicted(self, times: Tensor) -> Tensor:
+    def _predicted(self, time: Tensor) -> Tensor:
         assert self.prediction is not None
-        return self.prediction(times).detach().double().cpu()
+        # One by one, also for a run that goes on: together they would be rounded otherwise.
+        return self.prediction(time[None])[0].detach().double().cpu()
 
     def _hand_on(self, trainer: L.Trainer) -> None:
         """Write the last measurement to the table and the loggers, and perhaps draw what there is so far."""

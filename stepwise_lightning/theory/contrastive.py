@@ -81,8 +81,13 @@ class ContrastiveKernelPCA:
         self.kernel, self.n_components, self.max_bytes = kernel, n_components, max_bytes
         self.tolerance, self.progress = tolerance, progress
 
-    def fit(self, x1: Tensor, x2: Tensor) -> Self:
-        """Find the top modes on pairs of views ``x1``, ``x2``, (n, …) each, as the kernel takes them.
+    def fit(self, x1: Tensor, x2: Tensor, products: type[KernelProducts] = KernelProducts) -> Self:
+        """Find the top modes on pairs of views.
+
+        Args:
+            x1: first views, (n, …), as the kernel takes them.
+            x2: second views, (n, …).
+            products: what multiplies with the kernel matrix, for those who want to count or time that.
 
         Raises:
             ValueError: views that differ in shape, are empty or not finite; a kernel matrix of wrong shape, complex,
@@ -91,8 +96,8 @@ class ContrastiveKernelPCA:
 
         """
         self._views = torch.cat(_checked_views(x1, x2))
-        products = KernelProducts(self.kernel, self._views, self.max_bytes, self.progress)
-        eigenvalues, coefficients, residuals = top_modes(products, self.n_components, self.tolerance, self.progress)
+        multiplier = products(self.kernel, self._views, self.max_bytes, self.progress)
+        eigenvalues, coefficients, residuals = top_modes(multiplier, self.n_components, self.tolerance, self.progress)
         positive = int((eigenvalues > _ZERO * eigenvalues.abs().max()).sum())
         if positive < self.n_components:
             raise UserError(

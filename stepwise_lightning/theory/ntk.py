@@ -174,8 +174,8 @@ class EmpiricalNTK:
         def one(parameters: dict[str, Tensor], sample: Tensor) -> Tensor:
             return functional_call(self.module, fixed | parameters, (sample[None],)).flatten()[output]
 
-        found = vmap(grad(one), in_dims=(None, 0))({name: values[name] for name in names}, x)
-        return torch.cat([found[name].flatten(1) for name in names], 1)
+        gradients = vmap(grad(one), in_dims=(None, 0))({name: values[name] for name in names}, x)
+        return torch.cat([gradients[name].flatten(1) for name in names], 1)
 
     def _outputs(self, values: dict[str, Tensor], x: Tensor) -> int:
         with torch.no_grad():

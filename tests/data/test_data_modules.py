@@ -184,7 +184,7 @@ def test_two_processes_of_a_trainer_share_the_batches_of_one(folder: str, tmp_pa
     script = f"""
 import sys, torch
 sys.path.insert(0, {str(Path(__file__).parent)!r})
-from test_data import Recorder, fit, module
+from test_data_modules import Recorder, fit, module
 data = module({folder!r}, augmentation="standard")
 batches = fit(Recorder(), data, strategy="ddp", devices=2)
 torch.save(torch.stack(batches), f"{tmp_path}/{{data.trainer.global_rank}}.pt")
@@ -241,7 +241,7 @@ def test_plain_loaders_give_every_image_once_with_its_label(folder: str) -> None
     data = module(folder, image_size=None)
     data.setup("test")
     x, labels = (torch.cat(part) for part in zip(*data.labelled_train_dataloader(), strict=True))
-    images = data._images("train").images
+    images = data.images("train").images
     pixels = x * torch.tensor(data.std)[:, None, None] + torch.tensor(data.mean)[:, None, None]
     torch.testing.assert_close(pixels, images / 255)
     assert data.class_names == ["class_0", "class_1"] and labels.bincount().tolist() == [23, 22]

@@ -15,8 +15,8 @@ from PIL import Image
 from tiny_sets import damaged, noise
 
 from stepwise_lightning import TwoViewDataModule
-from stepwise_lightning.data.image_sets import load_image_set, load_images
 from stepwise_lightning.data.image_files import image_paths, pixels, read_image
+from stepwise_lightning.data.image_sets import load_image_set, load_images
 
 LEVELS = np.array([[0, 128, 255, 256, 257, 32768, 65280, 65535]], dtype=np.uint16)
 
@@ -151,9 +151,9 @@ def test_links_are_followed_once_and_loops_end(tmp_path: Path) -> None:
     (root / "cat" / "self.png").symlink_to("self.png")
     (root / "cat" / "folder.png").mkdir()
     os.mkfifo(root / "cat" / "pipe.png")
-    found = [str(path.relative_to(root)) for path in image_paths(root)]
+    names_found = [str(path.relative_to(root)) for path in image_paths(root)]
     names = [f"ant/{n:02d}.png" for n in range(3)] + [f"cat/{n:02d}.png" for n in range(12)]
-    assert found == [*names, "cat/self.png"]
+    assert names_found == [*names, "cat/self.png"]
     with pytest.raises(ValueError, match=r"self\.png' cannot be read .*Too many levels of symbolic links"):
         load_images(str(root))
     (root / "cat" / "self.png").unlink()

@@ -28,12 +28,12 @@ def test_values_and_gradients_are_the_same(ours, theirs):
     generator = torch.Generator().manual_seed(0)
     z = torch.randn(2, 12, 5, dtype=torch.float64, generator=generator)
     z = (z + z[:1]) * torch.linspace(0.2, 1, 5, dtype=torch.float64)
-    (mine, (mine_gradient,)), (other, (other_gradient,)) = (
+    (ours, (our_gradient,)), (theirs, (their_gradient,)) = (
         (value := loss(leaf[0], leaf[1]), torch.autograd.grad(value, leaf))
         for loss, leaf in ((ours, z.clone().requires_grad_()), (theirs, z.clone().requires_grad_()))
     )
-    torch.testing.assert_close(mine, other, rtol=1e-12, atol=0)
-    torch.testing.assert_close(mine_gradient, other_gradient, rtol=1e-10, atol=1e-13)
+    torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=0)
+    torch.testing.assert_close(our_gradient, their_gradient, rtol=1e-10, atol=1e-13)
 
 
 def test_their_published_loss_differs_only_in_the_weight_of_the_off_diagonal():

@@ -29,12 +29,12 @@ def test_spectra_of_a_module_of_lightly(tmp_path):
     )  # fmt: skip
     trainer.fit(module, data.labelled_train_dataloader())
     with np.load(spectra.directory / "spectrum.npz") as saved:
-        found, steps = saved["model.covariance"], saved["step"].tolist()
+        eigenvalues, steps = saved["model.covariance"], saved["step"].tolist()
         assert saved["covariance"].shape == (len(steps), 8) and steps[0] == 0 and steps[-1] == 12
     with torch.no_grad():  # batch statistics, as the logger uses them
         z = module.train().model(data.probe_pairs()[0]).double().numpy()
     expected = np.linalg.eigvalsh(np.cov(z.T, bias=True))[::-1]
-    np.testing.assert_allclose(found[-1], expected, rtol=1e-6, atol=1e-6 * expected[0])
+    np.testing.assert_allclose(eigenvalues[-1], expected, rtol=1e-6, atol=1e-6 * expected[0])
     with (spectra.directory / "spectrum.csv").open(newline="") as file:
         assert {int(row["step"]) for row in csv.DictReader(file)} == set(steps)
     events = EventAccumulator(str(spectra.directory), size_guidance={"tensors": 0}).Reload()

@@ -12,8 +12,8 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from stepwise_lightning import SpectrumLogger
+from stepwise_lightning.spectrum import embedding_eigenvalues
 from stepwise_lightning.spectrum.capture import batch_statistics, capture
-from stepwise_lightning.spectrum.measures import embedding_eigenvalues
 
 
 class Classifier(L.LightningModule):
@@ -60,9 +60,9 @@ def test_attached_in_one_line_to_a_supervised_classifier(run):
     spectra, module, _ = run
     expected = {name + matrix for name in ("", "features.", "features.0.") for matrix in ("covariance",)}
     expected |= {name.replace("covariance", "normalized_covariance") for name in expected}
-    assert set(spectra.eigenvalues) == expected  # no cross-correlation: the second item of a batch is no view
-    assert torch.stack(spectra.eigenvalues["features.covariance"]).shape == (len(spectra.steps), 6)
-    assert torch.stack(spectra.eigenvalues["covariance"]).shape == (len(spectra.steps), 3)
+    assert set(spectra.record.matrices) == expected  # no cross-correlation: the second item of a batch is no view
+    assert spectra.record.eigenvalues("features.covariance").shape == (len(spectra.record), 6)
+    assert spectra.record.eigenvalues("covariance").shape == (len(spectra.record), 3)
 
 
 def test_training_is_bit_identical_with_and_without_it(run, tmp_path):
@@ -77,12 +77,12 @@ def test_tensorboard_has_one_chart_a_matrix_and_the_figure(run):
     layout = events.Tensors("custom_scalars__config__")[0].tensor_proto.string_val[0]
     assert b"^spectrum/features.covariance/eig_[0-9]+$" in layout
     images = events.Images("spectrum/covariance")
-    assert images[-1].step == spectra.steps[-1] and images[-1].width > 500
-    for measure in ("num_learned", "effective_rank", "participation_ratio", "alpha_req", "rankme"):
-        assert len(events.Scalars(f"spectrum/covariance/{measure}")) == len(spectra.steps)
+    assert images[-1].step == spectra.record.steps[-1] and images[-1].width > 500
+    for measure in ("num_grown", "effective_rank", "participation_ratio", "alpha_req", "rankme"):
+        assert len(events.Scalars(f"spectrum/covariance/{measure}")) == len(spectra.record)
 
 
-def test_step_times_are_written_as_modes_are_learned(tmp_path):
+def test_growth_is_written_when_it_happens(tmp_path):
     class Growing(Classifier):
         """Its output grows a thousandfold, one direction after the other."""
 
@@ -101,9 +101,9 @@ def test_step_times_are_written_as_modes_are_learned(tmp_path):
     )  # fmt: skip
     trainer.fit(Growing(), data)
     with (spectra.directory / "spectrum.csv").open(newline="") as file:
-        found = [r for r in csv.DictReader(file) if r["quantity"] == "step_time" and r["matrix"] == "covariance"]
-    assert [(row["mode"], int(row["step"])) for row in found] == [("0", 1)]
-    assert spectra.measures["covariance/num_learned"][0] == 0 and spectra.measures["covariance/num_learned"][-1] == 1
+        rows = [r for r in csv.DictReader(file) if r["quantity"] == "grown_at" and r["matrix"] == "covariance"]
+    assert [(row["mode"], int(row["step"])) for row in rows] == [("0", 1)]
+    assert spectra.record.measure("num_grown", "covariance")[[0, -1]].tolist() == [0, 1]
 
 
 def test_npz_has_every_eigenvalue_and_scalars_are_capped(tmp_path):
@@ -136,8 +136,8 @@ def test_capture_uses_the_batch_s_statistics_and_leaves_no_trace():
 def test_what_was_captured_is_not_overwritten_further_on():
     net = nn.Sequential(nn.Linear(4, 3), nn.ReLU(inplace=True))
     x = torch.randn(5, 4, generator=torch.Generator().manual_seed(0))
-    found = capture(net, [x], ["0"])["0"][0]
-    assert found.min() < 0 and torch.equal(found, net[0](x))
+    captured = capture(net, [x], ["0"])["0"][0]
+    assert captured.min() < 0 and torch.equal(captured, net[0](x))
 
 
 def test_batch_statistics_restores_after_an_error():
@@ -153,7 +153,7 @@ def test_a_probe_of_ones_own(tmp_path):
     spectra = SpectrumLogger(probe=probe, num_points=3)
     module, _ = fit(tmp_path, [spectra])
     expected = embedding_eigenvalues(capture(module, [probe], [""])[""][0])
-    torch.testing.assert_close(spectra.eigenvalues["covariance"][-1], expected)
+    torch.testing.assert_close(spectra.record.eigenvalues("covariance")[-1], expected)
 
 
 def test_unknown_names_are_answered_with_those_that_exist(tmp_path):

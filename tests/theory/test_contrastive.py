@@ -49,8 +49,8 @@ def test_it_is_the_paper_s_form(kernel, route):
     torch.testing.assert_close(model.eigenvalues_, gamma, rtol=1e-10, atol=0)
     points = pairs(seed=1)[0]
     expected = kernel(points, z) @ inverse @ vectors / gamma.sqrt()
-    found = model.transform(points)
-    torch.testing.assert_close(found * (found * expected).sum(0).sign(), expected, rtol=1e-5, atol=1e-6)
+    embeddings = model.transform(points)
+    torch.testing.assert_close(embeddings * (embeddings * expected).sum(0).sign(), expected, rtol=1e-5, atol=1e-6)
 
 
 def test_coefficients_are_orthonormal_eigenvectors(route):
@@ -79,9 +79,9 @@ def test_the_linear_kernel_is_the_linear_model(route):
     torch.testing.assert_close(model.step_times(start), linear.step_times, rtol=1e-9, atol=0)
     t = torch.linspace(0, 2 * float(linear.step_times.max()), 5)
     expected = x1 @ linear.weights(t).mT @ linear.rotation
-    found = model.transform_at(x1, t, start)
-    signs = (found[-1] * expected[-1]).sum(0).sign()
-    torch.testing.assert_close(found * signs, expected, rtol=1e-6, atol=1e-8)
+    embeddings = model.transform_at(x1, t, start)
+    signs = (embeddings[-1] * expected[-1]).sum(0).sign()
+    torch.testing.assert_close(embeddings * signs, expected, rtol=1e-6, atol=1e-8)
 
 
 def test_a_start_enters_as_in_the_linear_model(route):
@@ -120,11 +120,11 @@ def test_the_trajectory_is_that_of_gradient_flow():
         third = flow(a + step / 2 * second)
         a = a + step / 6 * (first + 2 * second + 2 * third + flow(a + step * third))
     points = pairs(5, seed=2)[0]
-    found = model.transform_at(points, end * step, start)
-    torch.testing.assert_close(found, RBF(points, torch.cat([x1, x2])) @ a.T, rtol=1e-5, atol=1e-6)
+    embeddings = model.transform_at(points, end * step, start)
+    torch.testing.assert_close(embeddings, RBF(points, torch.cat([x1, x2])) @ a.T, rtol=1e-5, atol=1e-6)
     forever = model.transform_at(points, torch.tensor([0.0, 1e9]), start)
     torch.testing.assert_close(forever[1], model.transform(points), rtol=1e-9, atol=1e-12)
-    assert forever.shape == (2, 5, 3) and found.shape == (5, 3)
+    assert forever.shape == (2, 5, 3) and embeddings.shape == (5, 3)
 
 
 def test_the_contrastive_kernel_has_these_eigenfunctions():

@@ -145,6 +145,6 @@ def test_bad_use_gets_one_clear_line():
         EmpiricalNTK(module, ["weigth"])
     with pytest.raises(ValueError, match="float32 or torch.float64, got torch.float16"):
         EmpiricalNTK(module, dtype=torch.float16)
-    for empty, what in ((nn.Conv2d(1, 1, 1), "last"), (nn.ReLU(), "all")):
+    for empty, layers in ((nn.Conv2d(1, 1, 1), "last"), (nn.ReLU(), "all")):
         with pytest.raises(ValueError, match="has no (linear layer|parameters)"):
-            EmpiricalNTK(empty, what)
+            EmpiricalNTK(empty, layers)

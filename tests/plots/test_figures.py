@@ -4,25 +4,28 @@ import io
 
 import numpy as np
 import pytest
+import torch
 
-from stepwise_lightning.plots.embeddings import embedding_figure
-from stepwise_lightning.plots.trajectories import (
-    Trajectory,
+from stepwise_lightning import SpectrumRecord
+from stepwise_lightning.plots import (
+    Panel,
     alignment_figure,
     eigenfunctions_figure,
+    embedding_figure,
     spectra_figure,
     trajectories_figure,
 )
 
 
-def growth(rates: np.ndarray) -> Trajectory:
-    times = np.linspace(0, 10, 50)
-    eigenvalues = 1 / (1 + 1e6 * np.exp(-times[:, None] * rates))
-    return Trajectory("run", times, 3 - eigenvalues.sum(1), eigenvalues, step_times=np.array([5.0, np.nan, 7.0]))
+def growth(rates: list[float], matrix: str = "cross_correlation") -> Panel:
+    times = torch.linspace(0, 10, 50, dtype=torch.float64)
+    eigenvalues = 1 / (1 + 1e6 * torch.exp(-times[:, None] * torch.tensor(rates, dtype=torch.float64)))
+    record = SpectrumRecord.of(times, eigenvalues, 3 - eigenvalues.sum(1), matrix)
+    return Panel(record, title="run", step_times=torch.tensor([5.0, np.nan, 7.0]))
 
 
 def test_trajectories_have_a_line_per_mode_and_a_mark_per_step():
-    runs = [growth(np.array([8.0, 4, 2])), growth(np.array([9.0, 5, 1]))]
+    runs = [growth([8.0, 4, 2]), growth([9.0, 5, 1])]
     figure = trajectories_figure(runs, title="two runs", log_eigenvalues=True)
     upper, lower = figure.axes[0], figure.axes[2]
     curves = [line for line in lower.lines if len(line.get_xdata()) == 49]  # time 0 has no place on a log axis
@@ -33,16 +36,15 @@ def test_trajectories_have_a_line_per_mode_and_a_mark_per_step():
 
 
 def test_runs_of_different_losses_keep_their_own_axes():
-    runs = [growth(np.array([8.0, 4, 2])), growth(np.array([9.0, 5, 1]))]
-    runs[1].eigenvalues_label = "eigenvalues of the covariance"
+    runs = [growth([8.0, 4, 2]), growth([9.0, 5, 1], "covariance")]
     figure = trajectories_figure(runs, title="two losses", same_axes=False)
     assert not figure.axes[0].get_shared_y_axes().joined(figure.axes[0], figure.axes[1])
     assert figure.axes[3].get_ylabel() == "eigenvalues of the covariance"
 
 
 def test_spectra_are_those_nearest_to_the_chosen_times():
-    run = growth(np.array([8.0, 4, 2]))
-    figure = spectra_figure(run.times, run.eigenvalues, np.array([0.0, 5.03, 99]), title="spectrum")
+    run = growth([8.0, 4, 2])
+    figure = spectra_figure(run, [0.0, 5.03, 99], title="spectrum")
     first, middle, last = (line.get_ydata() for line in figure.axes[0].lines)
     np.testing.assert_array_equal(first, run.eigenvalues[0])
     np.testing.assert_array_equal(middle, run.eigenvalues[np.abs(run.times - 5.03).argmin()])
@@ -65,7 +67,7 @@ def test_embeddings_are_shown_in_the_components_of_the_last(dimensions):
 
 
 def test_alignments_lie_below_the_eigenvalues_they_belong_to():
-    runs = [growth(np.array([8.0, 4, 2])), growth(np.array([9.0, 5, 1]))]
+    runs = [growth([8.0, 4, 2]), growth([9.0, 5, 1])]
     values = {"first": runs[0].times / 10, "second": runs[0].times / 20, "baseline": 0 * runs[0].times}
     figure = alignment_figure(runs, [values, values], title="alignments")
     lines = figure.axes[2].lines
@@ -75,7 +77,7 @@ def test_alignments_lie_below_the_eigenvalues_they_belong_to():
 
 
 def test_the_images_at_both_ends_of_a_mode_stand_in_order():
-    runs = [growth(np.array([8.0, 4, 2]))]
+    runs = [growth([8.0, 4, 2])]
     images = np.random.default_rng(0).random((3, 4, 5, 6, 3))
     figure = eigenfunctions_figure(runs, [list(images)], title="modes")
     shown = np.asarray(figure.axes[2].images[0].get_array())
@@ -87,5 +89,5 @@ def test_the_images_at_both_ends_of_a_mode_stand_in_order():
 @pytest.mark.parametrize("shape", [(4, 0), (4, 3)])
 def test_nothing_to_draw_is_drawn(shape):
     """No eigenvalues asked for, or a collapsed embedding: no warning of a logarithm of zero."""
-    run = Trajectory("run", np.arange(4.0), np.ones(4), np.zeros(shape))
-    trajectories_figure([run], title="t", log_eigenvalues=True).savefig(io.BytesIO())
+    record = SpectrumRecord.of(torch.arange(4.0), torch.zeros(shape), torch.ones(4))
+    trajectories_figure(record, title="t", log_eigenvalues=True).savefig(io.BytesIO())

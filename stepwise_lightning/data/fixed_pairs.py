@@ -1,0 +1,96 @@
+"""Pairs of crops that are drawn once, and seen as one batch at every step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import repeat
+
+import lightning as L
+from torch import Tensor
+
+from stepwise_lightning.data.image_sets import download_images, load_images
+from stepwise_lightning.data.views import crop_pairs
+from stepwise_lightning.errors import UserError
+from stepwise_lightning.seeding import checked_seed
+
+
+class FixedCropPairs(L.LightningDataModule):
+    """The data of the linear experiment: pairs of random crops, drawn once, given as one full batch at every step.
+
+    Args:
+        data: see :func:`stepwise_lightning.data.image_sets.load_images`.
+        num_pairs: see :func:`stepwise_lightning.data.views.crop_pairs`, as the next two.
+        crop_size: side of the crops in pixels.
+        seed: of the draw.
+        steps_per_epoch: how often the batch is repeated before Lightning counts an epoch.
+        root: see :func:`stepwise_lightning.data.image_sets.load_images`, as ``download``.
+        download: fetch the data set if it is not there.
+
+    Attributes:
+        x1, x2: the views after ``setup``, float32, (num_pairs, 3, crop_size, crop_size).
+
+    Raises (in ``setup``, if not for ``steps_per_epoch`` or ``seed``):
+        ValueError, FileNotFoundError: see ``load_images`` and ``crop_pairs``.
+
+    """
+
+    x1: Tensor
+    x2: Tensor
+
+    def __init__(
+        self,
+        data: str = "photos",
+        num_pairs: int = 500,
+        crop_size: int = 20,
+        seed: int = 0,
+        steps_per_epoch: int = 1000,
+        root: str = "data",
+        download: bool = False,
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        if steps_per_epoch < 1:
+            raise UserError(f"steps_per_epoch must be at least 1, got {steps_per_epoch}")
+        checked_seed(seed)
+
+    def prepare_data(self) -> None:
+        """Download, if asked to (one process only)."""
+        if self.hparams["download"]:
+            download_images(self.hparams["data"], self.hparams["root"])
+
+    def setup(self, stage: str | None = None) -> None:
+        """Load the images and cut the pairs."""
+        if not hasattr(self, "x1"):
+            h = self.hparams
+            images = load_images(h["data"], h["root"], h["download"])
+            self.x1, self.x2 = crop_pairs(images, h["num_pairs"], h["crop_size"], h["seed"])
+
+    def train_dataloader(self) -> _Repeated:
+        """Return the full batch (x1, x2), ``steps_per_epoch`` times."""
+        return _Repeated((self.x1, self.x2), self.hparams["steps_per_epoch"])
+
+    def val_dataloader(self) -> _Repeated:
+        """Return the same batch once: no images are held out."""
+        return _Repeated((self.x1, self.x2), 1)
+
+
+class _Repeated:
+    """An iterable of one batch, many times over: a DataLoader would copy it at every step.
+
+    Where an epoch was left makes no difference, which the last two methods tell Lightning.
+    """
+
+    def __init__(self, batch: tuple[Tensor, Tensor], times: int) -> None:
+        self.batch, self.times = batch, times
+
+    def __len__(self) -> int:
+        return self.times
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        return repeat(self.batch, self.times)
+
+    def state_dict(self) -> dict[str, int]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        pass

@@ -1,0 +1,85 @@
+"""The step detector, the count of a run that goes on, and crossing times, on trajectories known in closed form."""
+
+import math
+
+import pytest
+import torch
+
+from stepwise_lightning.spectrum import crossing_times, detect_steps, num_crossed, num_grown
+
+
+def sigmoid_modes(rates, delay=14.0, duration=8.0, samples=600):
+    times = torch.linspace(0, duration, samples, dtype=torch.float64)
+    return times, torch.sigmoid(torch.tensor(rates, dtype=torch.float64) * times[:, None] * 2 - delay)
+
+
+def test_detector_on_separate_modes():
+    rates = [8.0, 4.0, 2.0]
+    times, eigenvalues = sigmoid_modes(rates, duration=10)
+    steps = detect_steps(times, eigenvalues[:, [1, 0, 2]])  # the order of the columns does not matter
+    odds = math.log(0.1 / 0.9)
+    expected = torch.tensor([(14 + odds) / (2 * r) for r in rates], dtype=torch.float64)
+    torch.testing.assert_close(steps.step_times, expected, rtol=2e-3, atol=0)
+    widths = torch.tensor([(odds - math.log(0.01 / 0.99)) / (2 * r) for r in rates], dtype=torch.float64)
+    torch.testing.assert_close(steps.rise_widths, widths, rtol=2e-2, atol=0)
+    assert steps.num_distinct == 3
+    assert steps.stepwiseness == pytest.approx(float(((expected[1:] - expected[:-1]) / widths[1:]).mean()), rel=0.03)
+    assert steps.num_learned[0] == 0 and steps.num_learned[-1] == 3 and steps.num_learned.shape == times.shape
+    assert steps.threshold == pytest.approx(0.1, rel=1e-6)
+
+
+def test_detector_merges_modes_that_rise_together():
+    times, eigenvalues = sigmoid_modes([4.0, 3.9, 2.0])
+    assert detect_steps(times, eigenvalues).num_distinct == 2
+
+
+def test_modes_that_start_high_or_never_rise_are_no_steps():
+    times, rising = sigmoid_modes([4.0])
+    high = torch.linspace(0.05, 1, len(times)).double()[:, None]
+    never = torch.full_like(high, -1e-9)
+    steps = detect_steps(times, torch.cat([high, rising, never], 1))
+    assert torch.isnan(steps.step_times).sum() == 2 and steps.num_distinct == 1
+    assert steps.num_learned[-1] == 2
+    assert detect_steps(times, never).num_distinct == 0
+    assert detect_steps(times, torch.zeros(len(times), 3)).num_learned.sum() == 0
+
+
+def test_a_spike_of_one_sample_is_not_a_step():
+    times, eigenvalues = sigmoid_modes([2.0])
+    spiked = eigenvalues.clone()
+    spiked[100] = 1.0
+    torch.testing.assert_close(detect_steps(times, spiked).step_times, detect_steps(times, eigenvalues).step_times)
+
+
+def test_crossing_times_interpolate_the_log_odds():
+    times = torch.linspace(0, 4, 25, dtype=torch.float64)  # coarse
+    eigenvalues = torch.sigmoid(6 * times[:, None] - torch.tensor([7.0, 11.0, 90.0, -3.0], dtype=torch.float64))
+    crossed = crossing_times(times, eigenvalues)
+    torch.testing.assert_close(crossed[:2], torch.tensor([7 / 6, 11 / 6], dtype=torch.float64), rtol=1e-9, atol=0)
+    assert torch.isnan(crossed[2:]).all()
+
+
+def test_modes_have_grown_tenfold_and_to_a_tenth_of_the_largest():
+    start = torch.tensor([1.0, 1e-3, 1e-3, 1e-6])
+    assert num_grown(start, start) == 0
+    assert num_grown(start, torch.tensor([2.0, 0.3, 0.1, 1e-3])) == 1  # large; grown; too small; too small
+    assert num_grown(start, torch.tensor([11.0, 1.2, 0.3, 0.2])) == 2
+
+
+def test_modes_have_crossed_above_one_half():
+    assert num_crossed(torch.tensor([[0.9, 0.5, 0.1], [1.0, 0.6, 0.51]])).tolist() == [1, 3]
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: detect_steps(torch.arange(3), torch.ones(4, 2)), r"\(3,\), \(4, 2\)"),
+        (lambda: detect_steps(torch.zeros(4), torch.ones(4, 2)), "ascending"),
+        (lambda: detect_steps(torch.arange(4), torch.full((4, 2), math.nan)), "NaN"),
+        (lambda: crossing_times(torch.arange(4), torch.ones(4, 2), level=2), "between 0 and 1"),
+    ],
+)
+def test_bad_input_is_refused_in_one_line(call, message):
+    with pytest.raises(ValueError, match=message) as refusal:
+        call()
+    assert "\n" not in str(refusal.value)
