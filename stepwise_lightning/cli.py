@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import sys
 from difflib import get_close_matches
@@ -13,15 +12,14 @@ from typing import Any, NoReturn
 import lightning as L
 import torch
 from lightning.fabric.plugins import CheckpointIO
-from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 
 import stepwise_lightning
 from stepwise_lightning import encoders, evaluation
 from stepwise_lightning.errors import UserError, condensed, one_line
-from stepwise_lightning.files import atomic_write_text
-from stepwise_lightning.modules import JointEmbedding
-from stepwise_lightning.runs import AtomicCheckpointIO, LastCheckpoint, provenance
+from stepwise_lightning.runs import AtomicCheckpointIO, LastCheckpoint
 from stepwise_lightning.runs.resume import continue_newest
+from stepwise_lightning.runs.save_run import SaveRun
 from stepwise_lightning.signals import INTERRUPTED
 
 # Where the classes are that a configuration usually names.
@@ -33,21 +31,6 @@ _EXAMPLES = {
     "encoder": "stepwise_lightning.encoders.Encoder, ….LinearEncoder, ….MLP, ….ResNet",
     "data": "TwoViewDataModule, FixedCropPairs",
 }
-
-
-class SaveRun(SaveConfigCallback):
-    """Writes ``config.yaml`` (complete, as run) and ``provenance.json`` (versions, commit, machine) beside the logs.
-
-    A run that is continued in its folder keeps them, and gets another pair, ``config_step_300.yaml`` and so on.
-    """
-
-    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Write both files on rank 0."""
-        super().setup(trainer, pl_module, stage)
-        directory = trainer.log_dir  # a broadcast: every rank must ask
-        if trainer.is_global_zero and directory is not None:
-            name = self.config_filename.replace("config", "provenance").replace(".yaml", ".json")
-            atomic_write_text(Path(directory, name), json.dumps(provenance(), indent=2) + "\n")
 
 
 class _Parser(LightningArgumentParser):
@@ -90,7 +73,7 @@ class _CLI(LightningCLI):
             if step is not None:
                 self.save_config_kwargs = {"config_filename": f"config_step_{step}.yaml", "overwrite": True}
         if self.subcommand == "fit" and config.ckpt_path and Path(config.ckpt_path).is_file():
-            _check_settings(_restored_settings(config.ckpt_path), config.model.init_args.as_dict())
+            _check_settings(_restored_settings(config.ckpt_path), _settings(config.model))
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         given = self._get(self.config_init, "trainer")
@@ -121,7 +104,7 @@ def main() -> None:
     """
     try:
         _CLI(
-            JointEmbedding,
+            L.LightningModule,
             L.LightningDataModule,
             save_config_callback=SaveRun,
             parser_class=_Parser,
@@ -137,6 +120,11 @@ def main() -> None:
         if text is None:
             raise
         sys.exit(f"\nstepwise: error: {text}")  # a progress bar may have left its line open
+
+
+def _settings(model: Any) -> dict[str, Any]:
+    arguments = getattr(model, "init_args", None)  # a class without any has none
+    return {} if arguments is None else arguments.as_dict()
 
 
 def _restored_settings(path: str) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from stepwise_lightning.errors import UserError
+from stepwise_lightning.errors import CannotReadError, UserError
 
 if TYPE_CHECKING:  # importing this package needs only torch and lightning
     from PIL import Image
@@ -31,7 +31,7 @@ def image_paths(folder: Path) -> list[Path]:
 
     Raises:
         ValueError: there are none.
-        OSError: a folder may not be read.
+        CannotReadError: a folder may not be read (an OSError too).
 
     """
     from torchvision.datasets.folder import IMG_EXTENSIONS
@@ -103,11 +103,14 @@ def _files(folder: Path) -> Iterator[Path]:
     waiting = deque([str(folder)])
     while waiting:
         where = waiting.pop()
-        status = os.stat(where)
+        try:
+            status, names = os.stat(where), sorted(os.listdir(where))
+        except OSError as error:
+            raise CannotReadError(f"the folder {where!r} cannot be read: {error.strerror}") from error
         if (identity := (status.st_dev, status.st_ino)) in seen:
             continue
         seen.add(identity)
-        for name in sorted(os.listdir(where)):
+        for name in names:
             path = os.path.join(where, name)
             if os.path.isdir(path):
                 # Links wait until every folder has been read under its own name.

@@ -174,7 +174,7 @@ def _torchvision_set(data: str, root: str, download: bool, **split: Any) -> Any:
         return cls(root, download=download, **split)
     except (RuntimeError, OSError) as error:
         if download:
-            raise OSError(f"{name} could not be downloaded and unpacked {where}: {error}") from error
+            raise NotFoundError(f"{name} could not be downloaded and unpacked {where}: {error}") from error
         raise NotFoundError(
             f"no intact {name} {where}; get it ({size}) by allowing the download, or with: "
             f'python -c "import torchvision; torchvision.datasets.{cls.__name__}({root!r}, download=True)"'
