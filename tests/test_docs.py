@@ -10,7 +10,7 @@ PAGES = [
     *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md", "reproduce/README.md")),
     *sorted((ROOT / "docs").glob("*.md")),
 ]
-CODE = re.compile(r"^```.*?^```|`[^`\n]*`", re.MULTILINE | re.DOTALL)
+CODE = re.compile(r"^```.*?^```|`(?:[^`\n]|\n(?!\n))*`", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\]\(([^)\s]+)\)|(?:href|src)=\"([^\"]+)\"")
 
 
@@ -47,7 +47,9 @@ def test_a_link_that_leads_nowhere_is_found(tmp_path):
     (tmp_path / "other.md").write_text("# A `heading`, twice\n\n# A heading, twice\n\n```\n# no heading\n```\n")
     good = ["other.md", "other.md#a-heading-twice", "#here", "https://example.org/none"]
     bad = ["none.md", "other.md#no-heading", "other.md#A-heading", "#there", "docs/"]
-    page.write_text('<a id="here"></a>`[no](link.md)`\n' + " ".join(f"[text]({link})" for link in good + bad))
+    page.write_text(
+        '<a id="here"></a>`[no](link.md) [nor\n](this.md)`\n' + " ".join(f"[text]({link})" for link in good + bad)
+    )
     assert broken_links(page) == bad
     page.write_text('<img src="none.png"> <a href="other.md">there</a>')
     assert broken_links(page) == ["none.png"]
