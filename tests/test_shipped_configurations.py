@@ -1,85 +1,157 @@
-"""Every shipped configuration builds and trains."""
+"""Every shipped configuration builds and trains, alone and under overlays, which change what they say and no more."""
 
 import csv
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
+import lightning as L
 import numpy as np
 import pytest
 import torch
 import yaml
+from lightning.pytorch.cli import LightningCLI
 from tiny_sets import write_cifar10, write_stl10
 
-from stepwise_lightning import TwoViewDataModule
+from stepwise_lightning import SpectrumLogger, TwoViewDataModule
 from stepwise_lightning.cli import main
 from stepwise_lightning.encoders import Encoder
 from stepwise_lightning.spectrum.capture import capture
-from stepwise_lightning.spectrum.measures import cross_correlation_eigenvalues
+from stepwise_lightning.spectrum import cross_correlation_eigenvalues
 
-CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
-LOSSES = ("barlow_twins", "vicreg", "simclr")
+CONFIGS = Path(__file__).parent.parent / "configs"
+LOSSES, DATA_SETS = ("barlow_twins", "vicreg", "simclr"), ("photos", "cifar10", "stl10")
+NETWORKS = [f"{loss}_{data}" for loss in LOSSES for data in DATA_SETS]
+COMPLETE = [*NETWORKS, "linear_photos"]
+# Where an overlay can be laid: the linear model has no last layer to start small.
+OVERLAYS = {"ordinary": NETWORKS, "two_nodes": COMPLETE}
+ENCODER, LOGGER = "model.init_args.encoder.init_args", "trainer.logger.init_args"
+START = {f"{ENCODER}.alpha": 1.0, f"{LOGGER}.save_dir": "runs/ordinary"}
+NODES = {"trainer.num_nodes": 2, "trainer.devices": 4, "trainer.strategy": "ddp"}
+COMPOSED = [(name, overlay) for overlay, names in OVERLAYS.items() for name in names]
 # What a machine without GPUs, and a data set of a few images, must have otherwise.
 TINY = [
     "--trainer.accelerator=cpu",
     "--trainer.devices=1",
-    "--trainer.num_nodes=1",
-    "--trainer.strategy=auto",
     "--trainer.check_val_every_n_epoch=1",
     "--data.init_args.root=data",
     "--data.init_args.global_batch_size=4",
     "--data.init_args.num_probe_pairs=2",
     "--data.init_args.num_workers=0",
 ]
-# Three of these runs keep their ResNet-50, which takes ten seconds.
-LARGE = ("simclr_cifar10", "vicreg_stl10_ordinary", "barlow_twins_stl10_multinode")
-SMALL_NET = ["--model.init_args.encoder.init_args.backbone=resnet_small"]  # fmt: skip
+# Two of these runs keep their ResNet-50, which takes ten seconds.
+LARGE = ("simclr_cifar10", "vicreg_stl10")
+SMALL_NET = ["--model.init_args.encoder.init_args.backbone=resnet_small"]
 
 
-def load(name: str) -> dict:
-    return yaml.safe_load((CONFIGS[0].parent / f"{name}.yaml").read_text(encoding="utf-8"))
+def load(name: str) -> dict[str, Any]:
+    return yaml.safe_load((CONFIGS / f"{name}.yaml").read_text(encoding="utf-8"))
 
 
-def test_there_is_a_configuration_for_every_loss_data_set_and_start():
-    expected = {f"{loss}_{data}{start}" for loss in LOSSES for data in ("photos", "cifar10", "stl10")
-                for start in ("", "_ordinary")}  # fmt: skip
-    assert {path.stem for path in CONFIGS} == expected | {"linear_photos", "barlow_twins_stl10_multinode"}
-    assert all(load(path.stem)["trainer"]["logger"]["init_args"]["name"] == path.stem for path in CONFIGS)
-    for path in CONFIGS:  # each can be continued, and saves itself some times on the way
-        trainer = load(path.stem)["trainer"]
-        (saved,) = [c for c in trainer["callbacks"] if c["class_path"] == "stepwise_lightning.LastCheckpoint"]
-        assert trainer["max_steps"] >= 5 * saved["init_args"]["every_n_train_steps"]
+def given(*names: str) -> list[str]:
+    return [f"--config={CONFIGS / f'{name}.yaml'}" for name in names]
 
 
-@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
-def test_config_trains_two_steps(config, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def flat(config: dict[str, Any], above: str = "") -> dict[str, Any]:
+    """Return values by their dotted keys."""
+    values: dict[str, Any] = {}
+    for key, value in config.items():
+        nested = isinstance(value, dict) and value
+        values |= flat(value, f"{above}{key}.") if nested else {f"{above}{key}": value}
+    return values
+
+
+def test_there_is_a_complete_configuration_for_every_loss_and_data_set():
+    assert {path.stem for path in CONFIGS.iterdir()} == {*COMPLETE, *OVERLAYS}
+    for name in COMPLETE:  # each can be continued, and saves itself some times on the way
+        trainer = load(name)["trainer"]
+        assert trainer["logger"]["init_args"]["name"] == name
+        (saving,) = [c for c in trainer["callbacks"] if c["class_path"] == "stepwise_lightning.LastCheckpoint"]
+        assert trainer["max_steps"] >= 5 * saving["init_args"]["every_n_train_steps"]
+
+
+@pytest.mark.parametrize("name", COMPLETE)
+def test_a_complete_configuration_trains_two_steps(name, tmp_path, monkeypatch):
+    run = two_steps(name, [name], tmp_path / "runs", tmp_path, monkeypatch)
+    with (run / "spectrum.csv").open(newline="") as file:
+        assert {int(row["step"]) for row in csv.DictReader(file)} == {0, 1, 2}
+    assert list(run.glob("events.out.tfevents.*")) and (run / "config.yaml").is_file()
+    assert torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 2
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["last.ckpt"]
+
+
+def test_a_control_trains_in_a_folder_of_its_own(tmp_path, monkeypatch):
+    two_steps("simclr_photos", ["simclr_photos", "ordinary"], tmp_path / "runs" / "ordinary", tmp_path, monkeypatch)
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["ordinary"]
+
+
+def two_steps(name: str, configs: list[str], logs: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Train, and return the folder of the run, the only one under ``logs``."""
+    monkeypatch.chdir(folder)
     options = ["--trainer.max_steps=2", "--trainer.log_every_n_steps=1"]
-    if "photos" not in config.stem:
-        options += TINY + (SMALL_NET if config.stem not in LARGE else [])
+    if "photos" not in name:
+        options += TINY + (SMALL_NET if name not in LARGE else [])
         write_cifar10(Path("data"), monkeypatch)
         write_stl10(Path("data"), monkeypatch, train=8)
-    monkeypatch.setattr(sys, "argv", ["stepwise", "fit", f"--config={config}", *options])
+    monkeypatch.setattr(sys, "argv", ["stepwise", "fit", *given(*configs), *options])
     main()
-    (spectrum,) = tmp_path.glob(f"runs/{config.stem}/version_0/spectrum.csv")
-    with spectrum.open(newline="") as file:
-        assert {int(row["step"]) for row in csv.DictReader(file)} == {0, 1, 2}
-    assert list(spectrum.parent.glob("events.out.tfevents.*")) and (spectrum.parent / "config.yaml").is_file()
-    saved = torch.load(spectrum.parent / "checkpoints" / "last.ckpt", weights_only=True)
-    assert saved["global_step"] == 2 and list((spectrum.parent / "checkpoints").iterdir()) == [
-        spectrum.parent / "checkpoints" / "last.ckpt"
-    ]
+    (run,) = logs.glob("*/version_*")
+    assert run == logs / name / "version_0"
+    return run
 
 
-@pytest.mark.parametrize("name", [f"{loss}_{data}" for loss in LOSSES for data in ("photos", "cifar10", "stl10")])
-def test_a_control_differs_in_its_start_alone(name):
-    small, ordinary = load(name), load(f"{name}_ordinary")
-    starts = [config["model"]["init_args"]["encoder"]["init_args"] for config in (small, ordinary)]
-    assert [start.pop("alpha") < 0.01 for start in starts] == [True, False]
-    assert [start.pop("bias_norm", None) for start in starts] == [1.0 if "simclr" in name else None, None]
-    for config in (small, ordinary):
-        config["trainer"]["logger"]["init_args"].pop("name")
-    assert small == ordinary
+@pytest.mark.parametrize("names", [(name,) for name in COMPLETE] + COMPOSED, ids="+".join)
+def test_a_configuration_becomes_objects_alone_and_under_every_overlay(names, tmp_path, monkeypatch):
+    """What each class is given is what the files say; the last one has the last word."""
+    monkeypatch.chdir(tmp_path)
+    options = [*given(*names), "--trainer.accelerator=cpu", *([] if names[0] == "linear_photos" else SMALL_NET)]
+    monkeypatch.setattr(sys, "argv", ["stepwise", *options])
+    # Not run: two machines cannot be had here.
+    built = LightningCLI(
+        L.LightningModule,
+        L.LightningDataModule,
+        save_config_callback=None,
+        subclass_mode_model=True,
+        subclass_mode_data=True,
+        auto_configure_optimizers=False,
+        run=False,
+    )
+    assert type(built.model).__name__ == load(names[0])["model"]["class_path"].rpartition(".")[2]
+    assert type(built.datamodule).__name__ == load(names[0])["data"]["class_path"].rpartition(".")[2]
+    assert sum(isinstance(callback, SpectrumLogger) for callback in built.trainer.callbacks) == 1
+    assert built.trainer.logger.save_dir == ("runs/ordinary" if "ordinary" in names else "runs")
+    assert built.trainer.num_nodes == (2 if "two_nodes" in names else 1)
+    if "two_nodes" in names:
+        assert built.trainer.world_size == 8
+        assert load(names[0])["data"]["init_args"].get("global_batch_size", 8) % 8 == 0
+
+
+@pytest.mark.parametrize(("name", "overlay"), COMPOSED)
+def test_an_overlay_changes_what_it_says_and_no_more(name, overlay, monkeypatch, capsys):
+    before, after = (flat(whole(names, monkeypatch, capsys)) for names in ([name], [name, overlay]))
+    changes = {key: after.get(key) for key in before.keys() | after.keys() if before.get(key) != after.get(key)}
+    if overlay == "ordinary":
+        assert before[f"{ENCODER}.alpha"] < 0.01
+        assert changes == START | ({f"{ENCODER}.bias_norm": None} if "simclr" in name else {})
+    else:
+        assert changes == NODES
+
+
+def test_overlays_can_be_laid_over_each_other(monkeypatch, capsys):
+    before, after = (
+        flat(whole(names, monkeypatch, capsys))
+        for names in (["barlow_twins_stl10"], ["barlow_twins_stl10", "ordinary", "two_nodes"])
+    )
+    assert after == before | START | NODES
+
+
+def whole(names: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
+    """Return the whole configuration that the command line reads from some files, defaults included."""
+    monkeypatch.setattr(sys, "argv", ["stepwise", "fit", *given(*names), "--print_config"])
+    with pytest.raises(SystemExit, match="0"):
+        main()
+    return yaml.safe_load(capsys.readouterr().out)
 
 
 @pytest.mark.parametrize("data", ["cifar10", "stl10"])
@@ -97,8 +169,8 @@ def test_learning_rates_on_gpus_fit_the_features_they_start_from(data):
 
 @pytest.mark.slow
 def test_two_processes_log_the_spectra_of_one(tmp_path):
-    config = Path(__file__).parent.parent / "configs" / "barlow_twins_photos.yaml"
-    command = [sys.executable, "-m", "stepwise_lightning", "fit", f"--config={config}", "--trainer.max_steps=20"]
+    fit = [sys.executable, "-m", "stepwise_lightning", "fit"]
+    command = [*fit, *given("barlow_twins_photos"), "--trainer.max_steps=20"]
     for options in ([], ["--trainer.devices=2", "--trainer.strategy=ddp"]):
         subprocess.run([*command, *options], cwd=tmp_path, check=True, capture_output=True, timeout=240)
     one, two = (np.load(tmp_path / f"runs/barlow_twins_photos/version_{v}/spectrum.npz") for v in (0, 1))

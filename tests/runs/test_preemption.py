@@ -24,7 +24,7 @@ DDP = {
     },
     "plugins": [{"class_path": "stepwise_lightning.collectives.SyncBatchNorm"}],
 }
-SECONDS = 20  # for the machines that tests run on; see docs/trust.md for what was measured
+SECONDS = 20  # for the machines that tests run on; see docs/failures.md for what was measured
 
 
 @pytest.fixture(scope="module")
