@@ -18,8 +18,8 @@ from lightning.pytorch.utilities import rank_zero_info
 from stepwise_lightning.collectives import all_gather_objects
 from stepwise_lightning.errors import UserError
 from stepwise_lightning.files import atomic_write
+from stepwise_lightning.loggers import CHECKPOINTS, run_folder
 from stepwise_lightning.runs.resume import (
-    CHECKPOINTS,
     continue_events,
     random_state,
     set_random_state,
@@ -89,7 +89,7 @@ class LastCheckpoint(Checkpoint):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Go on where the checkpoint was made, and listen to signals."""
-        self.directory = Path(trainer.log_dir or trainer.default_root_dir, CHECKPOINTS)  # a broadcast
+        self.directory = run_folder(trainer) / CHECKPOINTS  # a broadcast
         if trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             self.directory.mkdir(parents=True, exist_ok=True)  # this run has begun, says the folder
         self._last_step = trainer.estimated_stepping_batches

@@ -13,9 +13,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from stepwise_lightning.errors import UserError
-from stepwise_lightning.spectrum.writers import boards
-
-CHECKPOINTS = "checkpoints"  # the folder of a run that holds them
+from stepwise_lightning.loggers import CHECKPOINTS, boards
 
 
 def random_state() -> dict[str, Any]:

@@ -6,7 +6,6 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -15,6 +14,7 @@ from torch import Tensor
 
 from stepwise_lightning.collectives import all_gather
 from stepwise_lightning.errors import UserError
+from stepwise_lightning.loggers import run_folder
 from stepwise_lightning.record import Measurement, Spectrum, SpectrumRecord
 from stepwise_lightning.spectrum.capture import capture, check_finite, check_watched, views_in
 from stepwise_lightning.spectrum.measures import MATRICES, measure
@@ -143,7 +143,7 @@ class SpectrumLogger(L.Callback):
         if isinstance(self.probe, str):
             pairs = getattr(getattr(trainer, "datamodule", None), "probe_pairs", None)
             self._probe = pairs() if pairs is not None and self.probe == "auto" else "batch"
-        self.directory = Path(trainer.log_dir or trainer.default_root_dir)  # a broadcast: every rank must ask
+        self.directory = run_folder(trainer)  # a broadcast: every rank must ask
         # What was measured at this very step belonged to a run that ended here: now it has a loss too.
         self.record.keep(int((self.record.steps < trainer.global_step).sum()) if trainer.is_global_zero else 0)
         if trainer.is_global_zero:

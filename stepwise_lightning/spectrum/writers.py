@@ -14,6 +14,7 @@ import lightning as L
 from lightning.pytorch.utilities import rank_zero_warn
 
 from stepwise_lightning.files import atomic_write, atomic_write_text
+from stepwise_lightning.loggers import boards
 from stepwise_lightning.record import COLUMNS, Row, SpectrumRecord
 
 
@@ -82,12 +83,6 @@ def scalar_tag(row: Row) -> str:
     _, _, matrix, quantity, mode, _ = row
     short = {"eigenvalue": "eig", "predicted_eigenvalue": "predicted"}.get(quantity, quantity)
     return f"spectrum/{matrix}/{short}" if mode == "" else f"spectrum/{matrix}/{short}_{mode:03d}"
-
-
-def boards(trainer: L.Trainer) -> list[Any]:
-    """Return the TensorBoard writers, of ``lightning`` as of ``pytorch_lightning``, whose loggers share no class."""
-    writers = [getattr(logger, "experiment", None) for logger in trainer.loggers]
-    return [writer for writer in writers if hasattr(writer, "add_custom_scalars")]
 
 
 def lay_out_charts(trainer: L.Trainer, matrices: Iterable[str]) -> None:
