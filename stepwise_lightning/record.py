@@ -135,11 +135,19 @@ class SpectrumRecord:
         for name, values in sorted(tensors.items(), key=lambda item: "/" in item[0]):  # eigenvalues first
             matrix, _, measure = name.partition("/")
             for index, measurement in enumerate(record._measurements):
-                if not measure and not (len(values[index]) and values[index].isnan().all()):  # or it was not measured
-                    measurement.spectra[matrix] = Spectrum(values[index].double().clone())
+                if not measure and not (values.shape[1] and values[index].isnan().all()):  # or it was not measured
+                    known = ~values[index].isnan()
+                    measurement.spectra[matrix] = Spectrum(values[index][known].double().clone())
                 elif measure and matrix in measurement.spectra:
                     measurement.spectra[matrix].measures[_RENAMED.get(measure, measure)] = float(values[index])
         return record
+
+    @classmethod
+    def from_version_0_1(cls, state: Mapping[str, Any]) -> Self:
+        """Return the record in the state that the logger of version 0.1 left in a checkpoint."""
+        arrays = {"step": state["steps"], "time": state["times"], "loss": state["losses"]}
+        arrays |= state["eigenvalues"] | state["measures"]
+        return cls.from_arrays(arrays if state["embeddings"] is None else arrays | {"embeddings": state["embeddings"]})
 
     def __len__(self) -> int:
         return len(self._measurements)
@@ -293,9 +301,13 @@ class SpectrumRecord:
 
 
 def _stacked(values: list[Tensor | None]) -> Tensor | None:
-    """Stack what there is, with NaN where there is none or one of another shape; None where nothing is."""
-    first = next((value for value in values if value is not None), None)
-    if first is None:
+    """Stack what there is, padded to the largest with NaN, which also stands for what is missing; None for nothing."""
+    known = [value for value in values if value is not None]
+    if not known:
         return None
-    missing = torch.full_like(first, math.nan)
-    return torch.stack([missing if value is None or value.shape != first.shape else value for value in values])
+    shape = [max(sizes) for sizes in zip(*(value.shape for value in known), strict=True)]
+    stacked = known[0].new_full((len(values), *shape), math.nan)
+    for row, value in zip(stacked, values, strict=True):
+        if value is not None:
+            row[tuple(slice(size) for size in value.shape)] = value
+    return stacked

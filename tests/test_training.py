@@ -12,7 +12,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from stepwise_lightning import BarlowTwins, FixedCropPairs, LinearEncoder, SpectrumLogger, barlow_twins_loss
 from stepwise_lightning.spectrum import cross_correlation_eigenvalues, embedding_eigenvalues
-from stepwise_lightning.spectrum.schedule import log_spaced_steps
+from stepwise_lightning.spectrum.schedule import Schedule, log_spaced_steps
 from stepwise_lightning.theory import LinearBarlowTwins, feature_cross_correlation
 
 RATE, STEPS = 1e-3, 60
@@ -148,9 +148,25 @@ def test_schedule_is_spaced_in_the_logarithm():
         log_spaced_steps(0, 5)
 
 
-def test_an_endless_run_needs_a_length(tmp_path):
-    with pytest.raises(ValueError, match="set max_steps or max_epochs"):
-        train(tmp_path, steps=-1, callbacks=[SpectrumLogger()], max_epochs=-1)
+def test_an_endless_run_is_measured_to_its_end(tmp_path):
+    class Stop(L.Callback):
+        def on_train_batch_end(self, trainer, *_):
+            trainer.should_stop = trainer.global_step == 300
+
+    spectra = SpectrumLogger(num_points=20)
+    train(tmp_path, steps=-1, callbacks=[spectra, Stop()], max_epochs=-1)
+    steps = spectra.record.steps.tolist()
+    assert steps[:3] == [0, 1, 2] and steps[-1] == 300 and 8 <= len(steps) <= 20
+
+
+def test_a_run_that_goes_on_beyond_its_expected_end_is_measured_in_the_same_manner():
+    schedule = Schedule(100, 20)
+    due = [step for step in range(1000) if schedule.is_due(step)]
+    assert due[:3] == [0, 1, 2] and {99, 100} < set(due)
+    late = [step for step in due if step > 100]
+    assert len(late) == 9 and 1.2 < late[1] / late[0] < 1.35
+    jumping = Schedule(100, 20)
+    assert [step for step in range(0, 60, 7) if jumping.is_due(step)][:3] == [0, 7, 14]
 
 
 def test_linear_encoder():

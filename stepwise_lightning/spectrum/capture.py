@@ -2,78 +2,111 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import random
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from difflib import get_close_matches
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from stepwise_lightning.errors import DivergedError, UserError
 
+# A submodule's name, "" for the module itself; or a function of module and view.
+Watched = str | Callable[[nn.Module, Tensor], Tensor]
+_COMPILED = "_orig_mod"  # where torch.compile keeps the module that it was given
 
-def check_watched(module: nn.Module, watch: Sequence[str]) -> None:
-    """Raise a ValueError that lists the names that exist if ``watch`` names a submodule that does not."""
-    names = [name for name, _ in module.named_modules() if name]
+
+def check_watched(module: nn.Module, watch: Sequence[Watched]) -> None:
+    """Raise a UserError that lists the names that exist if ``watch`` names a submodule that does not."""
     for name in watch:
-        if name and name not in names:
+        if isinstance(name, str) and name and _submodule(module, name) is None:
+            names = [_plain(known) for known, _ in module.named_modules() if known]
             near = get_close_matches(name, names, n=5, cutoff=0.3) or names[:20]
-            raise UserError(f"no submodule {name!r} to watch; did you mean one of: {', '.join(near)}?")
+            choice = f"did you mean one of: {', '.join(near)}" if near else "the module has none"
+            raise UserError(f"no submodule {name!r} to watch; {choice}? (A function of module and view may be watched)")
+
+
+def label(watched: Watched) -> str:
+    """Return what a watched thing is called in files and tags."""
+    return watched if isinstance(watched, str) else getattr(watched, "__name__", type(watched).__name__).strip("<>")
 
 
 @torch.no_grad()
 def capture(
-    module: nn.Module, views: Sequence[Tensor], watch: Sequence[str], running_statistics: bool = False
+    module: nn.Module, views: Sequence[Tensor], watch: Sequence[Watched], running_statistics: bool = False
 ) -> dict[str, list[Tensor]]:
-    """Run ``module`` on each view and return the outputs of the watched submodules.
+    """Run ``module`` on each view and return what is watched.
 
-    Everything is in evaluation mode but batch normalisation, which uses the statistics of the view it is given: its
-    running statistics are worthless for the first tens of steps, when they still remember the initial network. They
-    are not updated, and no random number is drawn, so that training goes on as if nothing had happened.
+    Everything is in evaluation mode but batch normalisation that was in training mode, which uses the statistics of the
+    view it is given: its running statistics are worthless for the first tens of steps, when they still remember the
+    initial network. Batch normalisation that was in evaluation mode is frozen, and uses its running statistics, as in
+    training. Nothing is left behind: buffers, modes and the state of all random number generators are put back, so that
+    training goes on as if nothing had happened. Compiled modules run as they were before they were compiled.
 
     Args:
-        module: called as ``module(view)``.
+        module: called as ``module(view)`` where ``""`` is watched; otherwise it is not run itself.
         views: inputs, each (n, …).
-        watch: names of submodules; ``""`` is the output of ``module`` itself.
-        running_statistics: let batch normalisation use its running statistics, as in ordinary evaluation.
+        watch: names of submodules, or functions from module and view to (n, …); ``""`` is the output of ``module``
+            itself, and the other submodules are looked at while it runs. Without it each submodule is run on its own,
+            on the view.
+        running_statistics: let all batch normalisation use its running statistics, as in ordinary evaluation.
 
     Returns:
-        For each name, one (n, d) tensor per view; outputs with more dimensions are flattened.
+        For each name, one (n, d) tensor per view; outputs with more dimensions are flattened, (n,) becomes (n, 1).
 
     Raises:
-        ValueError: an unknown name, or a watched output that is not a tensor or was not reached.
+        UserError: an unknown name, or a watched output that is not a tensor or was not reached.
 
     """
     check_watched(module, watch)
-    outputs: dict[str, list[Tensor]] = {name: [] for name in watch}
+    outputs: dict[str, list[Tensor]] = {label(watched): [] for watched in watch}
 
     def keep(_module: nn.Module, _inputs: Any, output: Any, name: str) -> None:
-        if not isinstance(output, Tensor) or output.ndim < 2:
-            raise UserError(f"the output of {name or 'the module'!r} is no (n, …) tensor but {type(output).__name__}")
-        # A copy: an in-place activation further on would write into the tensor itself.
-        outputs[name].append(output.detach().flatten(1).clone())
+        outputs[name].append(_embeddings(output, name))
 
-    hooks = [module.get_submodule(name).register_forward_hook(partial(keep, name=name)) for name in watch]
-    try:
-        with _evaluation(module) if running_statistics else batch_statistics(module):
-            for view in views:
-                module(view)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    names = [name for name in watch if isinstance(name, str)]
+    submodules = {name: part for name in names if (part := _submodule(module, name)) is not None}
+    with ExitStack() as stack:
+        stack.enter_context(_evaluation(module) if running_statistics else batch_statistics(module))
+        stack.enter_context(_untouched(module))
+        if "" in submodules:
+            for name, part in submodules.items():
+                stack.callback(part.register_forward_hook(partial(keep, name=name)).remove)
+        for view in views:
+            for part in [submodules[""]] if "" in submodules else []:
+                part(view)
+            for watched in watch:
+                if not isinstance(watched, str):
+                    keep(module, None, watched(module, view), label(watched))
+                elif "" not in submodules:
+                    keep(module, None, submodules[watched](view), watched)
     for name, captured in outputs.items():
         if len(captured) != len(views):
             raise UserError(
-                f"{name!r} ran {len(captured)} times on {len(views)} views: watch one that runs once a view"
+                f"{name!r} ran {len(captured)} times on {len(views)} views: watch one that runs once a view, or watch "
+                "a function of module and view"
             )
     return outputs
 
 
+def _embeddings(output: Any, name: str) -> Tensor:
+    if not isinstance(output, Tensor) or output.ndim < 1:
+        kind = "a scalar" if isinstance(output, Tensor) else type(output).__name__
+        raise UserError(
+            f"the output of {name or 'the module'!r} is no (n, …) tensor but {kind}: watch a submodule whose is, "
+            "SpectrumLogger(watch=[NAME], output=False), or a function, watch=[lambda module, view: …]"
+        )
+    # A copy: an in-place activation further on would write into the tensor itself.
+    return output.detach().reshape(len(output), -1).clone()
+
+
 def check_finite(outputs: dict[str, list[Tensor]], samples: list[Tensor], module: nn.Module, step: int) -> None:
-    """Raise FloatingPointError if an output that was captured at ``step`` is not, and say whether the samples are."""
+    """Raise DivergedError if an output that was captured at ``step`` is not finite; say whether the samples are."""
     for name, views in outputs.items():
         if not all(z.isfinite().all() for z in views):
             cause = "training has most likely diverged; lower the learning rate"
@@ -82,29 +115,21 @@ def check_finite(outputs: dict[str, list[Tensor]], samples: list[Tensor], module
             raise DivergedError(f"the output of {name or type(module).__name__} at step {step} is not finite: {cause}")
 
 
-def views_in(batch: Any, module: nn.Module) -> list[Tensor]:
-    """Return the one or two views in a batch, ready for ``module``: a second item is one if shaped like the first."""
-    if isinstance(batch, Tensor):
-        views = [batch]
-    else:
-        second = batch[1] if len(batch) > 1 and isinstance(batch[1], Tensor) else None
-        views = [batch[0]] if second is None or second.shape != batch[0].shape else [batch[0], second]
-    parameter = next(p for p in module.parameters() if p.is_floating_point())
-    return [view.to(parameter) if view.is_floating_point() else view.to(parameter.device) for view in views]
-
-
 @contextmanager
 def batch_statistics(module: nn.Module) -> Iterator[None]:
-    """Switch to evaluation, but let batch normalisation use (and not record) the statistics of its batch."""
-    norms = [(part, part.track_running_stats) for part in module.modules() if isinstance(part, _BatchNorm)]
+    """Switch to evaluation, but let batch normalisation in training mode use, not record, its batch's statistics."""
+    norms = [p for p in module.modules() if isinstance(p, _BatchNorm) and p.training and p.track_running_stats]
+    untracked = [p for p in module.modules() if isinstance(p, _BatchNorm) and p.training and not p.track_running_stats]
     with _evaluation(module):
         try:
-            for norm, _ in norms:
+            for norm in norms:
                 norm.training, norm.track_running_stats = True, False
+            for norm in untracked:
+                norm.training = True
             yield
         finally:
-            for norm, tracked in norms:
-                norm.track_running_stats = tracked
+            for norm in norms:
+                norm.track_running_stats = True
 
 
 @contextmanager
@@ -112,9 +137,47 @@ def _evaluation(module: nn.Module) -> Iterator[None]:
     """Switch to evaluation, and back to whatever mode each part was in."""
     parts = list(module.modules())
     modes = [part.training for part in parts]
-    module.eval()
+    for part in parts:  # not eval(), which some modules override
+        part.training = False
     try:
         yield
     finally:
         for part, training in zip(parts, modes, strict=True):
             part.training = training
+
+
+@contextmanager
+def _untouched(module: nn.Module) -> Iterator[None]:
+    """Put back buffers and random number generators, and run compiled modules uncompiled."""
+    buffers = [(part, dict(part._buffers)) for part in module.modules()]
+    values = [(buffer, buffer.clone()) for buffer in module.buffers()]
+    python, numpy = random.getstate(), np.random.get_state()
+    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
+    with torch.random.fork_rng(devices=devices), _uncompiled(module):
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(numpy)
+            for part, before in buffers:
+                part._buffers.update(before)
+            for buffer, value in values:
+                if not torch.equal(buffer, value):
+                    buffer.copy_(value)
+
+
+def _uncompiled(module: nn.Module) -> AbstractContextManager[Any]:
+    compiled = any(
+        hasattr(part, _COMPILED) or getattr(part, "_compiled_call_impl", None) is not None for part in module.modules()
+    )
+    # Hooks do not fire in what was compiled without them. (Asked only then: it imports the compiler.)
+    return torch.compiler.set_stance("force_eager") if compiled else nullcontext()
+
+
+def _submodule(module: nn.Module, name: str) -> nn.Module | None:
+    """Return a submodule by its name, with or without what torch.compile puts into it."""
+    return next((part for known, part in module.named_modules() if name in (known, _plain(known))), None)
+
+
+def _plain(name: str) -> str:
+    return ".".join(part for part in name.split(".") if part != _COMPILED)

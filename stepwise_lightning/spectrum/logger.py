@@ -2,33 +2,30 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any
+from weakref import ref
 
 import lightning as L
 import torch
+from lightning.pytorch.callbacks import Checkpoint
 from torch import Tensor
 
-from stepwise_lightning.collectives import all_gather
+from stepwise_lightning.collectives import all_gather_objects
 from stepwise_lightning.errors import UserError
-from stepwise_lightning.loggers import run_folder
+from stepwise_lightning.loggers import free_name, run_folder
 from stepwise_lightning.record import Measurement, Spectrum, SpectrumRecord
-from stepwise_lightning.spectrum.capture import capture, check_finite, check_watched, views_in
+from stepwise_lightning.spectrum.batches import Views, joined, loss_in, on_device, views_in
+from stepwise_lightning.spectrum.capture import Watched, capture, check_finite, check_watched, label
 from stepwise_lightning.spectrum.measures import MATRICES, measure
-from stepwise_lightning.spectrum.schedule import Clock, log_spaced_steps
-from stepwise_lightning.spectrum.writers import (
-    SpectrumTable,
-    draw_trajectories,
-    lay_out_charts,
-    scalar_tag,
-    write_steps,
-)
+from stepwise_lightning.spectrum.schedule import Clock, Schedule, expected_end
+from stepwise_lightning.spectrum.writers import SpectrumFiles, draw_trajectories, lay_out_charts, scalar_tag
 
 # Seconds of training per second of drawing: what the figures that are redrawn while a run goes on may cost.
 _DRAWING_SHARE = 500
+_KEY = "stepwise_lightning_spectra"  # in a checkpoint
 
 
 class SpectrumLogger(L.Callback):
@@ -42,9 +39,13 @@ class SpectrumLogger(L.Callback):
     - ``covariance``: the centred covariance of all embeddings, of both views;
     - ``normalized_covariance``: the same of the embeddings divided by their norms, as cosine losses see them.
 
-    **Step k** is the state after exactly k optimiser steps: step 0 is the initialisation, and a measurement at step k
-    is made just before step k + 1 changes the weights, as is the training loss recorded with it. The last measurement
-    is made when training ends and has no loss. **Time** is the sum of the learning rates of the steps so far.
+    **Step k** is the state after exactly k optimiser steps (``trainer.global_step``; batches, where Lightning has no
+    optimiser): step 0 is the initialisation, and a measurement at step k is made just before step k + 1 changes the
+    weights. The loss recorded with it is the mean over the batches of that step of what ``training_step`` returned, NaN
+    where that was none. The last measurement is made when training ends, after other callbacks have had their last word
+    on the weights (this one moves behind them, but before those that save checkpoints), and has no loss. **Time** is
+    the sum of the learning rates of the steps so far: those of the first optimiser, and of its parameter groups the
+    largest rate.
 
     Written at each measurement, with ``<matrix>`` the name of one, or ``submodule.matrix`` for watched submodules:
 
@@ -64,29 +65,38 @@ class SpectrumLogger(L.Callback):
 
     It is kept in checkpoints, so that a resumed run goes on with what was measured before, as if it had never stopped:
     ``spectrum.csv`` is written anew up to there, also in another folder. In a checkpoint it takes as much room as in
-    the ``.npz``.
+    the ``.npz``. With other settings than before, what was not measured is NaN. Files of another run are never
+    overwritten: beside them it writes ``spectrum-v1.csv`` and so on. ``fast_dev_run`` writes no files.
 
     Under DDP every process takes part: all embed the same probe pairs, or their parts of the training batch, which are
-    gathered; rank 0 computes and writes.
+    gathered, however many samples each has; rank 0 computes and writes. A batch of one sample is passed over, and the
+    next one measured.
 
     Args:
-        watch: names of submodules whose outputs to measure besides the module's own, e.g. ``encoder.backbone``.
+        watch: what to measure besides the module's own output: names of submodules, e.g. ``encoder.backbone``, or
+            functions from module and view to embeddings (n, …), which are called by their ``__name__``.
         probe: what to embed. ``"auto"``: ``trainer.datamodule.probe_pairs()`` where there is such a method, else the
-            training batch of the step; ``"batch"``: always the training batch; or one tensor or a pair of tensors.
-            In a batch, the second item counts as a second view if it has the first one's shape.
+            training batch of the step; ``"batch"``: always the training batch, the step's first; or one tensor or a
+            pair of tensors. How views are found in a batch: :func:`stepwise_lightning.spectrum.batches.views_in`.
         matrices: which of the three matrices to measure.
         center: subtract the means before C is formed.
-        num_points: about how many measurements to make.
+        num_points: about how many measurements to make up to the expected end of training; more if it goes on.
         num_scalars: how many eigenvalues of a matrix become scalars and CSV rows; the ``.npz`` has all.
         prediction: the theory's eigenvalues of C, as a function from time (T,) to (T, d), for instance
             ``LinearBarlowTwins.embedding_eigenvalues``. They are written beside the module's own as
             ``predicted_eigenvalue`` (``cross_correlation/predicted`` in the ``.npz``) and drawn dashed.
-        keep_embeddings: keep the module's own embeddings of every measurement, for questions asked later: 4 bytes per
-            measurement, view, sample and dimension, in memory, in the ``.npz`` and in each checkpoint.
+        keep_embeddings: keep the module's own embeddings (or of what is watched first) of every measurement, for
+            questions asked later: 4 bytes per measurement, view, sample and dimension, in memory, in the ``.npz`` and
+            in each checkpoint.
+        output: measure the module's own output, of ``module(view)``. False where it has no ``forward``, or one that
+            takes or returns something else: then watched submodules are run on their own, on the view.
+        views: a function from a training batch to one or two tensors, where they are not found by themselves.
+        name: of files and tags, ``<name>.csv``, ``<name>/<matrix>/eig_000``; a second logger of the same name in a
+            Trainer becomes ``spectrum_1``, and so on.
 
     Raises:
-        ValueError: bad arguments; when training starts, an unknown submodule name (the error lists those that exist)
-            or a run of unknown length.
+        UserError: bad arguments (a ValueError too); when training starts, an unknown submodule name (the error lists
+            those that exist); at the first measurement, a batch without views, or an output that is no tensor.
 
     Attributes:
         record: what was measured so far, a :class:`stepwise_lightning.SpectrumRecord`.
@@ -96,7 +106,7 @@ class SpectrumLogger(L.Callback):
 
     def __init__(
         self,
-        watch: Sequence[str] = (),
+        watch: Sequence[Watched] = (),
         probe: str | Tensor | tuple[Tensor, Tensor] = "auto",
         matrices: Sequence[str] = MATRICES,
         center: bool = False,
@@ -104,107 +114,166 @@ class SpectrumLogger(L.Callback):
         num_scalars: int = 64,
         prediction: Callable[[Tensor], Tensor] | None = None,
         keep_embeddings: bool = False,
+        output: bool = True,
+        views: Views | None = None,
+        name: str = "spectrum",
     ) -> None:
-        for name, value, least in (("num_points", num_points, 2), ("num_scalars", num_scalars, 0)):
+        for setting, value, least in (("num_points", num_points, 2), ("num_scalars", num_scalars, 0)):
             if value < least:
-                raise UserError(f"{name} must be at least {least}, got {value}")
+                raise UserError(f"{setting} must be at least {least}, got {value}")
         if isinstance(probe, str) and probe not in ("auto", "batch"):
             raise UserError(f"probe must be 'auto', 'batch' or tensors, got {probe!r}")
+        if isinstance(watch, str) or not (output or watch):
+            raise UserError(f"watch must be a list of names or functions, not empty without output, got {watch!r}")
         if unknown := set(matrices) - set(MATRICES):
             raise UserError(f"unknown matrices {sorted(unknown)}; choose from: {', '.join(MATRICES)}")
-        self.watch, self.probe, self.matrices, self.center = ("", *watch), probe, tuple(matrices), center
+        self.watch: tuple[Watched, ...] = ("", *watch) if output else tuple(watch)
+        if len({label(watched) for watched in self.watch}) < len(self.watch):
+            raise UserError(f"two watched things have one name: {', '.join(map(label, self.watch))}")
+        self.probe, self.matrices, self.center, self.views, self.name = probe, tuple(matrices), center, views, name
         self.num_points, self.num_scalars, self.prediction = num_points, num_scalars, prediction
         self.keep_embeddings = keep_embeddings
         self.record = SpectrumRecord()
-        self._schedule: list[int] = []
-        self._table: SpectrumTable | None = None
-        self._batch: Any = None
-        self._loss_due = False
         self._clock = Clock()
+        self._trainer: Any = None  # a reference to the one whose run is recorded
+        self._restored = self._late = self._hears_steps = False
+        self._files: SpectrumFiles | None = None
+        self._batch: Any = None
+        self._measured_at = -1
+        self._losses: list[float] | None = None  # of the step that was measured last, while it is under way
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return all measurements so far, as tensors and numbers."""
-        return {"record": self.record.arrays(), "clock": self._clock.state()}
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Move behind the callbacks that may change weights, and tell loggers of one name apart."""
+        callbacks = trainer.callbacks  # type: ignore[attr-defined]
+        savers = [callback for callback in callbacks if isinstance(callback, Checkpoint)]
+        loggers = [callback for callback in callbacks if isinstance(callback, SpectrumLogger)]
+        others = [callback for callback in callbacks if callback not in (*savers, *loggers)]
+        # A new list: Lightning is walking through the old one.
+        trainer.callbacks = [*others, *loggers, *savers]  # type: ignore[attr-defined]
+        names = [logger.name for logger in loggers[: loggers.index(self)]]
+        if self.name in names:
+            self.name = free_name(self.name, names.__contains__).replace("-v", "_")
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Add all measurements so far, as tensors and numbers."""
+        # Not by state_dict: Lightning would refuse a second logger in one Trainer.
+        state = {"record": self.record.arrays(), "clock": self._clock.state()}
+        checkpoint.setdefault(_KEY, {})[self.name] = state
+
+    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Continue with the measurements of a checkpoint."""
-        self.record = SpectrumRecord.from_arrays(state_dict.get("record") or _arrays_of_version_0_1(state_dict))
-        self._clock = Clock(*state_dict["clock"])
+        if trainer.state.fn != "fit":
+            return
+        self.record, self._clock, self._restored = SpectrumRecord(), Clock(), True
+        old = checkpoint.get("callbacks", {}).get("SpectrumLogger") if self.name == "spectrum" else None
+        if (state := checkpoint.get(_KEY, {}).get(self.name)) is not None:
+            self.record, self._clock = SpectrumRecord.from_arrays(state["record"]), Clock(*state["clock"])
+        elif old is not None:
+            self.record = SpectrumRecord.from_version_0_1(old)
+            before, start, rate = old["clock"]
+            self._clock = Clock(before, start, rate, checkpoint["global_step"])
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Lay out the schedule, fetch the probe pairs and begin the CSV file."""
         check_watched(pl_module, self.watch)
-        last = trainer.estimated_stepping_batches
-        if math.isinf(last):
-            raise UserError("SpectrumLogger needs to know how long training lasts: set max_steps or max_epochs")
-        self._schedule = [s for s in log_spaced_steps(int(last), self.num_points) if s >= trainer.global_step][::-1]
+        if not self._restored and (self._trainer is None or self._trainer() is not trainer):
+            self.record, self._clock = SpectrumRecord(), Clock()  # another run, of a callback that is used again
+        self._trainer, self._restored, self._late = ref(trainer), False, False
+        self._batch, self._losses, step = None, None, self._step(trainer)
+        self._schedule = Schedule(expected_end(trainer), self.num_points)
+        self._schedule.is_due(step - 1)  # what lies before is done
         self._next_figure = time.perf_counter() + _DRAWING_SHARE
+        self._listen(trainer)
         self._probe = self.probe
         if isinstance(self.probe, str):
             pairs = getattr(getattr(trainer, "datamodule", None), "probe_pairs", None)
             self._probe = pairs() if pairs is not None and self.probe == "auto" else "batch"
         self.directory = run_folder(trainer)  # a broadcast: every rank must ask
         # What was measured at this very step belonged to a run that ended here: now it has a loss too.
-        self.record.keep(int((self.record.steps < trainer.global_step).sum()) if trainer.is_global_zero else 0)
-        if trainer.is_global_zero:
-            if self.prediction is not None and "cross_correlation" in self.record.matrices:
-                self.record.predict(torch.stack([self._predicted(time) for time in self.record.times]))
-            rows = (row for index in range(len(self.record)) for row in self.record.rows(index, self.num_scalars))
-            self._table = SpectrumTable(self.directory / "spectrum.csv", rows)
+        self.record.keep(int((self.record.steps < step).sum()) if trainer.is_global_zero else 0)
+        self._measured_at = -1
+        if self.prediction is not None and "cross_correlation" in self.record.matrices:
+            self.record.predict(torch.stack([self._predicted(time) for time in self.record.times]))
+        if trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            self._files = SpectrumFiles(self.directory, self.name, self.record, self.num_scalars)
+
+    def _listen(self, trainer: L.Trainer) -> None:
+        optimizer = trainer.optimizers[0] if trainer.optimizers else None
+        self._hears_steps = hasattr(optimizer, "register_step_pre_hook")
+        if optimizer is not None and self._hears_steps:
+            self._clock.listen(optimizer)
+
+    def _step(self, trainer: L.Trainer) -> int:
+        # Lightning does not count the steps of optimisers that a module steps, or keeps, by itself.
+        return max(trainer.global_step, self._clock.steps)
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Measure, if this step is on the schedule, before the batch changes the weights."""
         self._batch = batch
-        step = trainer.global_step
-        self._clock.advance(step, trainer.optimizers[0].param_groups[0]["lr"])
-        if self._schedule and step >= self._schedule[-1]:
-            self._measure(trainer, pl_module)
+        if self._losses is None and (self._late or self._schedule.is_due(self._step(trainer))):
+            self._late = not self._measure(trainer, pl_module)
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Record the loss that belongs to the last measurement."""
-        if self._loss_due and outputs is not None:
-            self._loss_due = False
-            self.record.set_loss(float(outputs["loss"] if isinstance(outputs, dict) else outputs))
-            if self._table is not None:
-                self._table.add(row for row in self.record.rows(-1, 0) if row[3] == "loss")
+        """Record the loss that belongs to the last measurement, when its step is done."""
+        if not self._hears_steps:
+            self._clock.advance(1.0)
+        if self._losses is None:
+            return
+        if (loss := loss_in(outputs)) is not None:
+            # Lightning divides what training_step returned.
+            automatic = pl_module.automatic_optimization
+            self._losses.append(loss * (trainer.accumulate_grad_batches if automatic else 1))
+        if self._step(trainer) > self._measured_at:
+            self._end_step()
+
+    def _end_step(self) -> None:
+        losses, self._losses = self._losses, None
+        if losses and len(self.record):
+            self.record.set_loss(sum(losses) / len(losses))
+            if self._files is not None:
+                self._files.add(row for row in self.record.rows(-1, 0) if row[3] == "loss")
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Measure the final weights and write the ``.npz`` file, the steps found and the figure."""
-        if self._batch is not None and (not len(self.record) or self.record.steps[-1] < trainer.global_step):
+        self._losses = None
+        if self._batch is not None and self._measured_at < self._step(trainer):
             self._measure(trainer, pl_module)
-        if self._table is not None:
-            write_steps(self.directory / "steps.json", self.record)
-        self._close()
-        if len(self.record):
-            draw_trajectories(trainer, self.record, self.num_scalars)
+        self._losses = None
+        self._close(ended=True)
+        if trainer.is_global_zero and len(self.record):
+            draw_trajectories(trainer, self.record, self.num_scalars, self.name)
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """Keep what has been measured when training is interrupted."""
         with suppress(OSError):  # a second one, of a full disk, would hide what happened
             self._close()
 
-    def _measure(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Embed the probe on every rank; on rank 0, measure it, and hand on what was measured."""
-        step = trainer.global_step
-        while self._schedule and self._schedule[-1] <= step:
-            self._schedule.pop()
-        probe = self._batch if isinstance(self._probe, str) else self._probe
-        samples = views_in(probe, pl_module)
-        captured = capture(pl_module, samples, self.watch)
-        if self._probe == "batch" and trainer.world_size > 1:
-            captured = {name: [all_gather(z).flatten(0, 1) for z in views] for name, views in captured.items()}
+    def _measure(self, trainer: L.Trainer, pl_module: L.LightningModule) -> bool:
+        """Embed the probe on every rank; on rank 0, measure it, and hand on what was measured.
+
+        Return whether there was something to measure: a batch of one sample is nothing.
+        """
+        step = self._step(trainer)
+        from_batch = isinstance(self._probe, str)
+        samples = on_device(views_in(self._batch, self.views) if from_batch else views_in(self._probe), pl_module)
+        captured = capture(pl_module, samples, self.watch) if len(samples[0]) > 1 else {}
         check_finite(captured, samples, pl_module, step)
+        if from_batch and trainer.world_size > 1:
+            captured = joined(all_gather_objects({name: [z.cpu() for z in zs] for name, zs in captured.items()}))
+        if not captured:
+            return False
+        self._measured_at, self._losses = step, []
         if trainer.is_global_zero:
             self.record.append(self._measurement(step, captured))
-            self._loss_due = True
             self._hand_on(trainer)
+        return True
 
     def _measurement(self, step: int, captured: dict[str, list[Tensor]]) -> Measurement:
-        measurement = Measurement(step, self._clock.time(step))
+        measurement = Measurement(step, self._clock.time)
         for name, views in captured.items():
             for matrix in self.matrices:
                 if matrix != "cross_correlation" or len(views) == 2:
@@ -213,7 +282,7 @@ class SpectrumLogger(L.Callback):
         if self.prediction is not None and "cross_correlation" in measurement.spectra:
             measurement.predicted = self._predicted(torch.tensor(measurement.time, dtype=torch.float64))
         if self.keep_embeddings:
-            measurement.embeddings = torch.stack(captured[""]).float().cpu()
+            measurement.embeddings = torch.stack(captured[label(self.watch[0])]).float().cpu()
         return measurement
 
     def _predicted(self, time: Tensor) -> Tensor:
@@ -224,25 +293,19 @@ class SpectrumLogger(L.Callback):
     def _hand_on(self, trainer: L.Trainer) -> None:
         """Write the last measurement to the table and the loggers, and perhaps draw what there is so far."""
         rows = self.record.rows(-1, self.num_scalars)
-        if self._table is not None:
-            self._table.add(rows)
+        if self._files is not None:
+            self._files.add(rows)
         if len(self.record) == 1:
-            lay_out_charts(trainer, self.record.matrices)
+            lay_out_charts(trainer, self.record.matrices, self.name)
         for logger in trainer.loggers:
-            logger.log_metrics({scalar_tag(row): row[-1] for row in rows}, step=int(self.record.steps[-1]))
+            logger.log_metrics({scalar_tag(row, self.name): row[-1] for row in rows}, step=int(self.record.steps[-1]))
         if time.perf_counter() > self._next_figure:
             start = time.perf_counter()
-            draw_trajectories(trainer, self.record, self.num_scalars)
+            draw_trajectories(trainer, self.record, self.num_scalars, self.name)
             self._next_figure = time.perf_counter() + _DRAWING_SHARE * (time.perf_counter() - start)
 
-    def _close(self) -> None:
-        if self._table is not None:
-            self._table = None
-            self.record.save(self.directory / "spectrum.npz")
-
-
-def _arrays_of_version_0_1(state: dict[str, Any]) -> dict[str, Any]:
-    """Return what a checkpoint of version 0.1 holds, by the names that a record gives it."""
-    arrays = {"step": state["steps"], "time": state["times"], "loss": state["losses"]}
-    arrays |= state["eigenvalues"] | state["measures"]
-    return arrays if state["embeddings"] is None else arrays | {"embeddings": state["embeddings"]}
+    def _close(self, ended: bool = False) -> None:
+        self._clock.stop()
+        if (files := self._files) is not None:
+            self._files = None
+            files.close(self.record, ended)

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from stepwise_lightning.files import atomic_write, atomic_write_text
-from stepwise_lightning.loggers import boards
+from stepwise_lightning.loggers import boards, free_name
 from stepwise_lightning.record import COLUMNS, Row, SpectrumRecord
 
 
@@ -78,21 +78,58 @@ def _without_nan(values: list[float]) -> list[float | None]:
     return [None if math.isnan(value) else value for value in values]
 
 
-def scalar_tag(row: Row) -> str:
+class SpectrumFiles:
+    """The files of one run: ``spectrum.csv`` while it goes on, ``spectrum.npz`` and ``steps.json`` when it is over.
+
+    Where another run has written files of these names, they stay, and these are called ``spectrum-v1.csv`` and so on.
+    """
+
+    def __init__(self, folder: Path, name: str, record: SpectrumRecord, num_modes: int) -> None:
+        self.folder, self._record = folder, record
+        self.stem = free_name(name, self._is_of_another_run)
+        if self.stem != name:
+            rank_zero_info(f"{folder / name}.csv is of another run, and stays: this one writes {self.stem}.csv")
+        rows = (row for index in range(len(record)) for row in record.rows(index, num_modes))
+        self._table = SpectrumTable(folder / f"{self.stem}.csv", rows)
+
+    def add(self, rows: Iterable[Row]) -> None:
+        """Append rows to the table."""
+        self._table.add(rows)
+
+    def close(self, record: SpectrumRecord, ended: bool) -> None:
+        """Write the arrays and, if training has ended, the steps found in them."""
+        if ended:
+            write_steps(self.folder / f"{self.stem.replace('spectrum', 'steps', 1)}.json", record)
+        record.save(self.folder / f"{self.stem}.npz")
+
+    def _is_of_another_run(self, stem: str) -> bool:
+        table, arrays = (self.folder / f"{stem}{suffix}" for suffix in (".csv", ".npz"))
+        if not (table.exists() or arrays.exists()):
+            return False
+        return not (len(self._record) and table.exists() and _begins(table, self._record))
+
+
+def _begins(table: Path, record: SpectrumRecord) -> bool:
+    """Return whether a table has the first measurement of a record, to the last digit: then both are of one run."""
+    rows = {",".join(map(str, _exactly(row))) for row in record.rows(0, 1) if row[3] == "eigenvalue"}
+    return rows <= set(table.read_text(encoding="utf-8", errors="replace").splitlines())
+
+
+def scalar_tag(row: Row, name: str) -> str:
     """Return what a row is called in TensorBoard."""
     _, _, matrix, quantity, mode, _ = row
     short = {"eigenvalue": "eig", "predicted_eigenvalue": "predicted"}.get(quantity, quantity)
-    return f"spectrum/{matrix}/{short}" if mode == "" else f"spectrum/{matrix}/{short}_{mode:03d}"
+    return f"{name}/{matrix}/{short}" if mode == "" else f"{name}/{matrix}/{short}_{mode:03d}"
 
 
-def lay_out_charts(trainer: L.Trainer, matrices: Iterable[str]) -> None:
+def lay_out_charts(trainer: L.Trainer, matrices: Iterable[str], name: str) -> None:
     """Put all eigenvalues of a matrix on one chart of TensorBoard's custom scalars."""
-    charts = {matrix: ["Multiline", [f"^spectrum/{matrix}/eig_[0-9]+$"]] for matrix in matrices}
+    charts = {matrix: ["Multiline", [f"^{name}/{matrix}/eig_[0-9]+$"]] for matrix in matrices}
     for board in boards(trainer):
-        board.add_custom_scalars({"spectrum": charts})
+        board.add_custom_scalars({name: charts})
 
 
-def draw_trajectories(trainer: L.Trainer, record: SpectrumRecord, num_modes: int) -> None:
+def draw_trajectories(trainer: L.Trainer, record: SpectrumRecord, num_modes: int, name: str) -> None:
     """Add the trajectories so far of the first ``num_modes`` modes, with the steps found in them, to TensorBoard."""
     writers = boards(trainer)
     if not writers or len(record) < 3:
@@ -107,4 +144,4 @@ def draw_trajectories(trainer: L.Trainer, record: SpectrumRecord, num_modes: int
         panel = Panel(record, matrix, title, num_modes=num_modes)
         figure = trajectories_figure([panel], title=matrix, log_eigenvalues=True)
         for board in writers:
-            board.add_figure(f"spectrum/{matrix}", figure, int(record.steps[-1]))
+            board.add_figure(f"{name}/{matrix}", figure, int(record.steps[-1]))
