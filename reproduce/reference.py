@@ -1,7 +1,7 @@
 """Reference numbers of the smoke profile, one file per figure in ``reproduce/expected/``.
 
 ``python -m reproduce.reference OUT`` writes them from what ``python -m reproduce all --profile smoke --seeds 0 --out
-OUT`` has left; ``tests/reproduce/test_figures.py`` holds fresh runs against them.
+OUT`` has left; ``tests/reproduce/test_all_figures.py`` holds fresh runs against them.
 """
 
 from __future__ import annotations
