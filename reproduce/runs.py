@@ -190,28 +190,33 @@ def trained_runs(
         raise UserError(f"no command {runs[0].launcher[0]!r} here to start training with: see --launcher")
     load_image_set(options.data, "val", options.root, options.download)
     missing = [run for run in runs if not (options.resume and run.is_finished())]
-    workers = 1 if torch.cuda.is_available() else min(os.cpu_count() or 1, max(len(missing), 1))
+    with tqdm(total=len(runs), initial=len(runs) - len(missing), desc="training networks", unit="run") as bar:
+        _train(missing, options.resume, bar)
+    return runs
+
+
+def _train(runs: list[Run], resume: bool, bar: tqdm) -> None:
+    """Train side by side; where one fails or is told to stop, others end that have not begun."""
+    workers = 1 if torch.cuda.is_available() else min(os.cpu_count() or 1, max(len(runs), 1))
     ended = Event()
 
     def train(run: Run) -> None:
         if ended.is_set():  # the job has to end, or others would fail in the same way
             return
         try:
-            run.train(options.resume)
+            run.train(resume)
         except BaseException:
             ended.set()
             raise
         bar.update()
 
-    bar = tqdm(total=len(runs), initial=len(runs) - len(missing), desc="training networks", unit="run")
-    with bar, ThreadPoolExecutor(workers) as pool:
-        futures = [pool.submit(train, run) for run in missing]
+    with ThreadPoolExecutor(workers) as pool:
+        futures = [pool.submit(train, run) for run in runs]
         try:
             for future in futures:
                 future.result()
         except KeyboardInterrupt:
             ended.set()
-            for run in missing:
+            for run in runs:
                 run.stop()
             raise
-    return runs

@@ -141,7 +141,7 @@ class _either:
     def __enter__(self) -> None: ...
 
     def __exit__(self, kind: type | None, error: Exception | None, _: object) -> bool:
-        return kind is ValueError and re.fullmatch(self.message, str(error)) is not None
+        return kind is not None and issubclass(kind, ValueError) and re.fullmatch(self.message, str(error)) is not None
 
 
 @FEW_AND_MANY

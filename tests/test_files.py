@@ -12,8 +12,7 @@ import numpy as np
 import pytest
 import torch
 from matplotlib.figure import Figure
-from survival import job, log_of, newest, run_jobs, write_config, write_images
-from test_resume import assert_same_run
+from survival import assert_same_run, job, log_of, newest, run_jobs, write_config, write_images
 
 from reproduce.claims import Claim
 from reproduce.outputs import Outcome, write_outputs

@@ -3,7 +3,7 @@
 A one-hidden-layer ReLU network is trained on pairs of random crops by full-batch gradient descent on the analytical
 Barlow Twins loss. Before training, contrastive kernel PCA with the tangent kernel at initialisation predicts the final
 embedding and when each mode crosses ½; afterwards the tangent kernel of the trained network gives a second prediction.
-Both are compared with what was learned, as subspaces, restricted to modes that have crossed.
+Both are compared with the embedding, as subspaces, restricted to modes that have crossed.
 
 Published: width 2048, 50 images, one random crop per view, 7000 epochs, 10 dimensions, small initialisation. Not stated
 there, ours: 20×20 crops, the learning rate (from 4 × rate × γ_1), and what is made small. *Lazy*: the last layer alone,

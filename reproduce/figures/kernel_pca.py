@@ -6,7 +6,7 @@ closed form; both are compared as subspaces, on the training crops and on crops 
 each mode, the held-out crops on which its eigenfunction is lowest and highest.
 
 The paper has no such figure: data, kernels and sizes are ours. Which of two modes with nearly equal eigenvalues is
-learned last is open: a start of scale α leaves α^{1 − γ_{d+1}/γ_d} of mode d + 1 in the embedding, and γ_6/γ_5 is up to
+last to rise is open: a start of scale α leaves α^{1 − γ_{d+1}/γ_d} of mode d + 1 in the embedding, and γ_6/γ_5 is up to
 0.9 here. So the start is very small.
 """
 
@@ -135,7 +135,7 @@ def experiment(name: str, seed: int, options: argparse.Namespace) -> Result:
     generator = torch.Generator().manual_seed(seed)
     a = ALPHA * torch.randn(options.dim, 2 * n, dtype=torch.float64, generator=generator)
     # The loss is the same in every basis of the embedding. In this one no function starts with a mode of those before
-    # it: in another, float64 rounds a late mode away beside the learned ones, and it comes up to 9 % late.
+    # it: in another, float64 rounds a late mode away beside those that are up, and it comes up to 9 % late.
     a = torch.linalg.qr(a @ k @ machine.coefficients_).Q.T @ a
     f = a @ k
     start = machine.initial_singular_values(f[:, :n].T, f[:, n:].T)

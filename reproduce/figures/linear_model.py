@@ -100,16 +100,20 @@ def experiment(seed: int, options: argparse.Namespace, directory: Path) -> Resul
     plans = (small, control)
     logs = [_train(plan, seed, pairs, options.precision, directory) for plan in plans]
     records = [log.record for log in logs]
-    theory, others = _predictions(small, records[0])
+    predictions = [_predictions(plan, record) for plan, record in zip(plans, records, strict=True)]
+    theory = predictions[0][0]
     # Under the same tags: one chart shows both.
     write_events(directory / "tensorboard" / f"small_init_seed{seed}_theory" / logs[0].directory.name, theory)
+    # The closed form is for small starts.
     panels = [_panel(small, records[0], theory, small.predicted_steps), _panel(control, records[1], None, ())]
     measured, modes = _compare(seed, small, records, theory)
     settings = {f"{plan.name}_learning_rate": plan.learning_rate for plan in plans}
     settings |= {f"{plan.name}_steps": plan.steps for plan in plans}
-    rows = data_rows([seed, small.name], records[0], theories=[theory, *others])
-    controlled, others = _predictions(control, records[1])
-    rows += data_rows([seed, control.name], records[1], theories=[controlled, *others])
+    rows = [
+        row
+        for plan, record, theories in zip(plans, records, predictions, strict=True)
+        for row in data_rows([seed, plan.name], record, theories=theories)
+    ]
     return Result(panels, measured, modes, rows, {"seed": seed} | settings)
 
 
@@ -164,12 +168,14 @@ def _train(plan: Plan, seed: int, pairs: FixedCropPairs, precision: Any, directo
     return log
 
 
-def _predictions(plan: Plan, record: SpectrumRecord) -> tuple[SpectrumRecord, list[SpectrumRecord]]:
-    """Return theory (finite steps, uniform), and others: its continuous-time limit, and the paper's QR form of that."""
-    times = record.times
-    others = (plan.flow.embedding_eigenvalues(times), plan.flow.embedding_eigenvalues(times, method="qr"))
-    theory = theory_record(record, plan.theory.embedding_eigenvalues(times))
-    return theory, [theory_record(record, eigenvalues) for eigenvalues in others]
+def _predictions(plan: Plan, record: SpectrumRecord) -> list[SpectrumRecord]:
+    """Return theory (finite steps, uniform), its continuous-time limit, and the paper's QR form of that."""
+    predictions = (
+        plan.theory.embedding_eigenvalues(record.times),
+        plan.flow.embedding_eigenvalues(record.times),
+        plan.flow.embedding_eigenvalues(record.times, method="qr"),
+    )
+    return [theory_record(record, eigenvalues) for eigenvalues in predictions]
 
 
 def _compare(
@@ -222,7 +228,7 @@ def _claims(by_seed: list[dict[str, float]], seeds: list[int]) -> list[Claim]:
 def _panel(plan: Plan, record: SpectrumRecord, theory: SpectrumRecord | None, step_times: Tensor | tuple[()]) -> Panel:
     count = record.detect_steps().num_distinct
     title = f"{plan.name.replace('_init', ' initialisation')}: {count} distinct step{'s' * (count != 1)}"
-    return Panel(record, title=title, theory=theory, step_times=step_times)  # the closed form is for small starts
+    return Panel(record, title=title, theory=theory, step_times=step_times)
 
 
 FIGURE = PaperFigure("linear_model", __doc__, PAPER, PROFILES, produce, add_options)

@@ -8,8 +8,7 @@ import time
 
 import pytest
 import torch
-from survival import environment, job, log_of, newest, run_jobs, write_config, write_images
-from test_resume import assert_same_run
+from survival import assert_same_run, environment, job, log_of, newest, run_jobs, write_config, write_images
 
 from stepwise_lightning.signals import EX_TEMPFAIL
 
