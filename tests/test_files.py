@@ -106,8 +106,10 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path):
     with pytest.raises(ZeroDivisionError):
         atomic_write(path, fail)
     assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
-    with pytest.raises(OSError, match="cannot write .*nowhere.*: No such file or directory; what was saved before is"):
-        atomic_write_text(tmp_path / "nowhere" / "claims.json", "new")
+    atomic_write_text(tmp_path / "folder" / "claims.json", "new")
+    assert (tmp_path / "folder" / "claims.json").read_text() == "new"
+    with pytest.raises(OSError, match="cannot write .*folder: Is a directory; what was saved before is kept"):
+        atomic_write_text(tmp_path / "folder", "new")
 
 
 def read_bytes(folder):
