@@ -192,7 +192,7 @@ def _compare(
         "distinct": steps.num_distinct,
         "error": float(((crossed - crossing) / crossing)[:rising].abs().nan_to_num(nan=math.inf).max()),
         "deviation": float((eigenvalues - predicted.eigenvalues()).abs().max()),
-        "excess_loss": float(losses[losses.isfinite()][-1]) - (eigenvalues.shape[1] - rising),
+        "excess_loss": float(losses[~losses.isnan()][-1]) - (eigenvalues.shape[1] - rising),
         "control": control.detect_steps().num_distinct,
     }
     table = [

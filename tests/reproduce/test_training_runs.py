@@ -1,11 +1,12 @@
 """The training runs behind the figures: finished ones are kept, cut ones go on, damaged ones are made again."""
 
 import os
+import shutil
 import sys
 
 import pytest
 
-from reproduce import train
+from reproduce import train, training
 from reproduce.__main__ import main
 from reproduce.options import new_parser
 from reproduce.runs import Run, trained_runs
@@ -33,10 +34,10 @@ def a_run(tmp_path, monkeypatch):
     """Return a function from options of the command line to a run that costs nothing."""
     fail = []
 
-    def make(*arguments, fails=False, stops=False):
+    def make(*arguments, start="small", fails=False, stops=False):
         options = new_parser("test", "", PROFILES).parse_args(["--out", str(tmp_path), "--data", "photos", *arguments])
         fail[:] = ["fail", "stop"] if stops else ["fail"] if fails else []
-        return Run("vicreg", "small", 0, options)
+        return Run("vicreg", start, 0, options)
 
     script = tmp_path / "training.py"
     script.write_text(TRAINING)
@@ -87,6 +88,26 @@ def test_a_finished_run_is_found_from_elsewhere(a_run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert a_run("--out", ".", "--root", "elsewhere").is_finished()
     assert not a_run("--data", "cifar10").is_finished()
+
+
+@pytest.mark.parametrize("changed", ["vicreg_photos.yaml", "ordinary.yaml"])
+def test_a_run_depends_on_every_configuration_that_it_is_composed_of(changed, a_run, tmp_path, monkeypatch):
+    monkeypatch.setattr(training, "CONFIGS", shutil.copytree(training.CONFIGS, tmp_path / "configs"))
+    runs = [a_run(start=start) for start in ("small", "ordinary")]
+    for run in runs:
+        run.train()
+    assert all(run.is_finished() for run in runs)
+    with (tmp_path / "configs" / changed).open("a") as file:
+        print("# changed", file=file)
+    assert [run.is_finished() for run in runs] == [changed == "ordinary.yaml", False]
+
+
+def test_ordinary_initialisation_is_laid_over_the_configuration_of_the_small_start(tmp_path):
+    options = new_parser("test", "", PROFILES).parse_args(["--out", str(tmp_path)])
+    commands = [Run("simclr", start, 0, options).command for start in ("small", "ordinary")]
+    configs = [[word for word in command if word.startswith("--config=")] for command in commands]
+    assert configs[0] == [f"--config={training.CONFIGS / 'simclr_photos.yaml'}"]
+    assert configs[1] == [*configs[0], f"--config={training.CONFIGS / 'ordinary.yaml'}"]
 
 
 @pytest.mark.parametrize("file", ["settings.json", "version_0/spectrum.npz", "version_0/checkpoints/last.ckpt"])
