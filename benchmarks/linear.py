@@ -20,9 +20,8 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.loggers import TensorBoardLogger
-from timing import Stopwatch, alternate, within
+from timing import Stopwatch, alternate, quiet_lightning, within
 
-from reproduce.common import quiet_lightning
 from stepwise_lightning import BarlowTwins, FixedCropPairs, LinearEncoder, SpectrumLogger
 from stepwise_lightning.theory import LinearBarlowTwins, feature_cross_correlation
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import statistics
 import time
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -35,6 +37,12 @@ class Stopwatch(L.Callback):
     def on_train_end(self, *_: object) -> None:
         """Stop, before other callbacks write their results."""
         self.seconds = _now() - self._start
+
+
+def quiet_lightning() -> None:
+    """Silence start-up messages that are not about what is measured."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", message=r"`isinstance\(treespec, LeafSpec\)` is deprecated")
 
 
 def _now() -> float:

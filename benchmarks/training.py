@@ -28,11 +28,10 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.loggers import TensorBoardLogger
-from timing import Stopwatch, alternate, ratio, within
+from timing import Stopwatch, alternate, quiet_lightning, ratio, within
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from reproduce.common import quiet_lightning
 from stepwise_lightning import BarlowTwins, SpectrumLogger, TwoViewDataModule
 from stepwise_lightning.data.image_sets import ImageSet
 from stepwise_lightning.encoders import Encoder

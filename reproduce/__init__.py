@@ -1,1 +1,1 @@
-"""One script per figure of the paper: ``python -m reproduce NAME`` or ``python reproduce/NAME.py``."""
+"""The paper's figures, made again: ``python -m reproduce NAME`` from the root of a clone."""

@@ -6,32 +6,12 @@ import sys
 import traceback
 from pathlib import Path
 
-from reproduce import (
-    cross_loss_alignment,
-    embedding_growth,
-    hidden_spectra,
-    kernel_mlp,
-    kernel_pca,
-    linear_model,
-    resnet_barlow_twins,
-    standard_init,
-    three_losses,
-)
-from reproduce.common import check_writable, parser
+from reproduce.figures import FIGURES
+from reproduce.options import check_writable, new_parser, refusal
+from reproduce.outputs import run_figure
 from reproduce.report import write_report
+from reproduce.training import PROFILES
 
-# In the order of the paper; those that share their training runs follow each other.
-FIGURES = {
-    "linear_model": linear_model,
-    "resnet_barlow_twins": resnet_barlow_twins,
-    "three_losses": three_losses,
-    "standard_init": standard_init,
-    "hidden_spectra": hidden_spectra,
-    "cross_loss_alignment": cross_loss_alignment,
-    "embedding_growth": embedding_growth,
-    "kernel_pca": kernel_pca,
-    "kernel_mlp": kernel_mlp,
-}
 USAGE = """usage: python -m reproduce FIGURE [FIGURE ...] [options]
        python -m reproduce all [options]
        python -m reproduce list
@@ -51,7 +31,7 @@ def main(arguments: list[str]) -> int:
         names.append(arguments[0])
         arguments = arguments[1:]
     if names == ["list"] or (not names and arguments in ([], ["-h"], ["--help"])):
-        print(USAGE + "\n".join(f"  {n:22}{(m.__doc__ or '').splitlines()[0]}" for n, m in FIGURES.items()))
+        print(USAGE + "\n".join(f"  {name:22}{figure.title}" for name, figure in FIGURES.items()))
         return 0
     choices = f"choose from: all, {', '.join(FIGURES)}"
     if not names:
@@ -61,31 +41,30 @@ def main(arguments: list[str]) -> int:
     if unknown := [name for name in names if name not in FIGURES]:
         print(f"error: unknown figure {unknown[0]!r}; {choices}", file=sys.stderr)
         return 2
-    return FIGURES[names[0]].main(arguments) if len(names) == 1 else _several(names, arguments)
+    return run_figure(FIGURES[names[0]], arguments) if len(names) == 1 else _several(names, arguments)
 
 
 def _several(names: list[str], arguments: list[str]) -> int:
     """Run what is missing; after each figure the report is written, so that a killed run leaves one too."""
-    figure_parser = parser("all", "Run several figures.", {"smoke": {}, "cpu": {}, "full": {}})
-    out = figure_parser.parse_args(arguments).out  # refuses bad options once, not for every figure
+    out = (
+        new_parser("reproduce all", "Run several figures.", PROFILES).parse_args(arguments).out
+    )  # refuses bad options once, not for every figure
     try:
         check_writable(Path(out))
-    except OSError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    except Exception as error:
+        return refusal(error)
     status = 0
     for number, name in enumerate(names, 1):
         print(f"\n=== {number}/{len(names)}  {name}", flush=True)
         try:
-            status = max(status, FIGURES[name].main([*arguments, "--resume"]))
+            status = max(status, run_figure(FIGURES[name], [*arguments, "--resume"]))
         except Exception:  # one figure's bug must not cost the others
             traceback.print_exc()
             status = 2
         try:
             path = write_report(out, names)
-        except OSError as error:
-            print(f"error: the report cannot be written: {error}", file=sys.stderr)
-            return 2
+        except Exception as error:
+            return refusal(error)
     print(f"\nreport       {path.resolve()}")
     return status
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from reproduce.__main__ import FIGURES
+from reproduce.figures import FIGURES
 
 DOCS = Path(__file__).parent.parent / "docs"
 WIDTH = 1200

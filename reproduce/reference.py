@@ -1,7 +1,7 @@
 """Reference numbers of the smoke profile, one file per figure in ``reproduce/expected/``.
 
 ``python -m reproduce.reference OUT`` writes them from what ``python -m reproduce all --profile smoke --seeds 0 --out
-OUT`` has left; ``tests/test_reproduce.py`` holds fresh runs against them.
+OUT`` has left; ``tests/reproduce/test_all_figures.py`` holds fresh runs against them.
 """
 
 from __future__ import annotations
@@ -40,14 +40,14 @@ def differences(document: dict[str, Any]) -> list[str]:
     for key in ("data_set", "seeds", "options"):
         if document[key] != reference[key]:
             return [f"{document['name']}: {key} are {document[key]}, but the reference has {reference[key]}"]
-    found = {claim["name"]: claim["measured"] for claim in document["claims"]}
-    if alone := sorted(found.keys() ^ reference["numbers"].keys()):
+    claimed = {claim["name"]: claim["measured"] for claim in document["claims"]}
+    if alone := sorted(claimed.keys() ^ reference["numbers"].keys()):
         return [f"{document['name']}: claims {alone} are here or in the reference alone"]
     lines = []
-    for name in found:
+    for name, number in claimed.items():
         measured, tolerance = reference["numbers"][name].values()
-        if not abs(found[name] - measured) <= tolerance:
-            lines.append(f"{document['name']}, {name}: {found[name]:.5g} instead of {measured:.5g} ± {tolerance:.2g}")
+        if not abs(number - measured) <= tolerance:
+            lines.append(f"{document['name']}, {name}: {number:.5g} instead of {measured:.5g} ± {tolerance:.2g}")
     return lines
 
 

@@ -8,7 +8,8 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from reproduce.common import data_name, read_claim
+from reproduce.claims import read_claim
+from reproduce.options import data_name
 from stepwise_lightning.files import atomic_write_text
 
 STYLE = """
@@ -29,7 +30,7 @@ def write_report(out: str | Path, names: list[str]) -> Path:
     """Write ``<out>/report.html`` from what the named figures have left in ``<out>``, and return its path.
 
     Raises:
-        OSError: it cannot be written.
+        CannotWriteError: it cannot be written.
 
     """
     entries = [_entry(Path(out) / name) for name in names]
@@ -46,7 +47,6 @@ def write_report(out: str | Path, names: list[str]) -> Path:
         f"{sections}</body></html>\n"
     )
     path = Path(out) / "report.html"
-    path.parent.mkdir(parents=True, exist_ok=True)
     atomic_write_text(path, page)
     return path
 

@@ -9,26 +9,23 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from reproduce.common import check_writable, interrupted, parser
-from reproduce.runs import LOSSES, trained_runs
-from reproduce.standard_init import STARTS
+from reproduce.methods import METHODS, STARTS
+from reproduce.options import check_writable, interrupted, new_parser, parse, refusal
+from reproduce.runs import trained_runs
 from reproduce.training import PROFILES
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Train what is asked for; return 0, or 2 for bad input or a failed run."""
-    train_parser = parser("train", __doc__, PROFILES)
-    train_parser.prog = "python -m reproduce.train"
-    train_parser.add_argument("loss", choices=LOSSES)
-    train_parser.add_argument("start", choices=STARTS, help="the initialisation")
-    options = train_parser.parse_args(arguments)
-    options.data = options.data or PROFILES[options.profile].get("data", "photos")
+    parser = new_parser("reproduce.train", __doc__, PROFILES)
+    parser.add_argument("loss", choices=METHODS)
+    parser.add_argument("start", choices=STARTS, help="the initialisation")
+    options = parse(parser, PROFILES, arguments)
     try:
         check_writable(Path(options.out) / "runs")
         runs = trained_runs(options, (options.loss,), (options.start,))
-    except (ValueError, OSError, RuntimeError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    except Exception as error:
+        return refusal(error)
     except KeyboardInterrupt:
         interrupted()
     for run in runs:

@@ -20,48 +20,54 @@ from zipfile import ZipFile
 
 import torch
 
-from stepwise_lightning.signals import EX_TEMPFAIL
+from reproduce.methods import METHODS
+from stepwise_lightning.errors import UserError
 from stepwise_lightning.files import atomic_write_text
+from stepwise_lightning.signals import EX_TEMPFAIL
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 # cpu is the shipped configuration as it is; smoke is a size for tests; full is the paper's.
 PROFILES: dict[str, dict[str, Any]] = {"smoke": {}, "cpu": {}, "full": {"data": "stl10"}}
 _CONFIGURATION = {"smoke": "photos", "cpu": "photos", "full": "stl10"}
-_SMOKE_RATES = {"barlow_twins": 0.003, "vicreg": 0.001, "simclr": 0.0005}
 _PLACES = ("data.init_args.root", "trainer.logger.init_args.save_dir", "trainer.default_root_dir")
+
+
+class RunFailedError(RuntimeError, UserError):
+    """Training has failed; the message ends with the last line that it wrote."""
 
 
 class TrainingRun:
     """How one network is trained: once, however often and from wherever that is asked for."""
 
     def __init__(self, loss: str, start: str, seed: int, options: argparse.Namespace) -> None:
-        self.loss, self.start, self.seed = loss, start, seed
+        self.loss, self.start, self.seed, self.options = loss, start, seed, options
         self.name = f"{loss}_{start}_seed{seed}"
         self.logs = Path(options.out) / "runs"
         self.directory = self.logs / self.name / "version_0"
         self.launcher = shlex.split(options.launcher)
-        suffix = "_ordinary" if start == "ordinary" else ""
-        self.config = CONFIGS / f"{loss}_{_CONFIGURATION[options.profile]}{suffix}.yaml"
-        self.settings = self._settings(options)
+        # The second is laid over the first.
+        overlays = [CONFIGS / "ordinary.yaml"] if start == "ordinary" else []
+        self.configs = [CONFIGS / f"{loss}_{_CONFIGURATION[options.profile]}.yaml", *overlays]
         self._process: subprocess.Popen[bytes] | None = None
 
-    def _settings(self, options: argparse.Namespace) -> dict[str, Any]:
+    def settings(self) -> dict[str, Any]:
+        """Return what the command line says besides the configurations."""
         settings: dict[str, Any] = {
             "seed_everything": self.seed,
             "model.init_args.encoder.init_args.seed": self.seed,
             "data.init_args.seed": self.seed,
-            "data.init_args.data": options.data,
-            "data.init_args.root": options.root,
+            "data.init_args.data": self.options.data,
+            "data.init_args.root": self.options.root,
             "trainer.logger.init_args.save_dir": str(self.logs),
             "trainer.logger.init_args.name": self.name,
             # Where Lightning saves when SLURM warns it: jobs side by side must not find each other's checkpoints.
             "trainer.default_root_dir": str(self.logs / self.name),
             "trainer.enable_progress_bar": "false",
         }
-        if options.profile == "smoke":
+        if self.options.profile == "smoke":
             settings |= {
                 "model.init_args.encoder.init_args.out_features": 4,
-                "model.init_args.learning_rate": _SMOKE_RATES[self.loss],
+                "model.init_args.learning_rate": METHODS[self.loss].smoke_learning_rate,
                 "data.init_args.global_batch_size": 32,
                 "data.init_args.num_probe_pairs": 64,
                 "trainer.max_steps": 300,
@@ -71,15 +77,15 @@ class TrainingRun:
     @property
     def command(self) -> list[str]:
         """What trains it."""
-        settings = [f"--{name}={value}" for name, value in self.settings.items()]
-        stepwise = [sys.executable, "-m", "stepwise_lightning", "fit", f"--config={self.config}"]
-        return [*self.launcher, *stepwise, *settings]
+        configs = [f"--config={path}" for path in self.configs]
+        settings = [f"--{name}={value}" for name, value in self.settings().items()]
+        return [*self.launcher, sys.executable, "-m", "stepwise_lightning", "fit", *configs, *settings]
 
     @property
     def _identity(self) -> str:
         """What must be the same for an earlier run to serve; where its files lie is no part of it."""
-        settings = {name: value for name, value in self.settings.items() if name not in _PLACES}
-        text = self.config.read_text(encoding="utf-8")
+        settings = {name: value for name, value in self.settings().items() if name not in _PLACES}
+        text = "".join(path.read_text(encoding="utf-8") for path in self.configs)
         return json.dumps({"settings": settings, "config": text, "version": version("stepwise_lightning")})
 
     def is_finished(self) -> bool:
@@ -105,7 +111,8 @@ class TrainingRun:
         What it prints is in ``log.txt``. ``started.json`` becomes ``settings.json`` when it is finished.
 
         Raises:
-            RuntimeError: it failed; the message ends with the last line that it wrote.
+            RunFailedError: it failed.
+            CannotWriteError: there is no room for its settings.
             SystemExit: it was told to stop, by SIGTERM or SIGUSR1.
 
         """
@@ -121,7 +128,6 @@ class TrainingRun:
             command.append("--ckpt_path=last")
         else:
             shutil.rmtree(folder, ignore_errors=True)
-            folder.mkdir(parents=True)
             atomic_write_text(started, self._identity)
         environment = os.environ | {"PYTHONUNBUFFERED": "1"}  # or its last line would not be its last
         if not torch.cuda.is_available():
@@ -137,9 +143,9 @@ class TrainingRun:
             raise SystemExit(EX_TEMPFAIL)
         if status:
             lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
-            said = [line for line in lines if line.strip() and not line.startswith(("$", "srun:"))]
-            last = said[-1] if said else f"exit status {status}"
-            raise RuntimeError(f"{self.name} failed, see {log}: {last}")
+            printed = [line for line in lines if line.strip() and not line.startswith(("$", "srun:"))]
+            last = printed[-1] if printed else f"exit status {status}"
+            raise RunFailedError(f"{self.name} failed, see {log}: {last}")
         os.replace(started, folder / "settings.json")
 
     def stop(self) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +30,10 @@ def atomic_write(path: Path, write: Callable[[Path], Any]) -> None:
         _sync(partial)  # or a crash of the machine could leave the new name with nothing in it
         os.replace(partial, path)
     except OSError as error:
-        partial.unlink(missing_ok=True)
+        _remove(partial)
         raise cannot_write(path, error) from error
     except BaseException:
-        partial.unlink(missing_ok=True)
+        _remove(partial)
         raise
     _sync(path.parent)
 
@@ -40,6 +41,11 @@ def atomic_write(path: Path, write: Callable[[Path], Any]) -> None:
 def atomic_write_text(path: Path, text: str) -> None:
     """Replace a text file, UTF-8, in the same way."""
     atomic_write(path, lambda partial: partial.write_text(text, encoding="utf-8"))
+
+
+def _remove(partial: Path) -> None:
+    with suppress(OSError):  # its folder may not be one
+        partial.unlink()
 
 
 def _sync(path: Path) -> None:

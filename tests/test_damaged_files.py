@@ -2,8 +2,7 @@
 
 import random
 import re
-import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -11,14 +10,15 @@ import numpy as np
 import pytest
 import torch
 from matplotlib.figure import Figure
-from stepwise_lightning.results import load_spectra
 from tiny_sets import Touch, damaged
 
-from reproduce.common import Claim, Outcome, _finished, parser, read_claim, report, write_outputs
+from reproduce.claims import Claim, read_claim
+from reproduce.options import new_parser
+from reproduce.outputs import Outcome, finished_claims, report, write_outputs
 from reproduce.report import write_report
 from reproduce.runs import Run
 from reproduce.training import PROFILES
-from stepwise_lightning.cli import main
+from stepwise_lightning import SpectrumRecord
 from stepwise_lightning.theory import ContrastiveKernelPCA, linear_kernel
 
 # How many cases of each kind; many with -m slow.
@@ -46,46 +46,31 @@ def survive(path: Path, read: Callable[[], object], cases: int, message: str) ->
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
+def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
     """Train two steps of one of the networks behind the figures."""
     out = tmp_path_factory.mktemp("results")
-    run = Run(
-        "barlow_twins",
-        "small",
-        0,
-        parser("runs", "", PROFILES).parse_args(["--out", str(out), "--profile", "smoke", "--data", "photos"]),
-    )
-    run.settings["trainer.max_steps"] = 2
-    run.settings["trainer.log_every_n_steps"] = 1
+    options = ["--out", str(out), "--profile", "smoke", "--data", "photos"]
+    run = Run("barlow_twins", "small", 0, new_parser("runs", "", PROFILES).parse_args(options))
+    settings = run.settings() | {"trainer.max_steps": 2, "trainer.log_every_n_steps": 1}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["stepwise", *run.command[3:]])
-        main()
-    (run.directory.parent / "settings.json").write_text(run._identity, encoding="utf-8")
-    assert run.is_finished() and len(run.spectra["step"]) == 3
-    return run
-
-
-def again(run: Run) -> Run:
-    """Return a run that has read nothing yet."""
-    other = object.__new__(Run)
-    other.__dict__.update(
-        {k: vars(run)[k] for k in ("loss", "start", "seed", "name", "logs", "directory", "config", "settings")}
-    )
-    return other
+        patch.setattr(Run, "settings", lambda run: settings)
+        run.train()
+        assert run.is_finished() and len(run.record) == 3
+        yield run
 
 
 @FEW_AND_MANY
 def test_spectra(run, scale):
     file = run.directory / "spectrum.npz"
-    names = load_spectra(file).keys()
+    names = SpectrumRecord.load(file).arrays().keys()
     assert (
         {"step", "time", "loss", "cross_correlation", "covariance/rankme"}
         <= names
-        == load_spectra(str(run.directory)).keys()
+        == SpectrumRecord.load(str(run.directory)).arrays().keys()
     )
     survive(
         file,
-        lambda: load_spectra(file),
+        lambda: SpectrumRecord.load(file),
         150 * scale,
         r"'[^\n]*spectrum\.npz' (cannot be read as|holds no) spectra[^\n]*",
     )
@@ -93,7 +78,7 @@ def test_spectra(run, scale):
 
 def test_other_files_are_no_spectra(tmp_path):
     with pytest.raises(FileNotFoundError, match="no '.*spectrum.npz': give a spectrum.npz, or the folder of a run"):
-        load_spectra(tmp_path)
+        SpectrumRecord.load(tmp_path)
     three = np.arange(3)
     for arrays in (
         {"step": three},
@@ -103,20 +88,20 @@ def test_other_files_are_no_spectra(tmp_path):
     ):
         np.savez(tmp_path / "spectrum.npz", **arrays)
         with pytest.raises(ValueError, match="holds no spectra: expected step, time, loss"):
-            load_spectra(tmp_path)
+            SpectrumRecord.load(tmp_path)
     np.save(tmp_path / "spectrum.npy", three)
     with pytest.raises(ValueError, match="cannot be read as spectra"):
-        load_spectra(tmp_path / "spectrum.npy")
+        SpectrumRecord.load(tmp_path / "spectrum.npy")
 
 
 def test_objects_in_saved_files_are_refused_and_run_nothing(tmp_path):
     marker = tmp_path / "marker"
     np.savez(tmp_path / "spectrum.npz", step=np.arange(2), time=np.array([Touch(marker)] * 2, dtype=object))
     with pytest.raises(ValueError, match="cannot be read as spectra .ValueError: Object arrays cannot be loaded"):
-        load_spectra(tmp_path)
+        SpectrumRecord.load(tmp_path)
     np.save(tmp_path / "spectrum.npz.npy", np.array([Touch(marker)], dtype=object))
     with pytest.raises(ValueError, match="cannot be read as spectra"):
-        load_spectra(tmp_path / "spectrum.npz.npy")
+        SpectrumRecord.load(tmp_path / "spectrum.npz.npy")
     for saved in (Touch(marker), {"eigenvalues": Touch(marker)}):
         torch.save(saved, tmp_path / "model.pt")
         with pytest.raises(ValueError, match="cannot be read as a saved model .UnpicklingError.*fit and save it again"):
@@ -156,13 +141,13 @@ class _either:
     def __enter__(self) -> None: ...
 
     def __exit__(self, kind: type | None, error: Exception | None, _: object) -> bool:
-        return kind is ValueError and re.fullmatch(self.message, str(error)) is not None
+        return kind is not None and issubclass(kind, ValueError) and re.fullmatch(self.message, str(error)) is not None
 
 
 @FEW_AND_MANY
 def test_configuration_and_weights_of_a_run(run, scale):
     def built() -> None:
-        again(run).encoder(trained=True)
+        Run(run.loss, run.start, run.seed, run.options).encoder(trained=True)  # it has read nothing yet
 
     message = r"(config\.yaml|the checkpoint) in '[^\n]*' cannot be used \([^\n]*\): train again, without --resume"
     (checkpoint,) = (run.directory / "checkpoints").glob("*.ckpt")
@@ -220,7 +205,7 @@ def test_claims_and_report(scale, tmp_path, capsys):
     write_outputs(tmp_path / "figure", Outcome(Figure(), ["x"], [[1]], claims, [{"seed": 0}]), facts)
     path, draw, outcomes = tmp_path / "figure" / "claims.json", random.Random(0), set()
     whole = path.read_bytes()
-    assert _finished(path.parent, identity) == claims
+    assert finished_claims(path.parent, identity) == claims
     for content in [
         b"",
         b"[]",
@@ -233,7 +218,7 @@ def test_claims_and_report(scale, tmp_path, capsys):
         path.write_bytes(content)
         page = write_report(tmp_path, ["figure", "kernel_pca"]).read_text(encoding="utf-8")
         assert "kernel_pca</td><td class='fails'>not there" in page
-        kept = _finished(path.parent, identity)
+        kept = finished_claims(path.parent, identity)
         assert kept is None or report(path.parent, kept) in (0, 1)
         outcomes.add(("claims.json cannot be read" in page, kept is None))
         assert re.fullmatch(r"(warning: [^\n]*; the figure is made again\n)?", capsys.readouterr().err)

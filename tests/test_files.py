@@ -12,23 +12,30 @@ import numpy as np
 import pytest
 import torch
 from matplotlib.figure import Figure
+from same_runs import assert_same_run
 from survival import job, log_of, newest, run_jobs, write_config, write_images
-from test_resume import assert_same_run
 
-from reproduce.common import Claim, Outcome, write_outputs
+from reproduce.claims import Claim
+from reproduce.outputs import Outcome, write_outputs
 from reproduce.report import write_report
+from stepwise_lightning import SpectrumRecord
 from stepwise_lightning.files import atomic_write, atomic_write_text
-from stepwise_lightning.runs.checkpoints import AtomicCheckpointIO
-from stepwise_lightning.spectrum.writers import SpectrumTable, write_arrays
+from stepwise_lightning.runs import AtomicCheckpointIO
+from stepwise_lightning.spectrum.writers import SpectrumTable
 
 KILLS = 50
 ROOT = os.geteuid() == 0
 
 
+def record_of(number):
+    """Return a record of nothing but that number, 800 kB."""
+    return SpectrumRecord.of(torch.full((2,), number), torch.full((2, 50_000), number), steps=torch.full((2,), number))
+
+
 def write_all(folder, number):
     """Write every kind of file, all of it saying ``number``."""
     AtomicCheckpointIO().save_checkpoint({"weights": torch.full((300_000,), number)}, folder / "last.ckpt")
-    write_arrays(folder / "spectrum.npz", {"step": np.full(100_000, number)})
+    record_of(number).save(folder / "spectrum.npz")
     table = SpectrumTable(folder / "spectrum.csv", [(number, 0.5, "covariance", "eigenvalue", 0, 1.0)] * 2000)
     table.add([(number, 0.5, "", "loss", "", 1.0)] * 2000)
     outcome = Outcome(Figure((1, 1)), ["value"], [[number]] * 1000, [Claim("a", "b", number, "<=", 9999)], [])
@@ -44,7 +51,7 @@ def numbers_in(folder):
     """Return what each file says; an error if it does not say one thing."""
     weights = torch.load(folder / "last.ckpt", weights_only=True)["weights"]
     with np.load(folder / "spectrum.npz") as saved:
-        steps = saved["step"]
+        steps = saved["cross_correlation"].flatten()
     with (folder / "spectrum.csv").open(newline="") as file:
         rows = list(csv.reader(file))[1:]
     with (folder / "figure/data.csv").open(newline="") as file:
@@ -55,10 +62,10 @@ def numbers_in(folder):
     claims = json.loads((folder / "figure/claims.json").read_text())
     report = (folder / "report.html").read_text()
     assert report.endswith("</body></html>\n") and all(len(row) == 6 for row in rows)
-    found = [set(weights.tolist()), set(steps.tolist()), {int(r[0]) for r in rows}, {int(r[0]) for r in data}]
-    found += [{claims["seconds"]}, {int(report.split("<td class='number'>")[1].split(" s<")[0])}]
-    assert all(len(numbers) == 1 for numbers in found), found
-    return [numbers.pop() for numbers in found]
+    numbers = [set(weights.tolist()), set(map(int, steps)), {int(r[0]) for r in rows}, {int(r[0]) for r in data}]
+    numbers += [{claims["seconds"]}, {int(report.split("<td class='number'>")[1].split(" s<")[0])}]
+    assert all(len(values) == 1 for values in numbers), numbers
+    return [values.pop() for values in numbers]
 
 
 def test_killed_fifty_times_while_writing(tmp_path):
@@ -100,8 +107,10 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path):
     with pytest.raises(ZeroDivisionError):
         atomic_write(path, fail)
     assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
-    with pytest.raises(OSError, match="cannot write .*nowhere.*: No such file or directory; what was saved before is"):
-        atomic_write_text(tmp_path / "nowhere" / "claims.json", "new")
+    atomic_write_text(tmp_path / "folder" / "claims.json", "new")
+    assert (tmp_path / "folder" / "claims.json").read_text() == "new"
+    with pytest.raises(OSError, match="cannot write .*folder: Is a directory; what was saved before is kept"):
+        atomic_write_text(tmp_path / "folder", "new")
 
 
 def read_bytes(folder):
@@ -120,7 +129,7 @@ def test_on_a_full_disk_each_file_stays_what_it_was(tmp_path):
         full = "No space left on device; what was saved before is kept; free some space"
         for write in (
             lambda: AtomicCheckpointIO().save_checkpoint({"weights": torch.ones(300_000)}, tmp_path / "last.ckpt"),
-            lambda: write_arrays(tmp_path / "spectrum.npz", {"step": np.ones(100_000)}),
+            lambda: record_of(1).save(tmp_path / "spectrum.npz"),
             lambda: table.add([(1, 0.5, "", "loss", "", 1.0)] * 5000),
             lambda: SpectrumTable(tmp_path / "spectrum.csv", [(2, 0.5, "", "loss", "", 1.0)]),
             lambda: write_report(tmp_path, ["figure"]),

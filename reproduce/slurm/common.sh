@@ -16,6 +16,15 @@ die() {
     exit 2
 }
 
+one_of() { # GIVEN NAME…: prints the name given if it is one of the others
+    local given=$1 name
+    shift
+    for name in "$@"; do
+        [[ $given != "$name" ]] || { echo "$name" && return; }
+    done
+    die "after the script comes the name of a figure, not '$given'; choose from: $*"
+}
+
 need() { # stl10, cifar10
     local data folder name class
     for data in "$@"; do

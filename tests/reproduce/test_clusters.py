@@ -8,15 +8,15 @@ from pathlib import Path
 import pytest
 
 from reproduce import train
-from reproduce.__main__ import FIGURES
-from reproduce.common import parser
-from reproduce.runs import LOSSES, Run
+from reproduce.figures import FIGURES
+from reproduce.methods import METHODS
+from reproduce.options import new_parser
+from reproduce.runs import Run
 from reproduce.training import PROFILES
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 SCRIPTS = sorted((ROOT / "reproduce" / "slurm").glob("*.sbatch"))
-NETWORKS = ("resnet_barlow_twins", "three_losses", "standard_init", "hidden_spectra", "cross_loss_alignment",
-            "embedding_growth", "train", "all")  # fmt: skip
+NO_NETWORKS = ("linear_model", "kernel_pca", "kernel_mlp")
 
 
 def directives(script: Path) -> dict[str, str]:
@@ -51,19 +51,15 @@ def submit(tmp_path):
 def runs_of(asked: list[str], monkeypatch) -> list[Run]:
     """Return the runs that a call of reproduce.train would train."""
     assert asked[:2] == ["-m", "reproduce.train"]
-    found: list[Run] = []
+    runs: list[Run] = []
 
     def trained_runs(options, losses, starts):
-        found.extend(Run(loss, start, seed, options) for loss in losses for start in starts for seed in options.seeds)
-        return found
+        runs.extend(Run(loss, start, seed, options) for loss in losses for start in starts for seed in options.seeds)
+        return runs
 
     monkeypatch.setattr(train, "trained_runs", trained_runs)
     assert train.main(asked[2:]) == 0
-    return found
-
-
-def test_there_is_a_script_for_every_figure_and_for_the_runs():
-    assert {script.stem for script in SCRIPTS} == {*FIGURES, "all", "train"}
+    return runs
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.stem)
@@ -72,53 +68,58 @@ def test_scripts_leave_the_place_to_the_command_line_and_survive_preemption(scri
     given = directives(script)
     assert not {"partition", "account", "qos"} & set(given)
     assert given["requeue"] == "" and given["open-mode"] == "append" and given["job-name"] == script.stem
-    assert ("signal" in given) == ("gpus-per-node" in given) == (script.stem in NETWORKS)
+    assert ("signal" in given) == ("gpus-per-node" in given) == (script.stem != "cpu")
 
 
 @pytest.mark.parametrize("name", [*FIGURES, "all"])
 def test_figure_scripts_ask_for_what_there_is(name, submit, tmp_path):
-    asked = submit(name, "--seeds", "0", "1", "--out", "else where")
+    asked = submit("cpu" if name in NO_NETWORKS else "gpu", name, "--seeds", "0", "1", "--out", "else where")
     assert asked[:3] == ["-m", "reproduce", name]
-    options = parser(name, "", PROFILES).parse_args(asked[3:])  # refuses what is no option
+    options = new_parser(name, "", PROFILES).parse_args(asked[3:])  # refuses what is no option
     assert options.profile == "full" and options.resume and options.root == str(tmp_path / "data")
     assert options.seeds == [0, 1] and options.out == "else where"
-    assert options.launcher.startswith("srun") == (name in NETWORKS)
+    assert options.launcher.startswith("srun") == (name not in NO_NETWORKS)
 
 
 @pytest.mark.parametrize("start", ["small", "ordinary"])
 def test_the_array_trains_every_loss_with_every_seed_once(start, submit, monkeypatch):
     first, last = map(int, directives(ROOT / "reproduce" / "slurm" / "train.sbatch")["array"].split("-"))
     arguments = [] if start == "small" else [start]
-    found = []
+    runs = []
     for task in range(first, last + 1):
-        found += runs_of(submit("train", *arguments, SLURM_ARRAY_TASK_ID=str(task)), monkeypatch)
-    names = [run.name for run in found]
-    assert len(names) == 9 and set(names) == {f"{loss}_{start}_seed{seed}" for loss in LOSSES for seed in range(3)}
-    assert all(run.config.is_file() and "stl10" in run.config.stem for run in found)
+        runs += runs_of(submit("train", *arguments, SLURM_ARRAY_TASK_ID=str(task)), monkeypatch)
+    names = [run.name for run in runs]
+    assert len(names) == 9 and set(names) == {f"{loss}_{start}_seed{seed}" for loss in METHODS for seed in range(3)}
+    assert all("stl10" in run.configs[0].stem and path.is_file() for run in runs for path in run.configs)
 
 
 def test_the_array_s_runs_are_those_that_the_figures_look_for(submit, monkeypatch, tmp_path):
     (run,) = runs_of(submit("train", "--out", "here", SLURM_ARRAY_TASK_ID="4"), monkeypatch)
-    options = parser("all", "", PROFILES).parse_args(submit("all", "--out", "here")[3:])
+    options = new_parser("all", "", PROFILES).parse_args(submit("gpu", "all", "--out", "here")[3:])
     options.data = PROFILES["full"]["data"]
     drawn = Run("vicreg", "small", 1, options)
-    assert run.directory == drawn.directory and run.settings == drawn.settings and run.command == drawn.command
+    assert run.directory == drawn.directory and run.settings() == drawn.settings() and run.command == drawn.command
     assert run.command[0] == "srun" and f"--data.init_args.root={tmp_path}/data" in run.command
     assert submit("train", LAUNCHER="", SLURM_ARRAY_TASK_ID="4")[-4:-2] == ["--launcher", ""]
 
 
 @pytest.mark.parametrize(
-    ("name", "environment", "message"),
+    ("command", "environment", "message"),
     [
         ("train", {"VENV": "nowhere"}, "no Python in 'nowhere': make it with"),
         ("train", {"DATA": "nowhere"}, "no STL-10 in 'nowhere': get it"),
-        ("kernel_mlp", {"DATA": "nowhere"}, "no CIFAR-10 in 'nowhere': get it"),
+        ("gpu three_losses", {"DATA": "nowhere"}, "no STL-10 in 'nowhere': get it"),
+        ("cpu kernel_mlp", {"DATA": "nowhere"}, "no CIFAR-10 in 'nowhere': get it"),
         ("train", {"SLURM_ARRAY_TASK_ID": ""}, "submit this with sbatch"),
         ("train", {"SLURM_SUBMIT_DIR": "/"}, "submit this from the root of the repository, not from /"),
+        ("cpu", {}, "the name of a figure, not ''; choose from: linear_model kernel_pca kernel_mlp"),
+        ("cpu three_losses", {}, "the name of a figure, not 'three_losses'; choose from: linear_model"),
+        ("gpu kernel_pca", {}, "the name of a figure, not 'kernel_pca'; choose from: resnet_barlow_twins"),
+        ("gpu --seeds 0", {}, "the name of a figure, not '--seeds'; choose from: resnet_barlow_twins"),
     ],
 )
-def test_what_is_missing_is_one_clear_line(name, environment, message, submit):
-    error = submit(name, **environment)
+def test_what_is_missing_is_one_clear_line(command, environment, message, submit):
+    error = submit(*command.split(), **environment)
     assert isinstance(error, str) and error.startswith("error: ") and message in error and error.count("\n") == 1
 
 
@@ -138,6 +139,6 @@ def test_a_job_whose_training_has_saved_itself_is_requeued(status, environment, 
         stub.write_text(f"#!/bin/sh\nprintf '%s\\n' \"$@\" > {shlex.quote(str(tmp_path))}/{name}\nexit {code}\n")
         stub.chmod(0o755)
     (tmp_path / "asked").touch()
-    submit("three_losses", PATH=f"{tmp_path}/venv/bin:/usr/bin:/bin", **environment)
+    submit("gpu", "three_losses", PATH=f"{tmp_path}/venv/bin:/usr/bin:/bin", **environment)
     done = tmp_path / "scontrol"
     assert (done.read_text().split() if done.exists() else None) == requeued

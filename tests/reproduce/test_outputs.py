@@ -6,8 +6,9 @@ import os
 import pytest
 from matplotlib.figure import Figure
 
-from reproduce.__main__ import FIGURES, main
-from reproduce.common import FILES, Claim, Outcome, run_figure
+from reproduce.__main__ import main
+from reproduce.claims import Claim
+from reproduce.outputs import FILES, Outcome, PaperFigure, run_figure
 
 MADE = "the figure is made again"
 
@@ -22,7 +23,8 @@ def figure(out, *arguments, measured=1.0):
         return Outcome(drawing, ["x", "y"], [[1, 2], [3, 4]], claims, [{"run": 1}])
 
     profiles = {"cpu": {}, "full": {"data": "stl10"}}
-    return run_figure("plot", "A plot.", "None.", profiles, produce, ["--out", str(out), *arguments])
+    plot = PaperFigure("plot", "A plot.", "None.", profiles, produce)
+    return run_figure(plot, ["--out", str(out), *arguments])
 
 
 @pytest.mark.parametrize("file", [*FILES, "claims.json"])
@@ -76,38 +78,12 @@ def test_an_output_that_cannot_be_written_is_one_line(name, obstacle, tmp_path, 
     assert error.count("\n") == 1
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["fig1"], "unknown figure 'fig1'; choose from: all, linear_model, "),
-        (["three_losses", "fig1"], "unknown figure 'fig1'; choose from: all, linear_model, "),
-        (["--profile", "smoke"], "'--profile' comes before the name of a figure; choose from: all, "),
-        (["--resume", "three_losses"], "'--resume' comes before the name of a figure; choose from: all, "),
-    ],
-)
-def test_no_figure_of_that_name(arguments, message, capsys):
-    assert main(arguments) == 2
-    error = capsys.readouterr().err
-    assert message in error and error.count("\n") == 1 and all(name in error for name in FIGURES)
-
-
-@pytest.mark.parametrize("arguments", [[], ["list"], ["-h"], ["--help"]])
-def test_the_front_door_lists_every_figure(arguments, capsys):
-    assert main(arguments) == 0
-    printed = capsys.readouterr().out
-    assert printed.startswith("usage: ") and all(f"  {name} " in printed for name in FIGURES)
-
-
-@pytest.mark.parametrize("name", ["all", "linear_model", "three_losses"])
-def test_help_names_every_option(name, capsys):
-    with pytest.raises(SystemExit, match="0"):
-        main([name, "--help"])
-    printed = capsys.readouterr().out
-    options = ("profile {smoke,cpu,full}", "data", "out", "seeds", "resume", "root", "download", "launcher")
-    assert all(f"--{option}" in printed for option in options)
-
-
 def test_claims_carry_the_checksums_of_what_they_belong_to(tmp_path):
     assert figure(tmp_path) == 0
     document = json.loads((tmp_path / "plot" / "claims.json").read_text(encoding="utf-8"))
     assert set(document["sha256"]) == set(FILES) and all(len(value) == 64 for value in document["sha256"].values())
+
+
+@pytest.mark.parametrize(("measured", "relation", "holds"), [(1, "<=", True), (2.1, "<=", False), (1, ">=", False)])
+def test_claims(measured, relation, holds):
+    assert Claim("name", "text", measured, relation, 2).holds is holds

@@ -1,15 +1,17 @@
 """The training runs behind the figures: finished ones are kept, cut ones go on, damaged ones are made again."""
 
 import os
+import shutil
 import sys
 
 import pytest
 
-from reproduce import train
+from reproduce import train, training
 from reproduce.__main__ import main
-from reproduce.common import parser
+from reproduce.options import new_parser
 from reproduce.runs import Run, trained_runs
-from reproduce.training import PROFILES
+from reproduce.training import PROFILES, RunFailedError
+from stepwise_lightning.errors import UserError
 
 # Stands for training: keeps a checkpoint, fails where it is told to, and leaves spectra at its end.
 TRAINING = """
@@ -32,10 +34,10 @@ def a_run(tmp_path, monkeypatch):
     """Return a function from options of the command line to a run that costs nothing."""
     fail = []
 
-    def make(*arguments, fails=False, stops=False):
-        options = parser("test", "", PROFILES).parse_args(["--out", str(tmp_path), "--data", "photos", *arguments])
+    def make(*arguments, start="small", fails=False, stops=False):
+        options = new_parser("test", "", PROFILES).parse_args(["--out", str(tmp_path), "--data", "photos", *arguments])
         fail[:] = ["fail", "stop"] if stops else ["fail"] if fails else []
-        return Run("vicreg", "small", 0, options)
+        return Run("vicreg", start, 0, options)
 
     script = tmp_path / "training.py"
     script.write_text(TRAINING)
@@ -50,15 +52,17 @@ def commands(run):
 
 def test_a_run_that_was_cut_short_goes_on_and_only_then(a_run):
     run = a_run(fails=True)
-    with pytest.raises(RuntimeError, match=r"vicreg_small_seed0 failed, see .*log.txt: stepwise: error: no more time$"):
+    with pytest.raises(
+        RunFailedError, match=r"vicreg_small_seed0 failed, see .*log.txt: stepwise: error: no more time$"
+    ):
         run.train(resume=True)
     assert not run.is_finished() and "--ckpt_path" not in commands(run)[0]
     run.train(resume=True)
     assert run.is_finished() and len(commands(run)) == 2 and commands(run)[1].endswith("--ckpt_path=last")
-    with pytest.raises(RuntimeError):
+    with pytest.raises(RunFailedError):
         run.train()  # without --resume all is made anew
     assert len(commands(run)) == 1
-    with pytest.raises(RuntimeError):
+    with pytest.raises(RunFailedError):
         a_run("--profile", "smoke", fails=True).train(resume=True)  # another run than the one cut short
     assert len(commands(run)) == 1
 
@@ -76,7 +80,7 @@ def test_training_that_was_told_to_stop_stops_all(way, a_run, tmp_path, capsys, 
     assert train.main(["barlow_twins", "small", *arguments]) == 0
     assert str(tmp_path / "runs" / "barlow_twins_small_seed0" / "version_0") in capsys.readouterr().out
     assert train.main(["barlow_twins", "small", *arguments]) == 0  # it is finished, and not trained again
-    assert len(commands(Run("barlow_twins", "small", 0, parser("", "", PROFILES).parse_args(arguments)))) == 2
+    assert len(commands(Run("barlow_twins", "small", 0, new_parser("", "", PROFILES).parse_args(arguments)))) == 2
 
 
 def test_a_finished_run_is_found_from_elsewhere(a_run, tmp_path, monkeypatch):
@@ -84,6 +88,26 @@ def test_a_finished_run_is_found_from_elsewhere(a_run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert a_run("--out", ".", "--root", "elsewhere").is_finished()
     assert not a_run("--data", "cifar10").is_finished()
+
+
+@pytest.mark.parametrize("changed", ["vicreg_photos.yaml", "ordinary.yaml"])
+def test_a_run_depends_on_every_configuration_that_it_is_composed_of(changed, a_run, tmp_path, monkeypatch):
+    monkeypatch.setattr(training, "CONFIGS", shutil.copytree(training.CONFIGS, tmp_path / "configs"))
+    runs = [a_run(start=start) for start in ("small", "ordinary")]
+    for run in runs:
+        run.train()
+    assert all(run.is_finished() for run in runs)
+    with (tmp_path / "configs" / changed).open("a") as file:
+        print("# changed", file=file)
+    assert [run.is_finished() for run in runs] == [changed == "ordinary.yaml", False]
+
+
+def test_ordinary_initialisation_is_laid_over_the_configuration_of_the_small_start(tmp_path):
+    options = new_parser("test", "", PROFILES).parse_args(["--out", str(tmp_path)])
+    commands = [Run("simclr", start, 0, options).command for start in ("small", "ordinary")]
+    configs = [[word for word in command if word.startswith("--config=")] for command in commands]
+    assert configs[0] == [f"--config={training.CONFIGS / 'simclr_photos.yaml'}"]
+    assert configs[1] == [*configs[0], f"--config={training.CONFIGS / 'ordinary.yaml'}"]
 
 
 @pytest.mark.parametrize("file", ["settings.json", "version_0/spectrum.npz", "version_0/checkpoints/last.ckpt"])
@@ -110,9 +134,9 @@ def test_what_is_damaged_is_told_in_one_line_and_trained_again(file, damage, a_r
 
 
 def test_a_launcher_that_is_not_there_is_refused(tmp_path):
-    options = parser("test", "", PROFILES).parse_args(["--out", str(tmp_path / "out"), "--launcher", "srunn --x"])
+    options = new_parser("test", "", PROFILES).parse_args(["--out", str(tmp_path / "out"), "--launcher", "srunn --x"])
     options.data = "photos"
-    with pytest.raises(ValueError, match="no command 'srunn' here to start training with: see --launcher"):
+    with pytest.raises(UserError, match="no command 'srunn' here to start training with: see --launcher"):
         trained_runs(options)
     assert not (tmp_path / "out").exists()
 

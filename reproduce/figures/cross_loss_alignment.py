@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import sys
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -26,28 +25,28 @@ import torch
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from reproduce.common import Claim, Outcome, data_name, each, run_figure, seeds_of
-from reproduce.runs import LOSSES, TITLES, Run, trained_runs
+from reproduce.claims import Claim, seeds_text, worst
+from reproduce.methods import METHODS
+from reproduce.options import data_name
+from reproduce.outputs import Outcome, PaperFigure
+from reproduce.processes import each
+from reproduce.runs import Run, trained_runs
 from reproduce.training import PROFILES
 from stepwise_lightning.encoders import Encoder
-from stepwise_lightning.plots.trajectories import alignments_figure
+from stepwise_lightning.plots import alignments_figure
 from stepwise_lightning.theory import ContrastiveKernelPCA, EmpiricalNTK, chance_alignment, subspace_alignment
 
 PAPER = (
     "Last experiment: subspace alignment between the embeddings of Barlow Twins, SimCLR and VICReg, and with the "
     "predictions of the tangent kernel; the losses learn similar top directions, far above chance."
 )
+TITLES = [method.title for method in METHODS.values()]
 KERNELS = ("tangent kernel at initialisation", "tangent kernel after training")
 BASELINES = ("another seed", "untrained", "chance")
 MODES = (1, 3, 5)  # numbers of learned modes at which embeddings are compared
 # Of the first mode; networks that are trained for a few steps are less alike.
 LEAST_ALIGNMENT = {"smoke": 0.1, "cpu": 0.4, "full": 0.4}
 KERNEL_PAIRS = 96  # held-out pairs that the tangent kernels are made of
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """Run the experiment; return 0 if every claim holds, 1 if one fails, 2 for bad input."""
-    return run_figure("cross_loss_alignment", __doc__, PAPER, PROFILES, produce, arguments)
 
 
 def produce(options: argparse.Namespace, directory: Path) -> Outcome:
@@ -57,14 +56,14 @@ def produce(options: argparse.Namespace, directory: Path) -> Outcome:
     predictions = dict(zip([(run.seed, t) for run, t in items], each(predicted, items, "tangent kernels"), strict=True))
     rows = [row for seed in options.seeds for row in _alignments(seed, runs, predictions)]
     matrices = [_matrix(rows, modes) for modes in MODES]
-    names = [*(TITLES[loss] for loss in LOSSES), *KERNELS, *BASELINES]
+    names = [*TITLES, *KERNELS, *BASELINES]
     figure = alignments_figure(
         matrices,
         [f"{modes} learned mode{'s' * (modes > 1)}" for modes in MODES],
         names,
-        names[: len(LOSSES) + len(KERNELS)],
+        names[: len(TITLES) + len(KERNELS)],
         title="Different losses learn similar first directions",
-        note=f"subspace alignment on held-out pairs, {data_name(options.data)}; mean of {seeds_of(options)}",
+        note=f"subspace alignment on held-out pairs, {data_name(options.data)}; mean of {seeds_text(options.seeds)}",
     )
     columns = ["seed", "modes", "one", "other", "alignment"]
     return Outcome(figure, columns, rows, _claims(rows, options), [run.summary() for run in runs])
@@ -96,22 +95,23 @@ def _with_statistics(encoder: Encoder, x: Tensor) -> Encoder:
 
 def _alignments(seed: int, runs: list[Run], predictions: dict[tuple[int, bool], Tensor]) -> list[list[Any]]:
     """Return rows ``seed, modes, one, other, alignment`` of one seed."""
-    mine = {run.loss: run for run in runs if run.seed == seed}
-    others = {run.loss: run for run in runs if run.seed == _next_seed(seed, runs)}
+    runs_here = [run for run in runs if run.seed == seed]
+    elsewhere = {run.loss: run for run in runs if run.seed == _next_seed(seed, runs)}
     rows: list[list[Any]] = []
     for modes in MODES:
-        subspaces = {TITLES[loss]: _subspace(run.embeddings(modes), modes) for loss, run in mine.items()}
+        subspaces = {run.method.title: _subspace(run.embeddings(modes), modes) for run in runs_here}
         kernels = {name: predictions[seed, trained] for name, trained in zip(KERNELS, (False, True), strict=True)}
         for one, a in subspaces.items():
             rows += [[seed, modes, one, other, _align(a, b)] for other, b in subspaces.items()]
             rows += [[seed, modes, one, name, _align(a, _top(b, modes))] for name, b in kernels.items()]
-        for loss, run in mine.items():
-            a = subspaces[TITLES[loss]]
-            other_seed = _subspace(others[loss].embeddings(modes), modes) if others[loss] is not run else None
-            rows.append([seed, modes, TITLES[loss], "another seed", _align(a, other_seed)])
-            rows.append([seed, modes, TITLES[loss], "untrained", _align(a, _subspace(run.embedded(0), modes))])
+        for run in runs_here:
+            a, other = subspaces[run.method.title], elsewhere[run.loss]
+            other_seed = _subspace(other.embeddings(modes), modes) if other is not run else None
             size = 2 * KERNEL_PAIRS if a is None else len(a)
-            rows.append([seed, modes, TITLES[loss], "chance", chance_alignment(size, modes)])
+            baselines = (
+                _align(a, other_seed), _align(a, _subspace(run.embedded(0), modes)), chance_alignment(size, modes)
+            )  # fmt: skip
+            rows += [[seed, modes, run.method.title, *pair] for pair in zip(BASELINES, baselines, strict=True)]
         first, second = (_top(kernel, modes) for kernel in kernels.values())
         rows.append([seed, modes, *KERNELS, _align(first, second)])
     return rows
@@ -142,7 +142,7 @@ def _align(a: Tensor | None, b: Tensor | None) -> float:
 
 def _matrix(rows: list[list[Any]], modes: int) -> np.ndarray[Any, Any]:
     """Return the mean over seeds: rows losses, kernels and baselines; columns losses and kernels."""
-    columns = [*(TITLES[loss] for loss in LOSSES), *KERNELS]
+    columns = [*TITLES, *KERNELS]
     matrix = np.full((len(columns) + len(BASELINES), len(columns)), np.nan)
     for i, one in enumerate([*columns, *BASELINES]):
         for j, other in enumerate(columns):
@@ -156,22 +156,24 @@ def _claims(rows: list[list[Any]], options: argparse.Namespace) -> list[Claim]:
     def values(modes: int, one: str, other: str) -> list[float]:
         return [row[4] for row in rows if row[1] == modes and (row[2], row[3]) == (one, other)]
 
-    titles, seeds = [TITLES[loss] for loss in LOSSES], seeds_of(options)
-    claims, pairs, bound = [], list(combinations(titles, 2)), LEAST_ALIGNMENT[options.profile]
+    seeds, bound = seeds_text(options.seeds), LEAST_ALIGNMENT[options.profile]
+    claims, pairs = [], list(combinations(TITLES, 2))
     for one, other in pairs:
-        what = f"{one} and {other}: alignment of the first mode, least of {seeds}"
-        claims.append(Claim(f"{one}_{other}".lower().replace(" ", "_"), what, min(values(1, one, other)), ">=", bound))
-    for one in titles:
-        found = values(1, one, KERNELS[0])
-        what = f"{one} and the {KERNELS[0]} (Barlow Twins'): alignment of the first mode, mean of {seeds}"
-        what += f" (least {min(found):.2f})"
-        claims.append(Claim(f"kernel_{one.lower()}".replace(" ", "_"), what, float(np.mean(found)), ">=", bound))
+        name = f"{one}_{other}".lower().replace(" ", "_")
+        sentence = f"{one} and {other}: alignment of the first mode"
+        claims.append(worst(name, sentence, values(1, one, other), ">=", bound, options.seeds))
+    for one in TITLES:
+        with_kernel = values(1, one, KERNELS[0])
+        sentence = f"{one} and the {KERNELS[0]} (Barlow Twins'): alignment of the first mode, mean of {seeds}"
+        sentence += f" (least {min(with_kernel):.2f})"
+        claims.append(
+            Claim(f"kernel_{one.lower()}".replace(" ", "_"), sentence, float(np.mean(with_kernel)), ">=", bound)
+        )
     between = min(np.mean(values(3, *pair)) for pair in pairs)
-    untrained = max(np.mean(values(3, one, "untrained")) for one in titles)
-    what = f"least alignment of two losses over most with an untrained network, three modes, means of {seeds}"
-    claims.append(Claim("over_untrained", what, float(between - untrained), ">=", 0.0))
+    untrained = max(np.mean(values(3, one, "untrained")) for one in TITLES)
+    sentence = f"least alignment of two losses over most with an untrained network, three modes, means of {seeds}"
+    claims.append(Claim("over_untrained", sentence, float(between - untrained), ">=", 0.0))
     return claims
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+FIGURE = PaperFigure("cross_loss_alignment", __doc__, PAPER, PROFILES, produce)

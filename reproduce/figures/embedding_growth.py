@@ -9,18 +9,20 @@ stands for.
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from reproduce.common import Claim, Outcome, data_name, run_figure, seeds_of
+from reproduce.claims import Claim, worst
+from reproduce.options import data_name
+from reproduce.outputs import Outcome, PaperFigure
 from reproduce.runs import Run, trained_runs
 from reproduce.training import PROFILES
-from stepwise_lightning.plots.embeddings import growth_animation, growth_figure, principal_components
+from stepwise_lightning.errors import UserError
 from stepwise_lightning.files import atomic_write
+from stepwise_lightning.plots import growth_animation, growth_figure, principal_components
 
 PAPER = (
     "The authors' blog post, Fig. 1: top three principal components of the embeddings as the loss steps down; they are "
@@ -31,62 +33,60 @@ FRAMES = 60
 EXTREMES = 4  # crops at either end
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Run the experiment; return 0 if every claim holds, 1 if one fails, 2 for bad input."""
-    return run_figure("embedding_growth", __doc__, PAPER, PROFILES, produce, arguments)
-
-
 def produce(options: argparse.Namespace, directory: Path) -> Outcome:
     """Train what is missing, and look at the embeddings on their plateaus."""
     runs = trained_runs(options, losses=("barlow_twins",))
     summaries = [run.summary() | _shares(run) for run in runs]
     first = runs[0]
     embeddings, labels = _embeddings(first), first.data.probe_labels().numpy()
-    trajectory, samples = first.trajectory(), _samples(first)
+    panel, samples = first.panel(), _samples(first)
     title = "The embedding grows one dimension at a time"
     figure = growth_figure(
-        trajectory, embeddings[samples], samples, labels, first.data.class_names,
+        panel, embeddings[samples], samples, labels, first.data.class_names,
         _extremes(first, embeddings[samples]), title,
         note=f"ResNet on held-out crops, {data_name(options.data)}, seed {options.seeds[0]}; Barlow Twins",
     )  # fmt: skip
     start = max(samples[0] - 10, 0)
     frames = np.unique(np.linspace(start, samples[-1], FRAMES).round().astype(int)).tolist()
-    directory.mkdir(parents=True, exist_ok=True)
     atomic_write(
         directory / "animation.gif",
-        lambda path: growth_animation(path, trajectory, embeddings, labels, frames, title),
+        lambda path: growth_animation(path, panel, embeddings, labels, frames, title),
     )
+    rows = (row for run in runs for row in _rows(run))
+    claims = _claims(summaries, options.seeds)
+    return Outcome(figure, ["seed", "modes", "sample", "pc_1", "pc_2", "pc_3"], rows, claims, summaries)
+
+
+def _claims(summaries: list[dict[str, Any]], seeds: list[int]) -> list[Claim]:
     claims = []
     for modes, shape in ((1, "a line"), (2, "a plane"), (3, "a volume")):
-        what = f"{shape}: variance in the top {modes} direction{'s' * (modes > 1)} with as many learned modes"
-        least = min(summary[f"share_{modes}"] for summary in summaries)
-        claims.append(Claim(f"share_{modes}", f"{what}, least of {seeds_of(options)}", least, ">=", 0.95))
-    size = max(summary["size_0"] for summary in summaries)
-    what = f"a point: its extent before the first step over that with three modes, most of {seeds_of(options)}"
-    claims.append(Claim("size_0", what, size, "<=", 0.2))
-    rows = (row for run in runs for row in _rows(run))
-    return Outcome(figure, ["seed", "modes", "sample", "pc_1", "pc_2", "pc_3"], rows, claims, summaries)
+        key = f"share_{modes}"
+        sentence = f"{shape}: variance in the top {modes} direction{'s' * (modes > 1)} with as many learned modes"
+        claims.append(worst(key, sentence, [summary[key] for summary in summaries], ">=", 0.95, seeds))
+    sentence = "a point: its extent before the first step over that with three modes"
+    claims.append(worst("size_0", sentence, [summary["size_0"] for summary in summaries], "<=", 0.2, seeds))
+    return claims
 
 
 def _embeddings(run: Run) -> np.ndarray[Any, Any]:
     """Return the embeddings of the first views at every measurement, (T, n, d)."""
-    return run.spectra["embeddings"][:, 0].astype(np.float64)
+    return np.stack([run.record.embeddings(index)[0].double().numpy() for index in range(len(run.record))])
 
 
 def _samples(run: Run) -> list[int]:
     """Return the middle of each plateau.
 
     Raises:
-        RuntimeError: some number of modes was never learned.
+        UserError: some number of modes was never learned.
 
     """
     plateaus = [run.plateau(modes) for modes in MODES]
-    if missing := [modes for modes, there in zip(MODES, plateaus, strict=True) if not there]:
-        raise RuntimeError(
+    if missing := [modes for modes, plateau in zip(MODES, plateaus, strict=True) if not plateau]:
+        raise UserError(
             f"{run.name} was never seen with {missing} learned modes: train it longer or measure more often"
         )
     # Time 0 has no place on a logarithmic axis.
-    return [there[len(there) // 2] for there in plateaus]
+    return [plateau[len(plateau) // 2] for plateau in plateaus]
 
 
 def _shares(run: Run) -> dict[str, float]:
@@ -114,5 +114,4 @@ def _rows(run: Run) -> list[list[Any]]:
     ]
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+FIGURE = PaperFigure("embedding_growth", __doc__, PAPER, PROFILES, produce)

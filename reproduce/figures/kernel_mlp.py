@@ -2,8 +2,8 @@
 
 A one-hidden-layer ReLU network is trained on pairs of random crops by full-batch gradient descent on the analytical
 Barlow Twins loss. Before training, contrastive kernel PCA with the tangent kernel at initialisation predicts the final
-embedding and when each mode is learned; afterwards the tangent kernel of the trained network gives a second prediction.
-Both are compared with what was learned, as subspaces, restricted to learned modes.
+embedding and when each mode crosses ½; afterwards the tangent kernel of the trained network gives a second prediction.
+Both are compared with the embedding, as subspaces, restricted to modes that have crossed.
 
 Published: width 2048, 50 images, one random crop per view, 7000 epochs, 10 dimensions, small initialisation. Not stated
 there, ours: 20×20 crops, the learning rate (from 4 × rate × γ_1), and what is made small. *Lazy*: the last layer alone,
@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import argparse
 import copy
-import sys
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,11 +25,15 @@ import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor, nn
 
-from reproduce.common import Claim, Outcome, data_name, each, is_alone, progress_bar, run_figure, seeds_of
-from stepwise_lightning import BarlowTwins, FixedCropPairs, SpectrumLogger
+from reproduce.claims import Claim, worst
+from reproduce.options import data_name
+from reproduce.outputs import Outcome, PaperFigure
+from reproduce.processes import each, is_alone, progress_bar
+from reproduce.records import data_rows
+from stepwise_lightning import BarlowTwins, FixedCropPairs, SpectrumLogger, SpectrumRecord
 from stepwise_lightning.encoders import MLP, scale_last_layer
-from stepwise_lightning.plots.trajectories import Trajectory, alignment_figure
-from stepwise_lightning.spectrum.measures import crossing_times
+from stepwise_lightning.plots import Panel, alignment_figure
+from stepwise_lightning.steps import crossing_times, num_crossed
 from stepwise_lightning.theory import ContrastiveKernelPCA, EmpiricalNTK, subspace_alignment
 
 PAPER = (
@@ -48,14 +52,54 @@ PROFILES: dict[str, dict[str, Any]] = {
 # 4 × learning rate × γ_1 at initialisation. In the rich variant γ_1 grows during training, by a factor of about 15.
 RELATIVE_RATES = {"lazy": 0.25, "rich": 0.05}
 LAST_LAYER, ALL_WEIGHTS = 1e-4, 0.2
-# Modes whose eigenvalue of C is above this are learned: it ends at 1.
-LEARNED = 0.5
 KERNELS = ("tangent kernel at initialisation", "tangent kernel after training", "untrained network, with the latter")
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Run the experiment; return 0 if every claim holds, 1 if one fails, 2 for bad input."""
-    return run_figure("kernel_mlp", __doc__, PAPER, PROFILES, produce, arguments)
+@dataclass
+class Result:
+    """One network, trained, and what its tangent kernels say of it."""
+
+    variant: str
+    seed: int
+    learning_rate: float
+    record: SpectrumRecord
+    step_times: Tensor
+    """Predicted, (d,)."""
+    alignments: dict[str, np.ndarray[Any, Any]]
+    """(T,) by name, in the order of ``KERNELS``; NaN before the first mode has crossed."""
+
+    @property
+    def modes_crossed(self) -> int:
+        """How many have, at the end."""
+        return int(num_crossed(self.record.eigenvalues()[-1]))
+
+    def summary(self) -> dict[str, Any]:
+        """Return what goes into the table."""
+        crossed = crossing_times(self.record.times, self.record.eigenvalues())
+        errors = ((self.step_times - crossed) / crossed)[: self.modes_crossed].abs()
+        initial, final, untrained = (float(values[-1]) for values in self.alignments.values())
+        return {
+            "variant": self.variant,
+            "seed": self.seed,
+            "learning_rate": self.learning_rate,
+            "modes_crossed": self.modes_crossed,
+            "initial": initial,
+            "final": final,
+            "untrained": untrained,
+            "largest_step_time_error": float(errors.max()) if self.modes_crossed else float("nan"),
+        }
+
+    def panel(self) -> Panel:
+        """Return how to draw it, beside the prediction that is in its record."""
+        title = f"{self.variant}: {self.modes_crossed} modes crossed"
+        return Panel(self.record, title=title, step_times=self.step_times)
+
+    def rows(self) -> list[list[Any]]:
+        """Return its rows of ``data.csv``."""
+        others = {f"alignment: {name}": torch.from_numpy(values) for name, values in self.alignments.items()}
+        assert self.record.predicted is not None
+        others["predicted_eigenvalue"] = self.record.predicted
+        return data_rows([self.variant, self.seed], self.record, others=others)
 
 
 def produce(options: argparse.Namespace, directory: Path) -> Outcome:
@@ -65,24 +109,24 @@ def produce(options: argparse.Namespace, directory: Path) -> Outcome:
         _pairs(options.seeds[0], options).prepare_data()
     _pairs(options.seeds[0], options).setup()  # refuses bad data before any process starts
     results = each(experiment, runs, "training networks")
-    first = [result for result in results if result["summary"]["seed"] == options.seeds[0]]
+    first = [result for result in results if result.seed == options.seeds[0]]
     figure = alignment_figure(
-        [result["trajectory"] for result in first],
-        [result["alignments"] for result in first],
+        [result.panel() for result in first],
+        [result.alignments for result in first],
         title="A wide network learns what its tangent kernel predicts",
         note=f"{options.num_pairs} pairs of {options.crop_size}×{options.crop_size} crops, {data_name(options.data)}; "
-        f"width {options.width}; seed {options.seeds[0]}; alignments are restricted to the modes learned so far",
+        f"width {options.width}; seed {options.seeds[0]}; alignments are restricted to the modes crossed so far",
     )
-    summaries = [result["summary"] for result in results]
+    summaries = [result.summary() for result in results]
     return Outcome(
         figure, ["variant", "seed", "step", "time", "quantity", "mode", "value"],
-        (row for result in results for row in result["rows"]), _claims(summaries, options), summaries,
+        (row for result in results for row in result.rows()), _claims(summaries, options), summaries,
         {"relative_rates": RELATIVE_RATES, "last_layer": LAST_LAYER, "all_weights": ALL_WEIGHTS},
     )  # fmt: skip
 
 
-def experiment(variant: str, seed: int, options: argparse.Namespace, directory: Path) -> dict[str, Any]:
-    """Predict, train through Lightning, and compare what was learned with both predictions."""
+def experiment(variant: str, seed: int, options: argparse.Namespace, directory: Path) -> Result:
+    """Predict, train through Lightning, and compare what came of it with both predictions."""
     pairs = _pairs(seed, options)
     pairs.setup()
     encoder = MLP(3 * options.crop_size**2, [options.width], options.dim, seed=seed)
@@ -105,7 +149,8 @@ def experiment(variant: str, seed: int, options: argparse.Namespace, directory: 
     )  # fmt: skip
     _train(module, pairs, log, TensorBoardLogger(directory / "tensorboard", f"{variant}_seed{seed}"), options.steps)
     after = ContrastiveKernelPCA(EmpiricalNTK(encoder), options.dim).fit(pairs.x1, pairs.x2)
-    return _result(variant, seed, log, _alignments(log, pairs, before, after), before.step_times(start), rate)
+    alignments = _alignments(log.record, pairs, before, after)
+    return Result(variant, seed, rate, log.record, before.step_times(start), alignments)
 
 
 @torch.no_grad()
@@ -144,76 +189,41 @@ def _train(module: BarlowTwins, pairs: FixedCropPairs, log: SpectrumLogger, logg
 
 
 def _alignments(
-    log: SpectrumLogger, pairs: FixedCropPairs, before: ContrastiveKernelPCA, after: ContrastiveKernelPCA
+    record: SpectrumRecord, pairs: FixedCropPairs, before: ContrastiveKernelPCA, after: ContrastiveKernelPCA
 ) -> dict[str, np.ndarray[Any, Any]]:
     """Align the embeddings at each logged step with both predictions, and those at step 0 with the second."""
-    learned = [int((values > LEARNED).sum()) for values in log.eigenvalues["cross_correlation"]]
-    embeddings = [torch.cat(list(views)) for views in log.embeddings]
+    crossed = num_crossed(record.eigenvalues()).tolist()
+    embeddings = [record.embeddings(index).flatten(0, 1) for index in range(len(record))]
     predicted = [torch.cat([kernel.transform(x) for x in (pairs.x1, pairs.x2)]) for kernel in (before, after)]
-    cases = ((embeddings, predicted[0]), (embeddings, predicted[1]), ([embeddings[0]] * len(learned), predicted[1]))
+    cases = ((embeddings, predicted[0]), (embeddings, predicted[1]), ([embeddings[0]] * len(crossed), predicted[1]))
     return {
-        name: np.array([_alignment(f, g, k) for f, k in zip(fs, learned, strict=True)])
+        name: np.array([_alignment(f, g, k) for f, k in zip(fs, crossed, strict=True)])
         for name, (fs, g) in zip(KERNELS, cases, strict=True)
     }
 
 
-def _alignment(f: Tensor, g: Tensor, learned: int) -> float:
-    """Return the alignment of the first ``learned`` principal directions of f with as many modes of g; NaN for none."""
-    if not learned:
+def _alignment(f: Tensor, g: Tensor, modes: int) -> float:
+    """Return the alignment of the first principal directions of f with as many modes of g; NaN for none."""
+    if not modes:
         return float("nan")
-    directions = torch.linalg.svd(f.double(), full_matrices=False).U[:, :learned]
-    return float(subspace_alignment(directions, g[:, :learned]))
+    directions = torch.linalg.svd(f.double(), full_matrices=False).U[:, :modes]
+    return float(subspace_alignment(directions, g[:, :modes]))
 
 
-def _result(
-    variant: str, seed: int, log: SpectrumLogger, alignments: dict[str, Any], predicted: Tensor, rate: float
-) -> dict[str, Any]:
-    times, measured = torch.tensor(log.times, dtype=torch.float64), torch.stack(log.eigenvalues["cross_correlation"])
-    learned = int((measured[-1] > LEARNED).sum())
-    crossed = crossing_times(times, measured, LEARNED)
-    errors = ((predicted - crossed) / crossed)[:learned].abs()
-    ends = {
-        key: float(alignments[name][-1]) for key, name in zip(("initial", "final", "untrained"), KERNELS, strict=True)
-    }
-    summary = {"variant": variant, "seed": seed, "learning_rate": rate, "modes_learned": learned, **ends}
-    theory = log.predicted(log.times)
-    trajectory = Trajectory(
-        title=f"{variant}: {learned} modes learned",
-        times=times.numpy(),
-        losses=np.array(log.losses),
-        eigenvalues=measured.numpy(),
-        theory_eigenvalues=theory.numpy(),
-        step_times=predicted.numpy(),
-    )
-    rows: list[list[Any]] = []
-    for index, step in enumerate(log.steps):
-        head = [variant, seed, step, log.times[index]]
-        rows.append([*head, "loss", "", log.losses[index]])
-        rows += [[*head, f"alignment: {name}", "", values[index]] for name, values in alignments.items()]
-        for quantity, values in (("eigenvalue", measured[index]), ("predicted_eigenvalue", theory[index])):
-            rows += [[*head, quantity, mode, value] for mode, value in enumerate(values.tolist())]
-    summary["largest_step_time_error"] = float(errors.max()) if learned else float("nan")
-    return {"summary": summary, "alignments": alignments, "trajectory": trajectory, "rows": rows}
-
-
-def _claims(results: list[dict[str, Any]], options: argparse.Namespace) -> list[Claim]:
-    lazy, seeds = [result for result in results if result["variant"] == "lazy"], seeds_of(options)
-
-    def least(name: str, description: str, key: str, of: list[dict[str, Any]], bound: float) -> Claim:
-        return Claim(name, f"{description}, least of {seeds}", min(result[key] for result in of), ">=", bound)
-
-    untrained = max(result["untrained"] for result in results)
-    errors = max(result["largest_step_time_error"] for result in lazy)
+def _claims(summaries: list[dict[str, Any]], options: argparse.Namespace) -> list[Claim]:
+    lazy = [summary for summary in summaries if summary["variant"] == "lazy"]
     return [
-        least("lazy_initial", "lazy: alignment with the kernel at initialisation", "initial", lazy, 0.95),
-        least("final", "lazy and rich: alignment with the kernel after training", "final", results, 0.98),
-        Claim(
-            "untrained", f"the same of the untrained network, most of {seeds}", untrained, "<=", options.most_untrained
-        ),
-        Claim("step_times", f"lazy: largest relative error of a predicted step time, {seeds}", errors, "<=", 0.2),
-        least("modes", "lazy and rich: modes learned", "modes_learned", results, options.least_modes),
-    ]
+        worst(name, sentence, [summary[key] for summary in judged], relation, bound, options.seeds)
+        for name, sentence, key, judged, relation, bound in (
+            ("lazy_initial", "lazy: alignment with the kernel at initialisation", "initial", lazy, ">=", 0.95),
+            ("final", "lazy and rich: alignment with the kernel after training", "final", summaries, ">=", 0.98),
+            ("untrained", "the same of the untrained network", "untrained", summaries, "<=", options.most_untrained),
+            ("step_times", "lazy: largest relative error of a predicted step time", "largest_step_time_error", lazy,
+             "<=", 0.2),
+            ("modes_crossed", "lazy and rich: modes whose eigenvalue of C is above ½", "modes_crossed", summaries, ">=",
+             options.least_modes),
+        )
+    ]  # fmt: skip
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+FIGURE = PaperFigure("kernel_mlp", __doc__, PAPER, PROFILES, produce)

@@ -9,30 +9,26 @@ too, and those of modes that are not learned do not.
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from reproduce.common import Claim, Outcome, data_name, run_figure, seeds_of
-from reproduce.runs import LOSSES, ROW_COLUMNS, TITLES, Run, trained_runs
+from reproduce.claims import worst
+from reproduce.methods import METHODS
+from reproduce.options import data_name
+from reproduce.outputs import Outcome, PaperFigure
+from reproduce.runs import ROW_COLUMNS, Run, trained_runs
 from reproduce.training import PROFILES
-from stepwise_lightning.plots.trajectories import Trajectory, eigenvalues_figure
+from stepwise_lightning.plots import Panel, eigenvalues_figure
 
 PAPER = (
     "Appendix: eigenvalues of the ResNet's hidden representation beside those of the embedding; they grow in steps at "
     "the same times, though training never looks at them."
 )
-HIDDEN = "encoder.backbone"
+HIDDEN = "encoder.backbone.covariance"
 SHOWN = 16  # hidden eigenvalues in the figure
 # In the few steps of the smoke profile hidden modes have hardly begun to grow.
 LEAST_GROWTH = {"smoke": 1.1, "cpu": 1.5, "full": 1.5}
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """Run the experiment; return 0 if every claim holds, 1 if one fails, 2 for bad input."""
-    return run_figure("hidden_spectra", __doc__, PAPER, PROFILES, produce, arguments)
 
 
 def produce(options: argparse.Namespace, directory: Path) -> Outcome:
@@ -40,23 +36,27 @@ def produce(options: argparse.Namespace, directory: Path) -> Outcome:
     runs = trained_runs(options)
     first = [run for run in runs if run.seed == options.seeds[0]]
     figure = eigenvalues_figure(
-        [[run.trajectory() for run in first], [_hidden(run) for run in first]],
+        [
+            [run.panel() for run in first],
+            [Panel(run.record, HIDDEN, step_times=run.steps.step_times, num_modes=SHOWN) for run in first],
+        ],
         ["embedding", "hidden representation"],
         title="The hidden representation grows in the same steps as the embedding",
         note=f"ResNet on {data_name(options.data)}, seed {options.seeds[0]}; dotted: detected steps of the embedding",
     )
     summaries = [run.summary() | _growth(run) for run in runs]
     claims = []
-    for loss in LOSSES:
-        of = [summary for summary in summaries if summary["loss"] == loss]
-        what = f"{TITLES[loss]}: growth of learned modes' hidden eigenvalues over that of others, {seeds_of(options)}"
-        growth = min(s["relative_growth"] for s in of)
-        claims.append(Claim(f"{loss}_growth", what, growth, ">=", LEAST_GROWTH[options.profile]))
-        what = (
-            f"{TITLES[loss]}: they rise within this factor of the steps' times (median of modes), {seeds_of(options)}"
+    for loss, method in METHODS.items():
+        growth, factors = (
+            [summary[key] for summary in summaries if summary["loss"] == loss]
+            for key in ("relative_growth", "time_factor")
         )
-        claims.append(Claim(f"{loss}_times", what, max(s["time_factor"] for s in of), "<=", 2.0))
-    rows = (row for run in runs for row in [*run.rows(), *_hidden_rows(run)])
+        sentence = f"{method.title}: growth of learned modes' hidden eigenvalues over that of others"
+        least = LEAST_GROWTH[options.profile]
+        claims.append(worst(f"{loss}_growth", sentence, growth, ">=", least, options.seeds))
+        sentence = f"{method.title}: they rise within this factor of the steps' times (median of modes)"
+        claims.append(worst(f"{loss}_times", sentence, factors, "<=", 2.0, options.seeds))
+    rows = (row for run in runs for row in run.rows({"hidden_eigenvalue": run.record.eigenvalues(HIDDEN)[:, :SHOWN]}))
     return Outcome(figure, ROW_COLUMNS, rows, claims, summaries)
 
 
@@ -66,16 +66,16 @@ def _growth(run: Run) -> dict[str, float]:
     Growth is final over initial value, the geometric mean of modes, over the same of as many modes that are not
     learned. A mode's rise time is when it is, for good, above the geometric mean of both values.
     """
-    learned, times = int(run.found.num_learned[-1]), run.spectra["time"]
+    learned, times = int(run.steps.num_learned[-1]), run.record.times.numpy()
     # No more of them: those beyond the number of samples are zero.
-    hidden = np.log(run.eigenvalues(HIDDEN)[:, : 2 * learned])
+    hidden = np.log(run.record.eigenvalues(HIDDEN)[:, : 2 * learned].numpy())
     start, end = hidden[0], np.median(hidden[-8:], axis=0)
     growth = end - start
     others = growth[learned : 2 * learned - 1]
     factors = []
     for mode in range(1, learned):
         below = np.nonzero(hidden[:, mode] < (start + end)[mode] / 2)[0]
-        step = float(run.found.step_times[mode])
+        step = float(run.steps.step_times[mode])
         if len(below) and np.isfinite(step):
             factors.append(abs(np.log(times[below[-1]] / step)))
     return {
@@ -84,24 +84,4 @@ def _growth(run: Run) -> dict[str, float]:
     }
 
 
-def _hidden(run: Run) -> Trajectory:
-    return Trajectory(
-        title="",
-        times=run.spectra["time"],
-        losses=run.spectra["loss"],
-        eigenvalues=run.eigenvalues(HIDDEN)[:, :SHOWN],
-        step_times=run.found.step_times.numpy(),
-        eigenvalues_label="eigenvalues, covariance",
-    )
-
-
-def _hidden_rows(run: Run) -> list[list[Any]]:
-    return [
-        [run.loss, run.start, run.seed, step, time, "hidden_eigenvalue", mode, value]
-        for step, time, values in zip(run.spectra["step"], run.spectra["time"], run.eigenvalues(HIDDEN), strict=True)
-        for mode, value in enumerate(values[:SHOWN])
-    ]
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+FIGURE = PaperFigure("hidden_spectra", __doc__, PAPER, PROFILES, produce)

@@ -1,0 +1,29 @@
+"""The figures, in the order of the paper; those that share their training runs follow each other."""
+
+from reproduce.figures import (
+    cross_loss_alignment,
+    embedding_growth,
+    hidden_spectra,
+    kernel_mlp,
+    kernel_pca,
+    linear_model,
+    resnet_barlow_twins,
+    standard_init,
+    three_losses,
+)
+from reproduce.outputs import PaperFigure
+
+FIGURES: dict[str, PaperFigure] = {
+    module.FIGURE.name: module.FIGURE
+    for module in (
+        linear_model,
+        resnet_barlow_twins,
+        three_losses,
+        standard_init,
+        hidden_spectra,
+        cross_loss_alignment,
+        embedding_growth,
+        kernel_pca,
+        kernel_mlp,
+    )
+}

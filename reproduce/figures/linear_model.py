@@ -1,0 +1,234 @@
+"""Linear Barlow Twins learns one eigenmode at a time, when and as predicted (Fig. 1 A-B of the paper).
+
+A linear model is trained by full-batch gradient descent on pairs of random crops, once from small and once from
+ordinary initialisation. The closed form is drawn on top; claims compare the two. Settings from the paper: 500 pairs,
+two random 20×20 crops each, 10 dimensions, full batch, small initialisation. Not stated there, ours: the scale of the
+initialisation, the learning rate (from 4 × rate × γ_1), the duration (until theory has the last mode at 0.93).
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.loggers import TensorBoardLogger
+from torch import Tensor
+
+from reproduce.claims import Claim, worst
+from reproduce.options import data_name
+from reproduce.outputs import Outcome, PaperFigure
+from reproduce.processes import each, is_alone, progress_bar
+from reproduce.records import data_rows, theory_record, write_events
+from stepwise_lightning import BarlowTwins, FixedCropPairs, LinearEncoder, SpectrumLogger, SpectrumRecord
+from stepwise_lightning.errors import UserError
+from stepwise_lightning.plots import Panel, trajectories_figure
+from stepwise_lightning.steps import crossing_times
+from stepwise_lightning.theory import LinearBarlowTwins, feature_cross_correlation
+
+PAPER = (
+    "Fig. 1 A-B: loss and eigenvalues of a linear Barlow Twins model on CIFAR-10 from small initialisation; the "
+    "eigenvalues rise one at a time, along the dashed theory, and each rise is a step down of the loss."
+)
+# relative_rate is 4 × learning rate × γ_1: gradient descent is stable below 1, close to gradient flow below about 0.1.
+PROFILES: dict[str, dict[str, Any]] = {
+    "smoke": dict(num_pairs=64, crop_size=8, dim=4, init_std=1e-4, relative_rate=0.1, precision="32-true"),
+    "cpu": dict(num_pairs=250, crop_size=20, dim=10, init_std=1e-4, relative_rate=0.1, precision="32-true"),
+    "full": dict(
+        num_pairs=500, crop_size=20, dim=10, init_std=1e-5, relative_rate=0.05, precision="64-true", data="cifar10"
+    ),
+}
+# The control only needs to be stable, not close to the flow.
+CONTROL_RELATIVE_RATE = 0.4
+# Above this overlap with a neighbour the paper's step times are marked as not applicable.
+CLOSE_NEIGHBOURS = 0.3
+
+
+@dataclass
+class Plan:
+    """A training run, ready to start: its encoder, learning rate, length, and predictions."""
+
+    name: str
+    encoder: LinearEncoder
+    learning_rate: float
+    steps: int
+    theory: LinearBarlowTwins
+    flow: LinearBarlowTwins
+    predicted_steps: Tensor
+
+
+@dataclass
+class Result:
+    """What one seed came to."""
+
+    panels: list[Panel]
+    measured: dict[str, float]
+    modes: list[dict[str, Any]]
+    rows: list[list[Any]]
+    settings: dict[str, float]
+
+
+def produce(options: argparse.Namespace, directory: Path) -> Outcome:
+    """Train every seed from small and from ordinary initialisation, and compare with the closed form."""
+    for seed in options.seeds:
+        _prepare(seed, options)  # every reason to refuse, before any process starts
+    items = [(seed, options, directory) for seed in options.seeds]
+    results = each(experiment, items, "training linear models")
+    figure = trajectories_figure(
+        results[0].panels,
+        title="Linear Barlow Twins learns one eigenmode at a time",
+        loss_label="loss  ‖C − I‖²",
+        steps_label="predicted step",
+        note=f"{options.num_pairs} pairs of {options.crop_size}×{options.crop_size} crops from "
+        f"{data_name(options.data)}; seed {options.seeds[0]}",
+    )
+    return Outcome(
+        figure, ["seed", "run", "step", "time", "quantity", "mode", "experiment", "theory", "theory_flow", "theory_qr"],
+        (row for result in results for row in result.rows), _claims([r.measured for r in results], options.seeds),
+        [row for result in results for row in result.modes],
+        {"control_relative_rate": CONTROL_RELATIVE_RATE, "by_seed": [result.settings for result in results]},
+    )  # fmt: skip
+
+
+def experiment(seed: int, options: argparse.Namespace, directory: Path) -> Result:
+    """Train one seed twice, and measure what the claims are about."""
+    pairs, small, control = _prepare(seed, options)
+    plans = (small, control)
+    logs = [_train(plan, seed, pairs, options.precision, directory) for plan in plans]
+    records = [log.record for log in logs]
+    predictions = [_predictions(plan, record) for plan, record in zip(plans, records, strict=True)]
+    theory = predictions[0][0]
+    # Under the same tags: one chart shows both.
+    write_events(directory / "tensorboard" / f"small_init_seed{seed}_theory" / logs[0].directory.name, theory)
+    # The closed form is for small starts.
+    panels = [_panel(small, records[0], theory, small.predicted_steps), _panel(control, records[1], None, ())]
+    measured, modes = _compare(seed, small, records, theory)
+    settings = {f"{plan.name}_learning_rate": plan.learning_rate for plan in plans}
+    settings |= {f"{plan.name}_steps": plan.steps for plan in plans}
+    rows = [
+        row
+        for plan, record, theories in zip(plans, records, predictions, strict=True)
+        for row in data_rows([seed, plan.name], record, theories=theories)
+    ]
+    return Result(panels, measured, modes, rows, {"seed": seed} | settings)
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add those of this figure alone."""
+    group = parser.add_argument_group("settings that the profile chooses, unless given")
+    group.add_argument("--num-pairs", type=int, help="n, number of images")
+    group.add_argument("--crop-size", type=int, help="side of the crops, in pixels")
+    group.add_argument("--dim", type=int, help="d, embedding dimension")
+    group.add_argument("--init-std", type=float, help="standard deviation of the small initial weights")
+    group.add_argument("--learning-rate", type=float, help="of the run from small initialisation")
+
+
+def _prepare(seed: int, options: argparse.Namespace) -> tuple[FixedCropPairs, Plan, Plan]:
+    """Load data, predict, and find every reason to refuse before anything is written."""
+    pairs = FixedCropPairs(
+        options.data, options.num_pairs, options.crop_size, seed, root=options.root, download=options.download
+    )
+    pairs.prepare_data()
+    pairs.setup()
+    gamma = feature_cross_correlation(pairs.x1, pairs.x2)
+    top = float(torch.linalg.eigvalsh(gamma)[-1])
+    rate = options.relative_rate / (4 * top) if options.learning_rate is None else options.learning_rate
+    small = _plan("small_init", options.init_std, rate, gamma, options.dim, seed)
+    control = _plan("ordinary_init", None, CONTROL_RELATIVE_RATE / (4 * top), gamma, options.dim, seed)
+    return pairs, small, control
+
+
+def _plan(name: str, init_std: float | None, rate: float, gamma: Tensor, dim: int, seed: int) -> Plan:
+    encoder = LinearEncoder(len(gamma), dim, init_std, seed=seed)
+    weights0 = encoder.weight.detach()
+    theory = LinearBarlowTwins(gamma, weights0, learning_rate=rate)
+    reached = theory.crossing_times(0.93)
+    if not reached.isfinite().any():
+        raise UserError(f"no mode ever rises from init_std {init_std}: it must be above 0, with γ_1 > 0")
+    steps = math.ceil(float(reached[reached.isfinite()].max()) / rate)
+    return Plan(name, encoder, rate, steps, theory, LinearBarlowTwins(gamma, weights0), theory.crossing_times())
+
+
+def _train(plan: Plan, seed: int, pairs: FixedCropPairs, precision: Any, directory: Path) -> SpectrumLogger:
+    """Train through Lightning; return what has measured it."""
+    pairs.hparams["steps_per_epoch"] = plan.steps
+    module = BarlowTwins(plan.encoder, plan.learning_rate, off_diagonal_weight=1.0, normalize=False)
+    log = SpectrumLogger(matrices=["cross_correlation", "covariance"], num_points=300)
+    logger = TensorBoardLogger(directory / "tensorboard", name=f"{plan.name}_seed{seed}", default_hp_metric=False)
+    trainer = L.Trainer(
+        max_steps=plan.steps, accelerator="cpu", precision=precision, logger=logger,
+        callbacks=[log, *progress_bar(plan.steps)], enable_checkpointing=False, enable_progress_bar=is_alone(),
+        enable_model_summary=False, limit_val_batches=0, log_every_n_steps=min(50, plan.steps),
+    )  # fmt: skip
+    trainer.fit(module, datamodule=pairs)
+    return log
+
+
+def _predictions(plan: Plan, record: SpectrumRecord) -> list[SpectrumRecord]:
+    """Return theory (finite steps, uniform), its continuous-time limit, and the paper's QR form of that."""
+    predictions = (
+        plan.theory.embedding_eigenvalues(record.times),
+        plan.flow.embedding_eigenvalues(record.times),
+        plan.flow.embedding_eigenvalues(record.times, method="qr"),
+    )
+    return [theory_record(record, eigenvalues) for eigenvalues in predictions]
+
+
+def _compare(
+    seed: int, plan: Plan, records: list[SpectrumRecord], predicted: SpectrumRecord
+) -> tuple[dict[str, float], list[dict[str, Any]]]:
+    """Return the numbers that the claims are about, and a row per mode; records of the planned run and its control."""
+    (record, control), theory = records, plan.theory
+    eigenvalues, losses, steps = record.eigenvalues(), record.losses, record.detect_steps()
+    crossed, crossing = crossing_times(record.times, eigenvalues, level=0.5), plan.predicted_steps
+    rising = int(crossing.isfinite().sum())
+    numbers = {
+        "rising": rising,
+        "learned": int(steps.num_learned[-1]),
+        "distinct": steps.num_distinct,
+        "error": float(((crossed - crossing) / crossing)[:rising].abs().nan_to_num(nan=math.inf).max()),
+        "deviation": float((eigenvalues - predicted.eigenvalues()).abs().max()),
+        "excess_loss": float(losses[~losses.isnan()][-1]) - (eigenvalues.shape[1] - rising),
+        "control": control.detect_steps().num_distinct,
+    }
+    table = [
+        {
+            "seed": seed,
+            "mode": mode + 1,
+            "gamma": float(theory.eigenvalues[mode]),
+            "measured_step_time": float(crossed[mode]),
+            "predicted_step_time": float(crossing[mode]),
+            "qr_step_time": float(theory.step_times[mode]),
+            "qr_neighbours_too_close": bool(theory.neighbour_overlap[mode] > CLOSE_NEIGHBOURS),
+        }
+        for mode in range(eigenvalues.shape[1])
+    ]
+    return numbers, table
+
+
+def _claims(by_seed: list[dict[str, float]], seeds: list[int]) -> list[Claim]:
+    rising = max(numbers["rising"] for numbers in by_seed)
+    return [
+        worst(name, sentence, [numbers[name] for numbers in by_seed], relation, bound, seeds)
+        for name, sentence, relation, bound in (
+            ("learned", "modes learned, of those with γ > 0", ">=", rising),
+            ("distinct", "of them as distinct steps", ">=", math.ceil(rising / 2)),
+            ("error", "largest relative error of a predicted step time (λ = ½)", "<=", 0.02),
+            ("deviation", "largest deviation of any eigenvalue at any logged step", "<=", 0.05),
+            ("excess_loss", "final loss above its theoretical minimum", "<=", 0.01),
+            ("control", "distinct steps from ordinary initialisation", "<=", 1),
+        )
+    ]
+
+
+def _panel(plan: Plan, record: SpectrumRecord, theory: SpectrumRecord | None, step_times: Tensor | tuple[()]) -> Panel:
+    count = record.detect_steps().num_distinct
+    title = f"{plan.name.replace('_init', ' initialisation')}: {count} distinct step{'s' * (count != 1)}"
+    return Panel(record, title=title, theory=theory, step_times=step_times)
+
+
+FIGURE = PaperFigure("linear_model", __doc__, PAPER, PROFILES, produce, add_options)

@@ -1,0 +1,30 @@
+"""What the three losses are to the figures."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Method:
+    """How a loss is called, and how its runs are judged."""
+
+    title: str
+    matrix: str
+    """Whose eigenvalues its steps are counted in: what the loss itself sees."""
+    smoke_learning_rate: float
+    least_steps: dict[str, int]
+    """Distinct steps that every seed must show, by profile; smoke has four dimensions."""
+
+
+# By the name that configurations and runs carry.
+METHODS = {
+    # Drives the eigenvalues of C from 0 to 1.
+    "barlow_twins": Method("Barlow Twins", "cross_correlation", 0.003, {"smoke": 3, "cpu": 6, "full": 6}),
+    # Knows no scale but that of its variance.
+    "vicreg": Method("VICReg", "covariance", 0.001, {"smoke": 2, "cpu": 4, "full": 4}),
+    # Sees normalised embeddings alone.
+    "simclr": Method("SimCLR", "normalized_covariance", 0.0005, {"smoke": 2, "cpu": 4, "full": 4}),
+}
+# Each is trained from both.
+STARTS = ("small", "ordinary")

@@ -1,0 +1,176 @@
+"""One figure from its options to what it leaves behind, which is never half-written."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import hashlib
+import json
+import sys
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+import reproduce
+import stepwise_lightning
+from reproduce.claims import Claim, read_claim
+from reproduce.options import PLACES, check_writable, interrupted, new_parser, parse, refusal
+from reproduce.processes import prepare_process
+from stepwise_lightning.files import atomic_write, atomic_write_text
+from stepwise_lightning.runs import provenance
+
+FILES = ("figure.png", "figure.pdf", "data.csv")  # and claims.json, which has their checksums
+
+
+@dataclass
+class Outcome:
+    """What an experiment comes to: a figure, long-format data, claims, a row per run, and settings of its own."""
+
+    figure: Figure
+    columns: list[str]
+    rows: Iterable[list[Any]]
+    claims: list[Claim]
+    runs: list[dict[str, Any]]
+    settings: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class PaperFigure:
+    """A figure of the paper, and how it is made again.
+
+    Args:
+        name: of the figure, and of the folder that it writes, under ``--out``.
+        description: its first line is the figure's title.
+        paper: what the paper shows, and where.
+        profiles: settings by profile, each an attribute of the options unless it was given as an option.
+        produce: from options and folder to the outcome; what it raises for bad input has one line to say
+            (:func:`stepwise_lightning.errors.one_line`).
+        add_options: adds options of its own.
+
+    """
+
+    name: str
+    description: str
+    paper: str
+    profiles: dict[str, dict[str, Any]]
+    produce: Callable[[argparse.Namespace, Path], Outcome]
+    add_options: Callable[[argparse.ArgumentParser], None] = lambda _: None
+
+    @property
+    def title(self) -> str:
+        """The first line of its description."""
+        return self.description.splitlines()[0]
+
+
+def run_figure(figure: PaperFigure, arguments: list[str] | None = None) -> int:
+    """Make a figure; return 0 if every claim holds, 1 if one fails, 2 for bad input. A bug is raised."""
+    parser = new_parser(f"reproduce {figure.name}", figure.description, figure.profiles)
+    figure.add_options(parser)
+    options = parse(parser, figure.profiles, arguments)
+    directory, started = Path(options.out) / figure.name, time.perf_counter()
+    asked = {k: v for k, v in vars(options).items() if k not in (*PLACES, "seeds", "data")}
+    identity = {"data_set": options.data, "seeds": options.seeds, "options": asked}
+    identity |= {"version": version("stepwise_lightning"), "source_sha256": source_digest()}
+    if options.resume and (kept := finished_claims(directory, identity)) is not None:
+        print(f"{figure.name}: kept, it was finished before")
+        return report(directory, kept)
+    prepare_process()
+    try:
+        check_writable(directory)
+        outcome = figure.produce(options, directory)
+        facts = {
+            "name": figure.name, "title": figure.title, "paper": figure.paper, **identity,
+            "settings": outcome.settings, "runs": outcome.runs, "seconds": round(time.perf_counter() - started, 1),
+        }  # fmt: skip
+        write_outputs(directory, outcome, facts)
+    except Exception as error:
+        return refusal(error)
+    except KeyboardInterrupt:
+        interrupted()
+    print_table(outcome.runs)
+    return report(directory, outcome.claims)
+
+
+def finished_claims(directory: Path, identity: dict[str, Any]) -> list[Claim] | None:
+    """Return the claims of an earlier call that was asked for the same, or None."""
+    path = directory / "claims.json"
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+        claims = [read_claim(saved) for saved in document["claims"]]
+    except FileNotFoundError:
+        return None
+    except (ValueError, KeyError, TypeError, OSError, RecursionError):
+        print(f"warning: {path} cannot be read; the figure is made again", file=sys.stderr)
+        return None
+    if json.loads(json.dumps(identity)) != {key: document.get(key) for key in identity}:
+        return None
+    if changed := [name for name in FILES if _digest(directory / name) != document.get("sha256", {}).get(name)]:
+        print(f"warning: {directory / changed[0]} is not what was written; the figure is made again", file=sys.stderr)
+        return None
+    return claims
+
+
+def _digest(path: Path) -> str | None:
+    """Return the SHA-256 of a file, None if there is none."""
+    if not path.is_file():
+        return None
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def source_digest() -> str:
+    """Return one SHA-256 of the package's and the figures' code, as it is here, committed or not."""
+    digest = hashlib.sha256()
+    for path in sorted(p for module in (stepwise_lightning, reproduce) for p in Path(module.__path__[0]).rglob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def write_outputs(directory: Path, outcome: Outcome, facts: dict[str, Any]) -> None:
+    """Write ``figure.png``, ``figure.pdf``, ``data.csv`` and ``claims.json``, each replaced only when complete.
+
+    Raises:
+        CannotWriteError: one of them cannot be written.
+
+    """
+    atomic_write(directory / "figure.png", lambda path: outcome.figure.savefig(path, format="png", dpi=150))
+    atomic_write(directory / "figure.pdf", lambda path: outcome.figure.savefig(path, format="pdf"))
+
+    def write_csv(path: Path) -> None:
+        with path.open("w", newline="") as file:
+            csv.writer(file).writerows([outcome.columns, *outcome.rows])
+
+    atomic_write(directory / "data.csv", write_csv)
+    claims = [asdict(claim) for claim in outcome.claims]
+    document = {"claims": claims, "all_hold": all(claim.holds for claim in outcome.claims)} | facts | provenance()
+    document["sha256"] = {name: _digest(directory / name) for name in FILES}
+    text = json.dumps(document, indent=2, ensure_ascii=False) + "\n"
+    atomic_write_text(directory / "claims.json", text)
+
+
+def print_table(table: list[dict[str, Any]]) -> None:
+    """Print rows of equal keys as Markdown."""
+    print("\n| " + " | ".join(name.replace("_", " ") for name in table[0]) + " |\n" + "|---" * len(table[0]) + "|")
+    for row in table:
+        cells = ("" if v is None else f"{v:.4g}" if isinstance(v, float) else str(v) for v in row.values())
+        print("| " + " | ".join(cells) + " |")
+
+
+def report(directory: Path, claims: list[Claim]) -> int:
+    """Print where everything lies and the verdict; return the exit status, 1 if a claim fails."""
+    directory = directory.resolve()
+    print(f"\nfigure       {directory / 'figure.png'} (and .pdf)")
+    print(f"data         {directory / 'data.csv'}")
+    print(f"claims       {directory / 'claims.json'}")
+    if (directory / "tensorboard").is_dir():
+        print(f"TensorBoard  tensorboard --logdir {directory / 'tensorboard'}")
+    print("", *claims, sep="\n")
+    failed = sum(not claim.holds for claim in claims)
+    verdict = f"all {len(claims)} claims hold" if not failed else f"{failed} of {len(claims)} claims FAIL"
+    print(f"\nVERDICT: {verdict}")
+    return 1 if failed else 0

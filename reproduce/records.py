@@ -1,0 +1,63 @@
+"""What figures do with the records of runs: rows of ``data.csv``, events for TensorBoard, predictions beside them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+
+from stepwise_lightning import SpectrumRecord
+from stepwise_lightning.spectrum.writers import scalar_tag
+
+
+def theory_record(record: SpectrumRecord, eigenvalues: Tensor) -> SpectrumRecord:
+    """Return what theory says of a record's steps, from its eigenvalues of C, (T, d), and the loss ‖C − I‖² of them."""
+    return SpectrumRecord.of(record.times, eigenvalues, (1 - eigenvalues).square().sum(1), steps=record.steps)
+
+
+def data_rows(
+    run: Sequence[Any],
+    record: SpectrumRecord,
+    matrix: str = "cross_correlation",
+    theories: Sequence[SpectrumRecord] = (),
+    others: Mapping[str, Tensor] | None = None,
+) -> list[list[Any]]:
+    """Return rows ``*run, step, time, quantity, mode, value, *theories' values``, one measurement after the other.
+
+    Args:
+        run: what the rows begin with, which tells this run from others.
+        record: its loss (mode empty) and its eigenvalues (modes 0, 1, …) of ``matrix`` become rows.
+        matrix: name of the matrix.
+        theories: what they say of the same quantities at the same steps.
+        others: quantities of which theories say nothing, by name: (T,) or, with modes, (T, k).
+
+    """
+    sources = (record, *theories)
+    quantities = {
+        "loss": [source.losses for source in sources],
+        "eigenvalue": [source.eigenvalues(matrix) for source in sources],
+    } | {name: [values] for name, values in (others or {}).items()}
+    rows: list[list[Any]] = []
+    for index, (step, time) in enumerate(zip(record.steps.tolist(), record.times.tolist(), strict=True)):
+        for quantity, columns in quantities.items():
+            values = [column[index].tolist() for column in columns]
+            if isinstance(values[0], list):
+                rows += [
+                    [*run, step, time, quantity, mode, *by_mode]
+                    for mode, by_mode in enumerate(zip(*values, strict=True))
+                ]
+            else:
+                rows.append([*run, step, time, quantity, "", *values])
+    return rows
+
+
+def write_events(folder: Path, record: SpectrumRecord) -> None:
+    """Write a record as a TensorBoard run, under the tags and at the optimiser steps of a trained one."""
+    with SummaryWriter(str(folder)) as writer:
+        for index in range(len(record)):
+            for row in record.rows(index):
+                tag = "train/loss" if row[3] == "loss" else scalar_tag(row)
+                writer.add_scalar(tag, row[-1], row[0])

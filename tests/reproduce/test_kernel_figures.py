@@ -1,0 +1,100 @@
+"""The figures of kernels: their claims, their events, and the training that they rest on."""
+
+import csv
+import json
+from argparse import Namespace
+
+import pytest
+import torch
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from reproduce.__main__ import main
+from reproduce.figures import kernel_pca
+from reproduce.figures.kernel_mlp import into_their_span
+from reproduce.reference import differences
+from stepwise_lightning import BarlowTwins, FixedCropPairs
+from stepwise_lightning.encoders import MLP
+from stepwise_lightning.theory import EmpiricalNTK
+
+
+@pytest.fixture(scope="module")
+def machines(tmp_path_factory):
+    out = tmp_path_factory.mktemp("results")
+    assert main(["kernel_pca", "--profile", "smoke", "--seeds", "0", "--out", str(out)]) == 0
+    return out / "kernel_pca"
+
+
+def test_kernel_pca_claims_hold(machines):
+    document = json.loads((machines / "claims.json").read_text(encoding="utf-8"))
+    assert {claim["name"] for claim in document["claims"]} == {
+        f"{kernel}_{quantity}" for kernel in ("rbf", "relu") for quantity in ("training", "held_out", "step_times")
+    }
+    assert differences(document) == []
+    document["claims"][0]["measured"] -= 0.002
+    assert len(differences(document)) == 1 and "kernel_pca, rbf_training: 0.998" in differences(document)[0]
+    document["seeds"] = [1]
+    assert differences(document) == ["kernel_pca: seeds are [1], but the reference has [0]"]
+    with (machines / "data.csv").open(newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["quantity"] == "eigenvalue" and row["kernel"] == "RBF"]
+    assert all(abs(float(row["experiment"]) - float(row["theory"])) < 1e-3 for row in rows[-2:])
+    with Image.open(machines / "figure.png") as figure:
+        assert figure.size[0] > 1000
+
+
+def test_kernel_pca_writes_events_at_optimiser_steps(machines):
+    """Step k means the weights after exactly k steps; the learning rate is constant, so that time is k times it."""
+    with (machines / "data.csv").open(newline="") as file:
+        rows = [
+            row for row in csv.DictReader(file)
+            if (row["kernel"], row["quantity"], row["mode"]) == ("RBF", "eigenvalue", "1")
+        ]  # fmt: skip
+    steps, times = ([float(row[column]) for row in rows] for column in ("step", "time"))
+    assert steps[0] == 0 and steps[-1] > 5 * len(steps)
+    assert times == pytest.approx([step * times[-1] / steps[-1] for step in steps])
+    for run, column in (("rbf_seed0", "experiment"), ("rbf_seed0_theory", "theory")):
+        board = EventAccumulator(str(machines / "tensorboard" / run), size_guidance={"scalars": 0}).Reload()
+        events = board.Scalars("spectrum/cross_correlation/eig_001")
+        assert [event.step for event in events] == steps
+        assert [event.value for event in events] == pytest.approx([float(row[column]) for row in rows], rel=1e-6)
+        assert [event.step for event in board.Scalars("train/loss")] == steps
+
+
+def test_the_last_mode_of_a_kernel_machine_is_on_time():
+    """It starts at 1e-20, and grows beside learned modes in which float64 would lose it, in most bases."""
+    options = Namespace(num_pairs=60, held_out=40, crop_size=8, dim=5, data="photos", root=None)
+    assert kernel_pca.experiment("RBF", 0, options).summary()["largest_step_time_error"] < 3e-3
+
+
+@pytest.mark.slow
+def test_kernel_mlp_claims_hold(tmp_path):
+    assert main(["kernel_mlp", "--profile", "smoke", "--seeds", "0", "--out", str(tmp_path)]) == 0
+    document = json.loads((tmp_path / "kernel_mlp" / "claims.json").read_text(encoding="utf-8"))
+    assert [run["variant"] for run in document["runs"]] == ["lazy", "rich"]
+    assert all(run["modes_crossed"] >= 2 for run in document["runs"]) and differences(document) == []
+    # The tangent kernel at initialisation says less of the rich run, whose kernel changes.
+    assert document["runs"][1]["largest_step_time_error"] > document["runs"][0]["largest_step_time_error"]
+
+
+def test_training_in_the_span_of_the_inputs_is_training():
+    """The same outputs at the start and after gradient descent, with and without the change of basis."""
+    pairs = FixedCropPairs(num_pairs=10, crop_size=6, seed=3)
+    pairs.setup()
+    plain, reduced = (MLP(108, [32], 3, seed=1) for _ in range(2))
+    inputs = [pairs.x1, pairs.x2], list(into_their_span(reduced, pairs.x1, pairs.x2))
+    assert inputs[1][0].shape == (10, 20) and sum(p.numel() for p in reduced.parameters()) < 1000
+    for encoder, views in zip((plain, reduced), inputs, strict=True):
+        module = BarlowTwins(encoder, 0.002, off_diagonal_weight=1.0, normalize=False)
+        optimiser = torch.optim.SGD(encoder.parameters(), lr=0.002)
+        for _ in range(50):
+            optimiser.zero_grad()
+            module.loss(encoder(views[0]), encoder(views[1])).backward()
+            optimiser.step()
+    with torch.no_grad():
+        expected, output = plain(inputs[0][0]), reduced(inputs[1][0])
+        assert not torch.allclose(expected, MLP(108, [32], 3, seed=1)(inputs[0][0]), atol=0.1)  # it learned
+        torch.testing.assert_close(output, expected, rtol=1e-4, atol=1e-4)
+    kernels = [
+        EmpiricalNTK(encoder)(views[0], views[1]) for encoder, views in zip((plain, reduced), inputs, strict=True)
+    ]
+    torch.testing.assert_close(kernels[0], kernels[1], rtol=1e-3, atol=1e-3)
