@@ -40,13 +40,13 @@ class Listing:
 
     Attributes:
         paths: sorted.
-        identities: device and inode of each, whatever links lead to it; a link to nothing has none.
+        identities: of each path device and inode, whatever links lead to it; a link to nothing has none.
         left_out: how many files and folders were left out, for each reason.
 
     """
 
     paths: list[Path]
-    identities: dict[Path, tuple[int, int]]
+    identities: dict[str, tuple[int, int]]
     left_out: Counter[str]
 
 
@@ -70,7 +70,7 @@ def list_images(folder: Path) -> Listing:
         CannotReadError: a folder may not be read (an OSError too).
 
     """
-    identities: dict[Path, tuple[int, int]] = {}
+    identities: dict[str, tuple[int, int]] = {}
     left_out: Counter[str] = Counter()
     paths = []
     for entry in _entries(folder, left_out):
@@ -78,19 +78,18 @@ def list_images(folder: Path) -> Listing:
         if reason:
             left_out[reason] += 1
             continue
-        path = Path(entry.path)
-        paths.append(path)
+        paths.append(Path(entry.path))
         with suppress(OSError):  # a link to nothing
             status = entry.stat()
-            identities[path] = status.st_dev, status.st_ino
+            if status.st_ino:  # some file systems have none
+                identities[str(paths[-1])] = status.st_dev, status.st_ino
     if not paths:
-        others = f" (left out: {in_words(left_out)})" if left_out else ""
+        reasons = f" (left out: {in_words(left_out)})" if left_out else ""
         raise UserError(
-            f"no images in {str(folder)!r}: expected files ending in .png, .jpg, .tif or another that Pillow "
-            f"reads{others}"
+            f"no images in {str(folder)!r}{reasons}: expected files ending in .png, .jpg, .tif or another that Pillow "
+            "reads"
         )
-    # In the order of paths, which compare slowly.
-    return Listing(sorted(paths, key=lambda path: str(path).split(os.sep)), identities, left_out)
+    return Listing(sorted(paths), identities, left_out)
 
 
 def why_left_out(entry: os.DirEntry[str]) -> str:

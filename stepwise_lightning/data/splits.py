@@ -94,7 +94,7 @@ def _by_file(folder: Path, base: Path, listing: Listing) -> dict[str, Part]:
 def _by_folder(folder: Path, splits: dict[str, Path]) -> tuple[dict[str, Part], Counter[str]]:
     listings = {split: list_images(place) for split, place in splits.items()}
     parts, left_out = {}, _beside(folder, splits)
-    identities: dict[Path, tuple[int, int]] = {}
+    identities: dict[str, tuple[int, int]] = {}
     for split, listing in listings.items():
         chain = _single_folders(splits[split], listing.paths)  # seg_train/seg_train/cat
         base = next((place for place in reversed(chain) if split_named(place.name) == split), splits[split])
@@ -151,15 +151,15 @@ def _refuse_ambiguous(folder: Path, paths: list[Path]) -> None:
     )
 
 
-def _refuse_shared(train: list[Path], held_out: list[Path], identities: dict[Path, tuple[int, int]]) -> None:
+def _refuse_shared(train: list[Path], held_out: list[Path], identities: dict[str, tuple[int, int]]) -> None:
     """Refuse an image that is for training and held out, through links. Copies are not noticed."""
-    by_identity = {identities[path]: path for path in train if path in identities}
-    shared = [path for path in held_out if identities.get(path, (0, 0))[1] and identities[path] in by_identity]
+    by_identity = {identities[name]: name for name in map(str, train) if name in identities}
+    shared = [name for name in map(str, held_out) if identities.get(name) in by_identity]
     if shared:
         others = f", and {len(shared) - 1} more" if len(shared) > 1 else ""
         raise UserError(
-            f"links put an image both into the training and the held-out images: {str(shared[0])!r} is "
-            f"{str(by_identity[identities[shared[0]]])!r}{others}; remove one of the two names"
+            f"links put an image both into the training and the held-out images: {shared[0]!r} is "
+            f"{by_identity[identities[shared[0]]]!r}{others}; remove one of the two names"
         )
 
 
