@@ -7,23 +7,59 @@ those of another data set, and two machines with one folder would train on diffe
 from __future__ import annotations
 
 import os
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from stepwise_lightning.data.bit_depth import Depths, upper_eight_bits
 from stepwise_lightning.errors import CannotReadError, UserError
 
 if TYPE_CHECKING:  # importing this package needs only torch and lightning
     from PIL import Image
 
 _NAMED = 3  # of the files that cannot be read
+_REASONS = 8  # for leaving files out, that are named
+# Formats that Pillow reads with another program or not at all, and documents, videos and tables rather than images.
+_NO_IMAGES = {"BUFR", "EPS", "FITS", "GRIB", "HDF5", "IPTC", "MPEG", "PDF", "WMF"}
+# Files and folders that operating systems, archives and storage devices put beside the user's.
+_OF_SYSTEMS = {
+    "$recycle.bin", "#recycle", "#snapshot", "@eadir", "@recycle", "__macosx", "__pycache__", "desktop.ini",
+    "ehthumbs.db", "icon\r", "lost+found", "system volume information", "thumbs.db",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Listing:
+    """The image files below a folder.
+
+    Attributes:
+        paths: sorted.
+        identities: of each path device and inode, whatever links lead to it; a link to nothing has none.
+        left_out: how many files and folders were left out, for each reason.
+
+    """
+
+    paths: list[Path]
+    identities: dict[str, tuple[int, int]]
+    left_out: Counter[str]
 
 
 def image_paths(folder: Path) -> list[Path]:
-    """Return the image files below ``folder`` at any depth, sorted by path.
+    """Return the image files below ``folder`` at any depth, sorted by path; see :func:`list_images`."""
+    return list_images(folder).paths
+
+
+def list_images(folder: Path) -> Listing:
+    """Return the image files below ``folder`` at any depth, and what was left out. No file is opened.
+
+    An image file is one whose name ends as those that the installed Pillow reads without another program. Hidden files
+    and folders, and those that operating systems put beside the user's, are left out.
 
     Symbolic links are followed, as torchvision does, but each folder is read once, however many links lead to it, and
     under its own name rather than a link's: loops end, and no image is in two splits because a link repeats it. A link
@@ -34,20 +70,68 @@ def image_paths(folder: Path) -> list[Path]:
         CannotReadError: a folder may not be read (an OSError too).
 
     """
-    from torchvision.datasets.folder import IMG_EXTENSIONS
-
-    paths = sorted(path for path in _files(folder) if path.suffix.lower() in IMG_EXTENSIONS)
+    identities: dict[str, tuple[int, int]] = {}
+    left_out: Counter[str] = Counter()
+    paths = []
+    for entry in _entries(folder, left_out):
+        reason = why_left_out(entry)
+        if reason:
+            left_out[reason] += 1
+            continue
+        paths.append(Path(entry.path))
+        with suppress(OSError):  # a link to nothing
+            status = entry.stat()
+            if status.st_ino:  # some file systems have none
+                identities[str(paths[-1])] = status.st_dev, status.st_ino
     if not paths:
-        raise UserError(f"no images in {str(folder)!r}: expected files ending in {', '.join(IMG_EXTENSIONS)}")
-    return paths
+        reasons = f" (left out: {in_words(left_out)})" if left_out else ""
+        raise UserError(
+            f"no images in {str(folder)!r}{reasons}: expected files ending in .png, .jpg, .tif or another that Pillow "
+            "reads"
+        )
+    return Listing(sorted(paths), identities, left_out)
 
 
-def read_image(path: Path) -> Image.Image:
+def why_left_out(entry: os.DirEntry[str]) -> str:
+    """Return why a file or folder is left out, '' if it is not; a folder is judged by its name alone."""
+    if entry.name.startswith("."):
+        return "hidden"
+    if entry.name.lower() in _OF_SYSTEMS:
+        return "of the operating system"
+    if is_folder(entry):
+        return ""
+    suffix = os.path.splitext(entry.name)[1].lower()
+    if suffix not in _readable()[0]:
+        return repr(suffix)[1:-1] if suffix else "without an ending"
+    usual = entry.is_file(follow_symlinks=False)  # needs no look at the disk
+    if not usual and os.path.exists(entry.path) and not os.path.isfile(entry.path):  # a pipe would wait for ever
+        return "neither file nor folder"
+    return ""
+
+
+def is_folder(entry: os.DirEntry[str]) -> bool:
+    """Tell whether this is a folder, or a link to one."""
+    return os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir()
+
+
+def in_words(left_out: Counter[str]) -> str:
+    """Return for example ``12 hidden, 3 .txt, 1 .pdf``: at most eight reasons, the most frequent first."""
+    ranked = sorted(left_out.items(), key=lambda item: (-item[1], item[0]))
+    others = sum(count for _, count in ranked[_REASONS:])
+    texts = [f"{count} {reason}" for reason, count in ranked[:_REASONS]]
+    return ", ".join(texts + ([f"{others} others"] if others else []))
+
+
+def read_image(path: Path, depths: Depths | None = None) -> Image.Image:
     """Return an image file as RGB, 8 bits per channel.
 
     Grey images get three equal channels; an alpha channel is dropped, as torchvision does (transparent pixels show the
-    colour stored under them); of 16-bit images the upper 8 bits are kept, colour or grey; of several frames the first
-    is taken; EXIF orientation is ignored. Pillow warns of more than 89 million pixels.
+    colour stored under them); of 9 to 16 bits the upper 8 are kept, see :mod:`stepwise_lightning.data.bit_depth`; of
+    several frames the first is taken; EXIF orientation is ignored. Pillow warns of more than 89 million pixels.
+
+    Args:
+        path: of the file.
+        depths: where to note the largest value of an image of 16 bits that does not say how many of them it uses.
 
     Raises:
         ValueError: the file cannot be read, is not an image or broken, has more than 179 million pixels, or pixels
@@ -57,9 +141,9 @@ def read_image(path: Path) -> Image.Image:
     from PIL import Image
 
     try:
-        with path.open("rb") as file, Image.open(file) as image:
-            if image.mode == "F" or image.mode.startswith("I"):
-                return _from_deep_grey(image)
+        with path.open("rb") as file, Image.open(file, formats=_readable()[1]) as image:
+            if (deep := upper_eight_bits(image, file, depths)) is not None:
+                return deep
             # Pillow would warn that a palette may hold transparency in several ways.
             return (image.convert("RGBA") if image.mode == "P" else image).convert("RGB")
     except Exception as error:  # on damaged files Pillow raises whatever its decoders come across
@@ -73,8 +157,8 @@ def pixels(image: Image.Image) -> Tensor:
     return pil_to_tensor(image)
 
 
-def read_all(paths: list[Path]) -> Iterator[Tensor]:
-    """Yield the pixels of each image, uint8 (3, h, w), behind a progress bar.
+def read_all(paths: list[Path], depths: Depths | None = None) -> Iterator[Tensor]:
+    """Yield the pixels of each image, uint8 (3, h, w), behind a progress bar; ``depths`` as for :func:`read_image`.
 
     Raises:
         ValueError: at the end, some could not be read; it counts them and names the first ones.
@@ -83,7 +167,7 @@ def read_all(paths: list[Path]) -> Iterator[Tensor]:
     refusals = []
     for path in _progress(paths):
         try:
-            image = pixels(read_image(path))
+            image = pixels(read_image(path, depths))
         except ValueError as error:
             refusals.append(str(error))
         else:
@@ -98,37 +182,40 @@ def read_all(paths: list[Path]) -> Iterator[Tensor]:
         )
 
 
-def _files(folder: Path) -> Iterator[Path]:
+def _entries(folder: Path, left_out: Counter[str]) -> Iterator[os.DirEntry[str]]:
+    """Yield what is below ``folder``, except folders; count the folders that are not entered."""
     seen: set[tuple[int, int]] = set()
     waiting = deque([str(folder)])
     while waiting:
-        where = waiting.pop()
+        place = waiting.pop()
         try:
-            status, names = os.stat(where), sorted(os.listdir(where))
+            status = os.stat(place)
+            with os.scandir(place) as inside:
+                entries = sorted(inside, key=lambda entry: entry.name)
         except OSError as error:
-            raise CannotReadError(f"the folder {where!r} cannot be read: {error.strerror}") from error
+            raise CannotReadError(f"the folder {place!r} cannot be read: {error.strerror}") from error
         if (identity := (status.st_dev, status.st_ino)) in seen:
             continue
         seen.add(identity)
-        for name in names:
-            path = os.path.join(where, name)
-            if os.path.isdir(path):
-                # Links wait until every folder has been read under its own name.
-                (waiting.appendleft if os.path.islink(path) else waiting.append)(path)
-            elif os.path.isfile(path) or not os.path.exists(path):  # no pipes, which would wait for ever
-                yield Path(path)
+        for entry in entries:
+            if not is_folder(entry):
+                yield entry
+            elif reason := why_left_out(entry):
+                left_out[reason] += 1
+            else:  # links wait until every folder has been read under its own name
+                (waiting.appendleft if entry.is_symlink() else waiting.append)(entry.path)
 
 
-def _from_deep_grey(image: Image.Image) -> Image.Image:
-    """Return the upper 8 of 16 bits: Pillow's own conversion would clip at 255."""
-    import numpy as np
+@lru_cache(maxsize=1)
+def _readable() -> tuple[frozenset[str], tuple[str, ...]]:
+    """Return the endings and the formats of the images that the installed Pillow reads by itself."""
     from PIL import Image
 
-    values = np.asarray(image)
-    if image.mode == "F" or values.min() < 0 or values.max() > 65535:
-        raise UserError(f"pixels of mode {image.mode}, {values.min()} to {values.max()}, have no known range: 8 or 16 "
-                         "bits are expected")  # fmt: skip
-    return Image.fromarray((values >> 8).astype(np.uint8)).convert("RGB")
+    registered = Image.registered_extensions()  # loads all of Pillow's plug-ins, which fills OPEN in their order
+    formats = tuple(name for name in Image.ID if name in Image.OPEN and name not in _NO_IMAGES)
+    known = {*formats, "MPO"}  # which Pillow opens as JPEG
+    endings = {ending for ending, name in registered.items() if name in known}
+    return frozenset(endings - {".pfm"}), formats  # .pfm: floating point, whose range is not known
 
 
 def _reason(error: Exception) -> str:

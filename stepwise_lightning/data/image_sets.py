@@ -6,15 +6,20 @@ the path of a folder. Small images of one size are one uint8 tensor in memory; o
 
 from __future__ import annotations
 
+import os
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
-from stepwise_lightning.data.image_files import image_paths, pixels, read_all, read_image
+from stepwise_lightning.data.bit_depth import Depths
+from stepwise_lightning.data.image_files import in_words, list_images, pixels, read_all, read_image
 from stepwise_lightning.data.photographs import HELD_OUT, PHOTOGRAPHS, TRAIN, cut_photos
+from stepwise_lightning.data.splits import split_folder
 from stepwise_lightning.errors import NotFoundError, UserError
 
 if TYPE_CHECKING:  # importing this package needs only torch and lightning
@@ -56,8 +61,11 @@ class ImageSet:
         """Return :func:`channel_statistics`; of 1000 evenly spaced images where they are not held in memory."""
         if isinstance(self.images, Tensor):
             return channel_statistics(self.images)
-        spaced = self.images[:: -(-len(self.images) // 1000)]
-        return _statistics(sum((_histogram(pixels(read_image(path))[None]) for path in spaced), torch.zeros(3, 256)))
+        spaced, depths = self.images[:: -(-len(self.images) // 1000)], Depths()
+        pictures = (pixels(read_image(path, depths)) for path in spaced)
+        counts = sum((_histogram(picture[None]) for picture in pictures), torch.zeros(3, 256))
+        depths.warn(os.path.commonpath([path.parent for path in spaced]))
+        return _statistics(counts)
 
 
 def load_images(data: str, root: str = "data", download: bool = False, image_size: int = 32) -> Tensor:
@@ -77,6 +85,7 @@ def load_images(data: str, root: str = "data", download: bool = False, image_siz
 
     """
     if data == "photos":
+        _warn_of_a_folder(data)
         return cut_photos()[0]
     if data in DATA_SETS:
         images = load_image_set(data, "train", root, download).images
@@ -99,9 +108,11 @@ def load_image_set(data: str, split: str = "train", root: str = "data", download
     ==========  ===================================  ==========================  ======================
 
     No pixel of ``photos`` is in two splits, but all show the same eight scenes. A folder counts as split when it has
-    ``train/`` and at least one of ``val/`` and ``test/``; one serves for both. Every tenth file is held out fairly only
+    ``train/`` and at least one of ``val/`` and ``test/``, or folders of other usual names
+    (:mod:`stepwise_lightning.data.splits`); one serves for both. Every tenth file is held out fairly only
     if the files are different: split near-duplicates, such as frames of a video, into folders yourself. Subfolders
-    without images are no classes. :mod:`stepwise_lightning.data.image_files` says which files are found and how they
+    without images are no classes. The first three names mean the data sets even where folders are called so; write
+    ``./photos`` for the folder. :mod:`stepwise_lightning.data.image_files` says which files are found and how they
     are read; one that cannot be is refused, here if the images are small, otherwise when its turn comes.
 
     Args:
@@ -118,6 +129,8 @@ def load_image_set(data: str, split: str = "train", root: str = "data", download
     if split not in SPLITS:
         raise UserError(f"split {split!r} is none of {', '.join(SPLITS)}")
     train = split == "train"
+    if train:  # once for a run, which always has training images
+        _warn_of_a_folder(data)
     if data == "photos":
         tiles, photograph, place = cut_photos()
         chosen = place == (TRAIN if train else HELD_OUT)
@@ -181,6 +194,13 @@ def _torchvision_set(data: str, root: str, download: bool, **split: Any) -> Any:
         ) from error
 
 
+def _warn_of_a_folder(data: str) -> None:
+    if data in DATA_SETS and Path(data).is_dir():
+        rank_zero_warn(
+            f"data {data!r} is the data set of this name; to mean the folder {data!r} here, write './{data}'"
+        )
+
+
 def _existing_folder(data: str) -> Path:
     if not data or not Path(data).is_dir():
         raise UserError(
@@ -190,37 +210,32 @@ def _existing_folder(data: str) -> Path:
 
 
 def _folder_set(folder: Path, split: str) -> ImageSet:
-    parts = {name: folder / name for name in SPLITS if (folder / name).is_dir()}
-    if "train" in parts and len(parts) > 1:
-        other = {"val": "test", "test": "val"}
-        place = {name: parts.get(name) or parts[other[name]] for name in SPLITS}
-        paths_of = {part: image_paths(part) for part in set(place.values())}
-        base, paths = place[split], paths_of[place[split]]
-    else:
-        base, paths = folder, image_paths(folder)
-        paths_of = {folder: paths}
-        if len(paths) < 10:
-            raise UserError(f"too few images in {str(folder)!r} to hold some out: {len(paths)}, at least 10 are needed")
-        paths = [path for number, path in enumerate(paths) if (number % 10 == 9) == (split != "train")]
-    names = sorted({_class_name(path, part) for part, inside in paths_of.items() for path in inside} - {""})
+    parts, left_out = split_folder(folder)
+    if split == "train":  # once for a run, which always has training images
+        _tell(folder, left_out)
+    names = sorted({name for part in parts.values() for name in part.class_names()} - {""})
     number_of = {name: number for number, name in enumerate(names)} | {"": -1}
-    labels = torch.tensor([number_of[_class_name(path, base)] for path in paths])
-    return ImageSet(_in_memory(paths), labels, names)
+    part = parts[split]
+    labels = torch.tensor([number_of[name] for name in part.class_names()])
+    depths = Depths()
+    images = ImageSet(_in_memory(part.paths, depths), labels, names)
+    if split == "train" and isinstance(images.images, Tensor):
+        depths.warn(str(folder))
+    return images
 
 
-def _class_name(path: Path, base: Path) -> str:
-    """Return the first-level subfolder of ``base`` that ``path`` is in, '' if none."""
-    inside = path.relative_to(base).parts
-    return inside[0] if len(inside) > 1 else ""
+def _tell(folder: Path, left_out: Counter[str]) -> None:
+    if left_out:
+        rank_zero_info(f"left out of {str(folder)!r}: {in_words(left_out)}")
 
 
-def _in_memory(paths: list[Path]) -> Tensor | list[Path]:
+def _in_memory(paths: list[Path], depths: Depths) -> Tensor | list[Path]:
     """Return the images as uint8 (N, 3, h, w) if they are small and of one size, otherwise the paths."""
     shape = pixels(read_image(paths[0])).shape
     if max(shape) > _MAX_SIDE_IN_MEMORY or len(paths) * shape.numel() > _MAX_BYTES_IN_MEMORY:
         return paths
     images = torch.empty(len(paths), *shape, dtype=torch.uint8)
-    for index, image in enumerate(read_all(paths)):
+    for index, image in enumerate(read_all(paths, depths)):
         if image.shape != shape:
             return paths
         images[index] = image
@@ -230,9 +245,12 @@ def _in_memory(paths: list[Path]) -> Tensor | list[Path]:
 def _folder_images(folder: Path, image_size: int) -> Tensor:
     from torchvision.transforms import v2
 
-    paths = image_paths(folder)
+    listing, depths = list_images(folder), Depths()
+    _tell(folder, listing.left_out)
+    paths = listing.paths
     fit = v2.Compose([v2.Resize(image_size, antialias=True), v2.CenterCrop(image_size)])
     images = torch.empty(len(paths), 3, image_size, image_size, dtype=torch.uint8)
-    for index, image in enumerate(read_all(paths)):
+    for index, image in enumerate(read_all(paths, depths)):
         images[index] = image if image.shape[1:] == images.shape[2:] else fit(image)
+    depths.warn(str(folder))
     return images
