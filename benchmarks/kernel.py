@@ -32,8 +32,7 @@ import torch
 from timing import fresh_peak_bytes, peak_bytes, within
 from torch import Tensor
 
-from stepwise_lightning import FixedCropPairs
-from stepwise_lightning.encoders import MLP, Encoder
+from stepwise_lightning import MLP, Encoder, FixedCropPairs
 from stepwise_lightning.theory import ContrastiveKernelPCA, EmpiricalNTK, rbf_kernel
 from stepwise_lightning.theory.krylov import KernelProducts
 

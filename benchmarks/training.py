@@ -32,9 +32,8 @@ from timing import Stopwatch, alternate, quiet_lightning, ratio, within
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from stepwise_lightning import BarlowTwins, SpectrumLogger, TwoViewDataModule
+from stepwise_lightning import BarlowTwins, Encoder, SpectrumLogger, TwoViewDataModule
 from stepwise_lightning.data.image_sets import ImageSet
-from stepwise_lightning.encoders import Encoder
 from stepwise_lightning.spectrum.capture import capture
 from stepwise_lightning.spectrum.schedule import log_spaced_steps
 

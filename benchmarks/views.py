@@ -23,9 +23,8 @@ from timing import alternate, ratio, within
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from stepwise_lightning import TwoViewDataModule
+from stepwise_lightning import Encoder, TwoViewDataModule
 from stepwise_lightning.data.image_sets import ImageSet
-from stepwise_lightning.encoders import Encoder
 
 BATCH, IMAGE_SIZE = 64, 32
 

@@ -59,5 +59,5 @@ def write_events(folder: Path, record: SpectrumRecord) -> None:
     with SummaryWriter(str(folder)) as writer:
         for index in range(len(record)):
             for row in record.rows(index):
-                tag = "train/loss" if row[3] == "loss" else scalar_tag(row)
+                tag = "train/loss" if row[3] == "loss" else scalar_tag(row, "spectrum")
                 writer.add_scalar(tag, row[-1], row[0])

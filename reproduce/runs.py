@@ -27,13 +27,12 @@ from tqdm import tqdm
 from reproduce.methods import METHODS, Method
 from reproduce.records import data_rows, theory_record
 from reproduce.training import CONFIGS, TrainingRun
-from stepwise_lightning import SpectrumRecord, TwoViewDataModule
+from stepwise_lightning import Encoder, SpectrumRecord, TwoViewDataModule
 from stepwise_lightning.data import load_image_set
-from stepwise_lightning.encoders import Encoder
 from stepwise_lightning.errors import NotFoundError, UserError, reason
 from stepwise_lightning.plots import Panel
+from stepwise_lightning.spectrum import Steps
 from stepwise_lightning.spectrum.capture import capture
-from stepwise_lightning.steps import Steps
 from stepwise_lightning.theory import LinearBarlowTwins, feature_cross_correlation
 
 # The layer whose output the last linear layer of each projector takes, by the projector's depth.

@@ -3,7 +3,8 @@
 from importlib.metadata import version
 
 from stepwise_lightning.data import FixedCropPairs, TwoViewDataModule
-from stepwise_lightning.encoders import LinearEncoder
+from stepwise_lightning.encoders import MLP, Encoder, LinearEncoder, Projector, ResNet, scale_last_layer
+from stepwise_lightning.evaluation import OnlineKNN, OnlineLinearProbe
 from stepwise_lightning.losses import barlow_twins_loss, simclr_loss, vicreg_loss
 from stepwise_lightning.modules import BarlowTwins, SimCLR, VICReg
 from stepwise_lightning.record import SpectrumRecord
@@ -12,15 +13,22 @@ from stepwise_lightning.spectrum.logger import SpectrumLogger
 
 __all__ = [
     "BarlowTwins",
+    "Encoder",
     "FixedCropPairs",
     "LastCheckpoint",
     "LinearEncoder",
+    "MLP",
+    "OnlineKNN",
+    "OnlineLinearProbe",
+    "Projector",
+    "ResNet",
     "SimCLR",
     "SpectrumLogger",
     "SpectrumRecord",
     "TwoViewDataModule",
     "VICReg",
     "barlow_twins_loss",
+    "scale_last_layer",
     "simclr_loss",
     "vicreg_loss",
 ]

@@ -15,15 +15,12 @@ from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 
 import stepwise_lightning
-from stepwise_lightning import encoders, evaluation
 from stepwise_lightning.errors import UserError, condensed, one_line
 from stepwise_lightning.runs import AtomicCheckpointIO, LastCheckpoint
 from stepwise_lightning.runs.resume import continue_newest
 from stepwise_lightning.runs.save_run import SaveRun
 from stepwise_lightning.signals import INTERRUPTED
 
-# Where the classes are that a configuration usually names.
-_NAMED = (stepwise_lightning, encoders, evaluation)
 # The least that the Trainer can do with, and does not check.
 _LEAST = {"accumulate_grad_batches": 1, "check_val_every_n_epoch": 1, "gradient_clip_val": 0, "log_every_n_steps": 0}
 _EXAMPLES = {
@@ -157,7 +154,7 @@ def _told(message: str) -> str:
 
 def _suggestion(option: str) -> str:
     """Say what an option was probably meant to be: one of the Trainer, or of a class of this package."""
-    public = [getattr(module, name) for module in _NAMED for name in getattr(module, "__all__", dir(module))]
+    public = [getattr(stepwise_lightning, name) for name in stepwise_lightning.__all__]
     classes: list[type] = [L.Trainer, *(item for item in public if isclass(item))]
     known = {name for cls in classes for name in signature(cls).parameters}
     known |= {"trainer", "model", "data", "seed_everything", "ckpt_path", "class_path", "init_args"}

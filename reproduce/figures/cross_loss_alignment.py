@@ -32,7 +32,7 @@ from reproduce.outputs import Outcome, PaperFigure
 from reproduce.processes import each
 from reproduce.runs import Run, trained_runs
 from reproduce.training import PROFILES
-from stepwise_lightning.encoders import Encoder
+from stepwise_lightning import Encoder
 from stepwise_lightning.plots import alignments_figure
 from stepwise_lightning.theory import ContrastiveKernelPCA, EmpiricalNTK, chance_alignment, subspace_alignment
 

@@ -30,10 +30,9 @@ from reproduce.options import data_name
 from reproduce.outputs import Outcome, PaperFigure
 from reproduce.processes import each, is_alone, progress_bar
 from reproduce.records import data_rows
-from stepwise_lightning import BarlowTwins, FixedCropPairs, SpectrumLogger, SpectrumRecord
-from stepwise_lightning.encoders import MLP, scale_last_layer
+from stepwise_lightning import MLP, BarlowTwins, FixedCropPairs, SpectrumLogger, SpectrumRecord, scale_last_layer
 from stepwise_lightning.plots import Panel, alignment_figure
-from stepwise_lightning.steps import crossing_times, num_crossed
+from stepwise_lightning.spectrum import crossing_times, num_crossed
 from stepwise_lightning.theory import ContrastiveKernelPCA, EmpiricalNTK, subspace_alignment
 
 PAPER = (

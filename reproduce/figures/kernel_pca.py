@@ -30,9 +30,9 @@ from reproduce.records import data_rows, theory_record, write_events
 from stepwise_lightning import SpectrumRecord
 from stepwise_lightning.data import crop_pairs, download_images, load_images
 from stepwise_lightning.plots import Panel, eigenfunctions_figure
+from stepwise_lightning.spectrum import crossing_times, num_crossed
 from stepwise_lightning.spectrum.measures import cross_correlation_eigenvalues
 from stepwise_lightning.spectrum.schedule import log_spaced_steps
-from stepwise_lightning.steps import crossing_times, num_crossed
 from stepwise_lightning.theory import ContrastiveKernelPCA, LinearBarlowTwins, rbf_kernel, relu_ntk, subspace_alignment
 
 PAPER = (

@@ -27,7 +27,7 @@ from reproduce.records import data_rows, theory_record, write_events
 from stepwise_lightning import BarlowTwins, FixedCropPairs, LinearEncoder, SpectrumLogger, SpectrumRecord
 from stepwise_lightning.errors import UserError
 from stepwise_lightning.plots import Panel, trajectories_figure
-from stepwise_lightning.steps import crossing_times
+from stepwise_lightning.spectrum import crossing_times
 from stepwise_lightning.theory import LinearBarlowTwins, feature_cross_correlation
 
 PAPER = (

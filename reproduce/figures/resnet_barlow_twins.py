@@ -23,7 +23,7 @@ from reproduce.outputs import Outcome, PaperFigure
 from reproduce.runs import ROW_COLUMNS, Run, trained_runs
 from reproduce.training import PROFILES
 from stepwise_lightning.plots import trajectories_figure
-from stepwise_lightning.steps import detect_steps
+from stepwise_lightning.spectrum import detect_steps
 
 PAPER = (
     "Fig. 1 C-D: loss and embedding eigenvalues of ResNet-50 trained with Barlow Twins on STL-10 from small "
