@@ -220,13 +220,22 @@ class SpectrumRecord:
     def detect_steps(self, matrix: str = "cross_correlation") -> Steps:
         """Return the steps in the eigenvalues of a matrix: :func:`stepwise_lightning.spectrum.detect_steps`.
 
-        Where time stood still, because the learning rate was 0, the last measurement counts.
+        Where time stood still, because the learning rate was 0, the last measurement counts; those without this matrix
+        do not, nor do modes that some of them lack.
+
+        Raises:
+            ValueError: that matrix was not measured, or less than twice.
+
         """
         times, values = self.times, self.eigenvalues(matrix)
-        known = values.isfinite().all(1)
+        known = values.isfinite().any(1) if values.shape[1] else torch.ones(len(values), dtype=torch.bool)
         times, values = times[known], values[known]
         moves = torch.cat([times.diff() > 0, times.new_ones(min(1, len(times)), dtype=torch.bool)])
-        return detect_steps(times[moves], values[moves])
+        times, values = times[moves], values[moves]
+        common = int(values.isfinite().all(0).sum())
+        steps, missing = detect_steps(times, values[:, :common]), (0, values.shape[1] - common)
+        padded = [torch.nn.functional.pad(per_mode, missing, value=math.nan) for per_mode in steps[:2]]
+        return steps._replace(step_times=padded[0], rise_widths=padded[1])
 
     def append(self, measurement: Measurement) -> None:
         """Add a measurement; each spectrum gets its ``num_grown``, see :func:`stepwise_lightning.steps.num_grown`."""

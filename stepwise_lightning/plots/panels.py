@@ -128,7 +128,7 @@ def draw_panel(panel: Panel, loss_axis: Axes | None, eigenvalue_axis: Axes) -> N
 def first_rise(panel: Panel) -> float:
     """Return half the time when the first mode begins to rise: before that nothing is to be seen."""
     moved = panel.times > 0
-    times, top = panel.times[moved], panel.eigenvalues[moved].max(1, initial=0)  # there may be none
+    times, top = panel.times[moved], np.nan_to_num(panel.eigenvalues[moved]).max(1, initial=0)  # there may be none
     visible = times[top > 0.01 * top.max()]
     return float(0.5 * visible[0] if len(visible) else times[0])
 
@@ -137,4 +137,4 @@ def log_scale(axis: Axes, eigenvalues: Array) -> None:
     """Give an axis of eigenvalues a logarithmic scale, ten orders of magnitude at the most."""
     if (eigenvalues > 0).any():  # a collapsed embedding has nothing that a logarithm could show
         axis.set_yscale("log", nonpositive="mask")
-        axis.set_ylim(bottom=max(axis.get_ylim()[0], 1e-10 * eigenvalues.max()))
+        axis.set_ylim(bottom=max(axis.get_ylim()[0], 1e-10 * np.nanmax(eigenvalues)))

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from stepwise_lightning.errors import DivergedError, UserError
+from stepwise_lightning.errors import DivergedError, UserError, reason
 
 # A submodule's name, "" for the module itself; or a function of module and view.
 Watched = str | Callable[[nn.Module, Tensor], Tensor]
@@ -84,7 +84,7 @@ def capture(
                 if not isinstance(watched, str):
                     keep(module, None, watched(module, view), label(watched))
                 elif "" not in submodules:
-                    keep(module, None, submodules[watched](view), watched)
+                    keep(module, None, _run_alone(submodules[watched], view, watched), watched)
     for name, captured in outputs.items():
         if len(captured) != len(views):
             raise UserError(
@@ -92,6 +92,16 @@ def capture(
                 "a function of module and view"
             )
     return outputs
+
+
+def _run_alone(part: nn.Module, view: Tensor, name: str) -> Any:
+    try:
+        return part(view)
+    except Exception as error:  # whatever a module makes of an input that it was not written for
+        raise UserError(
+            f"{name!r} cannot be run on a view of shape {tuple(view.shape)} ({reason(error)}): watch a function from "
+            "module and view to its output, or let the module run (output=True)"
+        ) from error
 
 
 def _embeddings(output: Any, name: str) -> Tensor:

@@ -139,6 +139,7 @@ class SpectrumLogger(L.Callback):
         self._restored = self._late = self._hears_steps = False
         self._files: SpectrumFiles | None = None
         self._batch: Any = None
+        self._earlier: Any = None  # the one before
         self._measured_at = -1
         self._losses: list[float] | None = None  # of the step that was measured last, while it is under way
 
@@ -179,7 +180,8 @@ class SpectrumLogger(L.Callback):
         if not self._restored and (self._trainer is None or self._trainer() is not trainer):
             self.record, self._clock = SpectrumRecord(), Clock()  # another run, of a callback that is used again
         self._trainer, self._restored, self._late = ref(trainer), False, False
-        self._batch, self._losses, step = None, None, self._step(trainer)
+        self._batch = self._earlier = self._losses = None
+        step = self._step(trainer)
         self._schedule = Schedule(expected_end(trainer), self.num_points)
         self._schedule.is_due(step - 1)  # what lies before is done
         self._next_figure = time.perf_counter() + _DRAWING_SHARE
@@ -198,9 +200,10 @@ class SpectrumLogger(L.Callback):
             self._files = SpectrumFiles(self.directory, self.name, self.record, self.num_scalars)
 
     def _listen(self, trainer: L.Trainer) -> None:
-        optimizer = trainer.optimizers[0] if trainer.optimizers else None
-        self._hears_steps = hasattr(optimizer, "register_step_pre_hook")
-        if optimizer is not None and self._hears_steps:
+        optimizer: Any = trainer.optimizers[0] if trainer.optimizers else None
+        # Where there is none, Lightning puts one that has no rate.
+        self._hears_steps = hasattr(optimizer, "register_step_pre_hook") and "lr" in optimizer.param_groups[0]
+        if self._hears_steps:
             self._clock.listen(optimizer)
 
     def _step(self, trainer: L.Trainer) -> int:
@@ -211,7 +214,7 @@ class SpectrumLogger(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Measure, if this step is on the schedule, before the batch changes the weights."""
-        self._batch = batch
+        self._earlier, self._batch = self._batch, batch
         if self._losses is None and (self._late or self._schedule.is_due(self._step(trainer))):
             self._late = not self._measure(trainer, pl_module)
 
@@ -241,7 +244,9 @@ class SpectrumLogger(L.Callback):
         """Measure the final weights and write the ``.npz`` file, the steps found and the figure."""
         self._losses = None
         if self._batch is not None and self._measured_at < self._step(trainer):
-            self._measure(trainer, pl_module)
+            if not self._measure(trainer, pl_module) and self._earlier is not None:
+                self._batch = self._earlier
+                self._measure(trainer, pl_module)
         self._losses = None
         self._close(ended=True)
         if trainer.is_global_zero and len(self.record):

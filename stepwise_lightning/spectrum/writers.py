@@ -99,7 +99,8 @@ class SpectrumFiles:
     def close(self, record: SpectrumRecord, ended: bool) -> None:
         """Write the arrays and, if training has ended, the steps found in them."""
         if ended:
-            write_steps(self.folder / f"{self.stem.replace('spectrum', 'steps', 1)}.json", record)
+            steps = self.stem.replace("spectrum", "steps", 1)
+            write_steps(self.folder / f"{steps if steps != self.stem else f'{self.stem}_steps'}.json", record)
         record.save(self.folder / f"{self.stem}.npz")
 
     def _is_of_another_run(self, stem: str) -> bool:
@@ -140,7 +141,10 @@ def draw_trajectories(trainer: L.Trainer, record: SpectrumRecord, num_modes: int
         rank_zero_warn("no trajectories are drawn: the learning rate was 0, so that time stood still")
         return
     for matrix in record.matrices:
-        title = f"{record.detect_steps(matrix).num_distinct} distinct steps so far"
+        try:
+            title = f"{record.detect_steps(matrix).num_distinct} distinct steps so far"
+        except ValueError:  # measured less than twice, since a run goes on with other settings
+            continue
         panel = Panel(record, matrix, title, num_modes=num_modes)
         figure = trajectories_figure([panel], title=matrix, log_eigenvalues=True)
         for board in writers:
