@@ -23,9 +23,9 @@ _COMPILED = "_orig_mod"  # where torch.compile keeps the module that it was give
 
 def check_watched(module: nn.Module, watch: Sequence[Watched]) -> None:
     """Raise a UserError that lists the names that exist if ``watch`` names a submodule that does not."""
+    names = list(dict.fromkeys(_plain(known) for known, _ in module.named_modules() if known))
     for name in watch:
-        if isinstance(name, str) and name and _submodule(module, name) is None:
-            names = [_plain(known) for known, _ in module.named_modules() if known]
+        if isinstance(name, str) and name and _plain(name) not in names:
             near = get_close_matches(name, names, n=5, cutoff=0.3) or names[:20]
             choice = f"did you mean one of: {', '.join(near)}" if near else "the module has none"
             raise UserError(f"no submodule {name!r} to watch; {choice}? (A function of module and view may be watched)")
@@ -38,7 +38,11 @@ def label(watched: Watched) -> str:
 
 @torch.no_grad()
 def capture(
-    module: nn.Module, views: Sequence[Tensor], watch: Sequence[Watched], running_statistics: bool = False
+    module: nn.Module,
+    views: Sequence[Tensor],
+    watch: Sequence[Watched],
+    running_statistics: bool = False,
+    alone: bool = False,
 ) -> dict[str, list[Tensor]]:
     """Run ``module`` on each view and return what is watched.
 
@@ -49,12 +53,11 @@ def capture(
     training goes on as if nothing had happened. Compiled modules run as they were before they were compiled.
 
     Args:
-        module: called as ``module(view)`` where ``""`` is watched; otherwise it is not run itself.
+        module: called as ``module(view)``.
         views: inputs, each (n, …).
-        watch: names of submodules, or functions from module and view to (n, …); ``""`` is the output of ``module``
-            itself, and the other submodules are looked at while it runs. Without it each submodule is run on its own,
-            on the view.
+        watch: names of submodules, or functions from module and view to (n, …); ``""`` is the output of ``module``.
         running_statistics: let all batch normalisation use its running statistics, as in ordinary evaluation.
+        alone: do not run ``module``, but each watched submodule on its own, on the view.
 
     Returns:
         For each name, one (n, d) tensor per view; outputs with more dimensions are flattened, (n,) becomes (n, 1).
@@ -65,26 +68,27 @@ def capture(
     """
     check_watched(module, watch)
     outputs: dict[str, list[Tensor]] = {label(watched): [] for watched in watch}
+    functions = [watched for watched in watch if not isinstance(watched, str)]
+    parts = {name: _submodule(module, name) for name in watch if isinstance(name, str)}
 
-    def keep(_module: nn.Module, _inputs: Any, output: Any, name: str) -> None:
+    def keep(_module: Any, _inputs: Any, output: Any, name: str) -> None:
         outputs[name].append(_embeddings(output, name))
 
-    names = [name for name in watch if isinstance(name, str)]
-    submodules = {name: part for name in names if (part := _submodule(module, name)) is not None}
     with ExitStack() as stack:
         stack.enter_context(_evaluation(module) if running_statistics else batch_statistics(module))
         stack.enter_context(_untouched(module))
-        if "" in submodules:
-            for name, part in submodules.items():
-                stack.callback(part.register_forward_hook(partial(keep, name=name)).remove)
+        with ExitStack() as hooks:  # not on while functions run, which may run the parts again
+            for name, part in parts.items():
+                hooks.callback(part.register_forward_hook(partial(keep, name=name)).remove)
+            for view in views if parts else ():
+                if alone:
+                    for name, part in parts.items():
+                        _run_alone(part, view, name)
+                else:
+                    module(view)
         for view in views:
-            for part in [submodules[""]] if "" in submodules else []:
-                part(view)
-            for watched in watch:
-                if not isinstance(watched, str):
-                    keep(module, None, watched(module, view), label(watched))
-                elif "" not in submodules:
-                    keep(module, None, _run_alone(submodules[watched], view, watched), watched)
+            for function in functions:
+                keep(None, None, function(module, view), label(function))
     for name, captured in outputs.items():
         if len(captured) != len(views):
             raise UserError(
@@ -94,9 +98,11 @@ def capture(
     return outputs
 
 
-def _run_alone(part: nn.Module, view: Tensor, name: str) -> Any:
+def _run_alone(part: nn.Module, view: Tensor, name: str) -> None:
     try:
-        return part(view)
+        part(view)
+    except UserError:
+        raise
     except Exception as error:  # whatever a module makes of an input that it was not written for
         raise UserError(
             f"{name!r} cannot be run on a view of shape {tuple(view.shape)} ({reason(error)}): watch a function from "
@@ -184,9 +190,12 @@ def _uncompiled(module: nn.Module) -> AbstractContextManager[Any]:
     return torch.compiler.set_stance("force_eager") if compiled else nullcontext()
 
 
-def _submodule(module: nn.Module, name: str) -> nn.Module | None:
-    """Return a submodule by its name, with or without what torch.compile puts into it."""
-    return next((part for known, part in module.named_modules() if name in (known, _plain(known))), None)
+def _submodule(module: nn.Module, name: str) -> nn.Module:
+    """Return a submodule by its name, with or without what torch.compile puts into it; KeyError if there is none."""
+    for known, part in module.named_modules():
+        if name in (known, _plain(known)):
+            return part
+    raise KeyError(name)
 
 
 def _plain(name: str) -> str:

@@ -131,7 +131,7 @@ class SpectrumLogger(L.Callback):
         if len({label(watched) for watched in self.watch}) < len(self.watch):
             raise UserError(f"two watched things have one name: {', '.join(map(label, self.watch))}")
         self.probe, self.matrices, self.center, self.views, self.name = probe, tuple(matrices), center, views, name
-        self.num_points, self.num_scalars, self.prediction = num_points, num_scalars, prediction
+        self.output, self.num_points, self.num_scalars, self.prediction = output, num_points, num_scalars, prediction
         self.keep_embeddings = keep_embeddings
         self.record = SpectrumRecord()
         self._clock = Clock()
@@ -202,7 +202,9 @@ class SpectrumLogger(L.Callback):
     def _listen(self, trainer: L.Trainer) -> None:
         optimizer: Any = trainer.optimizers[0] if trainer.optimizers else None
         # Where there is none, Lightning puts one that has no rate.
-        self._hears_steps = hasattr(optimizer, "register_step_pre_hook") and "lr" in optimizer.param_groups[0]
+        self._hears_steps = hasattr(optimizer, "register_step_pre_hook") and "lr" in next(
+            iter(optimizer.param_groups), ()
+        )
         if self._hears_steps:
             self._clock.listen(optimizer)
 
@@ -265,7 +267,7 @@ class SpectrumLogger(L.Callback):
         step = self._step(trainer)
         from_batch = isinstance(self._probe, str)
         samples = on_device(views_in(self._batch, self.views) if from_batch else views_in(self._probe), pl_module)
-        captured = capture(pl_module, samples, self.watch) if len(samples[0]) > 1 else {}
+        captured = capture(pl_module, samples, self.watch, alone=not self.output) if len(samples[0]) > 1 else {}
         check_finite(captured, samples, pl_module, step)
         if from_batch and trainer.world_size > 1:
             captured = joined(all_gather_objects({name: [z.cpu() for z in zs] for name, zs in captured.items()}))

@@ -384,7 +384,7 @@ def test_networks_that_are_not_registered_and_numbers_alone(tmp_path):
     with pytest.raises(ValueError, match="is no .* tensor but a scalar"):
         capture(nn.Flatten(), [X], [lambda module, view: view.mean()])
     with pytest.raises(ValueError, match=r"'head' cannot be run on a view of shape \(64, 8\) .*watch a function"):
-        capture(Classifier(), [X], ["head"])
+        capture(Classifier(), [X], ["head"], alone=True)
 
 
 def test_compiled_modules_are_watched_by_the_names_that_they_had(tmp_path):
