@@ -4,8 +4,8 @@ Each loss is the sum of named terms, which ``…_terms`` returns as they enter t
 the losses are the constants below, which the LightningModules share; the terms have none of their own.
 
 All of them compute in float64 where a view is float64, else in float32, also of views in half precision and under
-``torch.autocast``: squares of small embeddings vanish in half precision, and those of large ones overflow. Gradients have
-the type of the embeddings.
+``torch.autocast``: squares of small embeddings vanish in half precision, and those of large ones overflow. Gradients
+have the type of the embeddings.
 """
 
 from __future__ import annotations

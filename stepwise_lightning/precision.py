@@ -1,10 +1,12 @@
-"""Which type numbers are computed in: float64 in theory and measures, at least float32 in losses. Knows no Lightning."""
+"""In which type and where numbers are computed. Knows nothing of Lightning."""
 
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
 
+import numpy as np
 import torch
+from numpy.typing import ArrayLike
 from torch import Tensor
 
 from stepwise_lightning.errors import UserError
@@ -15,22 +17,19 @@ __all__ = ["as_float64", "check_real", "on_float64_device", "without_autocast"]
 _WITHOUT_FLOAT64 = ("mps",)
 
 
-def check_real(**tensors: Tensor) -> None:
-    """Refuse complex tensors, whose imaginary part a cast would drop, and meta tensors, by the name they are given.
+def check_real(tensor: Tensor, name: str) -> None:
+    """Refuse a complex tensor, whose imaginary part a cast would drop, and one of the device 'meta', without values.
 
     Raises:
-        ValueError: one of them is complex, or holds no values.
+        ValueError: it is one of them; the error calls it by ``name``.
 
     """
-    for name, tensor in tensors.items():
-        label = name.replace("_", " ")
-        if tensor.is_complex():
-            raise UserError(
-                f"{label} must be real, got {tensor.dtype}: take the real part, or give real and imaginary part as two "
-                "features (torch.view_as_real)"
-            )
-        if tensor.device.type == "meta":
-            raise UserError(f"{label} must hold values, got a tensor on the device 'meta', which has none")
+    if tensor.is_complex():
+        raise UserError(
+            f"{name} must be real, got {tensor.dtype}: take .real, or both parts as features by torch.view_as_real"
+        )
+    if tensor.device.type == "meta":
+        raise UserError(f"{name} must hold values, got a tensor on the device 'meta', which has none")
 
 
 def on_float64_device(tensor: Tensor) -> Tensor:
@@ -41,16 +40,18 @@ def on_float64_device(tensor: Tensor) -> Tensor:
     return tensor.cpu() if tensor.device.type in _WITHOUT_FLOAT64 else tensor
 
 
-def as_float64(tensor: Tensor, name: str = "the input") -> Tensor:
-    """Return the tensor as float64, on its device, or on the CPU where its device has no float64.
+def as_float64(values: Tensor | ArrayLike, name: str = "the input") -> Tensor:
+    """Return the values as float64, on their device, or on the CPU where that has no float64.
 
-    Integers and truth values are converted: exactly, up to 2⁵³.
+    Integers and truth values are converted: exactly, up to 2⁵³. Python's own floats keep all their digits.
 
     Raises:
         ValueError: it is complex, or holds no values; the error calls it by ``name``.
 
     """
-    check_real(**{name: tensor})
+    # By way of NumPy, because torch.as_tensor makes float32 of Python's floats.
+    tensor = values if isinstance(values, Tensor) else torch.tensor(np.asarray(values))
+    check_real(tensor, name)
     return on_float64_device(tensor).double()
 
 
