@@ -8,7 +8,7 @@ assumed.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -65,17 +65,18 @@ def linear_parts(network: Network, layers: list[str], x: Tensor) -> list[Part]:
 
     """
     watch = _Watch(layers, tapped=True)
-    with torch.enable_grad(), _watched(network.module, layers, watch):
-        f = network(x)
+
+    def backwards(f: Tensor) -> list[Sequence[Tensor]]:
         if not all(watch.once(layer, len(x)) for layer in layers):
             raise NotLayerwiseError
         taps = [watch.taps[layer] for layer in layers]
+        if not f.requires_grad:
+            return [[torch.zeros_like(tap) for tap in taps]] * f.shape[1]
         # Samples do not mix, so that the gradient of a sum holds each sample's own.
-        deltas = [
-            torch.autograd.grad(out, taps, retain_graph=True, materialize_grads=True)
-            if f.requires_grad else [torch.zeros_like(tap) for tap in taps]
-            for out in f.sum(0)
-        ]  # fmt: skip
+        return [torch.autograd.grad(out, taps, retain_graph=True, materialize_grads=True) for out in f.sum(0)]
+
+    with torch.enable_grad(), _watched(network.module, layers, watch):
+        deltas = network(x, then=backwards)
     return [(watch.inputs[layer], torch.cat([d[i] for d in deltas], 1)) for i, layer in enumerate(layers)]
 
 

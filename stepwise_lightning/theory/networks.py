@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,8 +16,9 @@ from torch.nn.parameter import is_lazy
 from stepwise_lightning.errors import UserError, reason
 from stepwise_lightning.precision import check_real, on_float64_device
 
-# Outputs of one sample, alone and among others, differ by round-off up to this share of the largest.
-_ROUND_OFF = {torch.float64: 1e-6, torch.float32: 1e-3}
+# Shares of the largest output: what round-off makes of one sample, alone and among others, and of the same call twice.
+_AMONG_OTHERS = {torch.float64: 1e-9, torch.float32: 1e-3}
+_AGAIN = {torch.float64: 1e-13, torch.float32: 1e-5}
 
 
 class Network:
@@ -57,17 +58,37 @@ class Network:
             return tensor.to(torch.complex128 if self.dtype == torch.float64 else torch.complex64)
         return tensor.to(self.dtype) if tensor.is_floating_point() else tensor
 
-    def __call__(self, x: Tensor, parameters: Mapping[str, Tensor] | None = None) -> Tensor:
-        """Return the outputs for samples (k, …), flattened, (k, d); ``parameters`` stand for those of their name."""
-        return self.outputs(x, self.values | self._copied_buffers() | dict(parameters or {}))
+    def __call__(
+        self, x: Tensor, parameters: Mapping[str, Tensor] | None = None, then: Callable[[Tensor], Any] | None = None
+    ) -> Any:
+        """Return the outputs for samples (k, …), flattened, (k, d).
+
+        Args:
+            x: the samples.
+            parameters: stand for those of their name.
+            then: called with the outputs while the values are in place, and its result is returned. Gradients are to
+                be taken here: checkpointing runs layers again for them.
+
+        """
+        return self.outputs(x, self.values | self._copied_buffers() | dict(parameters or {}), then)
 
     def _copied_buffers(self) -> dict[str, Tensor]:
         """Return copies of the buffers that a forward pass changes."""
         return {name: self.values[name].clone() for name in self.changing}
 
-    def outputs(self, x: Tensor, values: dict[str, Tensor]) -> Tensor:
+    def outputs(self, x: Tensor, values: dict[str, Tensor], then: Callable[[Tensor], Any] | None = None) -> Any:
         """Return the outputs, (k, d), with the values given, which the forward pass may change."""
-        f = functional_call(self.module, values, (x,))
+
+        def rows(module: nn.Module) -> Any:
+            f = self._rows(module(x), x)
+            return then(f) if then else f
+
+        prefixed = {f"module.{name}": value for name, value in values.items()}
+        result = functional_call(_Holding(self.module), prefixed, (rows,))
+        values.update((name.removeprefix("module."), value) for name, value in prefixed.items())
+        return result
+
+    def _rows(self, f: Any, x: Tensor) -> Tensor:
         kind = type(self.module).__name__
         if not isinstance(f, Tensor):
             raise UserError(f"{kind} returns a {type(f).__name__}: wrap it in a module that returns one tensor (k, …)")
@@ -120,16 +141,23 @@ class Network:
                 raise UserError(f"the forward pass changes the parameters {changed}: freeze them while it is called")
             if _random_state(self.device) != state:
                 raise UserError(f"{self._differing(samples, samples)} draws random numbers: call eval() first")
-            alone = self(samples[:1])
-            if not self._agree(alone, together[:1]):
-                if len(samples) == 1 or not self._agree(self(samples[:1]), alone):
-                    raise UserError(f"{self._differing(samples[:1], samples[:1])} gives another output at each call")
-                raise UserError(
-                    f"{self._differing(samples, samples[:1])} mixes samples, so that the output for one depends on the "
-                    "others: a tangent kernel needs a module that takes each sample on its own"
-                )
+            # the last one too, because the first sees no other where what mixes goes from one to the next
+            for index in {0, len(samples) - 1}:
+                self._check_alone(samples, index, together)
             self._check_memory(samples, given, buffers, together)
         return together.shape[1]
+
+    def _check_alone(self, samples: Tensor, index: int, together: Tensor) -> None:
+        one = samples[index : index + 1]
+        alone = self(one)
+        if _agree(alone, together[index : index + 1], _AMONG_OTHERS):
+            return
+        if len(samples) == 1 or not _agree(self(one), alone, _AGAIN):
+            raise UserError(f"{self._differing(one, one)} gives another output at each call: take the chance out of it")
+        raise UserError(
+            f"{self._differing(samples, one, index)} mixes samples, so that the output for one depends on the others: a "
+            "tangent kernel needs a module that takes each sample on its own"
+        )
 
     def _first(self, samples: Tensor, values: dict[str, Tensor]) -> Tensor:
         try:
@@ -147,23 +175,18 @@ class Network:
     ) -> None:
         """Refuse buffers that a forward pass changes and that change its outputs; ``given`` is what it has left."""
         self.changing = [name for name in buffers if given[name] is not buffers[name] or given[name]._version > 0]
-        if self.changing and not self._agree(self.outputs(samples, given), outputs):
+        if self.changing and not _agree(self.outputs(samples, given), outputs, _AGAIN):
             raise UserError(
                 f"the forward pass changes the buffers {self.changing}, and its outputs with them: call eval(), or let "
                 "them stay as they are"
             )
 
-    def _agree(self, left: Tensor, right: Tensor) -> bool:
-        if left.shape != right.shape:
-            return False
-        largest = right.abs().nan_to_num(0, 0).max()
-        return torch.allclose(left, right, rtol=0, atol=float(_ROUND_OFF[self.dtype] * largest), equal_nan=True)
-
-    def _differing(self, left: Tensor, right: Tensor) -> str:
-        """Name the first layer that is given the same for its first sample in both, and returns something else."""
+    def _differing(self, left: Tensor, right: Tensor, index: int = 0) -> str:
+        """Name the first layer that is given the same for one sample, at this index and 0, and returns another output."""
         for (name, *first), (other, *second) in zip(self._calls(left), self._calls(right), strict=False):
-            pairs = [(a[:1], b[:1]) for a, b in zip(first, second, strict=True) if a.ndim and b.ndim]
-            if name == other and len(pairs) == 2 and self._agree(*pairs[0]) and not self._agree(*pairs[1]):
+            pairs = [(a[index : index + 1], b[:1]) for a, b in zip(first, second, strict=True) if a.ndim and b.ndim]
+            same = [_agree(*pair, _AMONG_OTHERS) for pair in pairs]
+            if name == other and same == [True, False]:
                 return name
         return type(self.module).__name__
 
@@ -187,16 +210,31 @@ class Network:
         return calls
 
 
+class _Holding(nn.Module):
+    """Gives a module to a function, so that it runs, and more, while functional_call has values in place."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, call: Callable[[nn.Module], Any]) -> Any:
+        return call(self.module)
+
+
 @contextmanager
 def left_alone(module: nn.Module) -> Iterator[None]:
-    """Give each layer its attributes back: some keep what they have computed, such as the old weight_norm."""
-    before = [(part, dict(vars(part))) for part in module.modules()]
+    """Give each layer its attributes, parameters and buffers back.
+
+    Some layers keep what they have computed, such as the old weight_norm, and functional_call leaves its own values in
+    a layer that stands in two places.
+    """
+    before = [(held, dict(held)) for part in module.modules() for held in (part._parameters, part._buffers, vars(part))]
     try:
         yield
     finally:
-        for part, attributes in before:
-            vars(part).clear()
-            vars(part).update(attributes)
+        for held, values in before:
+            held.clear()
+            held.update(values)
 
 
 def _check_layer(label: str, part: nn.Module) -> None:
@@ -225,6 +263,14 @@ def _check_parameter(name: str, parameter: Tensor) -> None:
             f"the parameter {name!r} is {parameter.dtype}, and a tangent kernel needs real ones: hold real and "
             "imaginary part as two, or leave it out by naming the others in parameters"
         )
+
+
+def _agree(left: Tensor, right: Tensor, tolerance: Mapping[torch.dtype, float]) -> bool:
+    if left.shape != right.shape:
+        return False
+    share = tolerance[torch.float64 if left.dtype == torch.float64 else torch.float32]
+    largest = float(right.abs().nan_to_num(0, 0).max()) if right.numel() else 0.0
+    return torch.allclose(left, right, rtol=0, atol=share * largest, equal_nan=True)
 
 
 def _random_state(device: torch.device) -> bytes:

@@ -172,12 +172,15 @@ class _Gradients:
 
     def _of_one(self, x: Tensor, output: int) -> Tensor:
         parameters = {name: self.network.values[name].detach().requires_grad_() for name in self.names}
+
+        def backwards(f: Tensor) -> Tensor:
+            if not f.requires_grad:
+                return torch.zeros(sum(p.numel() for p in parameters.values())).to(f)
+            gradients = torch.autograd.grad(f[0, output], list(parameters.values()), materialize_grads=True)
+            return torch.cat([(g.to_dense() if g.is_sparse else g).flatten() for g in gradients])
+
         with torch.enable_grad():
-            f = self.network(x, parameters)[0, output]
-        if not f.requires_grad:
-            return torch.zeros(sum(p.numel() for p in parameters.values())).to(f)
-        gradients = torch.autograd.grad(f, list(parameters.values()), materialize_grads=True)
-        return torch.cat([(g.to_dense() if g.is_sparse else g).flatten() for g in gradients])
+            return self.network(x, parameters, then=backwards)
 
 
 def _chosen(module: nn.Module, parameters: str | Sequence[str]) -> list[str]:
