@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -25,36 +25,75 @@ class NotLayerwiseError(Exception):
     """A batch on which the layers do not run as they did on the samples that were looked at; caught within theory."""
 
 
-def linear_layers(network: Network, names: list[str], samples: Tensor) -> list[str]:
-    """Return the linear layers with chosen parameters that run once, on one vector a sample, and share no weights.
+class LinearLayers:
+    """The linear layers with chosen parameters that run once, on one vector a sample, and share no weights.
 
-    On a few samples the layers' outputs are cut off from their weights: what still has a gradient is used elsewhere.
+    They are found out on a few samples, once with the layers' outputs cut off from their weights: what then still has
+    a gradient is used elsewhere, and an output that has one of another sample's row is not in the samples' order.
 
     Args:
         network: what they are part of.
         names: the chosen parameters.
-        samples: a few, (k, …).
+
+    Attributes:
+        parameters: those of the layers that may be such, to run the network with while they are looked at.
 
     """
-    candidates = _candidates(network.module, names)
-    weights = {f"{layer}.{kind}": part for layer in candidates for kind, part in _own(network, layer)}
-    alone, together = _Watch(candidates), _Watch(candidates, cut=True)
-    if not candidates:
-        return []
-    with torch.no_grad(), _watched(network.module, candidates, alone):
-        network(samples[:1])
-    with torch.enable_grad(), _watched(network.module, candidates, together):
-        f = network(samples, weights).sum()
-    used: list[Tensor | None] = [None] * len(weights)
-    if f.requires_grad:
-        used = list(torch.autograd.grad(f, list(weights.values()), allow_unused=True))
-    elsewhere = {name.rpartition(".")[0] for name, gradient in zip(weights, used, strict=True) if gradient is not None}
-    return [
-        layer
-        for layer in candidates
-        if layer not in elsewhere and alone.once(layer, 1) and together.once(layer, len(samples))
-        and torch.allclose(alone.inputs[layer], together.inputs[layer][:1], rtol=1e-3, equal_nan=True)
-    ]  # fmt: skip
+
+    def __init__(self, network: Network, names: list[str]) -> None:
+        self._module, self._candidates = network.module, _candidates(network.module, names)
+        self.parameters = {
+            name: network.values[name].detach().requires_grad_()
+            for layer in self._candidates
+            for name in (f"{layer}.weight", f"{layer}.bias")
+            if name in network.values
+        }
+        self._together = _Watch(cut=True, tapped=True)
+        self._alone: list[tuple[int, _Watch]] = []
+        self._reused: set[str] = set()
+        self._reordered: set[str] = set()
+
+    def cut_off(self) -> AbstractContextManager[None]:
+        """Return a context in which outputs do not depend on the layers' weights, but for other uses of these."""
+        return _watched(self._module, self._candidates, self._together)
+
+    def watched_alone(self, index: int) -> AbstractContextManager[None]:
+        """Return a context in which the sample that has this index among the others is seen alone."""
+        self._alone.append((index, _Watch()))
+        return _watched(self._module, self._candidates, self._alone[-1][1])
+
+    def find_other_uses(self, f: Tensor) -> Tensor:
+        """Look for gradients of outputs that were cut off, (k, d), and return these."""
+        taps, weights = self._together.taps, self.parameters
+        given = [*taps.values(), *weights.values()]
+        # by two of three rows, because a change of order leaves one of them where it is, or none
+        for index in range(min(2, len(f)) if f.requires_grad and given else 0):
+            gradients = torch.autograd.grad(f[index].sum(), given, retain_graph=True, allow_unused=True)
+            for layer, gradient in zip(taps, gradients, strict=False):
+                others = [row for row in range(len(f)) if row != index]
+                if gradient is not None and len(gradient) == len(f) and gradient[others].any():
+                    self._reordered.add(layer)
+            for name, gradient in zip(weights, gradients[len(taps) :], strict=True):
+                if gradient is not None:
+                    self._reused.add(name.rpartition(".")[0])
+        return f.detach()
+
+    def usable(self, samples: int) -> list[str]:
+        """Return the names of the layers that have shown to be such, with so many samples."""
+        return [
+            layer
+            for layer in self._candidates
+            if layer not in self._reused | self._reordered
+            and self._together.once(layer, samples)
+            and all(self._same_row(layer, index, watch) for index, watch in self._alone)
+        ]  # fmt: skip
+
+    def _same_row(self, layer: str, index: int, alone: _Watch) -> bool:
+        if not alone.once(layer, 1):
+            return False
+        row = self._together.inputs[layer][index]
+        tolerance = 1e-3 * float(row.abs().max())
+        return torch.allclose(alone.inputs[layer][0], row, rtol=0, atol=tolerance, equal_nan=True)
 
 
 def linear_parts(network: Network, layers: list[str], x: Tensor) -> list[Part]:
@@ -64,7 +103,7 @@ def linear_parts(network: Network, layers: list[str], x: Tensor) -> list[Part]:
         NotLayerwiseError: a layer that does not run once, on one vector a sample.
 
     """
-    watch = _Watch(layers, tapped=True)
+    watch = _Watch(tapped=True)
 
     def backwards(f: Tensor) -> list[Sequence[Tensor]]:
         if not all(watch.once(layer, len(x)) for layer in layers):
@@ -106,22 +145,16 @@ def _candidates(module: nn.Module, names: list[str]) -> list[str]:
     ]  # fmt: skip
 
 
-def _own(network: Network, layer: str) -> list[tuple[str, Tensor]]:
-    kinds = [kind for kind in ("weight", "bias") if f"{layer}.{kind}" in network.values]
-    return [(kind, network.values[f"{layer}.{kind}"].detach().requires_grad_()) for kind in kinds]
-
-
 class _Watch:
     """What linear layers were given in one forward pass, and what stands in for their outputs.
 
     Args:
-        layers: their names.
-        cut: let an output depend on the input alone, not on the weights.
+        cut: let an output depend on the input alone, not on the weights; it is as large as ever.
         tapped: add zeros to the output, whose gradient is that of the output.
 
     """
 
-    def __init__(self, layers: list[str], cut: bool = False, tapped: bool = False) -> None:
+    def __init__(self, cut: bool = False, tapped: bool = False) -> None:
         self.calls: Counter[str] = Counter()
         self.inputs: dict[str, Tensor] = {}
         self.taps: dict[str, Tensor] = {}
@@ -136,13 +169,12 @@ class _Watch:
                 self.calls[layer] += 1
                 return None
             self.inputs.setdefault(layer, given[0].detach())
+            if not self.tapped:
+                return None
             if self.cut:
-                return output.detach() + 0 * given[0].sum(1, keepdim=True)
-            if self.tapped:
-                # the same one when a layer runs again, as it does under checkpointing
-                tap = self.taps.setdefault(layer, torch.zeros_like(output, requires_grad=True))
-                return output + tap
-            return None
+                output = output.detach() + (given[0] - given[0].detach()).sum(1, keepdim=True)
+            # the same one when a layer runs again, as it does under checkpointing
+            return output + self.taps.setdefault(layer, torch.zeros_like(output, requires_grad=True))
 
         return note
 

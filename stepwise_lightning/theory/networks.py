@@ -1,4 +1,4 @@
-"""A module as a function of its parameters and of one sample, in one precision; what is none is refused."""
+"""A module as a function of its parameters, in one precision; layers that can be none of one sample are refused."""
 
 from __future__ import annotations
 
@@ -13,12 +13,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.parameter import is_lazy
 
-from stepwise_lightning.errors import UserError, reason
+from stepwise_lightning.errors import UserError
 from stepwise_lightning.precision import check_real, on_float64_device
-
-# Shares of the largest output: what round-off makes of one sample, alone and among others, and of the same call twice.
-_AMONG_OTHERS = {torch.float64: 1e-9, torch.float32: 1e-3}
-_AGAIN = {torch.float64: 1e-13, torch.float32: 1e-5}
 
 
 class Network:
@@ -70,9 +66,9 @@ class Network:
                 be taken here: checkpointing runs layers again for them.
 
         """
-        return self.outputs(x, self.values | self._copied_buffers() | dict(parameters or {}), then)
+        return self.outputs(x, self.values | self.copied_buffers() | dict(parameters or {}), then)
 
-    def _copied_buffers(self) -> dict[str, Tensor]:
+    def copied_buffers(self) -> dict[str, Tensor]:
         """Return copies of the buffers that a forward pass changes."""
         return {name: self.values[name].clone() for name in self.changing}
 
@@ -120,94 +116,6 @@ class Network:
         except Exception:  # whatever layers say that multiply with what they get
             return x.to(self.dtype)
         return x
-
-    def try_out(self, samples: Tensor) -> int:
-        """Return the number of outputs of a module that is a function of one sample: without chance, memory or mixing.
-
-        Args:
-            samples: a few, different ones, (k, …); with one there is nothing to mix.
-
-        Raises:
-            ValueError: it is none; the error names the layer.
-
-        """
-        devices = [self.device] if self.device.type == "cuda" else []
-        with torch.no_grad(), torch.random.fork_rng(devices):
-            state, buffers = _random_state(self.device), self._copied_buffers()
-            versions = {name: value._version for name, value in self.values.items()}
-            given = self.values | buffers
-            together = self._first(samples, given)
-            if changed := [name for name, value in self.values.items() if value._version != versions[name]]:
-                raise UserError(f"the forward pass changes the parameters {changed}: freeze them while it is called")
-            if _random_state(self.device) != state:
-                raise UserError(f"{self._differing(samples, samples)} draws random numbers: call eval() first")
-            # the last one too, because the first sees no other where what mixes goes from one to the next
-            for index in {0, len(samples) - 1}:
-                self._check_alone(samples, index, together)
-            self._check_memory(samples, given, buffers, together)
-        return together.shape[1]
-
-    def _check_alone(self, samples: Tensor, index: int, together: Tensor) -> None:
-        one = samples[index : index + 1]
-        alone = self(one)
-        if _agree(alone, together[index : index + 1], _AMONG_OTHERS):
-            return
-        if len(samples) == 1 or not _agree(self(one), alone, _AGAIN):
-            raise UserError(f"{self._differing(one, one)} gives another output at each call: take the chance out of it")
-        raise UserError(
-            f"{self._differing(samples, one, index)} mixes samples, so that the output for one depends on the others: a "
-            "tangent kernel needs a module that takes each sample on its own"
-        )
-
-    def _first(self, samples: Tensor, values: dict[str, Tensor]) -> Tensor:
-        try:
-            return self.outputs(samples, values)
-        except RuntimeError as error:
-            if not any(word in str(error) for word in ("dtype", "scalar type", "Half", "BFloat16")):
-                raise
-            raise UserError(
-                f"{type(self.module).__name__} does not run in {self.dtype}: let it cast nothing by itself, nor hold "
-                f"tensors that are neither parameters nor buffers ({reason(error)})"
-            ) from error
-
-    def _check_memory(
-        self, samples: Tensor, given: dict[str, Tensor], buffers: dict[str, Tensor], outputs: Tensor
-    ) -> None:
-        """Refuse buffers that a forward pass changes and that change its outputs; ``given`` is what it has left."""
-        self.changing = [name for name in buffers if given[name] is not buffers[name] or given[name]._version > 0]
-        if self.changing and not _agree(self.outputs(samples, given), outputs, _AGAIN):
-            raise UserError(
-                f"the forward pass changes the buffers {self.changing}, and its outputs with them: call eval(), or let "
-                "them stay as they are"
-            )
-
-    def _differing(self, left: Tensor, right: Tensor, index: int = 0) -> str:
-        """Name the first layer that is given the same for one sample, at this index and 0, and returns another output."""
-        for (name, *first), (other, *second) in zip(self._calls(left), self._calls(right), strict=False):
-            pairs = [(a[index : index + 1], b[:1]) for a, b in zip(first, second, strict=True) if a.ndim and b.ndim]
-            same = [_agree(*pair, _AMONG_OTHERS) for pair in pairs]
-            if name == other and same == [True, False]:
-                return name
-        return type(self.module).__name__
-
-    def _calls(self, x: Tensor) -> list[tuple[str, Tensor, Tensor]]:
-        """Return name, input and output of each layer, in the order in which they end."""
-        calls: list[tuple[str, Tensor, Tensor]] = []
-
-        def note(part: nn.Module, given: Any, output: Any) -> None:
-            output = output[0] if isinstance(output, tuple) and output else output
-            if given and isinstance(given[0], Tensor) and isinstance(output, Tensor):
-                name = names[part]
-                calls.append((f"{name!r} ({type(part).__name__})" if name else type(part).__name__, given[0], output))
-
-        names = {part: name for name, part in self.module.named_modules()}
-        hooks = [part.register_forward_hook(note) for part in names]
-        try:
-            self(x)
-        finally:
-            for hook in hooks:
-                hook.remove()
-        return calls
 
 
 class _Holding(nn.Module):
@@ -263,16 +171,3 @@ def _check_parameter(name: str, parameter: Tensor) -> None:
             f"the parameter {name!r} is {parameter.dtype}, and a tangent kernel needs real ones: hold real and "
             "imaginary part as two, or leave it out by naming the others in parameters"
         )
-
-
-def _agree(left: Tensor, right: Tensor, tolerance: Mapping[torch.dtype, float]) -> bool:
-    if left.shape != right.shape:
-        return False
-    share = tolerance[torch.float64 if left.dtype == torch.float64 else torch.float32]
-    largest = float(right.abs().nan_to_num(0, 0).max()) if right.numel() else 0.0
-    return torch.allclose(left, right, rtol=0, atol=share * largest, equal_nan=True)
-
-
-def _random_state(device: torch.device) -> bytes:
-    states = [torch.get_rng_state()] + ([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])
-    return b"".join(state.numpy().tobytes() for state in states)

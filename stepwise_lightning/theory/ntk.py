@@ -10,7 +10,7 @@ Legend
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -19,8 +19,9 @@ from torch.func import grad, vmap
 
 from stepwise_lightning.errors import UserError
 from stepwise_lightning.precision import without_autocast
-from stepwise_lightning.theory.layerwise import NotLayerwiseError, Part, contract, linear_layers, linear_parts
+from stepwise_lightning.theory.layerwise import LinearLayers, NotLayerwiseError, contract, linear_parts
 from stepwise_lightning.theory.networks import Network, left_alone
+from stepwise_lightning.theory.trial import a_few, try_out
 
 # vmap keeps a few copies of what it differentiates.
 _COPIES = 4
@@ -78,9 +79,9 @@ class EmpiricalNTK:
             with without_autocast(network.device):
                 left = network.inputs(x, "x")
                 right = left if x is y else network.inputs(y, "y")
-                samples = _a_few(left, right)
-                outputs = network.try_out(samples)
-                layers = linear_layers(network, names, samples)
+                samples, linear = a_few(left, right), LinearLayers(network, names)
+                outputs = try_out(network, linear, samples)
+                layers = linear.usable(len(samples))
                 try:
                     return self._kernel(network, names, layers, left, right, outputs)
                 except NotLayerwiseError:
@@ -114,21 +115,14 @@ class EmpiricalNTK:
         return self.max_bytes // (a_number * max(numbers, 1))
 
 
-def _a_few(x: Tensor, y: Tensor) -> Tensor:
-    """Return the first sample of x and up to three that differ from it: copies would not show that they are mixed."""
-    few = [x[:1]]
-    for z in (x, y) if x is not y else (x,):
-        if z.shape[1:] == x.shape[1:] and z.dtype == x.dtype:
-            others = (z != x[:1]).reshape(len(z), -1).any(1).nonzero().flatten()
-            few.append(z[others[:: max(1, len(others) - 1)][:2]])
-    return torch.cat(few)[:4]
-
-
 def _layerwise(network: Network, names: list[str], layers: list[str], x: Tensor, y: Tensor, rows: int) -> Tensor:
-    def blocks(z: Tensor) -> Iterator[list[Part]]:
-        return (linear_parts(network, layers, part) for part in z.split(rows))
-
-    return torch.cat([torch.cat([contract(names, layers, a, b) for b in blocks(y)], 1) for a in blocks(x)])
+    kernel = torch.empty(len(x), len(y), dtype=torch.float64, device=x.device)
+    for i in range(0, len(x), rows):
+        left = linear_parts(network, layers, x[i : i + rows])
+        for j in range(0, len(y), rows):
+            right = left if x is y and i == j else linear_parts(network, layers, y[j : j + rows])
+            kernel[i : i + rows, j : j + rows] = contract(names, layers, left, right)
+    return kernel
 
 
 def _per_sample(network: Network, names: list[str], x: Tensor, y: Tensor, outputs: int, rows: int) -> Tensor:
