@@ -126,7 +126,7 @@ def crossing_times(times: Tensor, eigenvalues: Tensor, level: float = 0.5) -> Te
 
 
 def _on_cpu(values: Tensor | ArrayLike, name: str) -> Tensor:
-    return as_float64(values.cpu() if isinstance(values, Tensor) else values, name)
+    return as_float64(values, name).cpu()
 
 
 def _check_trajectory(times: Tensor, values: Tensor) -> None:

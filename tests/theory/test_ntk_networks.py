@@ -1,36 +1,17 @@
 """Kinds of networks under the tangent kernel: each equals the full Jacobian, or is refused in one line."""
 
 import copy
-import warnings
+from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
+from made_networks import IMAGES, SEQUENCES, TOKENS, VECTORS, linear, made, with_old
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize
 from torch.utils.checkpoint import checkpoint
 
-from stepwise_lightning.errors import UserError
 from stepwise_lightning.theory import EmpiricalNTK
-
-
-def from_function(forward, *layers: nn.Module, **named: nn.Module | nn.Parameter | Tensor) -> nn.Module:
-    """Return a module with these layers, parameters or buffers and ``forward(self, x)``."""
-
-    class Made(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            for name, value in named.items():
-                if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
-                    self.register_buffer(name, value)
-                else:
-                    setattr(self, name, value)
-
-        def forward(self, x: Tensor):
-            return forward(self, x)
-
-    torch.manual_seed(0)
-    return Made()
 
 
 def jacobian(module: nn.Module, x: Tensor, names: list[str] | None = None) -> Tensor:
@@ -53,17 +34,12 @@ def brute_force(module: nn.Module, x: Tensor, y: Tensor, names: list[str] | None
     return torch.einsum("kop,lop->kl", left, right) / left.shape[1]
 
 
-def linear(wide: int = 6, narrow: int = 6, **options) -> nn.Linear:
-    torch.manual_seed(wide + 10 * narrow)
-    return nn.Linear(wide, narrow, **options)
-
-
 def tied(forward=lambda self, x: F.linear(self.inner(x).tanh(), self.inner.weight.t()), **more) -> nn.Module:
-    return from_function(forward, inner=linear(6, 4), **more)
+    return made(forward, inner=linear(6, 4), **more)
 
 
 def tied_by_name() -> nn.Module:
-    module = from_function(lambda self, x: self.outer(self.inner(x).tanh()), inner=linear(), outer=linear())
+    module = made(lambda self, x: self.outer(self.inner(x).tanh()), inner=linear(), outer=linear())
     module.outer.weight = module.inner.weight
     return module
 
@@ -73,16 +49,9 @@ def same_layer_twice() -> nn.Module:
     return nn.Sequential(layer, nn.Tanh(), layer)
 
 
-def with_old(norm, *modes) -> nn.Module:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        module = nn.Sequential(norm(linear(6, 5)), nn.Tanh(), norm(linear(5, 3)))
-        with torch.no_grad():  # or the module could not be copied
-            module(torch.randn(4, 6))
-    return module.eval()
-
-
 class Double(nn.Module):
+    """W + Wᵀ."""
+
     def forward(self, weight: Tensor) -> Tensor:
         return weight + weight.T
 
@@ -139,73 +108,113 @@ def one_expert_seldom(self, x):
     return torch.where(x[:, :1] > 1e3, F.linear(h, self.inner.weight), h)
 
 
-torch.manual_seed(1)
-VECTORS = torch.randn(7, 6, dtype=torch.float64)
-SEQUENCES = torch.randn(5, 3, 6, dtype=torch.float64)
-TOKENS = torch.randint(0, 9, (6, 4))
-IMAGES = torch.randn(4, 3, 6, 6, dtype=torch.float64)
-
 RIGHT = {
     # weights that are used again
     "tied by function": (tied, VECTORS),
-    "tied, with bias": (lambda: tied(lambda s, x: F.linear(s.inner(x).relu(), s.inner.weight.t(), s.last), last=nn.Parameter(torch.ones(6))), VECTORS),
+    "tied, with bias": (
+        lambda: tied(
+            lambda s, x: F.linear(s.inner(x).relu(), s.inner.weight.t(), s.last), last=nn.Parameter(torch.ones(6))
+        ),
+        VECTORS,
+    ),
     "tied by name": (tied_by_name, VECTORS),
-    "used again outside its layer": (lambda: tied(lambda s, x: s.inner(x).tanh() + 0.1 * s.inner.weight.square().sum()), VECTORS),
+    "used again outside its layer": (
+        lambda: tied(lambda s, x: s.inner(x).tanh() + 0.1 * s.inner.weight.square().sum()),
+        VECTORS,
+    ),
     "bias used again": (lambda: tied(lambda s, x: s.inner(x).tanh() * s.inner.bias), VECTORS),
     "used before its layer": (lambda: tied(lambda s, x: s.inner((x @ s.inner.weight.t()) @ s.inner.weight)), VECTORS),
-    "used again, rarely": (lambda: from_function(one_expert_seldom, inner=linear()), VECTORS),
-    "layer whose output is cut off": (lambda: tied(lambda s, x: s.inner(x).detach() + F.linear(x, s.inner.weight)), VECTORS),
-    "layer called twice": (lambda: from_function(lambda s, x: s.inner(s.inner(x).tanh()), inner=linear()), VECTORS),
+    "used again, rarely": (lambda: made(one_expert_seldom, inner=linear()), VECTORS),
+    "layer whose output is cut off": (
+        lambda: tied(lambda s, x: s.inner(x).detach() + F.linear(x, s.inner.weight)),
+        VECTORS,
+    ),
+    "layer called twice": (lambda: made(lambda s, x: s.inner(s.inner(x).tanh()), inner=linear()), VECTORS),
     "layer in two places": (same_layer_twice, VECTORS),
-    "layer never called": (lambda: from_function(lambda s, x: s.a(x), a=linear(), b=linear(6, 2)), VECTORS),
+    "layer never called": (lambda: made(lambda s, x: s.a(x), a=linear(), b=linear(6, 2)), VECTORS),
     "layer on a sequence": (lambda: nn.Sequential(linear(), nn.Tanh(), linear(6, 2)), SEQUENCES),
-    "layer on flattened sequences": (lambda: from_function(lambda s, x: s.a(x.flatten(0, 1)).unflatten(0, (-1, 3)), a=linear()), SEQUENCES),
-    "layer on another order": (lambda: from_function(lambda s, x: s.a(x.flip(0)).flip(0), a=linear()), VECTORS),
-    "layer by keyword": (lambda: from_function(lambda s, x: s.a(input=x), a=linear()), VECTORS),
+    "layer on flattened sequences": (
+        lambda: made(lambda s, x: s.a(x.flatten(0, 1)).unflatten(0, (-1, 3)), a=linear()),
+        SEQUENCES,
+    ),
+    "layer on another order": (lambda: made(lambda s, x: s.a(x.flip(0)).flip(0), a=linear()), VECTORS),
+    "layer by keyword": (lambda: made(lambda s, x: s.a(input=x), a=linear()), VECTORS),
     "layer with a hook": (hooked, VECTORS),
-    "experts": (lambda: from_function(by_sign, positive=linear(6, 4), negative=linear(6, 4)), VECTORS),
-    "checkpointed": (lambda: from_function(lambda s, x: checkpoint(s.a, x, use_reentrant=False), a=nn.Sequential(linear(), nn.Tanh(), linear())), VECTORS),
+    "experts": (lambda: made(by_sign, positive=linear(6, 4), negative=linear(6, 4)), VECTORS),
+    "checkpointed": (
+        lambda: made(
+            lambda s, x: checkpoint(s.a, x, use_reentrant=False), a=nn.Sequential(linear(), nn.Tanh(), linear())
+        ),
+        VECTORS,
+    ),
     "linear alone": (linear, VECTORS),
     # weights that are computed
     "old weight_norm": (lambda: with_old(nn.utils.weight_norm), VECTORS),
     "old spectral_norm": (lambda: with_old(nn.utils.spectral_norm), VECTORS),
     "weight_norm": (lambda: nn.Sequential(parametrizations.weight_norm(linear()), nn.Tanh(), linear()), VECTORS),
-    "spectral_norm": (lambda: nn.Sequential(parametrizations.spectral_norm(linear()), nn.Tanh(), linear()).eval(), VECTORS),
+    "spectral_norm": (
+        lambda: nn.Sequential(parametrizations.spectral_norm(linear()), nn.Tanh(), linear()).eval(),
+        VECTORS,
+    ),
     "orthogonal": (lambda: parametrizations.orthogonal(linear()), VECTORS),
     "own parametrization": (parametrized, VECTORS),
     # parameters
-    "zero-dimensional": (lambda: from_function(lambda s, x: s.scale * s.inner(x).tanh(), inner=linear(), scale=nn.Parameter(torch.tensor(0.7))), VECTORS),
-    "only zero-dimensional": (lambda: from_function(lambda s, x: (s.scale * x).tanh(), scale=nn.Parameter(torch.tensor(0.7))), VECTORS),
-    "empty": (lambda: from_function(lambda s, x: s.inner(x), inner=linear(), none=nn.Parameter(torch.ones(0))), VECTORS),
+    "zero-dimensional": (
+        lambda: made(lambda s, x: s.scale * s.inner(x).tanh(), inner=linear(), scale=nn.Parameter(torch.tensor(0.7))),
+        VECTORS,
+    ),
+    "only zero-dimensional": (
+        lambda: made(lambda s, x: (s.scale * x).tanh(), scale=nn.Parameter(torch.tensor(0.7))),
+        VECTORS,
+    ),
+    "empty": (lambda: made(lambda s, x: s.inner(x), inner=linear(), none=nn.Parameter(torch.ones(0))), VECTORS),
     "frozen": (lambda: nn.Sequential(linear().requires_grad_(False), nn.Tanh(), linear(6, 2)), VECTORS),
-    "list": (lambda: from_function(lambda s, x: sum(p * x for p in s.many), many=nn.ParameterList([torch.ones(6), torch.ones(1)])), VECTORS),
+    "list": (
+        lambda: made(lambda s, x: sum(p * x for p in s.many), many=nn.ParameterList([torch.ones(6), torch.ones(1)])),
+        VECTORS,
+    ),
     "float16": (lambda: nn.Sequential(linear(), nn.Tanh(), linear(6, 2)).half(), VECTORS),
     "bfloat16": (lambda: nn.Sequential(nn.Conv2d(3, 2, 3), nn.GELU(), nn.Flatten(), linear(32, 2)).bfloat16(), IMAGES),
     # outputs
-    "one output without an axis": (lambda: from_function(lambda s, x: s.inner(x).sum(1), inner=linear()), VECTORS),
-    "squeezed": (lambda: from_function(lambda s, x: s.inner(x).squeeze(), inner=linear(6, 1)), VECTORS),
-    "squeezed rows": (lambda: from_function(lambda s, x: s.inner(x).squeeze(), inner=linear(6, 3)), VECTORS),
-    "output without parameters": (lambda: from_function(lambda s, x: torch.cat([s.inner(x), x], 1), inner=linear()), VECTORS),
+    "one output without an axis": (lambda: made(lambda s, x: s.inner(x).sum(1), inner=linear()), VECTORS),
+    "squeezed": (lambda: made(lambda s, x: s.inner(x).squeeze(), inner=linear(6, 1)), VECTORS),
+    "squeezed rows": (lambda: made(lambda s, x: s.inner(x).squeeze(), inner=linear(6, 3)), VECTORS),
+    "output without parameters": (lambda: made(lambda s, x: torch.cat([s.inner(x), x], 1), inner=linear()), VECTORS),
     # layers
     "embedding": (lambda: nn.Sequential(nn.Embedding(9, 5), nn.Flatten(), linear(20, 3)), TOKENS),
-    "embedding with padding": (lambda: nn.Sequential(nn.Embedding(9, 5, padding_idx=0), nn.Flatten(), linear(20, 3)), TOKENS),
+    "embedding with padding": (
+        lambda: nn.Sequential(nn.Embedding(9, 5, padding_idx=0), nn.Flatten(), linear(20, 3)),
+        TOKENS,
+    ),
     "sparse embedding": (lambda: nn.Sequential(nn.Embedding(9, 5, sparse=True), nn.Flatten(), linear(20, 3)), TOKENS),
     "embedding bag": (lambda: nn.Sequential(nn.EmbeddingBag(9, 5), nn.Tanh(), linear(5, 3)), TOKENS),
-    "integers": (lambda: from_function(lambda s, x: s.a(x.to(s.a.weight.dtype)).tanh(), a=linear(4, 3)), TOKENS),
+    "integers": (lambda: made(lambda s, x: s.a(x.to(s.a.weight.dtype)).tanh(), a=linear(4, 3)), TOKENS),
     "transformer": (lambda: nn.TransformerEncoderLayer(6, 2, 8, batch_first=True).eval(), SEQUENCES),
-    "attention": (lambda: from_function(lambda s, x: s.a(x, x, x)[0], a=nn.MultiheadAttention(6, 2, batch_first=True)), SEQUENCES),
-    "recurrent": (lambda: from_function(lambda s, x: s.a(x)[0], a=nn.LSTM(6, 4, batch_first=True)), SEQUENCES),
+    "attention": (
+        lambda: made(lambda s, x: s.a(x, x, x)[0], a=nn.MultiheadAttention(6, 2, batch_first=True)),
+        SEQUENCES,
+    ),
+    "recurrent": (lambda: made(lambda s, x: s.a(x)[0], a=nn.LSTM(6, 4, batch_first=True)), SEQUENCES),
     "group norm": (lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.GroupNorm(2, 4), nn.ReLU(), nn.Flatten()), IMAGES),
     "instance norm in training": (lambda: nn.Sequential(nn.InstanceNorm2d(3, affine=True), nn.Conv2d(3, 2, 3)), IMAGES),
-    "instance norm with statistics": (lambda: nn.Sequential(nn.InstanceNorm2d(3, affine=True, track_running_stats=True), nn.Conv2d(3, 2, 3)), IMAGES),
+    "instance norm with statistics": (
+        lambda: nn.Sequential(nn.InstanceNorm2d(3, affine=True, track_running_stats=True), nn.Conv2d(3, 2, 3)),
+        IMAGES,
+    ),
     "batch norm in evaluation": (lambda: nn.Sequential(linear(), nn.BatchNorm1d(6), nn.Tanh()).eval(), VECTORS),
-    "complex inside": (lambda: from_function(lambda s, x: torch.fft.fft(s.inner(x)).real, inner=linear()), VECTORS),
-    "calls counted": (lambda: from_function(count, inner=linear(), calls=torch.tensor(0)), VECTORS),
-    "calls counted anew": (lambda: from_function(counted_anew, inner=linear(), calls=torch.tensor(0.0)), VECTORS),
-    "a branch on values": (lambda: from_function(lambda s, x: torch.cat([s.inner(v[None]) if v.sum() > 0 else -s.inner(v[None]).tanh() for v in x]), inner=linear()), VECTORS),
-    "own gradient": (lambda: from_function(lambda s, x: s.b(Straight.apply(s.a(x))), a=linear(), b=linear(6, 2)), VECTORS),
-    "in-place": (lambda: from_function(lambda s, x: s.b(s.a(x).add_(1).relu_()), a=linear(), b=linear(6, 2)), VECTORS),
-}  # fmt: skip
+    "complex inside": (lambda: made(lambda s, x: torch.fft.fft(s.inner(x)).real, inner=linear()), VECTORS),
+    "calls counted": (lambda: made(count, inner=linear(), calls=torch.tensor(0)), VECTORS),
+    "calls counted anew": (lambda: made(counted_anew, inner=linear(), calls=torch.tensor(0.0)), VECTORS),
+    "a branch on values": (
+        lambda: made(
+            lambda s, x: torch.cat([s.inner(v[None]) if v.sum() > 0 else -s.inner(v[None]).tanh() for v in x]),
+            inner=linear(),
+        ),
+        VECTORS,
+    ),
+    "own gradient": (lambda: made(lambda s, x: s.b(Straight.apply(s.a(x))), a=linear(), b=linear(6, 2)), VECTORS),
+    "in-place": (lambda: made(lambda s, x: s.b(s.a(x).add_(1).relu_()), a=linear(), b=linear(6, 2)), VECTORS),
+}
 
 
 @pytest.mark.filterwarnings("ignore:There is a performance drop", "ignore:enable_nested_tensor")
@@ -250,97 +259,6 @@ def test_a_name_given_twice_counts_once():
     torch.testing.assert_close(kernel(VECTORS, VECTORS), expected, rtol=1e-10, atol=1e-12)
 
 
-def remember(self, x):
-    with torch.no_grad():
-        self.average.mul_(0.9).add_(0.1 * x.mean())
-    return self.inner(x - self.average)
-
-
-def dropped(self, x):
-    return self.inner(F.dropout(x))
-
-
-def private_chance(self, x):
-    return self.inner(x + torch.randn(x.shape, generator=GENERATOR).to(x))
-
-
-def clipped(self, x):
-    with torch.no_grad():
-        self.inner.weight.mul_(0.5)
-    return self.inner(x)
-
-
-def attention_over_the_batch(self, x):
-    return self.inner(F.softmax(x @ x.T, 1) @ x)
-
-
-def across(self, x):
-    return self.norm(self.inner(x))
-
-
-class BatchMean(nn.Module):
-    def forward(self, x: Tensor) -> Tensor:
-        return x - x.mean(0)
-
-
-GENERATOR = torch.Generator().manual_seed(0)
-REFUSED = {
-    "batch statistics": (lambda: nn.Sequential(linear(), nn.BatchNorm1d(6, track_running_stats=False)).eval(), VECTORS, r"'1' \(BatchNorm1d\) has no running statistics and mixes samples also after eval\(\)"),
-    "batch norm in training": (lambda: nn.Sequential(linear(), nn.BatchNorm1d(6)), VECTORS, r"'1' \(BatchNorm1d\) is in training mode"),
-    "functional batch norm": (lambda: from_function(lambda s, x: F.batch_norm(s.inner(x), None, None, training=True), inner=linear()), SEQUENCES, "Made mixes samples"),
-    "batch mean": (lambda: nn.Sequential(linear(), nn.Sequential(nn.Tanh(), BatchMean())), VECTORS, r"'1.1' \(BatchMean\) mixes samples"),
-    "attention over the batch": (lambda: from_function(attention_over_the_batch, inner=linear()), VECTORS, "Made mixes samples"),
-    "attention with the batch second": (lambda: nn.TransformerEncoderLayer(6, 2, 8).eval(), SEQUENCES, r"'self_attn' \(MultiheadAttention\) mixes samples"),
-    "recurrent with the batch second": (lambda: from_function(lambda s, x: s.a(x)[0], a=nn.GRU(6, 4)), SEQUENCES, r"'a' \(GRU\) mixes samples"),
-    "dropout": (lambda: nn.Sequential(linear(), nn.Dropout()), VECTORS, r"'1' \(Dropout\) is in training mode"),
-    "functional dropout": (lambda: nn.Sequential(from_function(dropped, inner=linear()), nn.Tanh()), VECTORS, r"'0' \(Made\) draws random numbers"),
-    "random leaky relu": (lambda: nn.Sequential(linear(), nn.RReLU()), VECTORS, r"'1' \(RReLU\) draws random numbers"),
-    "dropout in a recurrent layer": (lambda: from_function(lambda s, x: s.a(x)[0], a=nn.LSTM(6, 4, 2, dropout=0.5)), SEQUENCES, r"'a' \(LSTM\) draws random numbers"),
-    "a generator of its own": (lambda: from_function(private_chance, inner=linear()), VECTORS, "Made gives another output at each call"),
-    "spectral_norm in training": (lambda: nn.Sequential(parametrizations.spectral_norm(linear())), VECTORS, r"changes the buffers \['0.parametrizations.weight.0._u'"),
-    "old spectral_norm in training": (lambda: with_old(nn.utils.spectral_norm).train(), VECTORS, r"changes the buffers \['0.weight_u'"),
-    "a running average": (lambda: from_function(remember, inner=linear(), average=torch.tensor(0.5)), VECTORS, r"Made mixes samples|changes the buffers \['average'\]"),
-    "weights changed": (lambda: from_function(clipped, inner=linear()).double(), VECTORS, r"changes the parameters \['inner.weight'\]"),
-    "an embedding that rescales": (lambda: nn.Sequential(nn.Embedding(9, 5, max_norm=1.0)), TOKENS, r"'0' \(Embedding\) has max_norm"),
-    "not initialised": (lambda: nn.Sequential(nn.LazyLinear(3), nn.Tanh(), linear(3, 3)), VECTORS, r"'0' \(LazyLinear\) has a weight that is not initialised yet: call the module once"),
-    "lazy statistics": (lambda: nn.Sequential(linear(), nn.LazyBatchNorm1d()).eval(), VECTORS, r"'1' \(LazyBatchNorm1d\)"),
-    "without values": (lambda: nn.Sequential(nn.Linear(6, 3, device="meta")), VECTORS, "on the device 'meta'"),
-    "complex parameters": (lambda: nn.Sequential(nn.Linear(6, 3, dtype=torch.complex64)), VECTORS, "'0.weight' is torch.complex64"),
-    "complex inputs": (linear, VECTORS + 1j, "x must be real, got torch.complex128"),
-    "complex outputs": (lambda: from_function(lambda s, x: torch.fft.fft(s.inner(x)), inner=linear()), VECTORS, "Made returns torch.complex128"),
-    "integer outputs": (lambda: from_function(lambda s, x: s.inner(x).argmax(1), inner=linear()), VECTORS, "Made returns torch.int64"),
-    "a tuple": (lambda: nn.LSTM(6, 4, batch_first=True), SEQUENCES, "LSTM returns a tuple: wrap it"),
-    "a dictionary": (lambda: from_function(lambda s, x: {"z": s.inner(x)}, inner=linear()), VECTORS, "Made returns a dict: wrap it"),
-    "rows joined": (lambda: from_function(lambda s, x: s.inner(x).flatten(0, 1), inner=linear()), SEQUENCES, r"returns shape \(\d+, 6\) for \d samples"),
-    "one number for all": (lambda: from_function(lambda s, x: s.inner(x).mean(), inner=linear()), VECTORS, r"returns shape \(\) for"),
-    "one row for all": (lambda: from_function(lambda s, x: s.inner(x).mean(0), inner=linear(6, 2)), VECTORS, r"returns shape \(2,\) for"),
-    "no samples": (linear, VECTORS[:0], r"x must hold samples \(k, …\), k ≥ 1, got shape \(0, 6\)"),
-    "a precision of its own": (lambda: from_function(lambda s, x: s.inner(x.half()), inner=linear()), VECTORS, "Made does not run in torch.float64: let it cast nothing"),
-    "tensors that are no buffers": (lambda: from_function(lambda s, x: s.inner(x) @ torch.ones(6, 2), inner=linear()), VECTORS, "Made does not run in torch.float64"),
-}  # fmt: skip
-
-
-@pytest.mark.filterwarnings("ignore:enable_nested_tensor", "ignore:Lazy modules")
-@pytest.mark.parametrize("name", REFUSED)
-def test_what_is_no_function_of_one_sample_is_refused_in_one_line_that_names_it(name):
-    make, x, message = REFUSED[name]
-    torch.manual_seed(0)
-    module, state = make(), torch.get_rng_state()
-    with pytest.raises(UserError, match=message) as refusal:
-        EmpiricalNTK(module)(x, x)
-    assert "\n" not in str(refusal.value)
-    assert torch.equal(torch.get_rng_state(), state)
-
-
-@pytest.mark.parametrize("name", ["batch mean", "attention over the batch"])
-def test_mixing_shows_also_where_the_first_samples_are_copies_or_x_has_one(name):
-    make, x, message = REFUSED[name]
-    copies = torch.cat([x[:1].expand(5, -1), x[3:]])
-    for left, right in ((copies, copies), (x[:1], x), (x, x[:1]), (x[:1], x[1:2])):
-        with pytest.raises(UserError, match=message):
-            EmpiricalNTK(make())(left, right)
-
-
 def test_lazy_layers_are_taken_once_they_are_initialised():
     module = nn.Sequential(nn.LazyLinear(3), nn.Tanh(), linear(3, 3))
     kernel = EmpiricalNTK(module)
@@ -348,7 +266,9 @@ def test_lazy_layers_are_taken_once_they_are_initialised():
     torch.testing.assert_close(kernel(VECTORS, VECTORS), brute_force(module, VECTORS, VECTORS), rtol=1e-10, atol=1e-12)
 
 
-@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode, lambda: torch.autocast("cpu", torch.bfloat16)])
+@pytest.mark.parametrize(
+    "context", [torch.no_grad, torch.inference_mode, partial(torch.autocast, "cpu", torch.bfloat16)]
+)
 @pytest.mark.parametrize("name", ["tied by function", "zero-dimensional", "layer on a sequence"])
 def test_modes_around_the_call_change_nothing(context, name):
     make, x = RIGHT[name]
