@@ -2,6 +2,10 @@
 
 Each loss is the sum of named terms, which ``…_terms`` returns as they enter the sum, weights included. The defaults of
 the losses are the constants below, which the LightningModules share; the terms have none of their own.
+
+All of them compute in float64 where a view is float64, else in float32, also of views in half precision and under
+``torch.autocast``: squares of small embeddings vanish in half precision, and those of large ones overflow. Gradients
+have the type of the embeddings.
 """
 
 from __future__ import annotations
@@ -14,10 +18,13 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from stepwise_lightning.errors import UserError
+from stepwise_lightning.precision import as_float64, without_autocast
 
 OFF_DIAGONAL_WEIGHT = 0.0051
 BARLOW_TWINS_EPS = 1e-5
 TEMPERATURE = 0.5
+# Below it SimCLR is computed in float64: its two terms grow as 1/τ, and the loss is their small difference.
+_COLD = 0.05
 INVARIANCE_WEIGHT, VARIANCE_WEIGHT, COVARIANCE_WEIGHT = 25.0, 25.0, 1.0
 VICREG_EPS = 1e-4
 
@@ -48,10 +55,11 @@ def barlow_twins_loss(
         eps: with ``normalize=True``, added to the variance under the root.
 
     Returns:
-        A scalar of the embeddings' type.
+        A scalar, float64 where a view is, else float32.
 
     Raises:
-        ValueError: the views' shapes differ, are not (n, d), or are empty; one pair where means are subtracted.
+        ValueError: the views' shapes or devices differ, are not (n, d), or are empty; views that are not of a real
+            floating type; one pair where means are subtracted.
 
     """
     return sum_terms(barlow_twins_terms(z1, z2, off_diagonal_weight, normalize, center, eps))
@@ -61,27 +69,28 @@ def barlow_twins_terms(
     z1: Tensor, z2: Tensor, off_diagonal_weight: float, normalize: bool, center: bool, eps: float
 ) -> dict[str, Tensor]:
     """Return the terms of :func:`barlow_twins_loss`, ``on_diagonal`` and ``off_diagonal``."""
-    if normalize or center:
-        _check_views(z1, z2, 2, "a centred Barlow Twins loss")
-        z1, z2 = z1 - z1.mean(0), z2 - z2.mean(0)
-    else:
-        _check_views(z1, z2)
-    if normalize:
-        z1 = z1 * (z1.square().mean(0) + eps).rsqrt()
-        z2 = z2 * (z2.square().mean(0) + eps).rsqrt()
-    c = z1.T @ z2
-    c = c / len(z1) if normalize else (c + c.T) / (2 * len(z1))
-    return {
-        "on_diagonal": (c.diagonal() - 1).square().sum(),
-        "off_diagonal": off_diagonal_weight * _off_diagonal(c).square().sum(),
-    }
+    with without_autocast(z1.device):
+        if normalize or center:
+            z1, z2 = _checked_views(z1, z2, 2, "a centred Barlow Twins loss")
+            z1, z2 = z1 - z1.mean(0), z2 - z2.mean(0)
+        else:
+            z1, z2 = _checked_views(z1, z2)
+        if normalize:
+            z1 = z1 * (z1.square().mean(0) + eps).rsqrt()
+            z2 = z2 * (z2.square().mean(0) + eps).rsqrt()
+        c = z1.T @ z2
+        c = c / len(z1) if normalize else (c + c.T) / (2 * len(z1))
+        return {
+            "on_diagonal": (c.diagonal() - 1).square().sum(),
+            "off_diagonal": off_diagonal_weight * _off_diagonal(c).square().sum(),
+        }
 
 
 def simclr_loss(z1: Tensor, z2: Tensor, temperature: float = TEMPERATURE) -> Tensor:
     """Return NT-Xent, the mean over the 2n views of −log(exp(s_ij/τ) / Σ_{k≠i} exp(s_ik/τ)).
 
     j is the other view of i's sample, k runs over all other views, and s is the cosine similarity
-    (Chen et al., ICML 2020).
+    (Chen et al., ICML 2020). It is never negative.
 
     Args:
         z1: embeddings of the first views, (n, d).
@@ -89,29 +98,38 @@ def simclr_loss(z1: Tensor, z2: Tensor, temperature: float = TEMPERATURE) -> Ten
         temperature: τ > 0.
 
     Returns:
-        A scalar of the embeddings' type.
+        A scalar, float64 where a view is, else float32.
 
     Raises:
-        ValueError: the views' shapes differ, are not (n, d), or are empty; fewer than 2 pairs; τ ≤ 0.
+        ValueError: the views' shapes or devices differ, are not (n, d), or are empty; views that are not of a real
+            floating type; fewer than 2 pairs; τ ≤ 0.
 
     """
-    return sum_terms(simclr_terms(z1, z2, temperature))
+    dtype = torch.float64 if torch.float64 in (z1.dtype, z2.dtype) else torch.float32
+    return sum_terms(simclr_terms(z1, z2, temperature)).to(dtype)
 
 
 def simclr_terms(z1: Tensor, z2: Tensor, temperature: float) -> dict[str, Tensor]:
-    """Return the terms of :func:`simclr_loss`: ``alignment``, mean −s_ij/τ, and ``uniformity``, mean log Σ_k exp."""
-    _check_views(z1, z2, 2, "SimCLR (one pair has no negatives)")
-    if not temperature > 0:
-        raise UserError(f"the temperature must be above 0, got {temperature}")
-    z = F.normalize(torch.cat([z1, z2]), dim=1)
-    similarities = z @ z.T / temperature
-    # The other view of sample i is n rows further, in either direction.
-    positives = similarities.diagonal(len(z1))
-    itself = torch.eye(len(z), dtype=torch.bool, device=z.device)
-    return {
-        "alignment": -positives.mean(),
-        "uniformity": similarities.masked_fill(itself, -torch.inf).logsumexp(1).mean(),
-    }
+    """Return the terms of :func:`simclr_loss`: ``alignment``, mean −s_ij/τ, and ``uniformity``, mean log Σ_k exp.
+
+    Below τ = 0.05 they are computed, and returned, in float64: they are of the order of 1/τ each, and what matters is
+    their sum, which float32 would round to multiples of 0.008 at τ = 10⁻⁵.
+    """
+    with without_autocast(z1.device):
+        z1, z2 = _checked_views(z1, z2, 2, "SimCLR (one pair has no negatives)")
+        if not temperature > 0:
+            raise UserError(f"the temperature must be above 0, got {temperature}")
+        z = torch.cat([z1, z2])
+        z = F.normalize(as_float64(z) if temperature < _COLD else z, dim=1)
+        similarities = z @ z.T / temperature
+        # The other view of sample i is n rows further, in either direction.
+        positives = similarities.diagonal(len(z1))
+        itself = torch.eye(len(z), dtype=torch.bool, device=z.device)
+        alignment = -positives.mean()
+        uniformity = similarities.masked_fill(itself, -torch.inf).logsumexp(1).mean()
+        # Of two means that should cancel round-off can leave a negative sum; gradients stay as they are.
+        excess = (uniformity + alignment).detach().clamp(max=0)
+        return {"alignment": alignment, "uniformity": uniformity - excess}
 
 
 def vicreg_loss(
@@ -140,10 +158,11 @@ def vicreg_loss(
         eps: added to the variance under the root; bounds the pull on an embedding that has no variance yet.
 
     Returns:
-        A scalar of the embeddings' type.
+        A scalar, float64 where a view is, else float32.
 
     Raises:
-        ValueError: the views' shapes differ, are not (n, d), or are empty; fewer than 2 pairs.
+        ValueError: the views' shapes or devices differ, are not (n, d), or are empty; views that are not of a real
+            floating type; fewer than 2 pairs.
 
     """
     return sum_terms(vicreg_terms(z1, z2, invariance_weight, variance_weight, covariance_weight, eps))
@@ -153,26 +172,37 @@ def vicreg_terms(
     z1: Tensor, z2: Tensor, invariance_weight: float, variance_weight: float, covariance_weight: float, eps: float
 ) -> dict[str, Tensor]:
     """Return the terms of :func:`vicreg_loss`, ``invariance``, ``variance`` and ``covariance``."""
-    _check_views(z1, z2, 2, "VICReg")
-    covariances = [centred.T @ centred / (len(centred) - 1) for centred in (z1 - z1.mean(0), z2 - z2.mean(0))]
-    hinges = [F.relu(1 - (c.diagonal() + eps).sqrt()).mean() for c in covariances]
-    squares = [_off_diagonal(c).square().sum() / len(c) for c in covariances]
-    return {
-        "invariance": invariance_weight * (z1 - z2).square().mean(),
-        "variance": variance_weight * (hinges[0] + hinges[1]) / 2,
-        "covariance": covariance_weight * (squares[0] + squares[1]),
-    }
+    with without_autocast(z1.device):
+        z1, z2 = _checked_views(z1, z2, 2, "VICReg")
+        covariances = [centred.T @ centred / (len(centred) - 1) for centred in (z1 - z1.mean(0), z2 - z2.mean(0))]
+        hinges = [F.relu(1 - (c.diagonal() + eps).sqrt()).mean() for c in covariances]
+        squares = [_off_diagonal(c).square().sum() / len(c) for c in covariances]
+        return {
+            "invariance": invariance_weight * (z1 - z2).square().mean(),
+            "variance": variance_weight * (hinges[0] + hinges[1]) / 2,
+            "covariance": covariance_weight * (squares[0] + squares[1]),
+        }
 
 
 def _off_diagonal(matrix: Tensor) -> Tensor:
     return matrix - matrix.diagonal().diag_embed()
 
 
-def _check_views(z1: Tensor, z2: Tensor, min_samples: int = 1, loss: str = "this loss") -> None:
+def _checked_views(z1: Tensor, z2: Tensor, min_samples: int = 1, loss: str = "this loss") -> tuple[Tensor, Tensor]:
+    """Return both views in one type, float64 where one of them is, else float32."""
     if z1.shape != z2.shape or z1.ndim != 2 or z1.numel() == 0:
         raise UserError(
             f"the two views' embeddings must have one shape (samples, dimensions), not empty, "
             f"got {tuple(z1.shape)} and {tuple(z2.shape)}"
         )
+    if not z1.is_floating_point() or not z2.is_floating_point():
+        raise UserError(
+            f"a loss needs embeddings of a real floating type, which have gradients, got {z1.dtype} and {z2.dtype}: "
+            "convert integers with float(), and split complex numbers with torch.view_as_real"
+        )
+    if z1.device != z2.device:
+        raise UserError(f"the two views' embeddings must be on one device, got {z1.device} and {z2.device}: move one")
     if len(z1) < min_samples:
         raise UserError(f"{loss} needs at least {min_samples} pairs in a batch, got {len(z1)}: raise the batch size")
+    dtype = torch.float64 if torch.float64 in (z1.dtype, z2.dtype) else torch.float32
+    return z1.to(dtype), z2.to(dtype)

@@ -11,9 +11,11 @@ import math
 from typing import NamedTuple
 
 import torch
+from numpy.typing import ArrayLike
 from torch import Tensor
 
 from stepwise_lightning.errors import UserError
+from stepwise_lightning.precision import as_float64
 
 __all__ = ["Steps", "crossing_times", "detect_steps", "num_crossed", "num_grown"]
 
@@ -48,10 +50,10 @@ def detect_steps(times: Tensor, eigenvalues: Tensor) -> Steps:
         eigenvalues: (T, d), in any order; values ≤ 0 are allowed.
 
     Raises:
-        ValueError: shapes do not match, T < 2, times not ascending, or non-finite values.
+        ValueError: shapes do not match, T < 2, times not ascending, complex or non-finite values.
 
     """
-    times, values = torch.as_tensor(times).double().cpu(), torch.as_tensor(eigenvalues).double().cpu()
+    times, values = _on_cpu(times, "times"), _on_cpu(eigenvalues, "eigenvalues")
     _check_trajectory(times, values)
     values = _median_of_three(values.sort(dim=1, descending=True).values)
     tail = values[-max(1, math.ceil(len(values) / 10)) :, 0]
@@ -82,12 +84,13 @@ def num_grown(start: Tensor, now: Tensor) -> int:
 
     What can be said while a run goes on, of descending eigenvalues, (d,) each.
     """
+    start, now = _on_cpu(start, "eigenvalues"), _on_cpu(now, "eigenvalues")
     return int(((now > 0.1 * now[0]) & (now > 10 * start)).sum())
 
 
 def num_crossed(eigenvalues: Tensor, level: float = 0.5) -> Tensor:
     """Return how many eigenvalues of C are above ``level``, (…, d) to (…), int64: see :func:`crossing_times`."""
-    return (eigenvalues > level).sum(-1)
+    return (as_float64(eigenvalues, "eigenvalues") > level).sum(-1)
 
 
 def crossing_times(times: Tensor, eigenvalues: Tensor, level: float = 0.5) -> Tensor:
@@ -102,10 +105,11 @@ def crossing_times(times: Tensor, eigenvalues: Tensor, level: float = 0.5) -> Te
         level: between 0 and 1.
 
     Raises:
-        ValueError: shapes do not match, T < 2, times not ascending, non-finite values, or a level outside (0, 1).
+        ValueError: shapes do not match, T < 2, times not ascending, complex or non-finite values, or a level
+            outside (0, 1).
 
     """
-    times, values = torch.as_tensor(times).double().cpu(), torch.as_tensor(eigenvalues).double().cpu()
+    times, values = _on_cpu(times, "times"), _on_cpu(eigenvalues, "eigenvalues")
     _check_trajectory(times, values)
     if not 0 < level < 1:
         raise UserError(f"level must lie between 0 and 1, got {level}")
@@ -119,6 +123,10 @@ def crossing_times(times: Tensor, eigenvalues: Tensor, level: float = 0.5) -> Te
             start, end = times[index - 1 : index + 1].tolist()
             crossings[mode] = start + (end - start) * (target - before) / (after - before)
     return crossings
+
+
+def _on_cpu(values: Tensor | ArrayLike, name: str) -> Tensor:
+    return as_float64(values, name).cpu()
 
 
 def _check_trajectory(times: Tensor, values: Tensor) -> None:

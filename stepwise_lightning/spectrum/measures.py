@@ -1,6 +1,8 @@
 """Spectra of embeddings and measures of their rank: pure functions of tensors.
 
-Everything is computed in float64, whatever comes in: a float32 covariance hides every mode below 1e-8 of the top one.
+Everything is computed in float64, whatever real type comes in: a float32 covariance hides every mode below 1e-8 of the
+top one. It is computed on the device of the embeddings, or on the CPU where that has no float64. Complex numbers are
+refused with a ValueError.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ import torch
 from torch import Tensor
 
 from stepwise_lightning.errors import UserError
+from stepwise_lightning.precision import as_float64
 
 MATRICES = ("cross_correlation", "covariance", "normalized_covariance")
 
@@ -20,7 +23,7 @@ def embedding_eigenvalues(z: Tensor, center: bool = True) -> Tensor:
     """Return the eigenvalues of the embeddings' covariance (1/n) Σ_i z_i z_iᵀ, descending.
 
     Args:
-        z: embeddings, (n, d), any floating type; cast to float64 before anything is multiplied.
+        z: embeddings, (n, d), any real type; cast to float64 before anything is multiplied.
         center: subtract the mean embedding first, which caps the number of non-zero eigenvalues at n − 1.
 
     Returns:
@@ -43,7 +46,7 @@ def cross_correlation_eigenvalues(z1: Tensor, z2: Tensor, center: bool = False) 
     """Return the eigenvalues of C = (z1ᵀz2 + z2ᵀz1)/2n, descending; they may be negative.
 
     Args:
-        z1: embeddings of the first views, (n, d), any floating type; cast to float64 first.
+        z1: embeddings of the first views, (n, d), any real type; cast to float64 first.
         z2: embeddings of the second views, (n, d).
         center: subtract each view's mean embedding first.
 
@@ -51,11 +54,12 @@ def cross_correlation_eigenvalues(z1: Tensor, z2: Tensor, center: bool = False) 
         (d,) float64. For d > 2n they come from a 2n × 2n matrix, the other d − 2n being zero.
 
     Raises:
-        ValueError: the views differ in shape, or are not non-empty, finite matrices.
+        ValueError: the views differ in shape or device, or are not non-empty, finite matrices.
 
     """
     if z1.shape != z2.shape:
         raise UserError(f"the two views' embeddings must have one shape, got {tuple(z1.shape)} and {tuple(z2.shape)}")
+    _check_devices([z1, z2])
     z1, z2 = _matrix(z1), _matrix(z2)
     if center:
         z1, z2 = z1 - z1.mean(0), z2 - z2.mean(0)
@@ -95,7 +99,7 @@ def alpha_req(eigenvalues: Tensor) -> Tensor:
     Agrawal et al., *α-ReQ*, NeurIPS 2022, who fit a middle range of ranks; here all eigenvalues above 1e-12 of the
     largest are fitted with equal weight. NaN where fewer than two remain. Shape (…, d) -> (…).
     """
-    values = eigenvalues.double().sort(dim=-1, descending=True).values
+    values = as_float64(eigenvalues, "the eigenvalues").sort(dim=-1, descending=True).values
     kept = values > 1e-12 * values[..., :1].clamp(min=0)
     count = kept.sum(-1)
     x = torch.arange(1, values.shape[-1] + 1).to(values).log().expand_as(values) * kept
@@ -129,8 +133,12 @@ def measure(matrix: str, views: Sequence[Tensor], center: bool = False) -> tuple
         views: embeddings, (n, d) each; two of them for ``cross_correlation``.
         center: subtract the means before the cross-correlation is formed; covariances are always centred.
 
+    Raises:
+        ValueError: as the functions above; also views on different devices.
+
     """
-    views = [z.double() for z in views]
+    _check_devices(views)
+    views = [as_float64(z, "the embeddings") for z in views]
     if matrix == "cross_correlation":
         eigenvalues = cross_correlation_eigenvalues(views[0], views[1], center=center)
     else:
@@ -151,13 +159,19 @@ def measure(matrix: str, views: Sequence[Tensor], center: bool = False) -> tuple
 def _matrix(z: Tensor) -> Tensor:
     if z.ndim != 2 or z.numel() == 0:
         raise UserError(f"embeddings must have shape (samples, dimensions) and not be empty, got {tuple(z.shape)}")
-    z = z.detach().double()
+    z = as_float64(z.detach(), "the embeddings")
     if not z.isfinite().all():
         raise UserError("the embeddings hold NaN or infinite values: training has diverged, or the input is not clean")
     return z
 
 
+def _check_devices(views: Sequence[Tensor]) -> None:
+    devices = list(dict.fromkeys(str(z.device) for z in views))
+    if len(devices) > 1:
+        raise UserError(f"the views' embeddings must be on one device, got {' and '.join(devices)}: move one")
+
+
 def _weights(eigenvalues: Tensor) -> Tensor:
-    values = eigenvalues.double().clamp(min=0)
+    values = as_float64(eigenvalues, "the eigenvalues").clamp(min=0)
     total = values.sum(-1, keepdim=True)
     return torch.where(total > 0, values / total, 0.0)

@@ -1,8 +1,8 @@
 """How alike two embeddings of the same points are, up to what does not matter: a rotation, or any invertible map.
 
-Each takes embeddings of the same n points, (n, d) each, of any floating type, cast to float64; and each says nothing
-without its baseline: :func:`chance_alignment` for random subspaces, and the untrained network's own value beside the
-trained one's.
+Each takes embeddings of the same n points, (n, d) each, of any real type, cast to float64 on the device of the first,
+or on the CPU where that has no float64; and each says nothing without its baseline: :func:`chance_alignment` for random
+subspaces, and the untrained network's own value beside the trained one's.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from stepwise_lightning.errors import UserError
+from stepwise_lightning.precision import as_float64
 
 
 def subspace_alignment(f: Tensor, g: Tensor) -> Tensor:
@@ -21,7 +22,7 @@ def subspace_alignment(f: Tensor, g: Tensor) -> Tensor:
     the larger, s, so that 1 means equal subspaces.
 
     Raises:
-        ValueError: the embeddings are of different numbers of points, not matrices, empty, zero or not finite.
+        ValueError: the embeddings are of different numbers of points, not matrices, empty, complex, zero or not finite.
 
     """
     f, g = _checked(f, g)
@@ -75,8 +76,8 @@ def _checked(f: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
         raise UserError(
             f"expected embeddings (n, d) of the same points, got shapes {tuple(f.shape)} and {tuple(g.shape)}"
         )
-    f = f.detach().double()
-    g = g.detach().to(f)
+    f = as_float64(f.detach(), "the first embeddings")
+    g = as_float64(g.detach(), "the second embeddings").to(f.device)
     for name, z in (("first", f), ("second", g)):
         if not z.isfinite().all() or not z.any():
             raise UserError(f"the {name} embeddings are zero, or hold NaN or infinite values")

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from stepwise_lightning.errors import UserError
+from stepwise_lightning.precision import as_float64, check_real, on_float64_device
 from stepwise_lightning.theory.krylov import KernelProducts, top_modes
 from stepwise_lightning.theory.linear import LinearBarlowTwins
 
@@ -55,7 +56,8 @@ class ContrastiveKernelPCA:
         coefficients_: β, (2n, d), the first n rows for X; signs make the largest |f_j| on Z positive.
         residuals_: ‖A β_j − γ_j β_j‖ in the K̃ norm, A the operator, (d,).
 
-    Everything is float64 on the device of the views.
+    Everything is float64 on the device of the views, or on the CPU where that has no float64. The kernel gets views as
+    they are, also integers, where all are of one type; where types differ it gets float64.
 
     Raises:
         ValueError: ``n_components`` or ``tolerance`` out of range; see :meth:`fit`.
@@ -90,9 +92,10 @@ class ContrastiveKernelPCA:
             products: what multiplies with the kernel matrix, for those who want to count or time that.
 
         Raises:
-            ValueError: views that differ in shape, are empty or not finite; a kernel matrix of wrong shape, complex,
-                not finite or not symmetric; fewer positive modes than ``n_components`` (the error says how many there
-                are); ``max_bytes`` too small for one tile of the kernel matrix (the error says what is enough).
+            ValueError: views that differ in shape, are empty, complex or not finite; a kernel matrix of wrong shape,
+                complex, of narrow integers, not finite or not symmetric; fewer positive modes than ``n_components``
+                (the error says how many there are); ``max_bytes`` too small for one tile of the kernel matrix (the
+                error says what is enough).
 
         """
         self._views = torch.cat(_checked_views(x1, x2))
@@ -158,12 +161,13 @@ class ContrastiveKernelPCA:
 
         """
         self._check_fitted()
-        f = torch.cat([f1, f2]).detach().to(self.coefficients_)
-        if f1.shape != f2.shape or f.ndim != 2 or len(f) != len(self._views) or f.shape[1] < self.n_components:
+        starts = [as_float64(f.detach(), "initial embeddings").to(self.coefficients_.device) for f in (f1, f2)]
+        if f1.shape != f2.shape or f1.ndim != 2 or 2 * len(f1) != len(self._views) or f1.shape[1] < self.n_components:
             raise UserError(
                 f"initial embeddings must have shape ({len(self._views) // 2}, at least {self.n_components}) for each "
                 f"view, got {tuple(f1.shape)} and {tuple(f2.shape)}"
             )
+        f = torch.cat(starts)
         if not f.isfinite().all():
             raise UserError("the initial embeddings hold NaN or infinite values")
         return torch.linalg.qr(f.T @ self.coefficients_, mode="r").R.diagonal().abs()
@@ -182,7 +186,7 @@ class ContrastiveKernelPCA:
     def contrastive_kernel(self, x: Tensor, y: Tensor) -> Tensor:
         """Return k_Γ(x, y) = (1/2n) Σ_i [K(x, x_i) K(x'_i, y) + K(x, x'_i) K(x_i, y)], (k, l)."""
         self._check_fitted()
-        left, right = (self._kernel_to(points) for points in (x, y))
+        left, right = (self._kernel(points, self._views) for points in (x, y))
         half = len(self._views) // 2
         return (left[:, :half] @ right[:, half:].T + left[:, half:] @ right[:, :half].T) / (2 * half)
 
@@ -233,7 +237,7 @@ class ContrastiveKernelPCA:
     def _trajectory(self, initial_singular_values: Tensor) -> LinearBarlowTwins:
         """Return the linear model in the basis of the eigenfunctions, where it is diagonal."""
         self._check_fitted()
-        start = torch.as_tensor(initial_singular_values).to(self.eigenvalues_)
+        start = as_float64(initial_singular_values, "initial_singular_values").to(self.eigenvalues_.device)
         if start.shape != self.eigenvalues_.shape or not (start >= 0).all():
             raise UserError(
                 f"initial_singular_values must be {self.n_components} values ≥ 0, got {initial_singular_values}"
@@ -244,11 +248,12 @@ class ContrastiveKernelPCA:
         self._check_fitted()
         side = KernelProducts.side_within(self.max_bytes, self._views)
         parts = list(zip(self._views.split(side), self.coefficients_.split(side), strict=True))
-        x = x.to(self._views)
-        return torch.cat([sum(self.kernel(rows, views).to(b) @ b for views, b in parts) for rows in x.split(side)])
+        return torch.cat([sum(self._kernel(rows, views) @ b for views, b in parts) for rows in x.split(side)])
 
-    def _kernel_to(self, x: Tensor) -> Tensor:
-        return self.kernel(x.to(self._views), self._views).to(self.coefficients_)
+    def _kernel(self, x: Tensor, views: Tensor) -> Tensor:
+        check_real(x, "the points")
+        x, views = _in_one_type(on_float64_device(x).to(views.device), views)
+        return as_float64(self.kernel(x, views), "the kernel").to(self.coefficients_.device)
 
 
 def _is_fitted(saved: Any) -> bool:
@@ -264,7 +269,8 @@ def _is_fitted(saved: Any) -> bool:
         and views.ndim > 1
         and len(views) % 2 == 0
         and coefficients.shape == (len(views), len(eigenvalues))
-        and all(saved[name].is_floating_point() and bool(saved[name].isfinite().all()) for name in names)
+        and all(not saved[name].is_complex() and bool(saved[name].isfinite().all()) for name in names)
+        and all(saved[name].dtype == torch.float64 for name in names[:3])
         and bool((eigenvalues > 0).all())
     )
 
@@ -275,6 +281,13 @@ def _checked_views(x1: Tensor, x2: Tensor) -> tuple[Tensor, Tensor]:
     if x1.ndim < 2 or x1.numel() == 0:
         raise UserError(f"views must have shape (pairs, features…) and not be empty, got {tuple(x1.shape)}")
     for name, x in (("first", x1), ("second", x2)):
+        check_real(x, f"the {name} views")
         if not x.isfinite().all():
             raise UserError(f"the {name} views hold NaN or infinite values: clean them")
-    return x1, x2.to(x1)
+    x1 = on_float64_device(x1)
+    return _in_one_type(x1, on_float64_device(x2).to(x1.device))
+
+
+def _in_one_type(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """Return both as they are if they are of one type, else as float64: no type of the two holds all of both."""
+    return (x, y) if x.dtype == y.dtype else (x.double(), y.double())

@@ -6,8 +6,9 @@ Legend
     κ_0, κ_1    arc-cosine kernels of degree 0 and 1 (Cho and Saul, NeurIPS 2009), as functions of θ
     Σ, Θ    covariance of a layer's units, and tangent kernel, both divided by |x||y|
 
-All are symmetric, positive semi-definite, and deterministic; inputs of any floating type are cast to float64 first, and
-the result lies on the device of ``x``. Each raises a ValueError for empty inputs or inputs of different lengths.
+All are symmetric, positive semi-definite, and deterministic; inputs of any real type are cast to float64 first, and the
+result lies on the device of ``x``, or on the CPU where that has no float64. Each raises a ValueError for inputs that
+are empty, complex, or of different lengths.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor
 
 from stepwise_lightning.errors import UserError
+from stepwise_lightning.precision import as_float64
 
 # Below this share of |x|² + |y|² a squared distance from products has lost half of its digits.
 _CLOSE = 1e-8
@@ -76,8 +78,8 @@ def _flattened(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
             "a kernel needs inputs (k, …) and (l, …) with equally many features, got "
             f"{tuple(x.shape)} and {tuple(y.shape)}"
         )
-    x = x.flatten(1).double()
-    return x, y.flatten(1).to(x)
+    x = as_float64(x.flatten(1), "the first inputs")
+    return x, as_float64(y.flatten(1), "the second inputs").to(x.device)
 
 
 def _positive(length_scale: float) -> float:

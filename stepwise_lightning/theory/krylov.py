@@ -15,6 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from stepwise_lightning.errors import UserError
+from stepwise_lightning.precision import as_float64
 
 # Pairs up to which all eigenpairs are computed at once.
 _DENSE = 300
@@ -69,7 +70,8 @@ class KernelProducts:
         places = [(i, j) for i in starts for j in starts if i <= j]
         for i, j in tqdm(places, "kernel matrix", unit="tile", delay=5, disable=not self.progress, leave=False):
             rows, columns = slice(i, i + self.side), slice(j, j + self.side)
-            tile = self.kernel(self.points[rows], self.points[columns]).detach().double()
+            tile = as_float64(self.kernel(self.points[rows], self.points[columns]).detach(), "the kernel")
+            tile = tile.to(self.points.device)
             # one NaN or infinite value makes the sum so, and a sum is quicker than a look at each
             if not tile.sum().isfinite():
                 raise UserError("the kernel returned NaN or infinite values: rescale the inputs or its length scale")
@@ -89,6 +91,10 @@ class KernelProducts:
         if not isinstance(sample, Tensor) or sample.shape != (len(some), len(some)) or sample.is_complex():
             got = f"{sample.dtype} of shape {tuple(sample.shape)}" if isinstance(sample, Tensor) else type(sample)
             raise UserError(f"kernel(x, y) must be a real (k, l) matrix, here {(len(some),) * 2}, but is {got}")
+        if not sample.is_floating_point() and sample.dtype != torch.int64:
+            raise UserError(
+                f"kernel(x, y) returned {sample.dtype}, in which sums wrap around: let it cast its inputs to float64"
+            )
         if not (sample - sample.T).abs().max() <= 1e-5 * sample.abs().max() and sample.isfinite().all():
             raise UserError("kernel(x, x) must be symmetric: this one is not")
 

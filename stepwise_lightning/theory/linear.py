@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from stepwise_lightning.errors import UserError
+from stepwise_lightning.precision import as_float64
 from stepwise_lightning.theory.graded import graded_eigenvalues, grown_eigenvalues, ordered_basis
 
 Method = Literal["uniform", "qr"]
@@ -45,18 +46,18 @@ def feature_cross_correlation(x1: Tensor, x2: Tensor) -> Tensor:
         x2: second views, of the same shape.
 
     Returns:
-        Γ, (m, m), float64, on the device of ``x1``.
+        Γ, (m, m), float64, on the device of ``x1``, or on the CPU where that has no float64.
 
     Raises:
-        ValueError: the views differ in shape, are empty, or hold non-finite values.
+        ValueError: the views differ in shape, are empty or complex, or hold non-finite values.
 
     """
     if x1.shape != x2.shape:
         raise UserError(f"the two views must have one shape, got {tuple(x1.shape)} and {tuple(x2.shape)}")
     if x1.ndim < 2 or x1.numel() == 0:
         raise UserError(f"views must have shape (pairs, features…) and not be empty, got {tuple(x1.shape)}")
-    a = x1.flatten(1).double()
-    b = x2.flatten(1).to(a)
+    a = as_float64(x1.flatten(1), "the first views")
+    b = as_float64(x2.flatten(1), "the second views").to(a.device)
     product = a.T @ b / len(a)
     if not product.isfinite().all():
         raise UserError("the views hold NaN or infinite values (or overflow when multiplied): clean or rescale them")
@@ -106,11 +107,11 @@ class LinearBarlowTwins:
             the neighbour is mixed in when the mode rises. Above ~0.1 the QR step times cannot be trusted.
         learning_rate: η or None.
 
-    All arithmetic is float64, on the device of ``gamma``.
+    All arithmetic is float64, on the device of ``gamma``, or on the CPU where that has no float64.
 
     Raises:
-        ValueError: wrong shapes, non-finite values, Γ not symmetric, d < 1, or a learning rate that is not positive
-            or at or above the stability limit 1/(4γ_1), γ_1 the largest eigenvalue of Γ in magnitude.
+        ValueError: wrong shapes, complex or non-finite values, Γ not symmetric, d < 1, or a learning rate that is not
+            positive or at or above the stability limit 1/(4γ_1), γ_1 the largest eigenvalue of Γ in magnitude.
 
     """
 
@@ -289,7 +290,7 @@ class LinearBarlowTwins:
         return eigenvalues / (eigenvalues + left * ratio ** (6 * self.learning_rate * gamma))
 
     def _times(self, t: Tensor | float) -> tuple[Tensor, bool]:
-        times = torch.as_tensor(t, dtype=torch.float64, device=self.eigenvalues.device)
+        times = as_float64(t, "t").to(self.eigenvalues.device)
         if times.ndim > 1:
             raise UserError(f"t must be a scalar or a vector of times, got shape {tuple(times.shape)}")
         if not (times >= 0).all():
@@ -306,8 +307,8 @@ def _validated(gamma: Tensor, weights0: Tensor) -> tuple[Tensor, Tensor]:
             f"got {tuple(weights0.shape)}"
         )
     tolerance = 1e-5 if gamma.dtype in (torch.float16, torch.bfloat16, torch.float32) else 1e-10
-    gamma = gamma.double()
-    weights0 = weights0.to(gamma)
+    gamma = as_float64(gamma, "gamma")
+    weights0 = as_float64(weights0, "weights0").to(gamma.device)
     for name, values in (("gamma", gamma), ("weights0", weights0)):
         if not values.isfinite().all():
             raise UserError(f"{name} holds NaN or infinite values")

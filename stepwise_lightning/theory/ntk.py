@@ -10,18 +10,18 @@ Legend
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterator, Sequence
-from functools import partial
-from typing import Any, Literal
+from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, grad, vmap
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.dropout import _DropoutNd
+from torch.func import grad, vmap
 
 from stepwise_lightning.errors import UserError
+from stepwise_lightning.precision import without_autocast
+from stepwise_lightning.theory.layerwise import LinearLayers, NotLayerwiseError, contract, linear_parts
+from stepwise_lightning.theory.networks import Network, left_alone
+from stepwise_lightning.theory.trial import a_few, try_out
 
 # vmap keeps a few copies of what it differentiates.
 _COPIES = 4
@@ -33,18 +33,24 @@ class EmpiricalNTK:
     It is called as a kernel, so that :class:`ContrastiveKernelPCA` takes it, and sees the parameters as they are at
     each call. The Jacobian is never held. A linear layer on vectors has J_o = δ_o aᵀ, so that its share of the kernel
     is (Σ_o δ_o(x)·δ_o(y)) (a(x)·a(y)) (+ 1 in the second factor for its bias), from one pass backwards per output. The
-    gradients of all other parameters are taken per sample, for as many samples as fit, one output at a time.
+    gradients of all other parameters, also of weights that are used twice, are taken per sample, for as many samples as
+    fit, one output at a time.
+
+    At each call a few samples are tried out, alone and together, and what is no function of one sample is refused. The
+    module is as it was afterwards. What becomes of which network: ``docs/inputs.md``.
 
     Args:
-        module: from (k, …) to (k, …), each sample on its own: batch normalisation and dropout must be in evaluation
-            mode. Its outputs are flattened.
-        parameters: ``"all"``, ``"last"`` for those of the last linear layer, or names of parameters.
+        module: from (k, …) to (k, …), one tensor, each sample on its own: batch normalisation and dropout must be in
+            evaluation mode. Its outputs are flattened.
+        parameters: ``"all"``, frozen ones included, ``"last"`` for those of the last linear layer, or names of
+            parameters.
         max_bytes: memory for gradients.
-        dtype: float64, or float32 for half the memory and six digits.
+        dtype: float64, or float32 for half the memory and six digits; whatever the type of the module.
 
     Raises:
-        ValueError: unknown parameters, or another ``dtype``; when called, batch normalisation or dropout in training
-            mode, or ``max_bytes`` too small for one pair of samples (the error says what is enough).
+        ValueError: unknown parameters, or another ``dtype``; when called, a module that mixes samples, draws random
+            numbers, is not initialised, is complex, or returns something else than a row of real numbers a sample, or
+            ``max_bytes`` too small for one pair of samples (the error says what is enough).
 
     """
 
@@ -58,128 +64,46 @@ class EmpiricalNTK:
         if dtype not in (torch.float32, torch.float64):
             raise UserError(f"dtype must be torch.float32 or torch.float64, got {dtype}")
         self.module, self.max_bytes, self.dtype = module, max_bytes, dtype
-        self.names = _chosen(module, parameters)
+        self.parameters = parameters
+        _chosen(module, parameters)
 
     def __call__(self, x: Tensor, y: Tensor) -> Tensor:
-        """Return the kernel of (k, …) and (l, …) inputs, (k, l), float64, on the device of the module."""
-        for name, part in self.module.named_modules():
-            if isinstance(part, (_BatchNorm, _DropoutNd)) and part.training:
-                raise UserError(
-                    f"{name!r} ({type(part).__name__}) is in training mode, where samples depend on each other or on "
-                    "chance: call eval() on the module first"
-                )
-        values = self._cast(dict(self.module.named_parameters()) | dict(self.module.named_buffers()))
-        device = next(iter(values.values())).device
-        same = x is y
-        x, y = (z.to(device, self.dtype) for z in (x, y))
-        layers = self._linear_layers(values, x[:1])
+        """Return the kernel of (k, …) and (l, …) inputs, (k, l), float64.
+
+        It is computed on the device of the module, or on the CPU where that has no float64. Floating inputs are cast;
+        integers are given to the module as they are if it takes them (such as token numbers), else cast.
+        """
+        names = _chosen(self.module, self.parameters)
+        with torch.inference_mode(False), left_alone(self.module):
+            network = Network(self.module, self.dtype, names)
+            with without_autocast(network.device):
+                left = network.inputs(x, "x")
+                right = left if x is y else network.inputs(y, "y")
+                samples, linear = a_few(left, right), LinearLayers(network, names)
+                outputs = try_out(network, linear, samples)
+                layers = linear.usable(len(samples))
+                try:
+                    return self._kernel(network, names, layers, left, right, outputs)
+                except NotLayerwiseError:
+                    return self._kernel(network, names, [], left, right, outputs)
+
+    def _kernel(
+        self, network: Network, names: list[str], layers: list[str], x: Tensor, y: Tensor, outputs: int
+    ) -> Tensor:
         with_layers = {f"{name}.{kind}" for name in layers for kind in ("weight", "bias")}
-        rest = [name for name in self.names if name not in with_layers]
-        outputs = self._outputs(values, x)
-        widths = [values[f"{name}.weight"].shape for name in layers]
+        rest = [name for name in names if name not in with_layers]
+        widths = [network.values[f"{name}.weight"].shape for name in layers]
         numbers = (
             sum(outputs * wide + narrow for wide, narrow in widths),
-            _COPIES * sum(values[n].numel() for n in rest),
+            _COPIES * sum(network.values[name].numel() for name in rest),
         )
         rows = [self._rows(needed, max(numbers)) for needed in numbers]
-        kernel = torch.zeros(len(x), len(y), dtype=torch.float64, device=device)
+        kernel = torch.zeros(len(x), len(y), dtype=torch.float64, device=network.device)
         if layers:
-            kernel += self._layerwise(values, layers, x, y, rows[0])
+            kernel += _layerwise(network, names, layers, x, y, rows[0])
         if rest:
-            kernel += self._per_sample(values, rest, x, x if same else y, rows[1])
+            kernel += _per_sample(network, rest, x, y, outputs, rows[1])
         return kernel / outputs
-
-    def _cast(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
-        return {n: v.detach().to(self.dtype) if v.is_floating_point() else v for n, v in values.items()}
-
-    def _linear_layers(self, values: dict[str, Tensor], x: Tensor) -> list[str]:
-        """Return the linear layers among the chosen that run once, on vectors, and share their weights with none."""
-        layers = {name: part for name, part in self.module.named_modules() if type(part) is nn.Linear}
-        owners = Counter(id(p) for part in self.module.modules() for p in part.parameters(recurse=False))
-        calls: Counter[str] = Counter()
-
-        def note(_module: nn.Module, inputs: Any, _output: Tensor, name: str) -> None:
-            calls[name] += 1 if inputs[0].ndim == 2 else 2
-
-        hooks = [part.register_forward_hook(partial(note, name=name)) for name, part in layers.items()]
-        try:
-            with torch.no_grad():
-                functional_call(self.module, values, (x,))
-        finally:
-            for hook in hooks:
-                hook.remove()
-        return [
-            name
-            for name, part in layers.items()
-            if calls[name] == 1
-            and any(f"{name}.{kind}" in self.names for kind in ("weight", "bias"))
-            and all(owners[id(p)] == 1 for p in part.parameters(recurse=False))
-        ]
-
-    def _layerwise(self, values: dict[str, Tensor], layers: list[str], x: Tensor, y: Tensor, rows: int) -> Tensor:
-        def blocks(z: Tensor) -> Iterator[list[tuple[Tensor, Tensor]]]:
-            return (self._linear_parts(values, layers, part) for part in z.split(rows))
-
-        return torch.cat([torch.cat([self._contract(layers, a, b) for b in blocks(y)], 1) for a in blocks(x)])
-
-    def _linear_parts(self, values: dict[str, Tensor], layers: list[str], x: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """Return each layer's input, (k, in), and all outputs' gradients with respect to its output, (k, d·out)."""
-        inputs: dict[str, Tensor] = {}
-        taps: dict[str, Tensor] = {}
-
-        def tap(_module: nn.Module, given: Any, output: Tensor, name: str) -> Tensor:
-            inputs[name], taps[name] = given[0].detach(), torch.zeros_like(output, requires_grad=True)
-            return output + taps[name]
-
-        hooks = [self.module.get_submodule(name).register_forward_hook(partial(tap, name=name)) for name in layers]
-        try:
-            with torch.enable_grad():
-                f = functional_call(self.module, values, (x,)).flatten(1)
-                sums = f.sum(0)  # samples do not mix, so that the gradient of a sum holds each sample's own
-                deltas = [
-                    torch.autograd.grad(out, [taps[n] for n in layers], retain_graph=True, materialize_grads=True)
-                    for out in sums
-                ]
-        finally:
-            for hook in hooks:
-                hook.remove()
-        return [(inputs[name], torch.cat([d[i] for d in deltas], 1)) for i, name in enumerate(layers)]
-
-    def _contract(self, layers: list[str], a: list[tuple[Tensor, Tensor]], b: list[tuple[Tensor, Tensor]]) -> Tensor:
-        total: Tensor | int = 0
-        for name, (inputs_a, deltas_a), (inputs_b, deltas_b) in zip(layers, a, b, strict=True):
-            product = (inputs_a @ inputs_b.T).double() if f"{name}.weight" in self.names else 0.0
-            product = product + (1.0 if f"{name}.bias" in self.names else 0.0)
-            total = total + (deltas_a @ deltas_b.T).double() * product
-        assert isinstance(total, Tensor)
-        return total
-
-    def _per_sample(self, values: dict[str, Tensor], names: list[str], x: Tensor, y: Tensor, rows: int) -> Tensor:
-        kernel = torch.zeros(len(x), len(y), dtype=torch.float64, device=x.device)
-        for o in range(self._outputs(values, x)):
-            for i in range(0, len(x), rows):
-                left = self._gradients(values, names, x[i : i + rows], o)
-                for j in range(i if x is y else 0, len(y), rows):
-                    right = left if x is y and i == j else self._gradients(values, names, y[j : j + rows], o)
-                    block = (left @ right.T).double()
-                    kernel[i : i + rows, j : j + rows] += block
-                    if x is y and i != j:
-                        kernel[j : j + rows, i : i + rows] += block.T
-        return kernel
-
-    def _gradients(self, values: dict[str, Tensor], names: list[str], x: Tensor, output: int) -> Tensor:
-        """Return the gradients of one output with respect to the named parameters, (k, p)."""
-        fixed = {name: value for name, value in values.items() if name not in names}
-
-        def one(parameters: dict[str, Tensor], sample: Tensor) -> Tensor:
-            return functional_call(self.module, fixed | parameters, (sample[None],)).flatten()[output]
-
-        gradients = vmap(grad(one), in_dims=(None, 0))({name: values[name] for name in names}, x)
-        return torch.cat([gradients[name].flatten(1) for name in names], 1)
-
-    def _outputs(self, values: dict[str, Tensor], x: Tensor) -> int:
-        with torch.no_grad():
-            return functional_call(self.module, values, (x[:1],)).numel()
 
     def _rows(self, numbers: int, most: int) -> int:
         """Return how many samples' gradients, so many numbers each, may be held twice, for both sides of the kernel."""
@@ -191,16 +115,79 @@ class EmpiricalNTK:
         return self.max_bytes // (a_number * max(numbers, 1))
 
 
+def _layerwise(network: Network, names: list[str], layers: list[str], x: Tensor, y: Tensor, rows: int) -> Tensor:
+    kernel = torch.empty(len(x), len(y), dtype=torch.float64, device=x.device)
+    for i in range(0, len(x), rows):
+        left = linear_parts(network, layers, x[i : i + rows])
+        for j in range(0, len(y), rows):
+            right = left if x is y and i == j else linear_parts(network, layers, y[j : j + rows])
+            kernel[i : i + rows, j : j + rows] = contract(names, layers, left, right)
+    return kernel
+
+
+def _per_sample(network: Network, names: list[str], x: Tensor, y: Tensor, outputs: int, rows: int) -> Tensor:
+    gradients = _Gradients(network, names)
+    kernel = torch.zeros(len(x), len(y), dtype=torch.float64, device=x.device)
+    for o in range(outputs):
+        for i in range(0, len(x), rows):
+            left = gradients(x[i : i + rows], o)
+            for j in range(i if x is y else 0, len(y), rows):
+                right = left if x is y and i == j else gradients(y[j : j + rows], o)
+                block = (left @ right.T).double()
+                kernel[i : i + rows, j : j + rows] += block
+                if x is y and i != j:
+                    kernel[j : j + rows, i : i + rows] += block.T
+    return kernel
+
+
+class _Gradients:
+    """Gradients of one output with respect to parameters, (k, p), of all samples at once if the module lets it."""
+
+    def __init__(self, network: Network, names: list[str]) -> None:
+        self.network, self.names, self.at_once = network, names, True
+
+    def __call__(self, x: Tensor, output: int) -> Tensor:
+        """Return the gradients at samples (k, …)."""
+        if self.at_once:
+            try:
+                return self._vectorised(x, output)
+            except torch.OutOfMemoryError:
+                raise
+            except Exception:  # vmap refuses in-place changes, branches on values and some layers, each in its own way
+                self.at_once = False
+        return torch.stack([self._of_one(sample[None], output) for sample in x])
+
+    def _vectorised(self, x: Tensor, output: int) -> Tensor:
+        def one(parameters: dict[str, Tensor], sample: Tensor) -> Tensor:
+            return self.network(sample[None], parameters)[0, output]
+
+        gradients = vmap(grad(one), in_dims=(None, 0))({name: self.network.values[name] for name in self.names}, x)
+        return torch.cat([gradients[name].reshape(len(x), -1) for name in self.names], 1)
+
+    def _of_one(self, x: Tensor, output: int) -> Tensor:
+        parameters = {name: self.network.values[name].detach().requires_grad_() for name in self.names}
+
+        def backwards(f: Tensor) -> Tensor:
+            if not f.requires_grad:
+                return torch.zeros(sum(p.numel() for p in parameters.values())).to(f)
+            gradients = torch.autograd.grad(f[0, output], list(parameters.values()), materialize_grads=True)
+            return torch.cat([(g.to_dense() if g.is_sparse else g).flatten() for g in gradients])
+
+        with torch.enable_grad():
+            return self.network(x, parameters, then=backwards)
+
+
 def _chosen(module: nn.Module, parameters: str | Sequence[str]) -> list[str]:
     names = [name for name, _ in module.named_parameters()]
     if parameters == "all":
         chosen = names
     elif parameters == "last":
-        layers = [name for name, part in module.named_modules() if isinstance(part, nn.Linear)]
-        prefix = f"{layers[-1]}." if layers and layers[-1] else ""
-        chosen = [name for name in names if layers and name in (f"{prefix}weight", f"{prefix}bias")]
+        layers = [part for part in module.modules() if isinstance(part, nn.Linear)]
+        # by identity: weights may be tied to another layer's, and have that one's name
+        of_last = {id(p) for p in layers[-1].parameters()} if layers else set()
+        chosen = [name for name, p in module.named_parameters() if id(p) in of_last]
     else:
-        chosen = [parameters] if isinstance(parameters, str) else list(parameters)
+        chosen = list(dict.fromkeys([parameters] if isinstance(parameters, str) else parameters))
     if unknown := sorted(set(chosen) - set(names)):
         raise UserError(f"no parameters {unknown}; give 'all', 'last', or names among {', '.join(names[:20])}")
     if not chosen:
