@@ -3,6 +3,8 @@
 import csv
 import math
 import random
+import subprocess
+import sys
 from pathlib import Path
 
 import lightning as L
@@ -10,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from lightning.pytorch.callbacks import WeightAveraging
-from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 from torch.nn.functional import cross_entropy, mse_loss
@@ -88,7 +90,7 @@ class OnItsOwn(Adversaries):
 def fit(module, folder, *callbacks, data=PAIRS, logger=None, ckpt_path=None, **options):
     options = {"max_epochs": 5} | options
     trainer = L.Trainer(
-        accelerator="cpu", logger=TensorBoardLogger(folder) if logger is None else logger, callbacks=list(callbacks),
+        accelerator="cpu", logger=CSVLogger(folder) if logger is None else logger, callbacks=list(callbacks),
         log_every_n_steps=1, enable_model_summary=False, enable_progress_bar=False,
         enable_checkpointing=any(isinstance(callback, LastCheckpoint) for callback in callbacks),
         default_root_dir=folder, **options,
@@ -184,7 +186,7 @@ def test_a_callback_that_is_used_again_begins_anew(tmp_path):
 def test_a_trainer_that_goes_on_adds_to_the_record(tmp_path):
     spectra = SpectrumLogger()
     module, trainer = Classifier(), None
-    trainer = fit(module, tmp_path, spectra, max_epochs=2)
+    trainer = fit(module, tmp_path, spectra, logger=TensorBoardLogger(tmp_path), max_epochs=2)
     trainer.fit_loop.max_epochs = 4
     trainer.fit(module, PAIRS)
     assert spectra.record.steps.tolist() == list(range(17))
@@ -435,13 +437,44 @@ def test_a_short_last_batch_is_kept_and_one_of_a_single_sample_passed_over(tmp_p
         assert saved["embeddings"].shape == (3, 1, 20, 3)
 
 
+def test_processes_with_unequal_last_batches_are_measured_on_what_there_is(tmp_path):
+    """Rank 0 ends with 3 samples, rank 1 with one, which it leaves out; plain DDP training goes through."""
+    (tmp_path / "run.py").write_text(f"""
+import sys
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+import torch
+from torch.utils.data import DataLoader, TensorDataset
+from test_any_module import Classifier, SpectrumLogger, X, Y, fit
+
+class Unequal(Classifier):
+    def __init__(self):
+        super().__init__()
+        self.features[1] = torch.nn.Identity()
+
+    def train_dataloader(self):
+        count = 11 - 2 * self.global_rank  # batches of 4, 4, 3 and of 4, 4, 1
+        return DataLoader(TensorDataset(X[:count], Y[:count]), batch_size=4)
+
+spectra = SpectrumLogger(probe="batch", keep_embeddings=True)
+fit(Unequal(), {str(tmp_path)!r}, spectra, data=None, max_epochs=1, strategy="ddp_find_unused_parameters_true",
+    devices=2, use_distributed_sampler=False)
+if spectra.record.steps.numel():
+    torch.save(spectra.record.arrays(), {str(tmp_path / "record.pt")!r})
+""")
+    done = subprocess.run([sys.executable, tmp_path / "run.py"], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    record = SpectrumRecord.from_arrays(torch.load(tmp_path / "record.pt"))
+    counts = [int((~record.embeddings(index).isnan()).all(-1).sum()) for index in range(len(record))]
+    assert record.steps.tolist() == [0, 1, 2, 3] and counts == [8, 8, 3, 3]
+
+
 # ---- files ----
 
 
 def test_two_loggers_in_one_trainer_have_files_and_tags_of_their_own(tmp_path):
     one, other = SpectrumLogger(num_points=5), SpectrumLogger(watch=["features"], num_points=9)
     named = SpectrumLogger(name="heads", watch=["features"], output=False)
-    fit(Classifier(), tmp_path, one, other, LastCheckpoint(), num_sanity_val_steps=0)
+    fit(Classifier(), tmp_path, one, other, LastCheckpoint(), logger=TensorBoardLogger(tmp_path))
     fit(Classifier(), tmp_path, named)
     folder = one.directory
     assert {path.name for path in folder.glob("*.[cn][sp][vz]")} == {
