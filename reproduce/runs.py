@@ -34,6 +34,7 @@ from stepwise_lightning.plots import Panel
 from stepwise_lightning.spectrum import Steps
 from stepwise_lightning.spectrum.capture import capture
 from stepwise_lightning.theory import LinearBarlowTwins, feature_cross_correlation
+from stepwise_lightning.theory.growth import with_momentum
 
 # The layer whose output the last linear layer of each projector takes, by the projector's depth.
 _FEATURES = {1: "backbone", 2: "projector.2"}
@@ -122,8 +123,8 @@ class Run(TrainingRun):
     def predicted(self) -> LinearBarlowTwins:
         """Return what the linear theory says of Barlow Twins' last layer, were the features before it to stay.
 
-        Momentum m is not in the theory. While a mode grows, heavy-ball descent multiplies its weights by x at each
-        step, (x − 1)(1 − m/x) = 4 η γ; the mode is given the γ′ = ln x / 4η that grows as fast without momentum.
+        Momentum is not in the theory: each mode is given the γ′ that grows as fast without it
+        (:func:`stepwise_lightning.theory.growth.with_momentum`).
         """
         encoder, optimization = self.encoder(trained=False), self._config["model"]
         depth = sum(isinstance(layer, nn.Linear) for layer in encoder.projector)
@@ -133,13 +134,12 @@ class Run(TrainingRun):
         with torch.no_grad():
             h1, h2 = capture(encoder, list(self.data.probe_pairs()), [features])[features]
         gamma, basis = torch.linalg.eigh(feature_cross_correlation(h1 - h1.mean(0), h2 - h2.mean(0)))
-        total = 1 + momentum + 4 * rate * gamma
-        growth = (total + (total.square() - 4 * momentum).clamp(min=0).sqrt()) / 2
-        effective = torch.where(gamma > 0, growth.log() / (4 * rate), gamma / (1 - momentum))
+        effective = with_momentum(gamma, rate, momentum)
         last = encoder.projector[-1]
         assert isinstance(last, nn.Linear)
         # W Γ Wᵀ, the embeddings' C, must stay what it is.
-        weights = last.weight.detach().double() @ basis * (gamma / effective).clamp(min=0).sqrt() @ basis.T
+        ratio = torch.where(effective == 0, 1 - momentum, gamma / effective)  # its limit
+        weights = last.weight.detach().double() @ basis * ratio.sqrt() @ basis.T
         return LinearBarlowTwins(basis * effective @ basis.T, weights)
 
     def panel(self, with_theory: bool = False) -> Panel:
