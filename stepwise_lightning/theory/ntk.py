@@ -75,8 +75,9 @@ class EmpiricalNTK:
         integers are given to the module as they are if it takes them (such as token numbers), else cast.
         """
         names = _chosen(self.module, self.parameters)
-        with torch.inference_mode(False), left_alone(self.module), ExitStack() as stack:
+        with torch.inference_mode(False), ExitStack() as stack:
             network = Network(self.module, self.dtype, names)
+            stack.enter_context(left_alone(self.module))
             stack.enter_context(without_autocast(network.device))
             left = network.inputs(x, "x")
             right = left if x is y else network.inputs(y, "y")
