@@ -98,7 +98,7 @@ def simclr_loss(z1: Tensor, z2: Tensor, temperature: float = TEMPERATURE) -> Ten
         temperature: τ > 0.
 
     Returns:
-        A scalar, float64 where a view is, else float32.
+        A scalar, float64 where a view is, else float32; below τ = 0.05 it is computed in float64.
 
     Raises:
         ValueError: the views' shapes or devices differ, are not (n, d), or are empty; views that are not of a real

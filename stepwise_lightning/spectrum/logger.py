@@ -16,6 +16,7 @@ from torch import Tensor
 from stepwise_lightning.collectives import all_gather_objects
 from stepwise_lightning.errors import UserError
 from stepwise_lightning.loggers import free_name, run_folder
+from stepwise_lightning.precision import as_float64
 from stepwise_lightning.record import Measurement, Spectrum, SpectrumRecord
 from stepwise_lightning.spectrum.batches import Views, joined, loss_in, on_device, views_in
 from stepwise_lightning.spectrum.capture import Watched, capture, check_finite, check_watched, label
@@ -295,7 +296,7 @@ class SpectrumLogger(L.Callback):
     def _predicted(self, time: Tensor) -> Tensor:
         assert self.prediction is not None
         # One by one, also for a run that goes on: together they would be rounded otherwise.
-        return self.prediction(time[None])[0].detach().double().cpu()
+        return as_float64(self.prediction(time[None])[0].detach()).cpu()
 
     def _hand_on(self, trainer: L.Trainer) -> None:
         """Write the last measurement to the table and the loggers, and perhaps draw what there is so far."""

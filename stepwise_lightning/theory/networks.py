@@ -146,6 +146,8 @@ def left_alone(module: nn.Module) -> Iterator[None]:
 
 
 def _check_layer(label: str, part: nn.Module) -> None:
+    if isinstance(part, torch.jit.ScriptModule):
+        raise UserError(f"{label} is compiled by torch.jit: give the module that it was made of")
     if isinstance(part, (_BatchNorm, _DropoutNd)) and part.training:
         raise UserError(
             f"{label} is in training mode, where samples depend on each other or on chance: call eval() on the module "

@@ -11,6 +11,7 @@ Legend
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from typing import Literal
 
 import torch
@@ -74,21 +75,24 @@ class EmpiricalNTK:
         integers are given to the module as they are if it takes them (such as token numbers), else cast.
         """
         names = _chosen(self.module, self.parameters)
-        with torch.inference_mode(False), left_alone(self.module):
+        with torch.inference_mode(False), ExitStack() as stack:
             network = Network(self.module, self.dtype, names)
-            with without_autocast(network.device):
-                left = network.inputs(x, "x")
-                right = left if x is y else network.inputs(y, "y")
-                samples, linear = a_few(left, right), LinearLayers(network, names)
-                outputs = try_out(network, linear, samples)
-                layers = linear.usable(len(samples))
-                try:
-                    return self._kernel(network, names, layers, left, right, outputs)
-                except NotLayerwiseError:
-                    return self._kernel(network, names, [], left, right, outputs)
+            stack.enter_context(left_alone(self.module))
+            stack.enter_context(without_autocast(network.device))
+            left = network.inputs(x, "x")
+            right = left if x is y else network.inputs(y, "y")
+            samples, linear = a_few(left, right), LinearLayers(network, names)
+            outputs = try_out(network, linear, samples)
+            layers = linear.usable(len(samples))
+            # copies of one sample have not shown whether they are mixed, and are taken one by one
+            most = 1 if len(samples) == 1 else max(len(left), len(right))
+            try:
+                return self._kernel(network, names, layers, left, right, outputs, most)
+            except NotLayerwiseError:
+                return self._kernel(network, names, [], left, right, outputs, most)
 
     def _kernel(
-        self, network: Network, names: list[str], layers: list[str], x: Tensor, y: Tensor, outputs: int
+        self, network: Network, names: list[str], layers: list[str], x: Tensor, y: Tensor, outputs: int, most: int
     ) -> Tensor:
         with_layers = {f"{name}.{kind}" for name in layers for kind in ("weight", "bias")}
         rest = [name for name in names if name not in with_layers]
@@ -100,7 +104,7 @@ class EmpiricalNTK:
         rows = [self._rows(needed, max(numbers)) for needed in numbers]
         kernel = torch.zeros(len(x), len(y), dtype=torch.float64, device=network.device)
         if layers:
-            kernel += _layerwise(network, names, layers, x, y, rows[0])
+            kernel += _layerwise(network, names, layers, x, y, min(rows[0], most))
         if rest:
             kernel += _per_sample(network, rest, x, y, outputs, rows[1])
         return kernel / outputs

@@ -22,8 +22,11 @@ def a_few(x: Tensor, y: Tensor) -> Tensor:
     others = []
     for z in (x, y) if x is not y else (x,):
         if z.shape[1:] == x.shape[1:] and z.dtype == x.dtype:
-            rows = (z != x[:1]).reshape(len(z), -1).any(1).nonzero().flatten()
-            others += list(z[rows[:: max(1, len(rows) - 1)][:2]].split(1))
+            for part in (torch.cat([z[:4], z[-4:]]), z):  # the ends first, because to look at all of them takes time
+                rows = (part != x[:1]).reshape(len(part), -1).any(1).nonzero().flatten()
+                if len(rows):
+                    others += [part[rows[:1]], part[rows[-1:]]][: len(rows)]
+                    break
     return torch.cat([*others[:1], x[:1], *others[-1:][: len(others) - 1]])
 
 

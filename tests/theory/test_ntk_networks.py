@@ -253,6 +253,14 @@ def test_the_last_layer_is_all_of_it_also_under_other_names(make, names):
     torch.testing.assert_close(EmpiricalNTK(module, "last")(VECTORS, VECTORS), expected, rtol=1e-10, atol=1e-12)
 
 
+def test_copies_of_one_sample_are_taken_one_by_one():
+    """Among copies a look at the first one cannot be seen, and one pass for all of them would count it four times."""
+    module = made(lambda self, x: self.inner(x[:1].expand_as(x)), inner=linear())
+    copies = VECTORS[:1].expand(4, -1)
+    expected = brute_force(module, copies, copies)
+    torch.testing.assert_close(EmpiricalNTK(module)(copies, copies), expected, rtol=1e-10, atol=1e-12)
+
+
 def test_a_name_given_twice_counts_once():
     expected = brute_force(linear(), VECTORS, VECTORS)
     kernel = EmpiricalNTK(linear(), ["weight", "bias", "weight"])

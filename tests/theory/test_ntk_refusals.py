@@ -148,6 +148,11 @@ REFUSED = {
         VECTORS,
         "Made returns torch.int64",
     ),
+    "compiled by torch.jit": (
+        lambda: torch.jit.trace(nn.Sequential(linear(), nn.Tanh()), VECTORS.float()),
+        VECTORS,
+        "is compiled by torch.jit: give the module",
+    ),
     "a tuple": (lambda: nn.LSTM(6, 4, batch_first=True), SEQUENCES, "LSTM returns a tuple: wrap it"),
     "a dictionary": (
         lambda: made(lambda s, x: {"z": s.inner(x)}, inner=linear()),
@@ -183,7 +188,7 @@ REFUSED = {
 }
 
 
-@pytest.mark.filterwarnings("ignore:enable_nested_tensor", "ignore:Lazy modules")
+@pytest.mark.filterwarnings("ignore:enable_nested_tensor", "ignore:Lazy modules", "ignore:.torch.jit")
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_is_no_function_of_one_sample_is_refused_in_one_line_that_names_it(name):
     make, x, message = REFUSED[name]
