@@ -18,7 +18,7 @@ import stepwise_lightning
 from stepwise_lightning import encoders, evaluation
 from stepwise_lightning.errors import UserError, condensed, one_line
 from stepwise_lightning.runs import AtomicCheckpointIO, LastCheckpoint
-from stepwise_lightning.runs.resume import continue_newest
+from stepwise_lightning.runs.newest import continue_newest
 from stepwise_lightning.runs.save_run import SaveRun
 from stepwise_lightning.signals import INTERRUPTED
 

@@ -30,7 +30,6 @@ MISTAKES = {
     "missing data": (["--data.init_args.data=stl10"], "STL10('data', download=True)"),
     "missing file": (["--config=nowhere.yaml"], "File does not exist"),
     "missing checkpoint": (["--ckpt_path=nowhere.ckpt"], "Checkpoint file not found: "),
-    "nowhere to continue": (["--ckpt_path=last", "--trainer.logger=false"], "configure one logger with save_dir and"),
     "divergence": (["--model.init_args.learning_rate=1e9"], "training has most likely diverged"),
 }  # fmt: skip
 
