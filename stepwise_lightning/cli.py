@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 from difflib import get_close_matches
@@ -97,11 +98,15 @@ def _as_list(values: Any) -> list[Any]:
 def main() -> None:
     """Run ``stepwise``; any class of this package or another can be named as model, data or callback.
 
+    Modules in the working directory are found, as with ``python -m``.
+
     A mistake in the configuration, missing data, a checkpoint that does not fit, diverging training, a full disk or a
     lost process end it with one line on standard error and exit status 2 or 1 (:mod:`stepwise_lightning.errors`); a bug
     keeps its traceback. A run that has saved itself because of a signal ends with exit status 75; Ctrl-C outside of
     training with 130.
     """
+    if not sys.flags.safe_path and not {"", os.getcwd()} & set(sys.path):
+        sys.path.insert(0, os.getcwd())  # where the command lies is, in its place
     try:
         _CLI(
             L.LightningModule,

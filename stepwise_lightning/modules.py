@@ -187,7 +187,10 @@ class SimCLR(JointEmbedding):
         **optimization: Any,
     ) -> None:
         super().__init__(encoder, learning_rate, **optimization)
-        _check_not_negative(temperature=temperature)
+        if not 0 < temperature < math.inf:
+            raise UserError(
+                f"temperature must be finite and above 0, got {temperature}: similarities are divided by it"
+            )
 
     def loss_terms(self, z1: Tensor, z2: Tensor) -> dict[str, Tensor]:
         """Return ``alignment`` and ``uniformity``."""

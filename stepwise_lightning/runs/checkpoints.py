@@ -25,6 +25,7 @@ from stepwise_lightning.runs.newest import begin_folder, is_behind
 from stepwise_lightning.runs.resume import (
     continue_events,
     random_state,
+    leave_epoch,
     reopen_epoch,
     restore_randomness,
     unwritten_metrics,
@@ -100,7 +101,7 @@ class LastCheckpoint(Checkpoint):
         self._restored = {}
         if trainer.state.fn == "fit":
             self._restored = checkpoint.get(_KEY, {})
-            reopen_epoch(checkpoint)
+            reopen_epoch(checkpoint, trainer.accumulate_grad_batches)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Go on where the checkpoint was made, and listen to signals."""
@@ -111,6 +112,7 @@ class LastCheckpoint(Checkpoint):
         batches = trainer.fit_loop.epoch_loop.batch_progress
         self._stepped_within_epoch = batches.current.ready > 0 and not batches.is_last_batch
         self._signal = 0
+        leave_epoch(trainer)
         if self._restored:
             if trainer.is_global_zero:
                 continue_events(trainer, self._restored["unwritten"])

@@ -51,19 +51,40 @@ def restore_randomness(states: list[dict[str, Any]], rank: int, num_ranks: int) 
     np.random.seed(seed % 2**32)
 
 
-def reopen_epoch(checkpoint: dict[str, Any]) -> None:
+def reopen_epoch(checkpoint: dict[str, Any], accumulate_grad_batches: int = 1) -> None:
     """Let a checkpoint of a run that ended within an epoch go on within it.
 
-    Lightning counts that epoch as done, and after ``max_steps`` has been raised it would pass over the rest of it.
+    Lightning counts that epoch as done, and after ``max_steps`` has been raised it would pass over the rest of it. The
+    counts are set to what they were in the last batch's ``on_train_batch_end``, from where Lightning goes on correctly.
     """
     loop = checkpoint.get("loops", {}).get("fit_loop", {})
     epoch, batches = loop.get("epoch_progress"), loop.get("epoch_loop.batch_progress")
     if not epoch or not batches or batches["is_last_batch"] or not batches["current"]["ready"]:
         return
-    if epoch["current"]["processed"] == epoch["current"]["started"]:
-        for count in (epoch["total"], epoch["current"]):
-            count["processed"] -= 1
-            count["completed"] = min(count["completed"], count["processed"])
+    if epoch["current"]["processed"] != epoch["current"]["started"]:
+        return
+    for count in (epoch["total"], epoch["current"]):
+        count["processed"] -= 1
+        count["completed"] = min(count["completed"], count["processed"])
+    if batches["current"]["completed"] == batches["current"]["processed"]:
+        for count in (batches["total"], batches["current"]):
+            count["completed"] -= 1
+        if batches["current"]["ready"] % accumulate_grad_batches == 0:
+            loop["epoch_loop.state_dict"]["_batches_that_stepped"] -= 1
+
+
+def leave_epoch(trainer: L.Trainer) -> None:
+    """Let a run whose checkpoint was made at the end of an epoch begin the next one, when training starts.
+
+    Where ``max_steps`` is set, Lightning would take batches of the next epoch for more of the one that is done.
+    """
+    loop = trainer.fit_loop
+    batches, epochs = loop.epoch_loop.batch_progress, loop.epoch_progress
+    counts: Any = batches.current, epochs.current
+    done = all(count.ready == count.processed for count in counts) and batches.current.completed == counts[0].processed
+    if loop.is_resuming and batches.is_last_batch and done:
+        loop._restarting = False  # the property would not let it be
+        loop.epoch_loop.restarting = False
 
 
 def unwritten_metrics(trainer: L.Trainer) -> dict[str, float]:
