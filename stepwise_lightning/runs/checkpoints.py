@@ -24,8 +24,8 @@ from stepwise_lightning.loggers import CHECKPOINTS, free_name, run_folder
 from stepwise_lightning.runs.newest import begin_folder, is_behind
 from stepwise_lightning.runs.resume import (
     continue_events,
-    random_state,
     leave_epoch,
+    random_state,
     reopen_epoch,
     restore_randomness,
     unwritten_metrics,

@@ -53,13 +53,13 @@ def continue_newest(config: Any) -> int | None:
         rank_zero_info(f"no checkpoint in {runs} yet: starting anew")
         config.ckpt_path = None
         return None
-    step, config.ckpt_path = saved[0], str(saved[1])
+    step, config.ckpt_path = saved[0], str(saved[1].absolute())  # ~ is no home in a path that exists
     in_place = begun and (not loggers or runs.argument is not None or runs.only)
     rank_zero_info(
         f"continuing {place} from step {step}{'' if in_place else ', in a new folder: its logger chooses it'}"
     )
     if loggers and in_place and run is not None:
-        _set_versions(loggers, runs, run)
+        _set_versions(loggers, runs, run, root)
         if config.trainer.logger in (None, True):
             config.trainer.logger = loggers[0]
         if not config.trainer.fast_dev_run:
@@ -169,7 +169,8 @@ def _runs_of_mlflow(logger: Any, arguments: dict[str, Any], root: Path) -> _Runs
 
     save_dir = Path(logger.save_dir or root)
     client = MlflowClient(f"file:{logger.save_dir}" if logger.save_dir else arguments["tracking_uri"])
-    experiment = client.get_experiment_by_name(arguments.get("experiment_name") or "lightning_logs")
+    name, new = arguments.get("experiment_name") or "lightning_logs", logger.save_dir and not save_dir.is_dir()
+    experiment = None if new else client.get_experiment_by_name(name)
     parent = save_dir / (experiment.experiment_id if experiment else "no experiment")
     given = arguments.get("run_id")
     if given is not None:
@@ -220,11 +221,15 @@ def begin_folder(directory: Path, loggers: list[Any]) -> None:
         atomic_write_text(directory / _VERSIONS, json.dumps(versions) + "\n")
 
 
-def _set_versions(loggers: list[Any], runs: _Runs, run: Path) -> None:
+def _set_versions(loggers: list[Any], runs: _Runs, run: Path, root: Path) -> None:
     """Let the first logger go on in the folder of ``run``, and the others where they were then."""
     if runs.argument is not None:
-        number = _number(run) if runs.numbered else None
-        loggers[0].init_args[runs.argument] = run.name if number is None else number
+        number = _number(run)
+        version: int | str = run.name
+        if number is not None and runs.argument == "version":  # of a folder version_3, the version is 3 or version_3
+            numbered = folder_of(_made(loggers[0], version=number), root)
+            version = number if numbered == run / runs.below else version
+        loggers[0].init_args[runs.argument] = version
     noted = run / runs.below / CHECKPOINTS / _VERSIONS
     versions = json.loads(noted.read_text(encoding="utf-8")) if noted.is_file() else []
     for logger, version in zip(loggers[1:], versions[1:], strict=False):

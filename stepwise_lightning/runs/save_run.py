@@ -10,7 +10,7 @@ import lightning as L
 from lightning.pytorch.cli import SaveConfigCallback
 
 from stepwise_lightning.errors import cannot_write
-from stepwise_lightning.files import atomic_write, atomic_write_text
+from stepwise_lightning.files import atomic_write_text
 from stepwise_lightning.loggers import free_name, run_folder
 from stepwise_lightning.runs.provenance import provenance
 
@@ -50,5 +50,5 @@ class SaveRun(SaveConfigCallback):
             self._folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise cannot_write(self._folder, error) from error
-        atomic_write(config, lambda partial: self.parser.save(self.config, partial, skip_none=False, overwrite=True))
+        atomic_write_text(config, self.parser.dump(self.config, skip_none=False))
         atomic_write_text(origin, json.dumps(provenance(), indent=2) + "\n")
