@@ -27,6 +27,7 @@ from stepwise_lightning.runs.resume import (
     leave_epoch,
     random_state,
     reopen_epoch,
+    restore_precision,
     restore_randomness,
     unwritten_metrics,
 )
@@ -102,6 +103,7 @@ class LastCheckpoint(Checkpoint):
         if trainer.state.fn == "fit":
             self._restored = checkpoint.get(_KEY, {})
             reopen_epoch(checkpoint, trainer.accumulate_grad_batches)
+            restore_precision(trainer, pl_module, checkpoint)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Go on where the checkpoint was made, and listen to signals."""

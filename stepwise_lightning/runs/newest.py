@@ -168,9 +168,10 @@ def _runs_of_mlflow(logger: Any, arguments: dict[str, Any], root: Path) -> _Runs
     from mlflow.tracking import MlflowClient  # type: ignore[import-not-found,unused-ignore]
 
     save_dir = Path(logger.save_dir or root)
-    client = MlflowClient(f"file:{logger.save_dir}" if logger.save_dir else arguments["tracking_uri"])
-    name, new = arguments.get("experiment_name") or "lightning_logs", logger.save_dir and not save_dir.is_dir()
-    experiment = None if new else client.get_experiment_by_name(name)
+    experiment = None
+    if not logger.save_dir or save_dir.is_dir():  # where there is nothing yet, the client would not look
+        client = MlflowClient(f"file:{logger.save_dir}" if logger.save_dir else arguments["tracking_uri"])
+        experiment = client.get_experiment_by_name(arguments.get("experiment_name") or "lightning_logs")
     parent = save_dir / (experiment.experiment_id if experiment else "no experiment")
     given = arguments.get("run_id")
     if given is not None:

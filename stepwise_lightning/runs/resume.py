@@ -87,6 +87,17 @@ def leave_epoch(trainer: L.Trainer) -> None:
         loop.epoch_loop.restarting = False
 
 
+def restore_precision(trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+    """Load weights again that are more precise than the module is before training: with ``precision="64-true"``.
+
+    Lightning loads a checkpoint before it makes the module float64, and would round its weights to float32.
+    """
+    ours, saved = pl_module.state_dict(), checkpoint["state_dict"]
+    if any(ours[name].dtype != saved[name].dtype for name in ours.keys() & saved.keys()):
+        trainer.precision_plugin.convert_module(pl_module)
+        trainer.strategy.load_model_state_dict(checkpoint, strict=pl_module.strict_loading)
+
+
 def unwritten_metrics(trainer: L.Trainer) -> dict[str, float]:
     """Return what Lightning will send to the loggers as soon as the callbacks' hook that is running has ended.
 

@@ -63,10 +63,10 @@ def test_wandb_of_another_project_is_another_run(folder, wandb):
 def test_mlflow_goes_on_as_the_same_run(name, folder):
     mlflow = pytest.importorskip("mlflow")
     for steps in (2, 4, 5):
-        train(steps, "MLFlowLogger", save_dir="runs", **name)
+        train(steps, "MLFlowLogger", save_dir=str(folder / "runs"), **name)  # mlflow keeps its stores by name
     ((run, step),) = steps_of_runs(folder).items()
     assert step == 5
-    client = mlflow.MlflowClient("file:runs")
+    client = mlflow.MlflowClient(f"file:{folder / 'runs'}")
     experiment = client.get_experiment_by_name(name.get("experiment_name", "lightning_logs"))
     (only,) = client.search_runs([experiment.experiment_id])
     assert run == folder / "runs" / experiment.experiment_id / only.info.run_id

@@ -253,7 +253,29 @@ def test_fast_dev_run_writes_nothing(without_logger, tmp_path, monkeypatch):
     assert sorted(path for path in tmp_path.rglob("*")) == before and saved(tmp_path) == {"last": 5}
 
 
-# Raised after the end.
+# Exact, and raised after the end.
+
+
+class OneBatch(IterableDataset):
+    """The same batch again and again, wherever it is begun."""
+
+    def __iter__(self):
+        while True:
+            yield torch.arange(4.0)
+
+
+def test_a_run_in_float64_is_continued_exactly(tmp_path):
+    """Lightning would load its weights before it makes the module float64, and round them."""
+    weights = []
+    for parts in ((9,), (4, 9)):
+        folder, path = tmp_path / str(len(parts)), None
+        for steps in parts:
+            torch.manual_seed(0)
+            options = {"logger": False, "default_root_dir": folder, "precision": "64-true"}
+            trainer_for(folder, max_steps=steps, **options).fit(Model(), DataLoader(OneBatch(), 2), ckpt_path=path)
+            path = next(folder.rglob("last.ckpt"))
+        weights.append(torch.load(path, weights_only=True)["state_dict"]["layers.0.weight"])
+    assert weights[0].dtype == torch.float64 and torch.equal(*weights)
 
 
 @pytest.mark.parametrize("first", [2, 4, 5, 9])
