@@ -14,6 +14,7 @@ import lightning as L
 import torch
 from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities.model_helpers import is_overridden
 
 import stepwise_lightning
 from stepwise_lightning import encoders, evaluation
@@ -76,6 +77,11 @@ class _CLI(LightningCLI):
         if self.subcommand == "fit" and config.ckpt_path and Path(config.ckpt_path).is_file():
             _check_settings(_restored_settings(config.ckpt_path), _settings(config.model))
 
+    def before_fit(self) -> None:
+        """Refuse to train on nothing; a module may bring its own data."""
+        if self.datamodule is None and not is_overridden("train_dataloader", self.model):
+            raise UserError(f"data is missing: give --data, one of {_EXAMPLES['data']}, or the dotted path of a class")
+
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         given = self._get(self.config_init, "trainer")
         callbacks, plugins = (_as_list(given.get(name)) for name in ("callbacks", "plugins"))
@@ -110,7 +116,6 @@ def main() -> None:
     try:
         _CLI(
             L.LightningModule,
-            L.LightningDataModule,
             save_config_callback=SaveRun,
             parser_class=_Parser,
             subclass_mode_model=True,

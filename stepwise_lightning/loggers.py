@@ -10,6 +10,8 @@ from weakref import WeakKeyDictionary
 
 import lightning as L
 
+from stepwise_lightning.errors import cannot_write
+
 __all__ = ["CHECKPOINTS", "WITHOUT_LOGGER", "boards", "folder_of", "free_name", "run_folder"]
 
 CHECKPOINTS = "checkpoints"  # the folder of a run that holds them
@@ -72,10 +74,10 @@ def _without_logger(trainer: L.Trainer, resumed: str | Path | None) -> Path:
         try:
             (runs / f"version_{number}").mkdir(parents=True)
             break
-        except FileExistsError:  # of a run that begins at this moment
-            if not runs.is_dir():
-                raise
-            number += 1
+        except OSError as error:
+            if not (runs / f"version_{number}").is_dir():
+                raise cannot_write(runs, error) from error
+            number += 1  # that of a run that begins at this moment
     return runs / f"version_{number}"
 
 
