@@ -180,7 +180,7 @@ BEFORE_TRAINING = {
     "cosine over a stream": ([*simclr(cosine="true"), "--trainer.max_epochs=2"], "for data without a length max_steps"),
     "a file in the folder's place": ([*simclr(), "--trainer.max_steps=2", "--trainer.default_root_dir=own_things.py"], "own_things.py"),
     "the same, without a logger": (
-        [*simclr(), "--trainer.max_steps=2", "--trainer.default_root_dir=own_things.py", "--trainer.logger=false"],
+        [*simclr(), "--trainer.max_steps=2", "--trainer.logger=false", "--trainer.default_root_dir=own_things.py"],
         "cannot write own_things.py/stepwise_runs: Not a directory",
     ),
     "the same, of a logger": (

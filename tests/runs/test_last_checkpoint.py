@@ -104,7 +104,7 @@ LENGTHS = {
     "a stream, a number of epochs": ({"max_epochs": 3}, loader(100), 1),
     "a stream of one batch an epoch": ({"max_epochs": 50}, loader(2), 1),
     "one step an epoch": ({"max_epochs": 50, "accumulate_grad_batches": 8}, loader(12, sized=True), 1),
-    "two optimisers": ({"max_epochs": 2}, loader(60, sized=True), 2),
+    "two optimisers": ({"max_epochs": 2}, loader(40, sized=True), 2),
     "max_time": ({"max_epochs": 10**6, "max_time": timedelta(minutes=5)}, loader(100, sized=True), 1),
     "max_steps and a stream": ({"max_steps": 60}, loader(), 1),
 }
