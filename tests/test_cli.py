@@ -178,7 +178,10 @@ def simclr(**options):
 BEFORE_TRAINING = {
     "temperature 0": (simclr(temperature=0), "temperature must be finite and above 0, got 0.0"),
     "cosine over a stream": ([*simclr(cosine="true"), "--trainer.max_epochs=2"], "for data without a length max_steps"),
-    "a file in the folder's place": ([*simclr(), "--trainer.max_steps=2", "--trainer.default_root_dir=own_things.py"], "own_things.py"),
+    "a file in the folder's place": (
+        [*simclr(), "--trainer.max_steps=2", "--trainer.default_root_dir=own_things.py"],
+        "own_things.py",
+    ),
     "the same, without a logger": (
         [*simclr(), "--trainer.max_steps=2", "--trainer.logger=false", "--trainer.default_root_dir=own_things.py"],
         "cannot write own_things.py/stepwise_runs: Not a directory",

@@ -23,8 +23,8 @@ from stepwise_lightning.files import atomic_write
 from stepwise_lightning.loggers import CHECKPOINTS, free_name, run_folder
 from stepwise_lightning.runs.newest import begin_folder, is_behind
 from stepwise_lightning.runs.resume import (
+    begin_epoch,
     continue_events,
-    leave_epoch,
     random_state,
     reopen_epoch,
     restore_precision,
@@ -111,10 +111,8 @@ class LastCheckpoint(Checkpoint):
         if trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             begin_folder(self.directory, trainer.loggers)
         self._seen = self._saved = self._resumed = trainer.global_step
-        batches = trainer.fit_loop.epoch_loop.batch_progress
-        self._stepped_within_epoch = batches.current.ready > 0 and not batches.is_last_batch
+        self._stepped_within_epoch = begin_epoch(trainer)
         self._signal = 0
-        leave_epoch(trainer)
         if self._restored:
             if trainer.is_global_zero:
                 continue_events(trainer, self._restored["unwritten"])

@@ -73,18 +73,23 @@ def reopen_epoch(checkpoint: dict[str, Any], accumulate_grad_batches: int = 1) -
             loop["epoch_loop.state_dict"]["_batches_that_stepped"] -= 1
 
 
-def leave_epoch(trainer: L.Trainer) -> None:
-    """Let a run whose checkpoint was made at the end of an epoch begin the next one, when training starts.
+def begin_epoch(trainer: L.Trainer) -> bool:
+    """Return whether training starts within an epoch, of which a checkpoint has the beginning.
 
-    Where ``max_steps`` is set, Lightning would take batches of the next epoch for more of the one that is done.
+    Where a checkpoint was made at the end of an epoch, the next one begins: where ``max_steps`` is set, Lightning would
+    take its batches for more of the one that is done. One line says what the second ``fit`` of a Trainer leaves out.
     """
     loop = trainer.fit_loop
+    within = loop.epoch_loop.batch_progress.current.ready > 0 and not loop.epoch_loop.batch_progress.is_last_batch
+    if within and not loop.is_resuming:
+        rank_zero_info("this fit begins a new epoch: what the one before had left of its last epoch is not seen")
     batches, epochs = loop.epoch_loop.batch_progress, loop.epoch_progress
     counts: Any = batches.current, epochs.current
     done = all(count.ready == count.processed for count in counts) and batches.current.completed == counts[0].processed
     if loop.is_resuming and batches.is_last_batch and done:
         loop._restarting = False  # the property would not let it be
         loop.epoch_loop.restarting = False
+    return within and loop.is_resuming
 
 
 def restore_precision(trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:

@@ -104,7 +104,7 @@ LENGTHS = {
     "a stream, a number of epochs": ({"max_epochs": 3}, loader(100), 1),
     "a stream of one batch an epoch": ({"max_epochs": 50}, loader(2), 1),
     "one step an epoch": ({"max_epochs": 50, "accumulate_grad_batches": 8}, loader(12, sized=True), 1),
-    "two optimisers": ({"max_epochs": 2}, loader(40, sized=True), 2),
+    "two optimisers": ({"max_epochs": 2}, loader(36, sized=True), 2),
     "max_time": ({"max_epochs": 10**6, "max_time": timedelta(minutes=5)}, loader(100, sized=True), 1),
     "max_steps and a stream": ({"max_steps": 60}, loader(), 1),
 }
@@ -225,11 +225,12 @@ def test_going_on_from_another_checkpoint_of_the_run(tmp_path):
 
 
 @pytest.mark.parametrize("without_logger", [False, True])
-def test_the_second_fit_of_a_trainer_goes_on_writing_its_file(without_logger, tmp_path):
+def test_the_second_fit_of_a_trainer_goes_on_writing_its_file(without_logger, tmp_path, caplog):
     trainer = fit(tmp_path, 5, False if without_logger else TensorBoardLogger(tmp_path))
     trainer.fit_loop.epoch_loop.max_steps = 8
     trainer.fit(trainer.lightning_module, loader())
     assert saved(tmp_path) == {"last": 8}
+    assert sum("begins a new epoch" in record.message for record in caplog.records) == 1
 
 
 def test_the_same_callback_in_another_trainer_is_another_run(tmp_path):
