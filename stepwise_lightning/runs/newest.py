@@ -29,8 +29,8 @@ def continue_newest(config: Any) -> int | None:
     Where runs lie is asked of the first logger: one is made for it, and not used. With TensorBoard's and CSV's, and
     without a logger, the newest run is the one with the highest number that has begun to train; with others the one
     that was saved last. It goes on in its own folder from its newest checkpoint, and with W&B and MLflow as the same
-    run there. A logger whose version cannot be set gets a new folder for it, which one line says. Where there is no
-    checkpoint yet, a new run is started.
+    run there; where the version cannot be set, in a new folder, which one line says. Where there is no checkpoint yet, a
+    new run is started.
 
     Args:
         config: of ``fit``; ``ckpt_path`` and the loggers' versions are changed.
@@ -55,9 +55,7 @@ def continue_newest(config: Any) -> int | None:
         return None
     step, config.ckpt_path = saved[0], str(saved[1].absolute())  # ~ is no home in a path that exists
     in_place = begun and (not loggers or runs.argument is not None or runs.only)
-    rank_zero_info(
-        f"continuing {place} from step {step}{'' if in_place else ', in a new folder: its logger chooses it'}"
-    )
+    rank_zero_info(f"continuing {place} from step {step}{'' if in_place else ', in a new folder: it cannot be set'}")
     if loggers and in_place and run is not None:
         _set_versions(loggers, runs, run, root)
         if config.trainer.logger in (None, True):
