@@ -29,7 +29,7 @@ def continue_newest(config: Any) -> int | None:
     Where runs lie is asked of the first logger: one is made for it, and not used. With TensorBoard's and CSV's, and
     without a logger, the newest run is the one with the highest number that has begun to train; with others the one
     that was saved last. It goes on in its own folder from its newest checkpoint, and with W&B and MLflow as the same
-    run there; where the version cannot be set, in a new folder, which one line says. Where there is no checkpoint yet, a
+    run there; where the version cannot be set, in a new folder, which one line says. Without a checkpoint yet, a
     new run is started.
 
     Args:
