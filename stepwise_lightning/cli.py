@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 from difflib import get_close_matches
@@ -13,11 +14,12 @@ import lightning as L
 import torch
 from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities.model_helpers import is_overridden
 
 import stepwise_lightning
 from stepwise_lightning.errors import UserError, condensed, one_line
 from stepwise_lightning.runs import AtomicCheckpointIO, LastCheckpoint
-from stepwise_lightning.runs.resume import continue_newest
+from stepwise_lightning.runs.newest import continue_newest
 from stepwise_lightning.runs.save_run import SaveRun
 from stepwise_lightning.signals import INTERRUPTED
 
@@ -72,6 +74,11 @@ class _CLI(LightningCLI):
         if self.subcommand == "fit" and config.ckpt_path and Path(config.ckpt_path).is_file():
             _check_settings(_restored_settings(config.ckpt_path), _settings(config.model))
 
+    def before_fit(self) -> None:
+        """Refuse to train on nothing; a module may bring its own data."""
+        if self.datamodule is None and not is_overridden("train_dataloader", self.model):
+            raise UserError(f"data is missing: give --data, one of {_EXAMPLES['data']}, or the dotted path of a class")
+
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         given = self._get(self.config_init, "trainer")
         callbacks, plugins = (_as_list(given.get(name)) for name in ("callbacks", "plugins"))
@@ -94,15 +101,18 @@ def _as_list(values: Any) -> list[Any]:
 def main() -> None:
     """Run ``stepwise``; any class of this package or another can be named as model, data or callback.
 
+    Modules in the working directory are found, as with ``python -m``.
+
     A mistake in the configuration, missing data, a checkpoint that does not fit, diverging training, a full disk or a
     lost process end it with one line on standard error and exit status 2 or 1 (:mod:`stepwise_lightning.errors`); a bug
     keeps its traceback. A run that has saved itself because of a signal ends with exit status 75; Ctrl-C outside of
     training with 130.
     """
+    if not sys.flags.safe_path and not {"", os.getcwd()} & set(sys.path):
+        sys.path.insert(0, os.getcwd())  # where the command lies is, in its place
     try:
         _CLI(
             L.LightningModule,
-            L.LightningDataModule,
             save_config_callback=SaveRun,
             parser_class=_Parser,
             subclass_mode_model=True,

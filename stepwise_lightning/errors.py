@@ -7,6 +7,7 @@ keeps its traceback.
 from __future__ import annotations
 
 import errno
+import os
 import pickle
 import re
 import traceback
@@ -33,6 +34,17 @@ _PEER_LOST = re.compile(
     r"Socket (unexpectedly )?closed|failed to (send|recv)|NCCL.*(timeout|remote process exited)",
     re.IGNORECASE,
 )
+
+# How they say that the port where processes are to meet belongs to somebody else, or that nobody is there.
+_PORT_TAKEN = re.compile(r"address already in use|EADDRINUSE", re.IGNORECASE)
+_NOBODY_MEETS = re.compile(
+    r"client socket has (failed|timed out)|connection was refused|network addresses of .* cannot be retrieved",
+    re.IGNORECASE,
+)
+# What a file system says about a folder that cannot be made, or written to.
+_NO_FOLDER = (
+    errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP,
+)  # fmt: skip
 
 
 class UserError(ValueError):
@@ -89,11 +101,19 @@ def reason(error: Exception) -> str:
 def one_line(error: Exception) -> str | None:
     """Return what to tell the user in place of a traceback; None for a bug, which needs one.
 
-    One line stands for what this package raises on purpose, a full disk, a lost process, and what Lightning and
-    jsonargparse refuse.
+    One line stands for what this package raises on purpose, a full disk, a folder that Lightning or a logger cannot
+    make or write to, a lost process, a port that is taken, and what Lightning and jsonargparse refuse.
     """
     if full := full_disk(error):
         return str(full)
+    of_distributed = type(error).__module__.startswith("torch.distributed")
+    if of_distributed and _PORT_TAKEN.search(str(error)):
+        return f"another program has the port where the processes of this run are to meet{_meeting_point()}"
+    if of_distributed and _NOBODY_MEETS.search(str(error)):
+        return (
+            f"the first process of this run is not where the others are to meet it{_meeting_point()}; look whether it "
+            "has started"
+        )
     if isinstance(error, RuntimeError) and _PEER_LOST.search(str(error)):
         return (
             "another process of this run has ended or does not answer: look at what it wrote; --ckpt_path last "
@@ -104,7 +124,36 @@ def one_line(error: Exception) -> str | None:
         if re.match(r"Caught \w+ in DataLoader worker", text):  # torch raises it again, with the worker's traceback
             text = text.splitlines()[-1].partition(": ")[2]
         return " ".join(text.split())
+    if isinstance(error, OSError) and error.errno in _NO_FOLDER and error.filename and _is_of_a_logger(error):
+        return (
+            f"cannot write {error.filename}: {error.strerror}; choose another folder (the logger's save_dir, or "
+            "trainer.default_root_dir)"
+        )
     return _refusal_of_lightning(error)
+
+
+def _meeting_point() -> str:
+    address, port = (os.environ.get(name, "not set") for name in ("MASTER_ADDR", "MASTER_PORT"))
+    return (
+        f" (MASTER_ADDR {address}, MASTER_PORT {port}): set MASTER_PORT, for torchrun --master-port, to one that is "
+        "free, and the same for all processes"
+    )
+
+
+def _is_of_a_logger(error: OSError) -> bool:
+    """Return whether Lightning or a logger wanted to write, and not a model, data or a callback."""
+    import lightning as L
+    from lightning.fabric.loggers.logger import Logger
+
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    if any(re.match("_?(resume|restore|load)", frame.f_code.co_name) for frame in frames):
+        return False  # it wanted to read
+    if any(isinstance(frame.f_locals.get("self"), Logger) for frame in frames):
+        return True
+    libraries = Path(L.__file__).parent.parent, Path(os.__file__).parent
+    above = (Path(frame.f_code.co_filename) for frame in reversed(frames))
+    caller = next((path for path in above if path.parent != libraries[1] and "fsspec" not in path.parts), None)
+    return caller is not None and caller.is_relative_to(libraries[0] / "lightning")
 
 
 def _refusal_of_lightning(error: Exception) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,9 @@ from weakref import WeakKeyDictionary
 
 import lightning as L
 
-__all__ = ["CHECKPOINTS", "WITHOUT_LOGGER", "boards", "free_name", "run_folder"]
+from stepwise_lightning.errors import cannot_write
+
+__all__ = ["CHECKPOINTS", "WITHOUT_LOGGER", "boards", "folder_of", "free_name", "run_folder"]
 
 CHECKPOINTS = "checkpoints"  # the folder of a run that holds them
 WITHOUT_LOGGER = "stepwise_runs"  # in the Trainer's default_root_dir, where there is no logger
@@ -17,34 +20,65 @@ WITHOUT_LOGGER = "stepwise_runs"  # in the Trainer's default_root_dir, where the
 _folders: WeakKeyDictionary[Any, Path] = WeakKeyDictionary()
 
 
-def run_folder(trainer: L.Trainer) -> Path:
+def run_folder(trainer: L.Trainer, resumed: str | Path | None = None) -> Path:
     """Return the folder that this run writes to; all ranks must ask together, and get the same.
 
-    It is the log directory of TensorBoard's and CSV's loggers, and ``save_dir/name/version`` of every other, where
-    Lightning puts checkpoints too. Without a logger each Trainer gets the next free
-    ``default_root_dir/stepwise_runs/version_N``; a run that is continued from a checkpoint there goes on in its own.
+    It is the first logger's (:func:`folder_of`). Without a logger each Trainer gets the next free
+    ``default_root_dir/stepwise_runs/version_N``, which is made at once, so that no other run takes it (not under
+    ``fast_dev_run``, which writes nothing); a run that is continued from a checkpoint there goes on in its own.
+
+    Args:
+        trainer: of the run.
+        resumed: the checkpoint that it goes on from, while the Trainer does not know it yet: in ``setup``.
+
+    Raises:
+        OSError: the folder of a run without a logger cannot be made.
+
     """
-    folder = trainer.log_dir  # a broadcast
-    if not trainer.loggers:
-        if trainer not in _folders:
-            _folders[trainer] = _without_logger(trainer)
-        return Path(trainer.strategy.broadcast(str(_folders[trainer])))
-    logger = trainer.loggers[0]
-    if not hasattr(logger, "log_dir"):
-        name, version = str(logger.name or ""), logger.version
-        version = f"version_{version}" if isinstance(version, int) else str(version or "")
-        folder = str(Path(logger.save_dir or trainer.default_root_dir, name, version))
-    return Path(trainer.strategy.broadcast(folder or str(trainer.default_root_dir)))
+    folder = None
+    if trainer.is_global_zero:
+        if trainer.loggers:
+            folder = folder_of(trainer.loggers[0], trainer.default_root_dir)
+        else:
+            if trainer not in _folders:
+                _folders[trainer] = _without_logger(trainer, resumed or trainer.ckpt_path)
+            folder = _folders[trainer]
+    return Path(trainer.strategy.broadcast(str(folder)))
 
 
-def _without_logger(trainer: L.Trainer) -> Path:
+def folder_of(logger: Any, root: str | Path) -> Path:
+    """Return the folder that a logger has for its run: ``log_dir``, or ``save_dir/name/version`` if it has none.
+
+    Args:
+        logger: of ``lightning``, ``pytorch_lightning``, or like them.
+        root: stands in for a ``save_dir`` of None.
+
+    """
+    folder = getattr(logger, "log_dir", None)
+    if isinstance(folder, (str, os.PathLike)):  # the logger of fast_dev_run has all attributes
+        return Path(folder)
+    name, version = str(logger.name or ""), logger.version
+    version = f"version_{version}" if isinstance(version, int) else str(version or "")
+    return Path(logger.save_dir or root, name, version)
+
+
+def _without_logger(trainer: L.Trainer, resumed: str | Path | None) -> Path:
     runs = Path(trainer.default_root_dir, WITHOUT_LOGGER)
-    if trainer.ckpt_path is not None and Path(trainer.ckpt_path).parent.name == CHECKPOINTS:
-        own = Path(trainer.ckpt_path).parent.parent
+    if trainer.state.fn == "fit" and resumed is not None and Path(resumed).parent.name == CHECKPOINTS:
+        own = Path(resumed).parent.parent
         if own.parent.resolve() == runs.resolve():
             return own
     taken = [path.name.removeprefix("version_") for path in runs.glob("version_*")]
-    return runs / f"version_{max((int(number) for number in taken if number.isdecimal()), default=-1) + 1}"
+    number = max((int(number) for number in taken if number.isdecimal()), default=-1) + 1
+    while not trainer.fast_dev_run:  # type: ignore[attr-defined]
+        try:
+            (runs / f"version_{number}").mkdir(parents=True)
+            break
+        except OSError as error:
+            if not (runs / f"version_{number}").is_dir():
+                raise cannot_write(runs, error) from error
+            number += 1  # that of a run that begins at this moment
+    return runs / f"version_{number}"
 
 
 def free_name(stem: str, is_taken: Callable[[str], bool]) -> str:
@@ -58,5 +92,6 @@ def free_name(stem: str, is_taken: Callable[[str], bool]) -> str:
 
 def boards(trainer: L.Trainer) -> list[Any]:
     """Return the TensorBoard writers, of ``lightning`` as of ``pytorch_lightning``, whose loggers share no class."""
-    writers = [getattr(logger, "experiment", None) for logger in trainer.loggers]
-    return [writer for writer in writers if hasattr(writer, "add_custom_scalars")]
+    writers: list[Any] = [getattr(logger, "experiment", None) for logger in trainer.loggers]
+    # The log_dir, because the logger of fast_dev_run has a writer that has everything.
+    return [w for w in writers if hasattr(w, "add_custom_scalars") and isinstance(w.log_dir, (str, os.PathLike))]

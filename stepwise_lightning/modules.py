@@ -128,8 +128,11 @@ class JointEmbedding(L.LightningModule):
         if not h["warmup_steps"] and not h["cosine"]:
             return optimizer
         num_steps = self.trainer.estimated_stepping_batches if h["cosine"] else math.inf
-        if h["cosine"] and math.isinf(num_steps):
-            raise UserError("cosine=True needs to know how long training lasts: set max_steps or max_epochs")
+        if h["cosine"] and not 0 <= num_steps < math.inf:  # −1 for a stream whose epochs have no length
+            raise UserError(
+                "cosine=True needs to know how long training lasts: set max_steps or max_epochs "
+                "(for data without a length max_steps)"
+            )
         # A lambda, because the scheduler's state would hold a callable object's attributes.
         schedule = torch.optim.lr_scheduler.LambdaLR(
             optimizer, lambda step: rate_factor(step, h["warmup_steps"], num_steps)
@@ -187,7 +190,10 @@ class SimCLR(JointEmbedding):
         **optimization: Any,
     ) -> None:
         super().__init__(encoder, learning_rate, **optimization)
-        _check_not_negative(temperature=temperature)
+        if not 0 < temperature < math.inf:
+            raise UserError(
+                f"temperature must be finite and above 0, got {temperature}: similarities are divided by it"
+            )
 
     def loss_terms(self, z1: Tensor, z2: Tensor) -> dict[str, Tensor]:
         """Return ``alignment`` and ``uniformity``."""

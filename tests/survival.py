@@ -43,10 +43,10 @@ PATIENCE = 60  # seconds after which a process that does not end is said to hang
 class Dropping(nn.Module):
     """An encoder with dropout and batch normalisation: it draws random numbers, and has buffers."""
 
-    def __init__(self) -> None:
+    def __init__(self, dropout: float = 0.2) -> None:
         super().__init__()
         features = nn.Sequential(nn.Flatten(), nn.Linear(3 * IMAGE**2, 16), nn.BatchNorm1d(16), nn.ReLU())
-        self.backbone = nn.Sequential(features, nn.Dropout(0.2))
+        self.backbone = nn.Sequential(features, nn.Dropout(dropout))
         self.projector = nn.Linear(16, 4)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -78,6 +78,20 @@ class Moments(L.Callback):
 
     def on_validation_batch_end(self, trainer, *_):
         self.at("validation", trainer)
+
+
+class Samples(L.Callback):
+    """Notes in ``samples_RANK.csv`` which samples each step is made with, and in which launch."""
+
+    def on_train_start(self, trainer, *_):
+        self.file = Path(f"samples_{trainer.global_rank}.csv")
+        self.launch = time.time_ns()
+        self.launch = trainer.strategy.broadcast(self.launch)
+
+    def on_train_batch_start(self, trainer, module, batch, batch_idx):
+        digests = (f"{view.double().sum():.9f}" for views in batch[:2] for view in views)
+        with self.file.open("a") as file:
+            print(trainer.global_step, self.launch, *digests, sep=",", file=file)
 
 
 def fill_up(disk: str) -> None:

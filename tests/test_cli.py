@@ -1,9 +1,13 @@
 """The command line: configurations combine, and every mistake is answered in one line."""
 
+import os
+import socket
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from stepwise_lightning import LastCheckpoint
@@ -30,7 +34,6 @@ MISTAKES = {
     "missing data": (["--data.init_args.data=stl10"], "STL10('data', download=True)"),
     "missing file": (["--config=nowhere.yaml"], "File does not exist"),
     "missing checkpoint": (["--ckpt_path=nowhere.ckpt"], "Checkpoint file not found: "),
-    "nowhere to continue": (["--ckpt_path=last", "--trainer.logger=false"], "configure one logger with save_dir and"),
     "divergence": (["--model.init_args.learning_rate=1e9"], "training has most likely diverged"),
 }  # fmt: skip
 
@@ -89,6 +92,136 @@ def test_a_damaged_checkpoint_and_a_bad_interval_are_named(monkeypatch, tmp_path
     assert path.read_bytes() == b"half a checkpoint"
     with pytest.raises(ValueError, match="every_n_train_steps must be at least 1, got 0"):
         LastCheckpoint(0)
+
+
+BORING = "lightning.pytorch.demos.boring_classes."
+QUIET = ["--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false", "--trainer.accelerator=cpu"]
+
+
+@pytest.mark.filterwarnings("ignore:The number of training batches", "ignore:.*your dataloader is not resumable")
+@pytest.mark.parametrize("data", [[], [f"--data={BORING}BoringDataModule"]], ids=["its own data", "a data module"])
+def test_any_module_trains_and_continues(data, monkeypatch, tmp_path):
+    """Also one without settings, which keeps none in its checkpoints."""
+    monkeypatch.chdir(tmp_path)
+    for steps in (2, 4):
+        options = [f"--model={BORING}BoringModel", *data, f"--trainer.max_steps={steps}", "--ckpt_path=last", *QUIET]
+        run(monkeypatch, "fit", *options)
+    checkpoint = tmp_path / "lightning_logs/version_0/checkpoints/last.ckpt"
+    assert torch.load(checkpoint, weights_only=True)["global_step"] == 4
+
+
+def test_training_on_nothing_is_refused(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    encoder = ["--model.encoder=stepwise_lightning.LinearEncoder", "--model.encoder.in_features=4"]
+    options = [*encoder, "--model.encoder.out_features=2", "--model.learning_rate=1", *QUIET]
+    with pytest.raises(SystemExit, match="error: data is missing: give --data, one of TwoViewDataModule"):
+        run(monkeypatch, "fit", "--model=BarlowTwins", *options)
+
+
+OWN = """
+import torch
+from lightning.pytorch.demos.boring_classes import BoringDataModule, BoringModel
+from torch.utils.data import DataLoader, IterableDataset
+
+class Stream(IterableDataset):
+    def __iter__(self):
+        while True:
+            yield torch.randn(48), torch.randn(48)
+
+class Pairs(BoringDataModule):
+    def train_dataloader(self):
+        return DataLoader(Stream(), batch_size=4)
+
+class Mine(BoringModel):
+    def __init__(self, width: int = 3):
+        super().__init__()
+        self.save_hyperparameters()
+"""
+
+
+@pytest.fixture
+def script(tmp_path):
+    """Return a function that runs the command as a console script does: with its own folder on the path, not ours."""
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin/stepwise").write_text("from stepwise_lightning.cli import main\n\nmain()\n")
+    (tmp_path / "work").mkdir()
+    (tmp_path / "work/own_things.py").write_text(OWN)
+
+    def launch(*arguments, **variables):
+        command = [sys.executable, str(tmp_path / "bin/stepwise"), *arguments, *QUIET]
+        env = os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent), "OMP_NUM_THREADS": "1"} | variables
+        return subprocess.run(command, cwd=tmp_path / "work", env=env, capture_output=True, text=True, timeout=120)
+
+    return launch
+
+
+def last_line(done):
+    assert "Traceback" not in done.stderr, done.stderr
+    return done.stderr.strip().splitlines()[-1]
+
+
+def test_modules_in_the_working_directory_are_found(script):
+    module = ["--model=own_things.Mine", f"--data={BORING}BoringDataModule", "--trainer.max_steps=2"]
+    done = script("fit", *module)
+    assert done.returncode == 0, done.stderr
+    done = script("fit", *module, "--model.width=4", "--ckpt_path=last")
+    assert done.returncode == 1 and "the checkpoint was trained with width=3, not 4" in last_line(done)
+    assert script("fit", *module, PYTHONSAFEPATH="1").returncode == 2  # as python -m would not find it
+
+
+def simclr(**options):
+    given = {"encoder": "stepwise_lightning.LinearEncoder", "encoder.in_features": 48, "encoder.out_features": 3}
+    given |= {"learning_rate": 0.1} | options
+    return ["--model=SimCLR", *(f"--model.{name}={value}" for name, value in given.items()), "--data=own_things.Pairs"]
+
+
+BEFORE_TRAINING = {
+    "temperature 0": (simclr(temperature=0), "temperature must be finite and above 0, got 0.0"),
+    "cosine over a stream": ([*simclr(cosine="true"), "--trainer.max_epochs=2"], "for data without a length max_steps"),
+    "a file in the folder's place": (
+        [*simclr(), "--trainer.max_steps=2", "--trainer.default_root_dir=own_things.py"],
+        "own_things.py",
+    ),
+    "the same, without a logger": (
+        [*simclr(), "--trainer.max_steps=2", "--trainer.logger=false", "--trainer.default_root_dir=own_things.py"],
+        "cannot write own_things.py/stepwise_runs: Not a directory",
+    ),
+    "the same, of a logger": (
+        [*simclr(), "--trainer.max_steps=2", "--trainer.logger=CSVLogger", "--trainer.logger.save_dir=own_things.py/x"],
+        "choose another folder (the logger's save_dir, or trainer.default_root_dir)",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("options", "message"), BEFORE_TRAINING.values(), ids=BEFORE_TRAINING)
+def test_what_cannot_work_is_said_before_training(options, message, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "own_things.py").write_text(OWN)
+    sys.modules.pop("own_things", None)
+    with pytest.raises(SystemExit) as stop:
+        run(monkeypatch, "fit", *options, *QUIET)
+    (line,) = str(stop.value.code).strip().splitlines()
+    assert line.startswith("stepwise: error: ") and message in line
+    assert not list(tmp_path.rglob("*.ckpt"))
+
+
+def test_a_taken_port_is_named(script):
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = str(other.getsockname()[1])
+        ranks = {
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": port,
+            "WORLD_SIZE": "2",
+            "LOCAL_RANK": "0",
+            "NODE_RANK": "0",
+        }
+        two = ["--trainer.devices=2", "--trainer.strategy=ddp", "--trainer.max_steps=2"]
+        done = script("fit", *simclr(), *two, **ranks)
+    assert done.returncode == 1 and f"MASTER_PORT {port}): set MASTER_PORT" in last_line(done)
+    assert "another program has the port where the processes of this run are to meet" in last_line(done)
 
 
 def test_configurations_combine_and_print_whole(monkeypatch, tmp_path, capsys):

@@ -2,6 +2,7 @@
 
 import errno
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -57,6 +58,17 @@ def test_users_of_the_library_catch_what_they_expect():
         assert one_line(error("as it says")) == "as it says"
     with pytest.raises(ValueError, match="must have one shape"):
         losses.vicreg_loss(torch.ones(3, 2), torch.ones(4, 2))
+
+
+def test_a_file_that_is_not_there_in_one_s_own_code_keeps_its_traceback(monkeypatch):
+    """Only what Lightning or a logger wanted to write is said in one line."""
+
+    def broken(*_):
+        (Path("mine.yaml") / "no folder").mkdir()
+
+    monkeypatch.setattr(losses, "barlow_twins_terms", broken)
+    with pytest.raises(NotADirectoryError):
+        stepwise("fit")
 
 
 def test_a_full_disk_speaks_first():

@@ -14,11 +14,18 @@ import torch
 
 
 def provenance() -> dict[str, Any]:
-    """Return versions, commit, machine and date of this run."""
+    """Return versions, commits, machine and date of this run.
+
+    ``commit`` is this package's, None unless its files are tracked by the repository that they lie in: an installed
+    copy may lie in somebody else's. ``working_directory_commit`` is that of the repository around the working
+    directory, None if there is none.
+    """
     packages = ("stepwise_lightning", "torch", "lightning", "torchvision", "scikit-image", "numpy")
+    tracked = _git(Path(__file__).parent, "ls-files", "--error-unmatch", Path(__file__).name) is not None
     return {
         "versions": {"python": platform.python_version()} | {name: version(name) for name in packages},
-        "commit": _commit(),
+        "commit": _commit(Path(__file__).parent) if tracked else None,
+        "working_directory_commit": _commit(Path.cwd()),
         "machine": {
             "platform": platform.platform(),
             "cores": os.cpu_count(),
@@ -29,11 +36,19 @@ def provenance() -> dict[str, Any]:
     }
 
 
-def _commit() -> str | None:
-    git = ["git", "-C", str(Path(__file__).parent)]
-    try:
-        commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
-        changed = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True, check=True).stdout
-    except (OSError, subprocess.CalledProcessError):
+def _commit(folder: Path) -> str | None:
+    commit, changed = _git(folder, "rev-parse", "HEAD"), _git(folder, "status", "--porcelain")
+    if not commit:
         return None
     return commit + (" (with uncommitted changes)" if changed else "")
+
+
+def _git(folder: Path, *arguments: str) -> str | None:
+    """Return what git prints, None if it fails or is not there."""
+    # A hook of git's, for instance, has variables that name another repository.
+    environment = {name: value for name, value in os.environ.items() if name not in ("GIT_DIR", "GIT_WORK_TREE")}
+    command = ["git", "-C", str(folder), *arguments]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None

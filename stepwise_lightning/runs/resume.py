@@ -1,9 +1,8 @@
-"""What a run needs beside Lightning's checkpoint to go on as if it had never stopped, and where it goes on."""
+"""What a run needs beside Lightning's checkpoint to go on as if it had never stopped."""
 
 from __future__ import annotations
 
 import random
-from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -12,8 +11,8 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
-from stepwise_lightning.errors import UserError
-from stepwise_lightning.loggers import CHECKPOINTS, boards
+from stepwise_lightning.loggers import boards
+from stepwise_lightning.seeding import hashed_seed
 
 
 def random_state() -> dict[str, Any]:
@@ -30,6 +29,78 @@ def set_random_state(state: dict[str, Any]) -> None:
         torch.cuda.set_rng_state(state["cuda"])
     random.setstate(state["python"])
     np.random.set_state(state["numpy"])
+
+
+def restore_randomness(states: list[dict[str, Any]], rank: int, num_ranks: int) -> None:
+    """Let the generators of this rank go on from those of a checkpoint, whose run may have had another number of ranks.
+
+    Rank r takes the r-th state. Where there are more ranks than states, rank r is seeded by state r mod their number
+    and by r, so that no two ranks draw the same numbers.
+    """
+    if len(states) != num_ranks:
+        rank_zero_info(
+            f"the checkpoint is of {len(states)} process(es), this run has {num_ranks}: samples, views and losses stay "
+            "the same, but sums are rounded otherwise from here on, and random numbers may differ"
+        )
+    if rank < len(states):
+        set_random_state(states[rank])
+        return
+    seed = hashed_seed(states[rank % len(states)]["torch"].numpy().tobytes().hex(), "rank", rank)
+    torch.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+
+
+def reopen_epoch(checkpoint: dict[str, Any], accumulate_grad_batches: int = 1) -> None:
+    """Let a checkpoint of a run that ended within an epoch go on within it.
+
+    Lightning counts that epoch as done, and after ``max_steps`` has been raised it would pass over the rest of it. The
+    counts are set to what they were in the last batch's ``on_train_batch_end``, from where Lightning goes on correctly.
+    """
+    loop = checkpoint.get("loops", {}).get("fit_loop", {})
+    epoch, batches = loop.get("epoch_progress"), loop.get("epoch_loop.batch_progress")
+    if not epoch or not batches or batches["is_last_batch"] or not batches["current"]["ready"]:
+        return
+    if epoch["current"]["processed"] != epoch["current"]["started"]:
+        return
+    for count in (epoch["total"], epoch["current"]):
+        count["processed"] -= 1
+        count["completed"] = min(count["completed"], count["processed"])
+    if batches["current"]["completed"] == batches["current"]["processed"]:
+        for count in (batches["total"], batches["current"]):
+            count["completed"] -= 1
+        if batches["current"]["ready"] % accumulate_grad_batches == 0:
+            loop["epoch_loop.state_dict"]["_batches_that_stepped"] -= 1
+
+
+def begin_epoch(trainer: L.Trainer) -> bool:
+    """Return whether training starts within an epoch, of which a checkpoint has the beginning.
+
+    Where a checkpoint was made at the end of an epoch, the next one begins: where ``max_steps`` is set, Lightning would
+    take its batches for more of the one that is done. One line says what the second ``fit`` of a Trainer leaves out.
+    """
+    loop = trainer.fit_loop
+    within = loop.epoch_loop.batch_progress.current.ready > 0 and not loop.epoch_loop.batch_progress.is_last_batch
+    if within and not loop.is_resuming:
+        rank_zero_info("this fit begins a new epoch: what the one before had left of its last epoch is not seen")
+    batches, epochs = loop.epoch_loop.batch_progress, loop.epoch_progress
+    counts: Any = batches.current, epochs.current
+    done = all(count.ready == count.processed for count in counts) and batches.current.completed == counts[0].processed
+    if loop.is_resuming and batches.is_last_batch and done:
+        loop._restarting = False  # the property would not let it be
+        loop.epoch_loop.restarting = False
+    return within and loop.is_resuming
+
+
+def restore_precision(trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+    """Load weights again that are more precise than the module is before training: with ``precision="64-true"``.
+
+    Lightning loads a checkpoint before it makes the module float64, and would round its weights to float32.
+    """
+    ours, saved = pl_module.state_dict(), checkpoint["state_dict"]
+    if any(ours[name].dtype != saved[name].dtype for name in ours.keys() & saved.keys()):
+        trainer.precision_plugin.convert_module(pl_module)
+        trainer.strategy.load_model_state_dict(checkpoint, strict=pl_module.strict_loading)
 
 
 def unwritten_metrics(trainer: L.Trainer) -> dict[str, float]:
@@ -62,52 +133,3 @@ def continue_events(trainer: L.Trainer, unwritten: dict[str, float]) -> None:
             for tag in unwritten.keys() - known:
                 board.add_scalar(tag, unwritten[tag], step - 1)
         board.file_writer.add_event(Event(step=step, session_log=SessionLog(status=SessionLog.START)))
-
-
-def continue_newest(config: Any) -> int | None:
-    """Point the configuration of ``stepwise fit --ckpt_path last`` to the newest run of its name.
-
-    That is the one with the highest version that has begun to train. It goes on in its own folder, from its newest
-    checkpoint. Where there is none yet, a new run is started.
-
-    Args:
-        config: of ``fit``; ``ckpt_path`` and the logger's ``version`` are changed.
-
-    Returns:
-        The step that it goes on from, None if it starts anew.
-
-    Raises:
-        ValueError: the logger does not say where its runs lie, or a checkpoint cannot be read.
-
-    """
-    place: Any = getattr(config.trainer.logger, "init_args", None)
-    if not all(hasattr(place, name) for name in ("save_dir", "name", "version")):
-        raise UserError(
-            "--ckpt_path last looks for runs where the logger writes them: configure one logger with save_dir and "
-            "name, for example TensorBoardLogger, or give the path of a checkpoint"
-        )
-    runs = Path(place.save_dir, place.name or "")
-    version = place.version if place.version is not None else _newest_version(runs)
-    directory = runs / (version if isinstance(version, str) else f"version_{version}") / CHECKPOINTS
-    saved = [(_step(path), path) for path in directory.glob("[!.]*.ckpt")]
-    if not saved:
-        rank_zero_info(f"no checkpoint in {runs if version is None else directory} yet: starting anew")
-        config.ckpt_path = None
-        return None
-    step, path = max(saved)
-    rank_zero_info(f"continuing {directory.parent} from step {step}")
-    config.ckpt_path, place.version = str(path), version
-    return step
-
-
-def _newest_version(runs: Path) -> int | None:
-    """Return the highest version that has begun to train: an evaluation leaves a folder without checkpoints."""
-    names = [path.parent.name.removeprefix("version_") for path in runs.glob(f"version_*/{CHECKPOINTS}")]
-    return max((int(name) for name in names if name.isdecimal()), default=None)
-
-
-def _step(path: Path) -> int:
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)["global_step"]
-    except Exception as error:  # whatever torch and pickle make of foreign bytes
-        raise UserError(f"{path} is no checkpoint that can be read: remove it to go on from another") from error

@@ -4,24 +4,51 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 from lightning.pytorch.cli import SaveConfigCallback
 
+from stepwise_lightning.errors import cannot_write
 from stepwise_lightning.files import atomic_write_text
+from stepwise_lightning.loggers import free_name, run_folder
 from stepwise_lightning.runs.provenance import provenance
 
 
 class SaveRun(SaveConfigCallback):
-    """Writes ``config.yaml`` (complete, as run) and ``provenance.json`` (versions, commit, machine) beside the logs.
+    """Writes ``config.yaml`` (complete, as run) and ``provenance.json`` (versions, commits, machine) beside the logs.
 
-    A run that is continued in its folder keeps them, and gets another pair, ``config_step_300.yaml`` and so on.
+    A run that is continued in its folder keeps them, and gets another pair, ``config_step_300.yaml`` and so on; another
+    run in the same folder writes ``config-v1.yaml``.
+
+    Raises:
+        OSError: they cannot be written.
+
     """
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        # Lightning would write to the loggers' common folder, and refuse to start where there is a file already.
+        super().__init__(*arguments, **(options | {"save_to_log_dir": False}))
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Write both files on rank 0."""
+        if not self.already_saved:
+            self._folder = run_folder(trainer, self.config.get("ckpt_path"))  # a broadcast: every rank must ask
         super().setup(trainer, pl_module, stage)
-        directory = trainer.log_dir  # a broadcast: every rank must ask
-        if trainer.is_global_zero and directory is not None:
-            name = self.config_filename.replace("config", "provenance").replace(".yaml", ".json")
-            atomic_write_text(Path(directory, name), json.dumps(provenance(), indent=2) + "\n")
+
+    def save_config(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Write both files."""
+
+        def paths(stem: str) -> tuple[Path, Path]:
+            return self._folder / f"{stem}.yaml", self._folder / f"{stem.replace('config', 'provenance', 1)}.json"
+
+        stem = Path(self.config_filename).stem
+        if not self.overwrite:
+            stem = free_name(stem, lambda name: any(path.exists() for path in paths(name)))
+        config, origin = paths(stem)
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise cannot_write(self._folder, error) from error
+        atomic_write_text(config, self.parser.dump(self.config, skip_none=False))
+        atomic_write_text(origin, json.dumps(provenance(), indent=2) + "\n")

@@ -1,0 +1,72 @@
+"""W&B (offline) and MLflow (local): the same command continues the same run there; runs overwrite nothing."""
+
+import os
+import sys
+
+import pytest
+import torch
+from tiny_runs import changed, stepwise, write_images
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore"),  # theirs
+    pytest.mark.skipif(sys.platform == "win32", reason="MLflow's file: addresses"),
+]
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    write_images(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    return tmp_path
+
+
+def steps_of_runs(folder):
+    found = {path.parent.parent: path for path in folder.rglob("last*.ckpt")}
+    return {run: torch.load(path, weights_only=True)["global_step"] for run, path in found.items()}
+
+
+def train(steps, path, **arguments):
+    logger = {"class_path": f"lightning.pytorch.loggers.{path}", "init_args": arguments}
+    stepwise("fit", "--ckpt_path=last", config=changed({"trainer.logger": logger, "trainer.max_steps": steps}))
+
+
+@pytest.fixture
+def wandb():
+    module = pytest.importorskip("wandb")
+    yield module
+    module.finish()
+
+
+@pytest.mark.parametrize("version", [{}, {"version": "mine"}, {"id": "mine"}])
+def test_wandb_goes_on_as_the_same_run(version, folder, wandb):
+    for steps in (2, 4, 5):
+        train(steps, "WandbLogger", project="project", save_dir="runs", **version)
+        wandb.finish()
+    ((run, step),) = steps_of_runs(folder).items()
+    assert step == 5 and run.parent == folder / "runs/project"
+    assert {"config.yaml", "config_step_2.yaml", "config_step_4.yaml"} <= set(os.listdir(run))
+    ids = {path.name.rpartition("-")[2] for path in folder.glob("runs/wandb/offline-run-*")}
+    assert ids == {run.name}
+
+
+def test_wandb_of_another_project_is_another_run(folder, wandb):
+    for project in ("one", "two"):
+        train(2, "WandbLogger", project=project, save_dir="runs")
+        wandb.finish()
+    assert sorted(run.parent.name for run in steps_of_runs(folder)) == ["one", "two"]
+
+
+@pytest.mark.parametrize("name", [{}, {"experiment_name": "mine"}])
+def test_mlflow_goes_on_as_the_same_run(name, folder):
+    mlflow = pytest.importorskip("mlflow")
+    for steps in (2, 4, 5):
+        train(steps, "MLFlowLogger", save_dir=str(folder / "runs"), **name)  # mlflow keeps its stores by name
+    ((run, step),) = steps_of_runs(folder).items()
+    assert step == 5
+    client = mlflow.MlflowClient(f"file:{folder / 'runs'}")
+    experiment = client.get_experiment_by_name(name.get("experiment_name", "lightning_logs"))
+    (only,) = client.search_runs([experiment.experiment_id])
+    assert run == folder / "runs" / experiment.experiment_id / only.info.run_id

@@ -1,0 +1,310 @@
+"""``LastCheckpoint`` saves and listens whatever is known of the length of a run, and overwrites no other run's file."""
+
+import os
+import signal
+import time
+from datetime import timedelta
+from pathlib import Path
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from torch.utils.data import DataLoader, IterableDataset
+
+from stepwise_lightning import LastCheckpoint, SpectrumLogger
+from stepwise_lightning.signals import EX_TEMPFAIL
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*ended before the epoch ended and your dataloader is not resumable"),
+    pytest.mark.filterwarnings("ignore:The number of training batches"),
+    pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty"),
+]
+
+
+class Stream(IterableDataset):
+    """Pairs without end, or so many, and without a length."""
+
+    def __init__(self, number: float = float("inf")) -> None:
+        self.number = number
+
+    def __iter__(self):
+        generator, done = torch.Generator().manual_seed(0), 0
+        while done < self.number:
+            yield torch.randn(4, generator=generator)
+            done += 1
+
+
+class Model(L.LightningModule):
+    """Linear, with one optimiser or, by hand, with two."""
+
+    def __init__(self, optimizers: int = 1) -> None:
+        super().__init__()
+        self.layers = torch.nn.ModuleList(torch.nn.Linear(4, 3) for _ in range(optimizers))
+        self.automatic_optimization = optimizers == 1
+        self.batches: list[float] = []
+
+    def forward(self, x):
+        return sum(layer(x) for layer in self.layers)
+
+    def training_step(self, batch, batch_idx):
+        self.batches.append(float(batch[0, 0]))
+        loss = self(batch).square().mean()
+        if not self.automatic_optimization:
+            for optimizer in self.optimizers():
+                optimizer.zero_grad()
+            self.manual_backward(loss)
+            for optimizer in self.optimizers():
+                optimizer.step()
+        return loss
+
+    def configure_optimizers(self):
+        optimizers = [torch.optim.SGD(layer.parameters(), lr=0.01) for layer in self.layers]
+        return optimizers[0] if len(optimizers) == 1 else optimizers
+
+
+class Event(L.Callback):
+    """Does something when so many steps have been made."""
+
+    def __init__(self, step, action):
+        self.step, self.action = step, action
+
+    def on_train_batch_end(self, trainer, *_):
+        if trainer.global_step == self.step:
+            self.action(trainer)
+
+
+def tell(_):
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def loader(number=float("inf"), sized=False):
+    data = torch.randn(int(number), 4, generator=torch.Generator().manual_seed(0)) if sized else Stream(number)
+    return DataLoader(data, batch_size=2)
+
+
+def trainer_for(folder, *callbacks, every=10, **options):
+    defaults = {"logger": CSVLogger(folder), "enable_progress_bar": False, "enable_model_summary": False}
+    callbacks = [*callbacks, LastCheckpoint(every)]
+    return L.Trainer(accelerator="cpu", callbacks=callbacks, **(defaults | options))
+
+
+def saved(folder):
+    """Return the step of each last*.ckpt below a folder."""
+    paths = sorted(Path(folder).rglob("last*.ckpt"))
+    return {path.stem: torch.load(path, weights_only=True)["global_step"] for path in paths}
+
+
+def raise_max_steps(trainer):
+    trainer.fit_loop.epoch_loop.max_steps = 60
+
+
+LENGTHS = {
+    "a stream, epochs without end": ({"max_epochs": -1}, loader(), 1),
+    "a stream, a number of epochs": ({"max_epochs": 3}, loader(100), 1),
+    "a stream of one batch an epoch": ({"max_epochs": 50}, loader(2), 1),
+    "one step an epoch": ({"max_epochs": 50, "accumulate_grad_batches": 8}, loader(12, sized=True), 1),
+    "two optimisers": ({"max_epochs": 2}, loader(36, sized=True), 2),
+    "max_time": ({"max_epochs": 10**6, "max_time": timedelta(minutes=5)}, loader(100, sized=True), 1),
+    "max_steps and a stream": ({"max_steps": 60}, loader(), 1),
+}
+
+
+@pytest.mark.parametrize(("length", "data", "optimizers"), LENGTHS.values(), ids=LENGTHS)
+def test_it_saves_and_listens_whatever_the_estimate_says(length, data, optimizers, tmp_path):
+    steps = []
+    look = Event(44, lambda _: steps.append(saved(tmp_path)))
+    with pytest.raises(SystemExit) as stop:
+        trainer_for(tmp_path, look, Event(46, tell), **length).fit(Model(optimizers), data)
+    assert stop.value.code == EX_TEMPFAIL
+    assert steps[0] == {"last": 40} and saved(tmp_path) == {"last": 46}
+
+
+def test_raised_max_steps(tmp_path):
+    """Raised while training runs: what was the last step is not."""
+    with pytest.raises(SystemExit):
+        trainer = trainer_for(tmp_path, Event(20, raise_max_steps), Event(46, tell), max_steps=30)
+        trainer.fit(Model(), loader())
+    assert saved(tmp_path) == {"last": 46}
+
+
+def stop_early(trainer):
+    trainer.should_stop = True
+
+
+ENDS = {
+    "max_steps": ({"max_steps": 20}, lambda _: None, 20),
+    "max_epochs": ({"max_epochs": 2}, lambda _: None, 100),
+    "two optimisers": ({"max_steps": 40}, lambda _: None, 40),
+    "early stopping": ({"max_steps": 1000}, stop_early, 20),
+}
+
+
+@pytest.mark.parametrize(("length", "event", "last"), ENDS.values(), ids=ENDS)
+def test_the_last_checkpoint_has_the_last_measurement(length, event, last, tmp_path):
+    """And a signal at the last step does not lose it: nothing is saved before it is made, also if it is time to."""
+    spectra, seen = SpectrumLogger(num_points=5), []
+    look = Event(last, lambda _: seen.append(saved(tmp_path).get("last", 0)))
+    trainer = trainer_for(tmp_path, spectra, Event(20, event), Event(last, tell), look, **length)
+    trainer.fit(Model(2 if last == 40 else 1), loader(100, sized=True))
+    checkpoint = torch.load(next(tmp_path.rglob("last.ckpt")), weights_only=True)
+    steps = next(state for name, state in checkpoint["callbacks"].items() if "SpectrumLogger" in name)["record"]["step"]
+    assert checkpoint["global_step"] == last == steps[-1] and seen[0] < last
+
+
+@pytest.mark.parametrize("enough", [False, True])
+def test_a_wish_to_stop_that_is_not_granted_yet_changes_nothing(enough, tmp_path):
+    """Training goes on until min_steps: what comes before is not its last step."""
+    trainer = trainer_for(
+        tmp_path, Event(15, stop_early), Event(25, tell), max_epochs=-1, min_epochs=0, min_steps=20 if enough else 50
+    )
+    if enough:
+        trainer.fit(Model(), loader())
+        assert saved(tmp_path) == {"last": 20}
+    else:
+        with pytest.raises(SystemExit):
+            trainer.fit(Model(), loader())
+        assert saved(tmp_path) == {"last": 25}
+
+
+def test_max_time_ends_with_a_checkpoint(tmp_path):
+    slow = L.pytorch.callbacks.LambdaCallback(on_train_batch_end=lambda *_: time.sleep(0.01))
+    trainer = trainer_for(tmp_path, slow, max_epochs=-1, max_time=timedelta(seconds=1))
+    trainer.fit(Model(), loader())
+    assert saved(tmp_path) == {"last": trainer.global_step}
+
+
+# Whose file it is.
+
+
+def fit(folder, steps, logger, ckpt_path=None, model=None, **options):
+    trainer = trainer_for(folder, logger=logger, default_root_dir=folder, max_steps=steps, **options)
+    trainer.fit(model or Model(), loader(), ckpt_path=ckpt_path)
+    return trainer
+
+
+def test_no_run_without_a_logger_overwrites_another(tmp_path):
+    for steps in (3, 5):
+        fit(tmp_path, steps, False)
+    files = {path.parts[-3]: path for path in tmp_path.rglob("last.ckpt")}
+    assert [torch.load(files[f"version_{n}"], weights_only=True)["global_step"] for n in (0, 1)] == [3, 5]
+    fit(tmp_path, 7, False, ckpt_path=files["version_0"])
+    assert torch.load(files["version_0"], weights_only=True)["global_step"] == 7 and len(saved(tmp_path)) == 1
+
+
+def test_another_run_in_the_same_folder_gets_a_file_of_its_own(tmp_path, capfd):
+    def logger():
+        return TensorBoardLogger(tmp_path, version="mine")
+
+    fit(tmp_path, 5, logger())
+    fit(tmp_path, 3, logger())
+    assert saved(tmp_path) == {"last": 5, "last-v1": 3}
+    fit(tmp_path, 4, logger())
+    assert saved(tmp_path) == {"last": 5, "last-v1": 3, "last-v2": 4}
+    checkpoints = next(tmp_path.rglob("last.ckpt")).parent
+    fit(tmp_path, 6, logger(), ckpt_path=checkpoints / "last-v1.ckpt")
+    assert saved(tmp_path) == {"last": 5, "last-v1": 6, "last-v2": 4}
+    fit(tmp_path, 7, logger(), ckpt_path=checkpoints / "last.ckpt")
+    assert saved(tmp_path) == {"last": 7, "last-v1": 6, "last-v2": 4}
+
+
+def test_going_on_from_another_checkpoint_of_the_run(tmp_path):
+    """From one that is ahead of last.ckpt, as after a kill, the run goes on; from one behind, another run begins."""
+
+    def logger():
+        return TensorBoardLogger(tmp_path, version="mine")
+
+    fit(tmp_path, 5, logger())
+    checkpoints = next(tmp_path.rglob("last.ckpt")).parent
+    for name in ("ahead", "behind"):
+        (checkpoints / f"{name}.ckpt").write_bytes((checkpoints / "last.ckpt").read_bytes())
+    fit(tmp_path, 7, logger(), ckpt_path=checkpoints / "ahead.ckpt")
+    assert saved(tmp_path) == {"last": 7}
+    fit(tmp_path, 6, logger(), ckpt_path=checkpoints / "behind.ckpt")
+    assert saved(tmp_path) == {"last": 7, "last-v1": 6}
+
+
+@pytest.mark.parametrize("without_logger", [False, True])
+def test_the_second_fit_of_a_trainer_goes_on_writing_its_file(without_logger, tmp_path, caplog):
+    trainer = fit(tmp_path, 5, False if without_logger else TensorBoardLogger(tmp_path))
+    trainer.fit_loop.epoch_loop.max_steps = 8
+    trainer.fit(trainer.lightning_module, loader())
+    assert saved(tmp_path) == {"last": 8}
+    assert sum("begins a new epoch" in record.message for record in caplog.records) == 1
+
+
+def test_the_same_callback_in_another_trainer_is_another_run(tmp_path):
+    callback = LastCheckpoint(10)
+    for steps in (4, 3):
+        options = {"enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
+        logger = TensorBoardLogger(tmp_path, version="mine")
+        L.Trainer(callbacks=[callback], logger=logger, max_steps=steps, **options).fit(Model(), loader())
+    assert saved(tmp_path) == {"last": 4, "last-v1": 3}
+
+
+@pytest.mark.parametrize("without_logger", [False, True])
+def test_fast_dev_run_writes_nothing(without_logger, tmp_path, monkeypatch):
+    fit(tmp_path / "runs", 5, TensorBoardLogger(tmp_path / "runs"))
+    checkpoint = next(tmp_path.rglob("last.ckpt"))
+    before = sorted(path for path in tmp_path.rglob("*"))
+    monkeypatch.chdir(tmp_path)
+    logger = False if without_logger else TensorBoardLogger(tmp_path)
+    for path in (None, checkpoint):
+        fit(tmp_path, 8, logger, ckpt_path=path, fast_dev_run=8)
+    assert sorted(path for path in tmp_path.rglob("*")) == before and saved(tmp_path) == {"last": 5}
+
+
+# Exact, and raised after the end.
+
+
+class OneBatch(IterableDataset):
+    """The same batch again and again, wherever it is begun."""
+
+    def __iter__(self):
+        while True:
+            yield torch.arange(4.0)
+
+
+def test_a_run_in_float64_is_continued_exactly(tmp_path):
+    """Lightning would load its weights before it makes the module float64, and round them."""
+    weights = []
+    for parts in ((9,), (4, 9)):
+        folder, path = tmp_path / str(len(parts)), None
+        for steps in parts:
+            torch.manual_seed(0)
+            options = {"logger": False, "default_root_dir": folder, "precision": "64-true"}
+            trainer_for(folder, max_steps=steps, **options).fit(Model(), DataLoader(OneBatch(), 2), ckpt_path=path)
+            path = next(folder.rglob("last.ckpt"))
+        weights.append(torch.load(path, weights_only=True)["state_dict"]["layers.0.weight"])
+    assert weights[0].dtype == torch.float64 and torch.equal(*weights)
+
+
+@pytest.mark.parametrize("first", [2, 4, 5, 9])
+def test_max_steps_raised_after_the_end_continues_within_the_epoch(first, tmp_path):
+    """Four batches an epoch: all samples are seen as they are in one run."""
+    from tiny_runs import write_images
+
+    from stepwise_lightning import LinearEncoder, TwoViewDataModule, VICReg
+
+    write_images(tmp_path, 20)
+
+    class Watched(VICReg):
+        def training_step(self, batch, batch_idx):
+            seen.append(batch[0].flatten().tolist())
+            return super().training_step(batch, batch_idx)
+
+    def train(folder, steps, ckpt_path=None):
+        model = Watched(LinearEncoder(48, 3, init_std=0.1), learning_rate=0.01)
+        data = TwoViewDataModule(str(tmp_path / "images"), global_batch_size=4, num_probe_pairs=2)
+        trainer = trainer_for(folder, logger=False, default_root_dir=folder, max_steps=steps)
+        trainer.fit(model, datamodule=data, ckpt_path=ckpt_path)
+        return model.encoder.state_dict(), trainer
+
+    seen: list[list[float]] = []
+    whole, trainer = train(tmp_path / "whole", 11)
+    assert trainer.num_training_batches == 4
+    expected, seen = seen, []
+    train(tmp_path / "parts", first)
+    parts, trainer = train(tmp_path / "parts", 11, next((tmp_path / "parts").rglob("last.ckpt")))
+    assert seen == expected and trainer.current_epoch == 3
+    assert all(torch.equal(parts[name], whole[name]) for name in whole)
