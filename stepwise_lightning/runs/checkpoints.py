@@ -21,7 +21,7 @@ from stepwise_lightning.collectives import all_gather_objects
 from stepwise_lightning.errors import UserError
 from stepwise_lightning.files import atomic_write
 from stepwise_lightning.loggers import CHECKPOINTS, free_name, run_folder
-from stepwise_lightning.runs.newest import begin_folder, is_behind
+from stepwise_lightning.runs.folders import begin_folder, is_behind
 from stepwise_lightning.runs.resume import (
     begin_epoch,
     continue_events,

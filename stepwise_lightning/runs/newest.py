@@ -9,16 +9,14 @@ from inspect import signature
 from pathlib import Path
 from typing import Any
 
-import torch
 from jsonargparse import Namespace
 from lightning.pytorch.cli import instantiate_class
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 
-from stepwise_lightning.errors import UserError, cannot_write, reason
-from stepwise_lightning.files import atomic_write_text
+from stepwise_lightning.errors import UserError, reason
 from stepwise_lightning.loggers import CHECKPOINTS, WITHOUT_LOGGER, folder_of, free_name
+from stepwise_lightning.runs.folders import VERSIONS, saved_step
 
-_VERSIONS = "loggers.json"
 _TOKEN = "stepwise-version"  # stands for a version when a logger is asked where it would write
 _TENSORBOARD = "lightning.pytorch.loggers.TensorBoardLogger"
 
@@ -188,38 +186,6 @@ def _newest_checkpoint(run: Path) -> tuple[int, Path] | None:
     return max(((saved_step(path), path) for path in paths), default=None)
 
 
-def saved_step(path: Path) -> int:
-    """Return the step of a checkpoint; ValueError if it cannot be read."""
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)["global_step"]
-    except Exception as error:  # whatever torch and pickle make of foreign bytes
-        raise UserError(f"{path} is no checkpoint that can be read: remove it to go on from another") from error
-
-
-def is_behind(path: Path, step: int) -> bool:
-    """Return whether a checkpoint can be read, and is not of a later step."""
-    try:
-        return saved_step(path) <= step
-    except UserError:
-        return False
-
-
-def begin_folder(directory: Path, loggers: list[Any]) -> None:
-    """Make the folder of checkpoints, which says that a run has begun, and note the versions of several loggers.
-
-    Raises:
-        OSError: it cannot be made.
-
-    """
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise cannot_write(directory, error) from error
-    if len(loggers) > 1:
-        versions = [logger.version if isinstance(logger.version, int) else str(logger.version) for logger in loggers]
-        atomic_write_text(directory / _VERSIONS, json.dumps(versions) + "\n")
-
-
 def _set_versions(loggers: list[Any], runs: _Runs, run: Path, root: Path) -> None:
     """Let the first logger go on in the folder of ``run``, and the others where they were then."""
     if runs.argument is not None:
@@ -229,7 +195,7 @@ def _set_versions(loggers: list[Any], runs: _Runs, run: Path, root: Path) -> Non
             numbered = folder_of(_made(loggers[0], version=number), root)
             version = number if numbered == run / runs.below else version
         loggers[0].init_args[runs.argument] = version
-    noted = run / runs.below / CHECKPOINTS / _VERSIONS
+    noted = run / runs.below / CHECKPOINTS / VERSIONS
     versions = json.loads(noted.read_text(encoding="utf-8")) if noted.is_file() else []
     for logger, version in zip(loggers[1:], versions[1:], strict=False):
         arguments = getattr(logger, "init_args", Namespace())

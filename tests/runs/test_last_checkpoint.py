@@ -148,7 +148,7 @@ def test_the_last_checkpoint_has_the_last_measurement(length, event, last, tmp_p
     trainer = trainer_for(tmp_path, spectra, Event(20, event), Event(last, tell), look, **length)
     trainer.fit(Model(2 if last == 40 else 1), loader(100, sized=True))
     checkpoint = torch.load(next(tmp_path.rglob("last.ckpt")), weights_only=True)
-    steps = next(state for name, state in checkpoint["callbacks"].items() if "SpectrumLogger" in name)["record"]["step"]
+    steps = checkpoint["stepwise_lightning_spectra"]["spectrum"]["record"]["step"]
     assert checkpoint["global_step"] == last == steps[-1] and seen[0] < last
 
 
