@@ -30,16 +30,17 @@ class LastBatch(lightning.Callback):
         self.batch = copy.deepcopy(batch)
 
 
-def train(package, module, loader, folder, *callbacks, **options):
+def train(package, module, loader, folder, *callbacks, held_out=None, **options):
     """Fit a module; what the test does not say is quiet."""
     options = {"logger": False, "max_epochs": 2, "enable_checkpointing": False} | options
     trainer = package.Trainer(
         accelerator="cpu", callbacks=list(callbacks), default_root_dir=folder, log_every_n_steps=1,
         enable_model_summary=False, enable_progress_bar=False, **options,
     )  # fmt: skip
-    trainer.fit(
-        module, **{"datamodule" if isinstance(loader, package.LightningDataModule) else "train_dataloaders": loader}
-    )
+    if isinstance(loader, package.LightningDataModule):
+        trainer.fit(module, datamodule=loader)
+    else:
+        trainer.fit(module, loader, held_out)
     return trainer
 
 
