@@ -19,7 +19,7 @@ test: $(VENV)/.installed-test  ## the default test suite
 test-slow: $(VENV)/.installed-test  ## what the default suite leaves out
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m slow
 
-test-peers: $(VENV)/.installed-test $(VENV)/.installed-peers  ## the same losses in other libraries
+test-peers: $(VENV)/.installed-test $(VENV)/.installed-peers  ## the losses and modules of other libraries, and other loggers
 	$(BIN)/python -m pytest tests/peers
 
 test-oldest:  ## the default test suite on the oldest supported versions, in an environment of its own
