@@ -107,7 +107,7 @@ def test_scalars_arrive(kind, loggers, package, tmp_path):
         np.testing.assert_allclose(scalars, expected[-1:] if kind == "wandb" else expected, rtol=1e-6)
 
 
-@pytest.mark.parametrize("kind", ["csv", "tensorboard"])
+@pytest.mark.parametrize("kind", LOGGERS)
 def test_a_second_run_overwrites_nothing(kind, loggers, package, tmp_path):
     folders = []
     for _ in range(2):

@@ -289,6 +289,7 @@ BYTES = torch.zeros(4, 3, 8, 8, dtype=torch.uint8)
         ({"id": NAMES, "view_1": A, "view_2": B}, [A, B]),
         ({"labelled": (A, LABEL), "unlabelled": (B, LABEL)}, [A]),
         (({"image": A}, LABEL), [A]),
+        ([{"image": A, "label": LABEL}, {"image": B, "label": LABEL}], [A]),
         ((TOKENS, LABEL), [TOKENS]),
         ((LABEL, BYTES), [BYTES]),
         ((A, torch.randn(4, 10)), [A]),
