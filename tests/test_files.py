@@ -142,20 +142,20 @@ def test_on_a_full_disk_each_file_stays_what_it_was(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "what",
+    "disk",
     [
         pytest.param("full", marks=pytest.mark.skipif(not ROOT, reason="only root can mount a small disk")),
         pytest.param("limit", marks=pytest.mark.slow if ROOT else ()),
     ],
 )
-def test_a_run_on_a_full_disk_says_so_and_goes_on_when_there_is_room(what, tmp_path):
+def test_a_run_on_a_full_disk_says_so_and_goes_on_when_there_is_room(disk, tmp_path):
     """A disk that fills up during training, or files that may not grow, which anybody can try."""
     config = write_config(tmp_path / "config.yaml", write_images(tmp_path / "images"), "VICReg", 0)
     (tmp_path / "run").mkdir()
-    if what == "full":
+    if disk == "full":
         subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", str(tmp_path / "run")], check=True)
     try:
-        broken, again = job(tmp_path / "run", config, "batch_start:16", disk=what), job(tmp_path / "run", config)
+        broken, again = job(tmp_path / "run", config, "batch_start:16", disk=disk), job(tmp_path / "run", config)
         done = run_jobs([broken, again, job(tmp_path / "whole", config)])
         log = log_of(again, size=100_000)
         assert [each["statuses"] for each in done] == [[1], [0], [0]], log
@@ -164,5 +164,5 @@ def test_a_run_on_a_full_disk_says_so_and_goes_on_when_there_is_room(what, tmp_p
         assert "Traceback" not in log and "version_0 from step 14" in log
         assert_same_run(newest(tmp_path / "run"), newest(tmp_path / "whole"))
     finally:
-        if what == "full":
+        if disk == "full":
             subprocess.run(["umount", str(tmp_path / "run")], check=True)

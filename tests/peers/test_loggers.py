@@ -24,8 +24,8 @@ def folder(tmp_path, monkeypatch):
 
 
 def steps_of_runs(folder):
-    found = {path.parent.parent: path for path in folder.rglob("last*.ckpt")}
-    return {run: torch.load(path, weights_only=True)["global_step"] for run, path in found.items()}
+    paths = {path.parent.parent: path for path in folder.rglob("last*.ckpt")}
+    return {run: torch.load(path, weights_only=True)["global_step"] for run, path in paths.items()}
 
 
 def train(steps, path, **arguments):

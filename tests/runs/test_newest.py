@@ -71,8 +71,8 @@ def train(steps, logger, *options, **trainer):
 
 def checkpoints(folder):
     """Return the step of each last.ckpt, by the folder of its run."""
-    found = {str(path.parent.parent.relative_to(folder)): path for path in sorted(folder.rglob("last*.ckpt"))}
-    return {name: torch.load(path, weights_only=True)["global_step"] for name, path in found.items()}
+    paths = {str(path.parent.parent.relative_to(folder)): path for path in sorted(folder.rglob("last*.ckpt"))}
+    return {name: torch.load(path, weights_only=True)["global_step"] for name, path in paths.items()}
 
 
 PLACES = {
@@ -93,7 +93,12 @@ PLACES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(("logger", "place"), PLACES.values(), ids=PLACES)
+# One of each kind by default.
+USUAL = ("home", "a variable", "a folder below", "csv", "left out", "false", "a list")
+CASES = [pytest.param(*case, id=name, marks=() if name in USUAL else pytest.mark.slow) for name, case in PLACES.items()]
+
+
+@pytest.mark.parametrize(("logger", "place"), CASES)
 def test_the_same_command_continues_in_the_run_s_own_folder(logger, place, home, caplog):
     train(2, logger)
     assert checkpoints(home) == {place: 2}

@@ -62,6 +62,7 @@ def test_a_signal_saves_and_the_same_command_continues(images, tmp_path):
         assert "version_0 from step 17" in log and "Traceback" not in log
 
 
+@pytest.mark.slow
 def test_two_processes_stop_together_when_the_second_is_told(images, tmp_path):
     stop_and_continue(tmp_path / "runs", images, "VICReg", {"second": ("backward:11", USR1, [1])}, **DDP)
 

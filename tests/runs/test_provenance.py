@@ -70,6 +70,7 @@ def test_a_clone_used_from_somebody_s_repository(tmp_path):
     assert recorded(tmp_path / "clone", tmp_path, **hook) == (ours + " (with uncommitted changes)", None)
 
 
+@pytest.mark.slow
 def test_no_repository_and_no_git(tmp_path):
     copy(tmp_path)
     assert recorded(tmp_path, tmp_path) == (None, None)

@@ -296,8 +296,8 @@ BYTES = torch.zeros(4, 3, 8, 8, dtype=torch.uint8)
     ],
 )
 def test_views_are_found_in_batches_of_many_forms(batch, views):
-    found = views_in(batch)
-    assert len(found) == len(views) and all(one is other for one, other in zip(found, views, strict=True))
+    taken = views_in(batch)
+    assert len(taken) == len(views) and all(one is other for one, other in zip(taken, views, strict=True))
 
 
 def test_a_function_of_the_batch_settles_the_rest(tmp_path):
