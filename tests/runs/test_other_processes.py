@@ -11,6 +11,7 @@ from test_preemption import DDP, TERM
 
 from stepwise_lightning.signals import EX_TEMPFAIL
 
+KILL = 9
 # In float64 two orders of summation differ by 1e-16, which 33 steps of SGD amplify.
 TOLERANCE = 1e-9
 
@@ -35,20 +36,25 @@ def samples(directory):
 
 
 @pytest.mark.parametrize(
-    "moments", [("backward:11", "backward:22"), pytest.param(("batch_start:10", "saved:14"), marks=pytest.mark.slow)]
+    ("moments", "signal"),
+    [
+        (("backward:11", "backward:22"), TERM),
+        pytest.param(("batch_start:10", "saved:14"), TERM, marks=pytest.mark.slow),
+        pytest.param(("backward:11", "batch_start:24"), KILL, marks=pytest.mark.slow),
+    ],
 )
-def test_one_process_then_two_then_one(moments, tmp_path):
+def test_one_process_then_two_then_one(moments, signal, tmp_path):
     images = write_images(tmp_path / "images")
     one, two = write(tmp_path / "one.yaml", images), write(tmp_path / "two.yaml", images, **DDP)
     parts = tmp_path / "parts"
     jobs = [
         job(tmp_path / "whole", one),
-        job(parts, one, moments[0], signal=TERM),
-        job(parts, two, moments[1], signal=TERM, processes=2),
+        job(parts, one, moments[0], signal=signal),
+        job(parts, two, moments[1], signal=signal, processes=2),
         job(parts, one),
     ]
     for each, done in zip(jobs, run_jobs(jobs), strict=True):
-        expected = EX_TEMPFAIL if each["when"] else 0
+        expected = (EX_TEMPFAIL if signal == TERM else -KILL) if each["when"] else 0
         assert done["statuses"] == [expected] * each.get("processes", 1), log_of(each)
     log = log_of(jobs[-1], size=10**6)
     assert log.count("the checkpoint is of 1 process(es), this run has 2: samples, views and losses stay the same") == 1

@@ -4,6 +4,7 @@ import csv
 import random
 
 import pytest
+import yaml
 from same_runs import assert_same_run, scalars
 from survival import STEPS, job, log_of, newest, run_jobs, write_config, write_images
 
@@ -78,6 +79,23 @@ def test_killed_where_an_epoch_ends(images, tmp_path):
     }
     for whole in assert_survive(tmp_path, images, plan):
         assert_complete(whole)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kill", ["batch_start:9", "backward:16", "saved:21", "batch_end:30"])
+def test_killed_with_two_loggers_a_folder_below_and_accumulated_batches(kill, images, tmp_path):
+    path = write_config(tmp_path / "config.yaml", images, "VICReg", 0, accumulate_grad_batches=2)
+    config = yaml.safe_load(path.read_text())
+    config["trainer"]["logger"]["init_args"]["sub_dir"] = "below"
+    second = {"class_path": "stepwise_lightning.SpectrumLogger", "init_args": {"probe": "batch", "num_points": 30}}
+    config["trainer"]["callbacks"].append(second)
+    path.write_text(yaml.safe_dump(config))
+    jobs = [job(tmp_path / "whole", path), job(tmp_path / "killed", path, kill), job(tmp_path / "killed", path)]
+    assert [done["statuses"] for done in run_jobs(jobs)] == [[0], [-9], [0]], [log_of(each) for each in jobs]
+    killed, whole = (newest(tmp_path / name) / "below" for name in ("killed", "whole"))
+    assert_same_run(killed, whole)
+    for name in ("spectrum_1.csv", "steps.json", "spectrum_1.npz"):
+        assert (killed / name).read_bytes() == (whole / name).read_bytes() or name.endswith("npz"), name
 
 
 @pytest.mark.slow
