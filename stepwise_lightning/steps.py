@@ -21,7 +21,7 @@ __all__ = ["Steps", "crossing_times", "detect_steps", "num_crossed", "num_grown"
 
 
 class Steps(NamedTuple):
-    """What :func:`detect_steps` found; times are in the unit of the times given."""
+    """What :func:`detect_steps` found; times are in the unit of the times given. Its words: ``docs/glossary.md``."""
 
     step_times: Tensor
     """(d,): when each mode is learned; NaN for modes that never are, or that start too high to make a step."""
