@@ -2,34 +2,8 @@
 
 from importlib.metadata import version
 
-from stepwise_lightning.data import FixedCropPairs, TwoViewDataModule
-from stepwise_lightning.encoders import MLP, Encoder, LinearEncoder, Projector, ResNet, scale_last_layer
-from stepwise_lightning.evaluation import OnlineKNN, OnlineLinearProbe
-from stepwise_lightning.losses import barlow_twins_loss, simclr_loss, vicreg_loss
-from stepwise_lightning.modules import BarlowTwins, SimCLR, VICReg
-from stepwise_lightning.record import SpectrumRecord
-from stepwise_lightning.runs import LastCheckpoint
-from stepwise_lightning.spectrum.logger import SpectrumLogger
+import lazy_loader
 
-__all__ = [
-    "BarlowTwins",
-    "Encoder",
-    "FixedCropPairs",
-    "LastCheckpoint",
-    "LinearEncoder",
-    "MLP",
-    "OnlineKNN",
-    "OnlineLinearProbe",
-    "Projector",
-    "ResNet",
-    "SimCLR",
-    "SpectrumLogger",
-    "SpectrumRecord",
-    "TwoViewDataModule",
-    "VICReg",
-    "barlow_twins_loss",
-    "scale_last_layer",
-    "simclr_loss",
-    "vicreg_loss",
-]
+# Names are listed in __init__.pyi, and imported when first used: theory, losses and spectra do without Lightning.
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
 __version__ = version("stepwise_lightning")

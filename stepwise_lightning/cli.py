@@ -23,6 +23,8 @@ from stepwise_lightning.runs.newest import continue_newest
 from stepwise_lightning.runs.save_run import SaveRun
 from stepwise_lightning.signals import INTERRUPTED
 
+# All of them, now: classes that have been imported can be named without their module.
+_PUBLIC = [getattr(stepwise_lightning, name) for name in stepwise_lightning.__all__]
 # The least that the Trainer can do with, and does not check.
 _LEAST = {"accumulate_grad_batches": 1, "check_val_every_n_epoch": 1, "gradient_clip_val": 0, "log_every_n_steps": 0}
 _EXAMPLES = {
@@ -164,8 +166,7 @@ def _told(message: str) -> str:
 
 def _suggestion(option: str) -> str:
     """Say what an option was probably meant to be: one of the Trainer, or of a class of this package."""
-    public = [getattr(stepwise_lightning, name) for name in stepwise_lightning.__all__]
-    classes: list[type] = [L.Trainer, *(item for item in public if isclass(item))]
+    classes: list[type] = [L.Trainer, *(item for item in _PUBLIC if isclass(item))]
     known = {name for cls in classes for name in signature(cls).parameters}
     known |= {"trainer", "model", "data", "seed_everything", "ckpt_path", "class_path", "init_args"}
     wrong = next((part for part in option.split(".") if part not in known), option)

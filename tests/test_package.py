@@ -33,6 +33,23 @@ def test_importing_needs_only_torch_and_lightning():
     assert done.returncode == 0, done.stderr
 
 
+WITHOUT_LIGHTNING = """
+import sys
+import stepwise_lightning, stepwise_lightning.plots
+from stepwise_lightning import SpectrumRecord, barlow_twins_loss, simclr_loss, vicreg_loss
+from stepwise_lightning.spectrum import detect_steps, embedding_eigenvalues
+from stepwise_lightning.theory import ContrastiveKernelPCA, EmpiricalNTK, LinearBarlowTwins
+assert not {"lightning", "pytorch_lightning", "torchmetrics", "torchvision"} & set(sys.modules), sorted(sys.modules)
+from stepwise_lightning import *
+assert BarlowTwins is stepwise_lightning.BarlowTwins and "lightning" in sys.modules
+"""
+
+
+def test_theory_losses_spectra_records_and_plots_do_without_lightning():
+    done = subprocess.run([sys.executable, "-c", WITHOUT_LIGHTNING], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.parametrize("command", [["stepwise"], ["python", "-m", "stepwise_lightning"]], ids=" ".join)
 def test_command_line_helps(command):
     command[0] = str(Path(sys.executable).parent / command[0])

@@ -1,0 +1,22 @@
+from .data import FixedCropPairs as FixedCropPairs
+from .data import TwoViewDataModule as TwoViewDataModule
+from .encoders import MLP as MLP
+from .encoders import Encoder as Encoder
+from .encoders import LinearEncoder as LinearEncoder
+from .encoders import Projector as Projector
+from .encoders import ResNet as ResNet
+from .encoders import scale_last_layer as scale_last_layer
+from .evaluation import OnlineKNN as OnlineKNN
+from .evaluation import OnlineLinearProbe as OnlineLinearProbe
+from .losses import barlow_twins_loss as barlow_twins_loss
+from .losses import simclr_loss as simclr_loss
+from .losses import vicreg_loss as vicreg_loss
+from .modules import BarlowTwins as BarlowTwins
+from .modules import SimCLR as SimCLR
+from .modules import VICReg as VICReg
+from .record import SpectrumRecord as SpectrumRecord
+from .runs import LastCheckpoint as LastCheckpoint
+from .spectrum.logger import SpectrumLogger as SpectrumLogger
+
+__all__: list[str]
+__version__: str
