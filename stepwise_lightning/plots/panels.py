@@ -18,10 +18,11 @@ from stepwise_lightning.record import SpectrumRecord
 
 Array = NDArray[np.float64]
 TIME = "time  (learning rate × step)"
+# Short, because an axis is.
 _LABELS = {
-    "cross_correlation": "C",
-    "covariance": "the covariance",
-    "normalized_covariance": "the normalised covariance",
+    "cross_correlation": "eigenvalues of C",
+    "covariance": "eigenvalues, covariance",
+    "normalized_covariance": "eigenvalues, normalised covariance",
 }
 
 
@@ -55,7 +56,7 @@ class Panel:
     @property
     def label(self) -> str:
         """What the axis of its eigenvalues is called."""
-        return f"eigenvalues of {_LABELS.get(self.name.rpartition('.')[2], self.name)}"
+        return _LABELS.get(self.name.rpartition(".")[2], f"eigenvalues, {self.name}")
 
     @cached_property
     def times(self) -> Array:
