@@ -40,9 +40,9 @@ def main() -> int:
         before, start = fresh_peak_bytes(), time.perf_counter()
         trainer.fit(module, datamodule=small)
         seconds = time.perf_counter() - start
-    each = seconds / len(spectra.steps)
+    each = seconds / len(spectra.record)
     print(f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}; {options.dimensions} "
-          f"dimensions, {options.pairs} pairs: {len(spectra.steps)} measurements, {each:.0f} s each")  # fmt: skip
+          f"dimensions, {options.pairs} pairs: {len(spectra.record)} measurements, {each:.0f} s each")  # fmt: skip
     return 0 if within("peak memory, GB", (peak_bytes() - before) / 1e9, 5.0) else 1
 
 

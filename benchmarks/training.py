@@ -195,7 +195,7 @@ def logging_costs(dim: int, measurements: int) -> tuple[float, float]:
             Embedded(dim), measurements, loader, spectra,
             skip=0, logger=TensorBoardLogger(directory), log_every_n_steps=1,
         )  # fmt: skip
-    assert len(spectra.steps) == measurements + 1
+    assert len(spectra.record) == measurements + 1
     measurement = spectra.seconds / measurements
     return measurement, max(spectra.final - measurement, 0.0)
 

@@ -45,13 +45,13 @@ def test_memory_does_not_grow_over_20_000_steps(tmp_path):
         enable_progress_bar=False, enable_model_summary=False, limit_val_batches=0,
     )  # fmt: skip
     trainer.fit(BarlowTwins(LinearEncoder(108, 8, 1e-3), 1e-4, normalize=False), datamodule=pairs)
-    assert len(spectra.steps) > 250 and len(memory.bytes) == 3
+    assert len(spectra.record) > 250 and len(memory.bytes) == 3
     # About 150 measurements of 3 matrices lie between the last two; what is kept of them is 30 KB.
     assert memory.bytes[2] - memory.bytes[1] < 8 * MEGABYTE, memory.bytes
     assert memory.bytes[2] - memory.bytes[0] < 16 * MEGABYTE, memory.bytes
     (events,) = tmp_path.rglob("events.*")
     assert events.stat().st_size < 4 * MEGABYTE
-    for tag, points in (("spectrum/cross_correlation/eig_007", len(spectra.steps)), ("train/loss", 20_000 // 50)):
+    for tag, points in (("spectrum/cross_correlation/eig_007", len(spectra.record)), ("train/loss", 20_000 // 50)):
         assert len(EventAccumulator(str(events), {"scalars": 0}).Reload().Scalars(tag)) == points
 
 
