@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing import active_children, get_context, parent_process
+from threading import Thread
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ def each(function: Callable[..., Any], items: Sequence[tuple[Any, ...]], title: 
     """
     if len(items) == 1 or os.cpu_count() == 1:
         return [function(*item) for item in tqdm(items, title, unit="run", disable=len(items) == 1)]
-    with ProcessPoolExecutor(min(len(items), os.cpu_count() or 1), get_context("spawn"), prepare_process) as pool:
+    with ProcessPoolExecutor(min(len(items), os.cpu_count() or 1), get_context("spawn"), _begin_beside_others) as pool:
         futures = [pool.submit(_pickled, function, item) for item in items]
         try:
             for future in tqdm(as_completed(futures), title, len(futures), unit="run"):
@@ -39,6 +40,18 @@ def each(function: Callable[..., Any], items: Sequence[tuple[Any, ...]], title: 
 def _pickled(function: Callable[..., Any], item: tuple[Any, ...]) -> bytes:
     # As bytes: torch hands tensors to another process as open files, of which a record would need hundreds.
     return pickle.dumps(function(*item))
+
+
+def _begin_beside_others() -> None:
+    prepare_process()
+    # Or, were the first process killed, this one would wait for work for ever.
+    Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    if (parent := parent_process()) is not None:
+        parent.join()
+    os._exit(1)
 
 
 def prepare_process() -> None:

@@ -12,6 +12,7 @@ from stepwise_lightning import SpectrumRecord
 TINY = ["--profile", "smoke", "--seeds", "0", "--crop-size", "6", "--dim", "2"]
 
 
+@pytest.mark.slow
 def test_resume_keeps_a_finished_figure_and_only_that(tmp_path, capsys):
     arguments = ["linear_model", *TINY, "--out", str(tmp_path), "--resume"]
     status, path = main(arguments), tmp_path / "linear_model" / "claims.json"

@@ -524,7 +524,7 @@ OTHER_SETTINGS = [
 
 
 @pytest.mark.parametrize("settings", OTHER_SETTINGS, ids=lambda settings: ", ".join(settings))
-@pytest.mark.parametrize("order", [1, -1], ids=["more", "less"])
+@pytest.mark.parametrize("order", [pytest.param(1, id="more"), pytest.param(-1, id="less", marks=pytest.mark.slow)])
 def test_a_run_goes_on_with_other_settings_of_the_logger(settings, order, tmp_path):
     first, second = [{}, settings][::order]
     logger = TensorBoardLogger(tmp_path, version="mine")
