@@ -4,29 +4,21 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import lightning as L
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 
+from stepwise_lightning.data.batch_views import BatchTwoViews, BatchViews
 from stepwise_lightning.data.image_sets import ImageSet, download_images, load_image_set
 from stepwise_lightning.data.sampling import GlobalBatchSampler, ResumableLoader, local_batch_size
-from stepwise_lightning.data.views import (
-    AUGMENTATIONS,
-    PROBE_EPOCH,
-    PlainImages,
-    TwoViews,
-    plain_view,
-    random_view,
-)
+from stepwise_lightning.data.strengths import Strengths
+from stepwise_lightning.data.views import PROBE_EPOCH, PlainImages, TwoViews, plain_view, random_view
 from stepwise_lightning.errors import UserError
 from stepwise_lightning.seeding import hashed_seed
 from stepwise_lightning.signals import STOP_SIGNALS
-
-if TYPE_CHECKING:  # importing this package needs only torch and lightning
-    from torchvision.transforms import v2
 
 
 class TwoViewDataModule(L.LightningDataModule):
@@ -38,19 +30,24 @@ class TwoViewDataModule(L.LightningDataModule):
     All are normalised with the mean and standard deviation of the training images.
 
     A view is a function of (seed, epoch, image, view) alone and the global batch at step k of (seed, k), so that the
-    number of workers, of processes, and resuming change nothing; see :mod:`stepwise_lightning.data.sampling`.
+    number of workers, of processes, and resuming change nothing; see :mod:`stepwise_lightning.data.sampling`. Views of
+    images held in memory are made in whole batches, on the GPU where one trains
+    (:class:`stepwise_lightning.data.batch_views.BatchViews`; up to version 0.1.0 they were made one by one, so that
+    runs with the same seed differ from those of that version as runs with another seed do); those of other folders one
+    by one.
 
     Under DDP Lightning pads the validation and test images to a multiple of the number of processes by repeating
     some; evaluate on one device where the last digit matters.
 
     Args:
         data: ``photos``, ``cifar10``, ``stl10``, or the path of a folder of images.
-        augmentation: ``standard`` or ``weak``, see :func:`stepwise_lightning.data.views.random_view`.
+        augmentation: ``standard`` or ``weak``, see :class:`stepwise_lightning.data.strengths.Strengths`.
         image_size: side of the views in pixels; None for the images' own (the shorter side).
         global_batch_size: pairs per step over all processes together.
         num_probe_pairs: how many pairs of held-out images :meth:`probe_pairs` gives.
         probe_seed: of their choice and views, apart from ``seed``: runs that differ in that are measured on the same.
-        num_workers: processes that prepare batches, per training process; 0 to do it in the training process.
+        num_workers: processes that prepare batches, per training process; 0 to do it in the training process, which
+            is fast enough for images held in memory, and is what is done with these on a GPU.
         seed: of order and views.
         root: where ``cifar10`` and ``stl10`` are looked for, and put.
         download: fetch ``cifar10`` or ``stl10`` if it is not there.
@@ -84,8 +81,7 @@ class TwoViewDataModule(L.LightningDataModule):
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
-        if augmentation not in AUGMENTATIONS:
-            raise UserError(f"augmentation {augmentation!r} is none of {', '.join(AUGMENTATIONS)}")
+        Strengths.of(augmentation)  # refuses an unknown one
         for name, value, least in (("image_size", image_size, 1), ("num_probe_pairs", num_probe_pairs, 2)):
             if value is not None and value < least:
                 raise UserError(f"{name} must be at least {least}, got {value}")
@@ -119,10 +115,14 @@ class TwoViewDataModule(L.LightningDataModule):
         h = self.hparams
         if getattr(self.trainer, "overfit_batches", 0):
             raise UserError("overfit_batches would replace the order of samples: set limit_train_batches instead")
-        dataset = TwoViews(self.images("train"), self._random_view(), h["seed"])
+        dataset, loading = self._two_views("train", h["seed"], self._device), self._loading()
+        if isinstance(dataset, BatchTwoViews):
+            loading["collate_fn"] = BatchTwoViews.as_they_are
+            if dataset.device.type != "cpu":  # made where they are trained on: nothing to prepare, pin or send
+                loading |= {"num_workers": 0, "persistent_workers": False, "pin_memory": False}
         rank = self.trainer.global_rank if self.trainer else 0
         sampler = GlobalBatchSampler(dataset, h["global_batch_size"], self._num_processes, rank, h["seed"])
-        return ResumableLoader(dataset, sampler.local_batch_size, sampler=sampler, **self._loading())
+        return ResumableLoader(dataset, sampler.local_batch_size, sampler=sampler, **loading)
 
     def val_dataloader(self) -> DataLoader[Any]:
         """Return batches (x, label) of the held-out images, not augmented, in order."""
@@ -168,12 +168,15 @@ class TwoViewDataModule(L.LightningDataModule):
             if number > len(held_out):
                 remedy = f"choose 2 to {len(held_out)}" if len(held_out) > 1 else "hold out at least 2"
                 raise UserError(f"num_probe_pairs {number} is more than the {len(held_out)} held-out images: {remedy}")
-            views = TwoViews(held_out, self._random_view(), seed)
+            views = self._two_views("val", seed)
             generator = torch.Generator().manual_seed(hashed_seed(seed, PROBE_EPOCH, "order"))
             chosen = torch.randperm(len(held_out), generator=generator)[:number].tolist()
-            pairs = [views[PROBE_EPOCH, index] for index in chosen]
-            x1, x2, labels = zip(*pairs, strict=True)
-            self._probe = torch.stack(x1), torch.stack(x2), torch.tensor(labels)
+            addresses = [(PROBE_EPOCH, index) for index in chosen]
+            if isinstance(views, BatchTwoViews):
+                self._probe = views.__getitems__(addresses)
+            else:
+                x1, x2, labels = zip(*(views[address] for address in addresses), strict=True)
+                self._probe = torch.stack(x1), torch.stack(x2), torch.tensor(labels)
         return self._probe
 
     @property
@@ -194,8 +197,18 @@ class TwoViewDataModule(L.LightningDataModule):
             return min(train.images.shape[2:])
         raise UserError(f"image_size must be given: the images in {self.hparams['data']!r} are large or differ in size")
 
-    def _random_view(self) -> v2.Transform:
-        return random_view(self.hparams["augmentation"], self._image_size(self.images("train")), self.mean, self.std)
+    @property
+    def _device(self) -> torch.device:
+        """The device that trains if views can be made there: a CUDA device."""
+        device = self.trainer.strategy.root_device if self.trainer else torch.device("cpu")
+        return device if device.type == "cuda" else torch.device("cpu")
+
+    def _two_views(self, split: str, seed: int, device: torch.device | str = "cpu") -> TwoViews | BatchTwoViews:
+        images, augmentation = self.images(split), self.hparams["augmentation"]
+        size = self._image_size(self.images("train"))
+        if isinstance(images.images, Tensor):
+            return BatchTwoViews(images, BatchViews(augmentation, size, self.mean, self.std, seed), device)
+        return TwoViews(images, random_view(augmentation, size, self.mean, self.std), seed)
 
     def _plain_images(self, split: str) -> PlainImages:
         transform = plain_view(self._image_size(self.images("train")), self.mean, self.std)

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from stepwise_lightning.data.image_sets import ImageSet, channel_statistics
+from stepwise_lightning.data.strengths import Strengths
 from stepwise_lightning.errors import UserError
 from stepwise_lightning.seeding import hashed_seed
 
@@ -17,7 +18,6 @@ if TYPE_CHECKING:  # importing this package needs only torch and lightning
     from PIL import Image
     from torchvision.transforms import v2
 
-AUGMENTATIONS = ("standard", "weak")
 PROBE_EPOCH = -1  # no training epoch has it, so that probe pairs share no draw with training
 
 
@@ -62,24 +62,26 @@ def crop_pairs(images: Tensor, num_pairs: int, crop_size: int, seed: int) -> tup
 def random_view(augmentation: str, image_size: int, mean: Sequence[float], std: Sequence[float]) -> v2.Transform:
     """Return a transform from one PIL image to one random view, float32, (3, image_size, image_size).
 
-    ``standard`` is the usual one: random resized crop (scale 0.2 to 1), flip, colour jitter (0.4, 0.4, 0.2, 0.1 with
-    probability 0.8), grayscale (0.2) and Gaussian blur (σ 0.1 to 2, probability 0.5), the strengths of Barlow Twins
-    (Zbontar et al. 2021). ``weak`` is random resized crop (scale 0.5 to 1) and flip. Both end with normalisation.
-    To be called on one image at a time: a batch would get one crop.
+    Random resized crop and flip, for ``standard`` also colour jitter, grayscale and blur, with the ranges and
+    probabilities of :class:`stepwise_lightning.data.strengths.Strengths`; then normalisation. To be called on one image
+    at a time: a batch would get one crop.
 
     Raises:
-        ValueError: ``augmentation`` is neither.
+        ValueError: ``augmentation`` is neither ``standard`` nor ``weak``.
 
     """
     from torchvision.transforms import v2
 
-    if augmentation not in AUGMENTATIONS:
-        raise UserError(f"augmentation {augmentation!r} is none of {', '.join(AUGMENTATIONS)}")
-    scale = (0.5, 1.0) if augmentation == "weak" else (0.2, 1.0)
-    steps: list[Any] = [v2.RandomResizedCrop(image_size, scale=scale), v2.RandomHorizontalFlip()]
-    if augmentation == "standard":
-        jitter = v2.ColorJitter(brightness=0.4, contrast=0.4, saturation=0.2, hue=0.1)
-        steps += [v2.RandomApply([jitter], p=0.8), v2.RandomGrayscale(0.2), v2.RandomApply([_blurred], p=0.5)]
+    strengths = Strengths.of(augmentation)
+    crop = v2.RandomResizedCrop(image_size, scale=strengths.crop_scale, ratio=strengths.crop_ratio)
+    steps: list[Any] = [crop, v2.RandomHorizontalFlip()]
+    if strengths.jitter:
+        jitter = v2.ColorJitter(*strengths.jitter)
+        steps += [
+            v2.RandomApply([jitter], p=strengths.jitter_probability),
+            v2.RandomGrayscale(strengths.gray_probability),
+            v2.RandomApply([_Blur(*strengths.blur_sigma)], p=strengths.blur_probability),
+        ]
     return v2.Compose([*steps, _Normalise(mean, std)])
 
 
@@ -94,10 +96,14 @@ def plain_view(image_size: int, mean: Sequence[float], std: Sequence[float]) -> 
 # v2.GaussianBlur (and is what the authors of Barlow Twins use); _Normalise takes a third of what v2's three steps take.
 
 
-def _blurred(image: Image.Image) -> Image.Image:
-    from PIL import ImageFilter
+class _Blur:
+    def __init__(self, low: float, high: float) -> None:
+        self.low, self.high = low, high
 
-    return image.filter(ImageFilter.GaussianBlur(torch.empty(()).uniform_(0.1, 2.0).item()))
+    def __call__(self, image: Image.Image) -> Image.Image:
+        from PIL import ImageFilter
+
+        return image.filter(ImageFilter.GaussianBlur(torch.empty(()).uniform_(self.low, self.high).item()))
 
 
 class _Normalise:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from stepwise_lightning import FixedCropPairs, TwoViewDataModule
 from stepwise_lightning.data.image_sets import load_images
 from stepwise_lightning.data.sampling import GlobalBatchSampler
-from stepwise_lightning.data.views import TwoViews, crop_pairs
+from stepwise_lightning.data.views import crop_pairs
 
 
 @pytest.fixture(scope="module")
@@ -114,7 +114,7 @@ def test_fixed_crop_pairs_repeats_one_batch() -> None:
 @pytest.mark.parametrize("augmentation", ["weak", "standard"])
 def test_views_are_drawn_for_each_sample_view_and_epoch(augmentation: str, folder: str) -> None:
     data = module(folder, augmentation=augmentation)
-    views: TwoViews = data.train_dataloader().dataset
+    views = data.train_dataloader().dataset
     drawn = torch.stack([views[e, 3][v] for e in range(8) for v in range(2)])
     assert drawn.shape == (16, 3, 8, 8) and drawn.dtype == torch.float32
     assert len(drawn.unique(dim=0)) > 12  # small images have few different crops
@@ -144,8 +144,9 @@ def test_views_leave_the_global_generator_alone(folder: str) -> None:
 def test_standard_view_uses_colour_and_weak_does_not(folder: str) -> None:
     # Grey pixels stay grey under crop and flip; hue and saturation cannot be seen there, brightness can.
     def grays(augmentation: str) -> float:
-        views = module(folder, augmentation=augmentation, image_size=16).train_dataloader().dataset
-        mean, std = views.transform.transforms[-1].mean / 255, views.transform.transforms[-1].std / 255
+        data = module(folder, augmentation=augmentation, image_size=16)
+        views = data.train_dataloader().dataset
+        mean, std = (torch.tensor(values)[:, None, None] for values in (data.mean, data.std))
         rgb = torch.stack([views[0, i][0] * std + mean for i in range(45)])
         assert rgb.min() > -1e-5 and rgb.max() < 1 + 1e-5
         return (rgb.amax(1) - rgb.amin(1)).amax((1, 2)).lt(1e-3).double().mean().item()

@@ -1,0 +1,203 @@
+"""Image operations on a whole batch, each sample with its own parameters: crop, colour jitter, grayscale, blur.
+
+Between operations a batch is in planes: float32, (3, n, h, w), values in [0, 1], so that a colour channel of all images
+is one piece of memory. Nothing but sums of a few terms at fixed places is used, no matrix products: the result for an
+image does not depend on which others are in the batch, nor on a BLAS library, nor on TF32.
+
+Definitions are those of torchvision's transforms (v2) on floats; the blur is Pillow's.
+"""
+
+from __future__ import annotations
+
+from math import ceil
+from typing import NamedTuple, Self
+
+import torch
+from torch import Tensor
+from torch.nn.functional import embedding_bag
+
+__all__ = ["Jitters", "Taps", "blur", "grayscale", "jitter", "resized_crops"]
+
+_GRAY = (0.2989, 0.587, 0.114)  # torchvision's weights of red, green and blue
+_MAX_HUE = 1 / 6  # a colour moves to a neighbouring sextant of the circle at most
+_MAX_SIGMA = 2.0  # the boxes whose iteration is the blur reach two pixels then
+_NUM_BOXES = 3  # Pillow's number of passes
+BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
+
+
+class Taps(NamedTuple):
+    """Which lines (rows or columns) of an image make each line of another, and with what weights.
+
+    ``lines``: int64, and ``weights``: float32, (n, size, taps) each; ``extent``: number of lines of the image.
+    """
+
+    lines: Tensor
+    weights: Tensor
+    extent: int
+
+    @classmethod
+    def of_crops(cls, start: Tensor, length: Tensor, extent: int, size: int, factor: float = 1.0) -> Taps:
+        """Return those of crops resized to ``size`` lines by Pillow's and torchvision's antialiased triangle filter.
+
+        Args:
+            start: first line of each crop, int64, (n,).
+            length: number of its lines, int64, (n,).
+            extent: number of lines of the images.
+            size: number of lines of the result.
+            factor: of all weights.
+
+        """
+        scale = (length.double() / size)[:, None]
+        support = scale.clamp(min=1.0)
+        centre = (torch.arange(size, dtype=torch.float64) + 0.5) * scale
+        first = (centre - support + 0.5).floor().clamp(min=0)
+        last = torch.minimum((centre + support + 0.5).floor(), length.double()[:, None])
+        offsets = first[..., None] + torch.arange(ceil(2 * max(1.0, extent / size)))
+        weights = (1 - (offsets - centre[..., None] + 0.5).abs() / support[..., None]).clamp_(min=0)
+        weights *= offsets < last[..., None]
+        weights *= factor / weights.sum(-1, keepdim=True)
+        # A tap beyond the crop weighs nothing, but must lie in the image.
+        lines = start[:, None, None] + torch.minimum(offsets.long(), length[:, None, None] - 1)
+        return cls(lines, weights.float(), extent)
+
+    def mirrored(self, flip: Tensor) -> Taps:
+        """Return the taps with the order of lines reversed where ``flip``, (n,), says so."""
+        flip = flip[:, None, None]
+        lines, weights = (torch.where(flip, values.flip(1), values) for values in self[:2])
+        return Taps(lines, weights, self.extent)
+
+    def of_images(self, images: slice | Tensor) -> Taps:
+        """Return the taps of some of the images."""
+        return Taps(self.lines[images], self.weights[images], self.extent)
+
+    def summed(self, table: Tensor) -> Tensor:
+        """Return the weighted sums of lines of a table (n · extent, …), (n · size, …)."""
+        count, size, taps = self.lines.shape
+        lines = self.lines + self.extent * torch.arange(count)[:, None, None]
+        lines, weights = (values.reshape(count * size, taps).to(table.device) for values in (lines, self.weights))
+        return embedding_bag(lines, table, mode="sum", per_sample_weights=weights)
+
+
+def resized_crops(images: Tensor, rows: Taps, columns: Taps) -> Tensor:
+    """Return the crops of uint8 images, (n, 3, h, w), as planes; the taps are on the CPU, for levels of 0 to 255."""
+    count, _, height, width = images.shape
+    table = images.permute(0, 2, 1, 3).to(torch.float32, memory_format=torch.contiguous_format)
+    table = rows.summed(table.view(count * height, 3 * width))
+    table = table.view(count, -1, 3, width).transpose(1, 3).contiguous()
+    table = columns.summed(table.view(count * width, -1))
+    return table.view(count, columns.lines.shape[1], 3, -1).permute(2, 0, 3, 1).contiguous()
+
+
+class Jitters(NamedTuple):
+    """Changes of colour of each image, sorted by when its hue is changed; on the CPU.
+
+    Brightness, contrast and saturation are clamp(f x + (1 − f) y), y being black, the mean of the gray image, or that:
+    ``own``, ``mean`` and ``gray`` are the coefficients of x, of the mean and of the gray image at each of the four
+    turns, float32, (n, 4); ``hue``: float32, (n,), in sextants; ``place``: int64, (n,), the turn of the hue.
+    """
+
+    own: Tensor
+    mean: Tensor
+    gray: Tensor
+    hue: Tensor
+    place: Tensor
+
+    @classmethod
+    def of(cls, factors: Tensor, hue: Tensor, order: Tensor) -> Self:
+        """Return them from what torchvision's ColorJitter draws.
+
+        Args:
+            factors: of brightness, contrast and saturation, float64, (n, 3).
+            hue: in turns, |hue| ≤ 1/6, float64, (n,).
+            order: which of BRIGHTNESS, CONTRAST, SATURATION, HUE comes first, second, …, int64, (n, 4); sorted by the
+                place of HUE.
+
+        """
+        place = (order == HUE).long().argmax(1)
+        assert (hue.abs() <= _MAX_HUE).all()
+        assert (place.diff() >= 0).all()
+        own = factors.gather(1, order.clamp(max=HUE - 1))
+        mean, gray = (1 - own) * (order == CONTRAST), (1 - own) * (order == SATURATION)
+        return cls(own.float(), mean.float(), gray.float(), (6 * hue).float(), place)
+
+    def of_images(self, images: slice) -> Jitters:
+        """Return those of some of the images."""
+        return Jitters(*(values[images] for values in self))
+
+
+def jitter(planes: Tensor, jitters: Jitters) -> Tensor:
+    """Change brightness, contrast, saturation and hue in each image's own order, in place; return the planes."""
+    bounds = torch.searchsorted(jitters.place, torch.arange(5)).tolist()
+    own, mean, gray = (values.to(planes.device)[..., None, None] for values in jitters[:3])
+    hue = jitters.hue.to(planes.device)[:, None, None]
+    for turn in range(4):
+        start, stop = bounds[turn], bounds[turn + 1]
+        if stop > start:
+            _shift_hue(planes[:, start:stop], hue[start:stop])
+        for part in (slice(start), slice(stop, None)):
+            if planes[0, part].numel():
+                _blend(planes[:, part], own[part, turn], mean[part, turn], gray[part, turn])
+    return planes
+
+
+def _blend(planes: Tensor, own: Tensor, mean_share: Tensor, gray_share: Tensor) -> None:
+    gray = _gray(planes)
+    other = gray.mean((1, 2), keepdim=True).mul_(mean_share)
+    planes.mul_(own).add_(gray.mul_(gray_share).add_(other)).clamp_(0, 1)
+
+
+def _gray(planes: Tensor) -> Tensor:
+    red, green, blue = planes
+    return (red * _GRAY[0]).add_(green, alpha=_GRAY[1]).add_(blue, alpha=_GRAY[2])
+
+
+def _shift_hue(planes: Tensor, hue: Tensor) -> None:
+    """Turn each pixel's colour in the HSV model, where h in [0, 6) counts sextants from red."""
+    red, green, blue = planes
+    largest, smallest = planes.amax(0), planes.amin(0)
+    chroma = largest - smallest
+    scale = 1 / chroma.clamp(min=1e-12)  # of a gray pixel all differences are 0, and so is what is added
+    # Around red, h = (green − blue) / chroma; green and blue come 2 and 4 later. Chosen by factors of zero and one,
+    # which are several times as fast as torch.where.
+    is_red = torch.eq(red, largest, out=torch.empty_like(red))
+    is_green = torch.eq(green, largest, out=torch.empty_like(red))
+    sextant = (red - green).mul_(scale).add_(4)
+    sextant.lerp_((blue - red).mul_(scale).add_(2), is_green)
+    sextant.lerp_((green - blue).mul_(scale), is_red)
+    sextant.add_(hue)
+    sextant.sub_(sextant.div(6).floor_(), alpha=6)
+    torch.addcmul(smallest, chroma, sextant.sub(3).abs_().sub_(1).clamp_(0, 1), out=red)
+    torch.addcmul(smallest, chroma, sextant.sub(2).abs_().neg_().add_(2).clamp_(0, 1), out=green)
+    torch.addcmul(smallest, chroma, sextant.sub(4).abs_().neg_().add_(2).clamp_(0, 1), out=blue)
+
+
+def grayscale(planes: Tensor, chosen: Tensor) -> Tensor:
+    """Replace the images numbered ``chosen`` (int64, on the CPU) by their gray values, in place; return the planes."""
+    chosen = chosen.to(planes.device)
+    gray = _gray(planes.index_select(1, chosen))
+    return planes.index_copy_(1, chosen, gray.expand(3, *gray.shape))
+
+
+def blur(planes: Tensor, sigma: Tensor) -> Tensor:
+    """Return the images after a Gaussian blur of σ = ``sigma`` pixels each (float64, (n,), 0 < σ ≤ 2), as Pillow's.
+
+    Three times the mean over a box of fractional width, whose outermost pixels count in part, with the image's edge
+    repeated beyond it. Pillow rounds to whole levels after each; here nothing is rounded.
+    """
+    assert (sigma <= _MAX_SIGMA).all()
+    variance = sigma.square() / _NUM_BOXES
+    whole = (((12 * variance + 1).sqrt() - 1) / 2).floor()
+    part = (2 * whole + 1) * (whole * (whole + 1) - 3 * variance) / (6 * (variance - (whole + 1).square()))
+    full = 1 / (2 * (whole + part) + 1)
+    edge = (1 - (2 * whole + 1) * full) / 2
+    near, far = torch.where(whole > 0, full, edge), torch.where(whole > 0, edge, 0.0)
+    weights = torch.stack([far, near, full, near, far], -1).float().repeat(3, 1)[:, None]
+    for _ in range(2):
+        size, others = planes.shape[2:]
+        lines = (torch.arange(size)[:, None] + torch.arange(-2, 3)).clamp(0, size - 1)
+        taps = Taps(lines.expand(len(weights), -1, -1), weights.expand(-1, size, -1), size)
+        table = planes.reshape(-1, others)
+        for _ in range(_NUM_BOXES):
+            table = taps.summed(table)
+        planes = table.view(3, -1, size, others).transpose(2, 3)
+    return planes
