@@ -36,7 +36,9 @@ class Taps(NamedTuple):
     extent: int
 
     @classmethod
-    def of_crops(cls, start: Tensor, length: Tensor, extent: int, size: int, factor: float = 1.0) -> Taps:
+    def of_crops(
+        cls, start: Tensor, length: Tensor, extent: int, size: int, flip: Tensor | None = None, factor: float = 1.0
+    ) -> Taps:
         """Return those of crops resized to ``size`` lines by Pillow's and torchvision's antialiased triangle filter.
 
         Args:
@@ -44,44 +46,42 @@ class Taps(NamedTuple):
             length: number of its lines, int64, (n,).
             extent: number of lines of the images.
             size: number of lines of the result.
+            flip: whether the order of lines is reversed, bool, (n,); None for no.
             factor: of all weights.
 
         """
-        scale = (length.double() / size)[:, None]
+        start, length = start.float()[:, None, None], length.float()[:, None, None]
+        place = torch.arange(size, dtype=torch.float32)[:, None]
+        if flip is not None:
+            place = torch.where(flip[:, None, None], size - 1 - place, place)
+        scale = length / size
         support = scale.clamp(min=1.0)
-        centre = (torch.arange(size, dtype=torch.float64) + 0.5) * scale
-        first = (centre - support + 0.5).floor().clamp(min=0)
-        last = torch.minimum((centre + support + 0.5).floor(), length.double()[:, None])
-        offsets = first[..., None] + torch.arange(ceil(2 * max(1.0, extent / size)))
-        weights = (1 - (offsets - centre[..., None] + 0.5).abs() / support[..., None]).clamp_(min=0)
-        weights *= offsets < last[..., None]
-        weights *= factor / weights.sum(-1, keepdim=True)
+        centre = (place + 0.5) * scale
+        offsets = (centre - support + 0.5).floor_().clamp_(min=0) + torch.arange(ceil(2 * max(1.0, extent / size)))
+        weights = (offsets - (centre - 0.5)).div_(support).abs_().neg_().add_(1).clamp_(min=0)
+        weights.masked_fill_(offsets >= length, 0.0)
+        weights.mul_(factor / weights.sum(-1, keepdim=True))
         # A tap beyond the crop weighs nothing, but must lie in the image.
-        lines = start[:, None, None] + torch.minimum(offsets.long(), length[:, None, None] - 1)
-        return cls(lines, weights.float(), extent)
+        return cls(torch.minimum(offsets, length - 1).add_(start).long(), weights, extent)
 
-    def mirrored(self, flip: Tensor) -> Taps:
-        """Return the taps with the order of lines reversed where ``flip``, (n,), says so."""
-        flip = flip[:, None, None]
-        lines, weights = (torch.where(flip, values.flip(1), values) for values in self[:2])
-        return Taps(lines, weights, self.extent)
-
-    def of_images(self, images: slice | Tensor) -> Taps:
+    def of_images(self, images: slice) -> Taps:
         """Return the taps of some of the images."""
         return Taps(self.lines[images], self.weights[images], self.extent)
 
-    def summed(self, table: Tensor) -> Tensor:
-        """Return the weighted sums of lines of a table (n · extent, …), (n · size, …)."""
+    def summed(self, table: Tensor, times: int = 1) -> Tensor:
+        """Return the weighted sums of lines of a table (n · extent, …), (n · size, …); of these again, ``times``."""
         count, size, taps = self.lines.shape
         lines = self.lines + self.extent * torch.arange(count)[:, None, None]
         lines, weights = (values.reshape(count * size, taps).to(table.device) for values in (lines, self.weights))
-        return embedding_bag(lines, table, mode="sum", per_sample_weights=weights)
+        for _ in range(times):
+            table = embedding_bag(lines, table, mode="sum", per_sample_weights=weights)
+        return table
 
 
 def resized_crops(images: Tensor, rows: Taps, columns: Taps) -> Tensor:
     """Return the crops of uint8 images, (n, 3, h, w), as planes; the taps are on the CPU, for levels of 0 to 255."""
     count, _, height, width = images.shape
-    table = images.permute(0, 2, 1, 3).to(torch.float32, memory_format=torch.contiguous_format)
+    table = images.transpose(1, 2).to(torch.float32, memory_format=torch.contiguous_format)
     table = rows.summed(table.view(count * height, 3 * width))
     table = table.view(count, -1, 3, width).transpose(1, 3).contiguous()
     table = columns.summed(table.view(count * width, -1))
@@ -196,8 +196,6 @@ def blur(planes: Tensor, sigma: Tensor) -> Tensor:
         size, others = planes.shape[2:]
         lines = (torch.arange(size)[:, None] + torch.arange(-2, 3)).clamp(0, size - 1)
         taps = Taps(lines.expand(len(weights), -1, -1), weights.expand(-1, size, -1), size)
-        table = planes.reshape(-1, others)
-        for _ in range(_NUM_BOXES):
-            table = taps.summed(table)
+        table = taps.summed(planes.reshape(-1, others), _NUM_BOXES)
         planes = table.view(3, -1, size, others).transpose(2, 3)
     return planes

@@ -16,7 +16,7 @@ from stepwise_lightning.data.strengths import Strengths
 __all__ = ["BatchTwoViews", "BatchViews", "drawn_crops"]
 
 _TRIES = 10  # of torchvision's RandomResizedCrop, before it takes the largest crop in the middle
-_MAX_FLOATS = 2**18  # worked on at once by a CPU: what its cache holds with a few copies
+_MAX_FLOATS = 3 * 2**17  # worked on at once by a CPU: what its cache holds with a few copies
 
 
 class BatchViews:
@@ -70,7 +70,7 @@ class BatchViews:
         for start in range(0, len(order), at_once):
             part = slice(start, start + at_once)
             planes = operations.resized_crops(
-                images[order[part] % len(images)], rows.of_images(part), columns.of_images(part)
+                images.index_select(0, order[part] % len(images)), rows.of_images(part), columns.of_images(part)
             )
             normalised = torch.empty_like(views[part])
             torch.sub(draws.apply(planes, start), mean, out=normalised.transpose(0, 1)).div_(std)
@@ -103,9 +103,8 @@ class _Draws:
     def taps(self, image_shape: Sequence[int], size: int) -> tuple[operations.Taps, operations.Taps]:
         """Return which rows and columns of images of 0 to 255 levels make those of the crops, values in [0, 1]."""
         top, left, height, width = drawn_crops(self._uniform[:, 15:], self._uniform[:, :2], self.strengths, image_shape)
-        rows = operations.Taps.of_crops(top, height, image_shape[0], size, 1 / 255)
-        columns = operations.Taps.of_crops(left, width, image_shape[1], size)
-        return rows, columns.mirrored(self._uniform[:, 2] < 0.5)
+        rows = operations.Taps.of_crops(top, height, image_shape[0], size, factor=1 / 255)
+        return rows, operations.Taps.of_crops(left, width, image_shape[1], size, flip=self._uniform[:, 2] < 0.5)
 
     def apply(self, planes: Tensor, start: int) -> Tensor:
         """Apply what follows the crop to the images from number ``start`` of the order, in place; return the planes."""

@@ -53,8 +53,8 @@ def test_crop_and_flip_are_torchvisions_on_floats(photographs: Tensor, extent: i
     height, width = (1 + draws[0] * extent).long(), (1 + draws[1] * (extent + 4)).long()
     top, left = (draws[2] * (extent - height + 1)).long(), (draws[3] * (extent + 5 - width)).long()
     flip = draws[4] < 0.5
-    rows = Taps.of_crops(top, height, extent, size, 1 / LEVELS)
-    planes = resized_crops(images, rows, Taps.of_crops(left, width, extent + 4, size).mirrored(flip))
+    rows = Taps.of_crops(top, height, extent, size, factor=1 / LEVELS)
+    planes = resized_crops(images, rows, Taps.of_crops(left, width, extent + 4, size, flip))
     theirs = []
     for image, i, j, h, w, mirror in zip(images.float() / LEVELS, top, left, height, width, flip, strict=True):
         crop = F.resized_crop(image, i, j, h, w, [size, size], InterpolationMode.BILINEAR, antialias=True)
