@@ -10,7 +10,7 @@ import torch
 collect_ignore = [] if find_spec("lightly") else ["peers"]
 # The networks are small: a second thread gains little, and on a busy machine costs many times the step.
 torch.set_num_threads(1)
-# In the background of a script Ctrl-C is ignored, and every process that the tests start and interrupt would inherit it.
+# In the background of a script Ctrl-C is ignored, and whatever the tests start and interrupt would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
