@@ -23,8 +23,8 @@ METHODS = {
     "barlow_twins": Method("Barlow Twins", "cross_correlation", 0.003, {"smoke": 3, "cpu": 6, "full": 6}),
     # Knows no scale but that of its variance.
     "vicreg": Method("VICReg", "covariance", 0.001, {"smoke": 2, "cpu": 4, "full": 4}),
-    # Sees normalised embeddings alone.
-    "simclr": Method("SimCLR", "normalized_covariance", 0.0005, {"smoke": 2, "cpu": 4, "full": 4}),
+    # Sees normalised embeddings alone, in whose covariance the arc of the first mode has two eigenvalues: not in this.
+    "simclr": Method("SimCLR", "tangent_covariance", 0.0005, {"smoke": 2, "cpu": 4, "full": 4}),
 }
 # Each is trained from both.
 STARTS = ("small", "ordinary")

@@ -54,9 +54,9 @@ class Measurement:
 class SpectrumRecord:
     """What a run has measured, T measurements in the order of time; ``SpectrumRecord.load(folder)`` reads one back.
 
-    Matrices go by name: ``cross_correlation``, ``covariance`` and ``normalized_covariance`` of the module's own
-    embeddings (:class:`stepwise_lightning.SpectrumLogger` defines them), ``encoder.backbone.covariance`` of what a
-    submodule puts out. Where something was not measured, as when a run went on with other settings, there is NaN. All
+    Matrices go by name: ``cross_correlation``, ``covariance``, … of the module's own embeddings
+    (:class:`stepwise_lightning.SpectrumLogger` defines them), ``encoder.backbone.covariance`` of what a submodule puts
+    out. Where something was not measured, as when a run went on with other settings, there is NaN. All
     tensors are float64 on the CPU, but for steps (int64) and embeddings (float32).
 
     Words are defined in ``docs/glossary.md``: step, time, mode, grown, learned, distinct step, stepwiseness.

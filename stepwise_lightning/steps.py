@@ -1,6 +1,7 @@
 """When the eigenvalues of an embedding rise, and how far they rise one by one: pure functions of trajectories.
 
-Three rules, three words. A mode is *learned* by :func:`detect_steps`, which judges a whole run; it has *grown* by
+Four rules, four words. A mode is *learned* by :func:`detect_steps`, which judges a whole run from a small start; modes
+rise *apart* or together by :func:`detect_rises`, which judges a run from any start; a mode has *grown* by
 :func:`num_grown`, which can be said while a run goes on; it has *crossed* by :func:`crossing_times`, which is for the
 eigenvalues of C under Barlow Twins, where theory says that they end at 1.
 """
@@ -17,7 +18,7 @@ from torch import Tensor
 from stepwise_lightning.errors import UserError
 from stepwise_lightning.precision import as_float64
 
-__all__ = ["Steps", "crossing_times", "detect_steps", "num_crossed", "num_grown"]
+__all__ = ["Rises", "Steps", "crossing_times", "detect_rises", "detect_steps", "num_crossed", "num_grown"]
 
 
 class Steps(NamedTuple):
@@ -76,6 +77,64 @@ def detect_steps(times: Tensor, eigenvalues: Tensor) -> Steps:
         num_distinct=int(detected.any()) + int((gaps > 1).sum()),
         stepwiseness=float(gaps.clamp(max=10).quantile(0.5)) if len(gaps) else 0.0,
         threshold=float(threshold),
+    )
+
+
+class Rises(NamedTuple):
+    """What :func:`detect_rises` found; times are in the unit of the times given."""
+
+    times: Tensor
+    """(d,): when each mode is half-way up; NaN for modes that end below the threshold."""
+    widths: Tensor
+    """(d,): time from a tenth of the way to half of it; NaN with the time."""
+    num_modes: int
+    """Modes that end above the threshold."""
+    num_apart: int
+    """Of these, the first and those that are separated from the one before by more than their own width."""
+    separation: float
+    """Median over neighbours of min(separation / width, 10); 0 with fewer than two modes."""
+
+
+def detect_rises(times: Tensor, eigenvalues: Tensor) -> Rises:
+    """Find when the eigenvalues of an embedding rise, and how many rise apart, from any start.
+
+    From ordinary initialisation eigenvalues start high, so that :func:`detect_steps` finds no steps whatever they do
+    then; this measure leaves out no mode for how it starts. Eigenvalues are sorted at each time and median-filtered
+    over three samples. A mode's way leads from its smallest value up to its median over the last tenth of the samples;
+    its time t is when it first has half of that behind it, and its width w is how long before it last had a tenth, both
+    interpolated linearly. Modes whose end is above θ, a tenth of the largest one's, count. Modes k and k+1 rise apart
+    when (t_{k+1} − t_k) / w_{k+1} > 1.
+
+    Args:
+        times: (T,), ascending; learning rate × steps, or steps.
+        eigenvalues: (T, d), in any order; values ≤ 0 are allowed.
+
+    Raises:
+        ValueError: shapes do not match, T < 2, times not ascending, complex or non-finite values.
+
+    """
+    times, values = _on_cpu(times, "times"), _on_cpu(eigenvalues, "eigenvalues")
+    _check_trajectory(times, values)
+    values = _median_of_three(values.sort(dim=1, descending=True).values)
+    ends = values[-max(1, math.ceil(len(values) / 10)) :].median(0).values
+    halves, widths = torch.full((2, values.shape[1]), math.nan, dtype=torch.float64)
+    for mode, (path, end) in enumerate(zip(values.T, ends, strict=True)):
+        lowest = int(path.argmin())
+        tenth, half = (path[lowest] + share * (end - path[lowest]) for share in (0.1, 0.5))
+        above = (path[lowest:] > half).nonzero()
+        if end > 0.1 * ends[0] and len(above):
+            index = lowest + int(above[0])
+            last_below = lowest + int((path[lowest:index] <= tenth).nonzero()[-1])
+            halves[mode] = _linear_crossing(times, path, index, half)
+            widths[mode] = halves[mode] - _linear_crossing(times, path, last_below + 1, tenth)
+    counted = halves.isfinite()
+    gaps = halves[counted].diff() / widths[counted][1:]
+    return Rises(
+        times=halves,
+        widths=widths,
+        num_modes=int(counted.sum()),
+        num_apart=int(counted.any()) + int((gaps > 1).sum()),
+        separation=float(gaps.clamp(max=10).quantile(0.5)) if len(gaps) else 0.0,
     )
 
 
@@ -157,3 +216,10 @@ def _crossing(times: Tensor, path: Tensor, index: int, level: Tensor) -> float:
     fraction = (math.log(float(level)) - before) / (after - before)
     start, end = times[index - 1 : index + 1].tolist()
     return start + fraction * (end - start)
+
+
+def _linear_crossing(times: Tensor, path: Tensor, index: int, level: Tensor) -> float:
+    """Time between samples index − 1 and index at which the path reaches ``level``."""
+    before, after = path[index - 1 : index + 1].tolist()
+    start, end = times[index - 1 : index + 1].tolist()
+    return start + (float(level) - before) / (after - before) * (end - start)

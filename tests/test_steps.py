@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from stepwise_lightning.spectrum import crossing_times, detect_steps, num_crossed, num_grown
+from stepwise_lightning.spectrum import crossing_times, detect_rises, detect_steps, num_crossed, num_grown
 
 
 def sigmoid_modes(rates, delay=14.0, duration=8.0, samples=600):
@@ -83,3 +83,41 @@ def test_bad_input_is_refused_in_one_line(call, message):
     with pytest.raises(ValueError, match=message) as refusal:
         call()
     assert "\n" not in str(refusal.value)
+
+
+def test_rises_of_separate_modes_have_the_times_and_widths_of_the_logistic_curve():
+    rates = [8.0, 4.0, 2.0]
+    times, eigenvalues = sigmoid_modes(rates, duration=12, samples=4000)
+    rises = detect_rises(times, eigenvalues[:, [2, 0, 1]])
+    torch.testing.assert_close(rises.times, torch.tensor([7 / r for r in rates]).double(), rtol=1e-4, atol=0)
+    widths = torch.tensor([math.log(9) / (2 * r) for r in rates]).double()
+    torch.testing.assert_close(rises.widths, widths, rtol=1e-3, atol=0)
+    assert rises.num_apart == rises.num_modes == 3
+    separations = (7 / 4 - 7 / 8) / widths[1], (7 / 2 - 7 / 4) / widths[2]
+    assert rises.separation == pytest.approx(float(sum(separations)) / 2, rel=0.01)
+
+
+def test_modes_that_rise_together_are_not_apart_however_they_start():
+    times, together = sigmoid_modes([4.0, 3.5, 3.0])
+    for start in (0.0, 0.3):  # of which the second would leave the detector of steps nothing
+        values = start + (1 - start) * together
+        assert detect_rises(times, values)[2:4] == (3, 1)
+    _, apart = sigmoid_modes([8.0, 4.0, 2.0])
+    assert detect_rises(times, 0.3 + 0.7 * apart)[2:4] == (3, 3)
+    assert detect_steps(times, 0.3 + 0.7 * apart).num_distinct == 0
+
+
+def test_modes_that_first_decay_are_judged_from_their_lowest_point():
+    times, rising = sigmoid_modes([8.0, 4.0], delay=30.0)
+    decaying = 0.6 * torch.exp(-8 * times)[:, None]
+    plain, after_decay = detect_rises(times, rising), detect_rises(times, rising + decaying)
+    assert after_decay.num_apart == 2
+    torch.testing.assert_close(after_decay.times, plain.times, rtol=1e-3, atol=0)
+
+
+def test_a_mode_that_ends_low_or_never_rises_is_not_counted():
+    times, rising = sigmoid_modes([4.0])
+    low, constant = 0.05 * rising, torch.full_like(rising, 1.5)
+    assert detect_rises(times, torch.cat([rising, low], 1)).num_modes == 1
+    assert detect_rises(times, torch.cat([rising, constant], 1)).num_modes == 1
+    assert detect_rises(times, torch.zeros(len(times), 3))[2:] == (0, 0, 0.0)

@@ -1,8 +1,10 @@
 """Barlow Twins, VICReg and SimCLR learn their embeddings one dimension at a time (main experiment of the paper).
 
 Each loss trains a ResNet from small initialisation, once per seed. Steps are counted in the eigenvalues of C for Barlow
-Twins, which drives them from 0 to 1, of the covariance for VICReg, and of the covariance of normalised embeddings for
-SimCLR, which sees no others. What remains of the steps from ordinary initialisation: ``standard_init``.
+Twins, which drives them from 0 to 1, of the covariance for VICReg, and of the tangent covariance for SimCLR, which sees
+normalised embeddings alone: in their plain covariance one dimension more would be counted, because the arc that the
+first mode draws on the sphere has two eigenvalues there. What remains of the steps from ordinary initialisation:
+``standard_init``.
 
 The paper trains ResNet-50 on STL-10 with standard augmentations (``--profile full``); learning rates and scales of the
 start are not stated there. Ours, and the small ResNet of the default: see ``configs/<loss>_photos.yaml``.

@@ -23,6 +23,7 @@ _LABELS = {
     "cross_correlation": "eigenvalues of C",
     "covariance": "eigenvalues, covariance",
     "normalized_covariance": "eigenvalues, normalised covariance",
+    "tangent_covariance": "eigenvalues, tangent covariance",
 }
 
 

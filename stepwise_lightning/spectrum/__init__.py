@@ -10,14 +10,16 @@ from stepwise_lightning.spectrum.measures import (
     participation_ratio,
     rankme,
 )
-from stepwise_lightning.steps import Steps, crossing_times, detect_steps, num_crossed, num_grown
+from stepwise_lightning.steps import Rises, Steps, crossing_times, detect_rises, detect_steps, num_crossed, num_grown
 
 __all__ = [
+    "Rises",
     "MATRICES",
     "Steps",
     "alpha_req",
     "cross_correlation_eigenvalues",
     "crossing_times",
+    "detect_rises",
     "detect_steps",
     "effective_rank",
     "embedding_eigenvalues",

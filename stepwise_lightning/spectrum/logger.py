@@ -38,7 +38,9 @@ class SpectrumLogger(L.Callback):
 
     - ``cross_correlation``: C = (z1ᵀz2 + z2ᵀz1)/2n, where there are two views (``center`` subtracts the means);
     - ``covariance``: the centred covariance of all embeddings, of both views;
-    - ``normalized_covariance``: the same of the embeddings divided by their norms, as cosine losses see them.
+    - ``normalized_covariance``: the same of the embeddings divided by their norms, as cosine losses see them;
+    - ``tangent_covariance``, if asked for: of these, without their part along the mean of them
+      (:func:`stepwise_lightning.spectrum.measures.tangent_coordinates`).
 
     **Step k** is the state after exactly k optimiser steps (``trainer.global_step``; batches, where Lightning has no
     optimiser): step 0 is the initialisation, and a measurement at step k is made just before step k + 1 changes the
@@ -79,7 +81,7 @@ class SpectrumLogger(L.Callback):
         probe: what to embed. ``"auto"``: ``trainer.datamodule.probe_pairs()`` where there is such a method, else the
             training batch of the step; ``"batch"``: always the training batch, the step's first; or one tensor or a
             pair of tensors. How views are found in a batch: :func:`stepwise_lightning.spectrum.batches.views_in`.
-        matrices: which of the three matrices to measure.
+        matrices: which matrices to measure, of those above.
         center: subtract the means before C is formed.
         num_points: about how many measurements to make up to the expected end of training; more if it goes on.
         num_scalars: how many eigenvalues of a matrix become scalars and CSV rows; the ``.npz`` has all.
@@ -109,7 +111,7 @@ class SpectrumLogger(L.Callback):
         self,
         watch: Sequence[Watched] = (),
         probe: str | Tensor | tuple[Tensor, Tensor] = "auto",
-        matrices: Sequence[str] = MATRICES,
+        matrices: Sequence[str] = MATRICES[:3],
         center: bool = False,
         num_points: int = 200,
         num_scalars: int = 64,

@@ -16,7 +16,7 @@ from torch import Tensor
 from stepwise_lightning.errors import UserError
 from stepwise_lightning.precision import as_float64
 
-MATRICES = ("cross_correlation", "covariance", "normalized_covariance")
+MATRICES = ("cross_correlation", "covariance", "normalized_covariance", "tangent_covariance")
 
 
 def embedding_eigenvalues(z: Tensor, center: bool = True) -> Tensor:
@@ -142,8 +142,7 @@ def measure(matrix: str, views: Sequence[Tensor], center: bool = False) -> tuple
     if matrix == "cross_correlation":
         eigenvalues = cross_correlation_eigenvalues(views[0], views[1], center=center)
     else:
-        z = torch.cat(views)
-        z = torch.nn.functional.normalize(z) if matrix == "normalized_covariance" else z
+        z = _as_seen(matrix, torch.cat(views))
         eigenvalues = embedding_eigenvalues(z)
     eigenvalues = eigenvalues.cpu()
     measures = {
@@ -154,6 +153,31 @@ def measure(matrix: str, views: Sequence[Tensor], center: bool = False) -> tuple
     if matrix != "cross_correlation":  # RankMe is a property of the embeddings
         measures["rankme"] = float(rankme(z))
     return eigenvalues, measures
+
+
+def tangent_coordinates(z: Tensor) -> Tensor:
+    """Return the normalised embeddings without their part along the mean of them: û − (û·m̂) m̂, û = z/‖z‖, (n, d).
+
+    Embeddings that spread from one point b into k directions lie, once normalised, on a sphere of k dimensions: an arc
+    for k = 1, which takes two dimensions of space, so that their covariance has k + 1 eigenvalues. The mean lies in
+    the same k + 1 dimensions, and without it k are left: here a mode is a dimension.
+
+    Args:
+        z: embeddings, (n, d), any real type; cast to float64.
+
+    Raises:
+        ValueError: ``z`` is not a non-empty, finite matrix.
+
+    """
+    unit = torch.nn.functional.normalize(_matrix(z))
+    mean = torch.nn.functional.normalize(unit.mean(0), dim=0)
+    return unit - (unit @ mean)[:, None] * mean
+
+
+def _as_seen(matrix: str, z: Tensor) -> Tensor:
+    if matrix == "tangent_covariance":
+        return tangent_coordinates(z)
+    return torch.nn.functional.normalize(z) if matrix == "normalized_covariance" else z
 
 
 def _matrix(z: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from stepwise_lightning.spectrum import (
     participation_ratio,
     rankme,
 )
+from stepwise_lightning.spectrum.measures import measure
 
 
 def orthonormal(rows, columns, seed):
@@ -102,3 +103,20 @@ def test_bad_input_is_refused_in_one_line(call, message):
     with pytest.raises(ValueError, match=message) as refusal:
         call()
     assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("modes", [1, 2, 4])
+def test_embeddings_that_spread_into_k_directions_have_k_modes_in_the_tangent_covariance(modes):
+    # One point and k directions orthogonal to it, far enough that the sphere's curvature is seen.
+    rng = np.random.default_rng(modes)
+    basis = np.linalg.qr(rng.standard_normal((7, modes + 1)))[0]
+    z = basis[:, 0] + rng.standard_normal((200, modes)) * rng.uniform(0.5, 2, modes) @ basis[:, 1:].T
+    tangent, normalized = (
+        measure(matrix, [torch.from_numpy(z)])[0] for matrix in ("tangent_covariance", "normalized_covariance")
+    )
+    assert (tangent > 1e-12).sum() == modes and (normalized > 1e-12).sum() == modes + 1
+    unit = z / np.linalg.norm(z, axis=1, keepdims=True)
+    mean = unit.mean(0) / np.linalg.norm(unit.mean(0))
+    projection = np.eye(7) - np.outer(mean, mean)
+    expected = np.linalg.eigvalsh(projection @ np.cov(unit.T, bias=True) @ projection)[::-1]
+    assert np.allclose(tangent, expected.clip(0), atol=1e-14)
