@@ -20,7 +20,7 @@ class Method:
 # By the name that configurations and runs carry.
 METHODS = {
     # Drives the eigenvalues of C from 0 to 1.
-    "barlow_twins": Method("Barlow Twins", "cross_correlation", 0.003, {"smoke": 3, "cpu": 6, "full": 6}),
+    "barlow_twins": Method("Barlow Twins", "cross_correlation", 0.03, {"smoke": 3, "cpu": 6, "full": 6}),
     # Knows no scale but that of its variance.
     "vicreg": Method("VICReg", "covariance", 0.001, {"smoke": 2, "cpu": 4, "full": 4}),
     # Sees normalised embeddings alone, in whose covariance the arc of the first mode has two eigenvalues: not in this.
