@@ -8,13 +8,15 @@ import pickle
 import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from multiprocessing import active_children, get_context, parent_process
+from multiprocessing import active_children, parent_process
 from threading import Thread
 from typing import Any
 
 import torch
 from lightning.pytorch.callbacks import TQDMProgressBar
 from tqdm import tqdm
+
+from reproduce.warm import warm_context
 
 
 def each(function: Callable[..., Any], items: Sequence[tuple[Any, ...]], title: str) -> list[Any]:
@@ -24,7 +26,7 @@ def each(function: Callable[..., Any], items: Sequence[tuple[Any, ...]], title: 
     """
     if len(items) == 1 or os.cpu_count() == 1:
         return [function(*item) for item in tqdm(items, title, unit="run", disable=len(items) == 1)]
-    with ProcessPoolExecutor(min(len(items), os.cpu_count() or 1), get_context("spawn"), _begin_beside_others) as pool:
+    with ProcessPoolExecutor(min(len(items), os.cpu_count() or 1), warm_context(), _begin_beside_others) as pool:
         futures = [pool.submit(_pickled, function, item) for item in items]
         try:
             for future in tqdm(as_completed(futures), title, len(futures), unit="run"):

@@ -27,6 +27,7 @@ from tqdm import tqdm
 from reproduce.methods import METHODS, Method
 from reproduce.records import data_rows, theory_record
 from reproduce.training import CONFIGS, TrainingRun
+from reproduce.warm import warm_up
 from stepwise_lightning import Encoder, SpectrumRecord, TwoViewDataModule
 from stepwise_lightning.data import load_image_set
 from stepwise_lightning.errors import NotFoundError, UserError, reason
@@ -196,6 +197,8 @@ def trained_runs(
 
 def _train(runs: list[Run], resume: bool, bar: tqdm) -> None:
     """Train side by side; where one fails or is told to stop, others end that have not begun."""
+    if any(run.is_warm for run in runs):
+        warm_up()  # here, where Ctrl-C is heard
     workers = 1 if torch.cuda.is_available() else min(os.cpu_count() or 1, max(len(runs), 1))
     ended = Event()
 

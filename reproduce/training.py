@@ -15,12 +15,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 from zipfile import ZipFile
 
 import torch
 
 from reproduce.methods import METHODS
+from reproduce.warm import WarmProcess
 from stepwise_lightning.errors import UserError
 from stepwise_lightning.files import atomic_write_text
 from stepwise_lightning.signals import EX_TEMPFAIL
@@ -29,6 +30,7 @@ CONFIGS = Path(__file__).parent.parent / "configs"
 # cpu is the shipped configuration as it is; smoke is a size for tests; full is the paper's.
 PROFILES: dict[str, dict[str, Any]] = {"smoke": {}, "cpu": {}, "full": {"data": "stl10"}}
 _CONFIGURATION = {"smoke": "photos", "cpu": "photos", "full": "stl10"}
+_MODULE = "stepwise_lightning"
 _PLACES = ("data.init_args.root", "trainer.logger.init_args.save_dir", "trainer.default_root_dir")
 
 
@@ -48,7 +50,7 @@ class TrainingRun:
         # The second is laid over the first.
         overlays = [CONFIGS / "ordinary.yaml"] if start == "ordinary" else []
         self.configs = [CONFIGS / f"{loss}_{_CONFIGURATION[options.profile]}.yaml", *overlays]
-        self._process: subprocess.Popen[bytes] | None = None
+        self._process: subprocess.Popen[bytes] | WarmProcess | None = None
 
     def settings(self) -> dict[str, Any]:
         """Return what the command line says besides the configurations."""
@@ -79,7 +81,7 @@ class TrainingRun:
         """What trains it."""
         configs = [f"--config={path}" for path in self.configs]
         settings = [f"--{name}={value}" for name, value in self.settings().items()]
-        return [*self.launcher, sys.executable, "-m", "stepwise_lightning", "fit", *configs, *settings]
+        return [*self.launcher, sys.executable, "-m", _MODULE, "fit", *configs, *settings]
 
     @property
     def _identity(self) -> str:
@@ -129,13 +131,10 @@ class TrainingRun:
         else:
             shutil.rmtree(folder, ignore_errors=True)
             atomic_write_text(started, self._identity)
-        environment = os.environ | {"PYTHONUNBUFFERED": "1"}  # or its last line would not be its last
-        if not torch.cuda.is_available():
-            environment["OMP_NUM_THREADS"] = "1"
         with log.open("a", encoding="utf-8") as file:
             print("$", shlex.join(command), file=file, flush=True)
-            with subprocess.Popen(command, stdout=file, stderr=file, env=environment, pass_fds=[lock]) as self._process:
-                status = self._process.wait()
+            self._process = self._begin(command, file, lock)
+            status = self._process.wait()
             self._process = None
         # The other two, of which srun makes the second: the signal came before it was ready to listen.
         if status in (EX_TEMPFAIL, -signal.SIGUSR1, 128 + signal.SIGUSR1):
@@ -148,6 +147,20 @@ class TrainingRun:
             raise RunFailedError(f"{self.name} failed, see {log}: {last}")
         os.replace(started, folder / "settings.json")
 
+    def _begin(self, command: list[str], output: IO[str], lock: int) -> subprocess.Popen[bytes] | WarmProcess:
+        """Start the command; what it prints goes to ``output``, and it keeps the lock until it ends."""
+        if self.is_warm:
+            return WarmProcess(_MODULE, command[command.index(_MODULE) + 1 :], output, [lock])
+        environment = os.environ | {"PYTHONUNBUFFERED": "1"}  # or its last line would not be its last
+        if not torch.cuda.is_available():
+            environment["OMP_NUM_THREADS"] = "1"
+        return subprocess.Popen(command, stdout=output, stderr=output, env=environment, pass_fds=[lock])
+
+    @property
+    def is_warm(self) -> bool:
+        """Whether it need not be started anew: no launcher does that, and no GPU, which a fork might not find."""
+        return not self.launcher and not torch.cuda.is_available()
+
     def stop(self) -> None:
         """Tell training that is under way to save itself and end."""
         if (process := self._process) is not None:
@@ -157,7 +170,7 @@ class TrainingRun:
     def _alone(self) -> Iterator[tuple[int, bool]]:
         """Wait until no other process trains this run; yield the lock, as a file descriptor, and whether one did.
 
-        Training inherits it: were this process killed, it would go on, and nobody else may write there until it ends.
+        Training inherits it: were this process killed, nobody else may write there until that has saved itself too.
         """
         path = self.logs.parent / ".locks" / self.name
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -57,7 +57,8 @@ def test_all_figures_of_networks_at_full_profile(tmp_path, monkeypatch, capfd):
     whole = TrainingRun.settings
     monkeypatch.setattr(TrainingRun, "settings", lambda run: shortened(run, whole(run)))
     out = tmp_path / "results"
-    status = main([*FIGURES, "--profile", "full", "--seeds", "0", "--root", str(root), "--out", str(out)])
+    places = ["--root", str(root), "--out", str(out), "--launcher", "env"]  # processes that are started anew
+    status = main([*FIGURES, "--profile", "full", "--seeds", "0", *places])
     printed = capfd.readouterr().err
     # Claims are about networks that were trained for longer: they may fail here.
     assert status in (0, 1), printed

@@ -1,4 +1,4 @@
-"""Figures killed on the way, with the training that they have started left running, and asked for again."""
+"""Figures killed on the way, while the training that they have started saves itself, and asked for again."""
 
 import json
 import os
@@ -43,7 +43,7 @@ def test_killed_at_any_moment_and_run_again_they_end_as_if_nothing_had_happened(
         try:
             process.wait(seconds)
         except subprocess.TimeoutExpired:
-            process.send_signal(signal.SIGKILL)  # it alone: what it has started goes on
+            process.send_signal(signal.SIGKILL)  # it alone: what it has started saves itself
             process.wait()
         assert kept.items() <= finished(killed).items()  # nothing that was finished is made again
         kept = finished(killed)

@@ -1,6 +1,7 @@
 """The training runs behind the figures: finished ones are kept, cut ones go on, damaged ones are made again."""
 
 import os
+import shlex
 import shutil
 import sys
 
@@ -13,36 +14,40 @@ from reproduce.runs import Run, trained_runs
 from reproduce.training import PROFILES, RunFailedError
 from stepwise_lightning.errors import UserError
 
-# Stands for training: keeps a checkpoint, fails where it is told to, and leaves spectra at its end.
+# A launcher that stands for training: keeps a checkpoint, fails where it is told to, and leaves spectra at its end.
 TRAINING = """
 import pathlib, sys, zipfile
-folder = pathlib.Path(sys.argv[1])
+place = dict(word.split("=", 1) for word in sys.argv if word.startswith("--trainer.logger."))
+logger = "--trainer.logger.init_args."
+folder = pathlib.Path(place[logger + "save_dir"], place[logger + "name"], "version_0")
+failure = pathlib.Path(sys.argv[0]).with_name("failure")
 (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
 def save(path):  # NumPy's files and torch's are zip archives
     with zipfile.ZipFile(path, "w") as file:
         file.writestr("array", bytes(1000))
 save(folder / "checkpoints" / "last.ckpt")
 print("half of it is done")
-if "fail" in sys.argv and "--ckpt_path=last" not in sys.argv:
-    sys.exit(75 if "stop" in sys.argv else "stepwise: error: no more time")
+if failure.exists() and "--ckpt_path=last" not in sys.argv:
+    sys.exit(75 if failure.read_text() == "stop" else "stepwise: error: no more time")
 save(folder / "spectrum.npz")
 """
 
 
 @pytest.fixture
-def a_run(tmp_path, monkeypatch):
+def a_run(tmp_path):
     """Return a function from options of the command line to a run that costs nothing."""
-    fail = []
+    script, failure = tmp_path / "training.py", tmp_path / "failure"
+    script.write_text(TRAINING)
+    launcher = shlex.join([sys.executable, "-S", str(script)])
 
     def make(*arguments, start="small", fails=False, stops=False):
-        options = new_parser("test", "", PROFILES).parse_args(["--out", str(tmp_path), "--data", "photos", *arguments])
-        fail[:] = ["fail", "stop"] if stops else ["fail"] if fails else []
-        return Run("vicreg", start, 0, options)
+        given = ["--out", str(tmp_path), "--data", "photos", "--launcher", launcher, *arguments]
+        if fails or stops:
+            failure.write_text("stop" if stops else "fail")
+        else:
+            failure.unlink(missing_ok=True)
+        return Run("vicreg", start, 0, new_parser("test", "", PROFILES).parse_args(given))
 
-    script = tmp_path / "training.py"
-    script.write_text(TRAINING)
-    command = property(lambda run: [sys.executable, "-S", str(script), str(run.directory), *fail])
-    monkeypatch.setattr(Run, "command", command)
     return make
 
 
@@ -71,8 +76,8 @@ def test_a_run_that_was_cut_short_goes_on_and_only_then(a_run):
 def test_training_that_was_told_to_stop_stops_all(way, a_run, tmp_path, capsys, monkeypatch):
     (tmp_path / "training.py").write_text("import os, signal\n" + TRAINING.replace("75", way))
     monkeypatch.setattr(os, "cpu_count", lambda: 1)
-    a_run(stops=True)
-    arguments = ["--out", str(tmp_path), "--seeds", "0", "--resume"]
+    launcher = a_run(stops=True).options.launcher
+    arguments = ["--out", str(tmp_path), "--seeds", "0", "--resume", "--launcher", launcher]
     with pytest.raises(SystemExit) as stop:
         main(["three_losses", *arguments])
     assert stop.value.code == 75 and "was told to stop: it goes on with --resume" in capsys.readouterr().err
