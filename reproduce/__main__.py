@@ -9,7 +9,7 @@ from pathlib import Path
 from reproduce.figures import FIGURES
 from reproduce.options import check_writable, new_parser, refusal
 from reproduce.outputs import run_figure
-from reproduce.report import write_report
+from reproduce.report import verdict_table, write_report
 from reproduce.training import PROFILES
 
 USAGE = """usage: python -m reproduce FIGURE [FIGURE ...] [options]
@@ -65,7 +65,7 @@ def _several(names: list[str], arguments: list[str]) -> int:
             path = write_report(out, names)
         except Exception as error:
             return refusal(error)
-    print(f"\nreport       {path.resolve()}")
+    print(f"\n{verdict_table(out, names)}\n\nreport       {path.resolve()}")
     return status
 
 

@@ -8,10 +8,11 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from reproduce.claims import read_claim
+from reproduce.claims import Claim, claims_table, read_claim
 from reproduce.options import data_name
 from stepwise_lightning.files import atomic_write_text
 
+_UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError)
 STYLE = """
 :root { color-scheme: light dark; }
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 0 auto; padding: 1rem; }
@@ -41,7 +42,8 @@ def write_report(out: str | Path, names: list[str]) -> Path:
         f"<title>stepwise_lightning: figures and verdicts</title><style>{STYLE}</style></head><body>"
         "<h1>On the stepwise nature of self-supervised learning: figures and verdicts</h1>"
         "<p>Each figure of <a href='https://arxiv.org/abs/2303.15438'>Simon et al., ICML 2023</a>, made again, with "
-        "what it claims in numbers. A claim holds when the number measured is on the right side of its bound.</p>"
+        "what it claims in numbers. A claim holds when the number measured is on the right side of its bound, and the "
+        "same number of its control, where it names one, is not.</p>"
         "<div class='table'><table><tr><th>figure</th><th>claims</th><th>data</th><th>time</th></tr>"
         f"{lines}</table></div>"
         f"{sections}</body></html>\n"
@@ -49,6 +51,18 @@ def write_report(out: str | Path, names: list[str]) -> Path:
     path = Path(out) / "report.html"
     atomic_write_text(path, page)
     return path
+
+
+def verdict_table(out: str | Path, names: list[str]) -> str:
+    """Return what the named figures in ``out`` claim, a line each: see :func:`reproduce.claims.claims_table`."""
+    claims = []
+    for name in names:
+        try:
+            document = json.loads((Path(out) / name / "claims.json").read_text(encoding="utf-8"))
+            claims += [(name, read_claim(saved)) for saved in document["claims"]]
+        except _UNREADABLE:  # the figure has said so, and so does the report
+            continue
+    return claims_table(claims)
 
 
 def _entry(directory: Path) -> tuple[str, str]:
@@ -59,7 +73,7 @@ def _entry(directory: Path) -> tuple[str, str]:
         return _line(directory.name, document), _section(directory, document)
     except FileNotFoundError:
         pass
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    except _UNREADABLE:
         state = "claims.json cannot be read"
     return f"<tr><td>{escape(directory.name)}</td><td class='fails'>{state}</td><td></td><td></td></tr>", ""
 
@@ -82,7 +96,8 @@ def _section(directory: Path, document: dict[str, Any]) -> str:
     rows = "".join(
         f"<tr><td class='{'holds' if claim.holds else 'fails'}'>{'holds' if claim.holds else 'fails'}</td>"
         f"<td>{escape(claim.description)}</td><td class='number'>{claim.measured:.4g}</td>"
-        f"<td class='number'>{escape({'<=': '≤', '>=': '≥'}[claim.relation])} {claim.bound:.4g}</td></tr>"
+        f"<td class='number'>{escape({'<=': '≤', '>=': '≥'}[claim.relation])} {claim.bound:.4g}</td>"
+        f"<td>{_control(claim)}</td></tr>"
         for claim in map(read_claim, document["claims"])
     )
     seeds = " ".join(map(str, document["seeds"]))
@@ -97,10 +112,15 @@ def _section(directory: Path, document: dict[str, Any]) -> str:
         f"<p><b>The paper.</b> {escape(document['paper'])}</p>"
         f"<p><b>Here.</b> {escape(data_name(document['data_set']))}, seeds {seeds}, "
         f"{document['seconds']:.0f} s. {_verdict(document)}</p>{''.join(pictures)}"
-        f"<div class='table'><table><tr><th></th><th>claim</th><th>measured</th><th>bound</th></tr>{rows}</table></div>"
+        f"<div class='table'><table><tr><th></th><th>claim</th><th>measured</th><th>bound</th>"
+        f"<th>what fails it</th></tr>{rows}</table></div>"
         f"<p>Again: <code>{escape(command)}</code></p>"
         f"<details><summary>settings, versions, machine</summary><pre>{escape(details)}</pre></details></section>"
     )
+
+
+def _control(claim: Claim) -> str:
+    return "" if claim.control_value is None else f"{escape(claim.control)}: {claim.control_value:.4g}"
 
 
 def _picture(path: Path) -> str:

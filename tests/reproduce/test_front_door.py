@@ -101,8 +101,9 @@ def test_an_error_is_one_line_and_a_bug_keeps_its_traceback(tmp_path, monkeypatc
 def test_a_bug_in_one_figure_does_not_cost_the_others(tmp_path, monkeypatch, capsys):
     replace_figures(monkeypatch, broken=Bug("oh"), refused=UserError("no such colour"), whole=None)
     assert main(["all", "--out", str(tmp_path)]) == 2
-    error = capsys.readouterr().err
+    printed, error = capsys.readouterr()
     assert error.startswith("Traceback") and error.endswith("Bug: oh\nerror: no such colour\n")
+    assert "\nholds  whole: one  0         <= 1   1         -\n" in printed  # the table of all claims, at the end
     assert json.loads((tmp_path / "whole" / "claims.json").read_text(encoding="utf-8"))["all_hold"]
     assert "id='whole'" in (tmp_path / "report.html").read_text(encoding="utf-8")
 

@@ -1,13 +1,15 @@
 """What a figure leaves behind: whole, kept when it is asked for again, made again when it is damaged."""
 
 import json
+import math
 import os
+from dataclasses import asdict
 
 import pytest
 from matplotlib.figure import Figure
 
 from reproduce.__main__ import main
-from reproduce.claims import Claim
+from reproduce.claims import Claim, claims_table, read_claim, worst
 from reproduce.outputs import FILES, Outcome, PaperFigure, run_figure
 
 MADE = "the figure is made again"
@@ -87,3 +89,36 @@ def test_claims_carry_the_checksums_of_what_they_belong_to(tmp_path):
 @pytest.mark.parametrize(("measured", "relation", "holds"), [(1, "<=", True), (2.1, "<=", False), (1, ">=", False)])
 def test_claims(measured, relation, holds):
     assert Claim("name", "text", measured, relation, 2).holds is holds
+
+
+@pytest.mark.parametrize(
+    ("relation", "control", "holds"),
+    [("<=", 2.1, True), ("<=", 2.0, False), (">=", 1.9, True), (">=", 2.0, False), ("<=", math.nan, False)],
+)
+def test_a_claim_that_its_control_meets_fails(relation, control, holds):
+    claim = Claim("name", "text", 2.0, relation, 2.0, "wrong pairs", control)
+    assert claim.holds is holds and claim.distance == 0
+    assert f"(<= 2; wrong pairs: {control:.4g})".replace("<=", relation) in str(claim)
+
+
+@pytest.mark.parametrize(("relation", "measured", "control"), [("<=", 0.2, 0.7), (">=", 0.1, 0.9)])
+def test_a_claim_over_seeds_is_about_the_worst_seed_and_the_best_control(relation, measured, control):
+    claim = worst("name", "text", [0.1, 0.2], relation, 0.5, [0, 1], "wrong pairs", [0.9, 0.7])
+    assert (claim.measured, claim.control_value) == (measured, control)
+    assert worst("name", "text", [0.1, 0.2], relation, 0.5, [0, 1]).control_value is None
+
+
+def test_claims_of_before_there_were_controls_are_read():
+    saved = {"name": "n", "description": "d", "measured": 1.5, "relation": "<=", "bound": 2}
+    assert read_claim(saved) == Claim("n", "d", 1.5, "<=", 2.0)
+    claim = Claim("n", "d", 1.5, "<=", 2.0, "wrong pairs", 3.0)
+    assert read_claim(json.loads(json.dumps(asdict(claim)))) == claim
+
+
+def test_the_table_of_claims_says_how_far_each_is_from_its_bound_and_what_fails_it():
+    claims = [("one", Claim("a", "text", 1.5, "<=", 2.0, "wrong pairs", 3.0)), ("two", Claim("b", "text", 1, ">=", 2))]
+    lines = [line.split() for line in claims_table(claims).splitlines()]
+    assert lines[1:] == [
+        ["holds", "one:", "a", "1.5", "<=", "2", "0.5", "wrong", "pairs", "3"],
+        ["FAILS", "two:", "b", "1", ">=", "2", "-1", "-"],
+    ]
