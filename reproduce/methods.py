@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
+
+from stepwise_lightning.losses import OFF_DIAGONAL_WEIGHT
 
 
 @dataclass(frozen=True)
@@ -28,3 +31,18 @@ METHODS = {
 }
 # Each is trained from both.
 STARTS = ("small", "ordinary")
+# By what a run differs from its shipped configuration: files laid over that, and settings of the command line.
+VARIANTS: dict[str, tuple[list[str], dict[str, Any]]] = {
+    "small": ([], {}),
+    "ordinary": (["ordinary.yaml"], {}),
+    "alpha0.01": ([], {"model.init_args.encoder.init_args.alpha": 0.01}),
+    "alpha0.1": ([], {"model.init_args.encoder.init_args.alpha": 0.1}),
+    "wrong_pairs": ([], {"data.class_path": "reproduce.controls.WrongPairs"}),
+    "noise_images": ([], {"data.class_path": "reproduce.controls.NoiseImages"}),
+    "no_off_diagonal": ([], {"model.init_args.off_diagonal_weight": 0.0}),
+    # As published, but for ε: from a small start the gradient would grow with its inverse root.
+    "published_loss": ([], {
+        "model.init_args.normalize": "true", "model.init_args.off_diagonal_weight": OFF_DIAGONAL_WEIGHT,
+        "model.init_args.eps": 0.01,
+    }),
+}  # fmt: skip

@@ -154,13 +154,13 @@ class Run(TrainingRun):
 
     def rows(self, others: Mapping[str, Tensor] | None = None) -> list[list[Any]]:
         """Return its rows of ``data.csv``, of ``ROW_COLUMNS``, with other quantities (T, k) by name."""
-        return data_rows([self.loss, self.start, self.seed], self.record, self.method.matrix, others=others)
+        return data_rows([self.loss, self.variant, self.seed], self.record, self.method.matrix, others=others)
 
     def summary(self) -> dict[str, Any]:
         """Return its row in the table."""
         return {
             "loss": self.loss,
-            "start": self.start,
+            "variant": self.variant,
             "seed": self.seed,
             "modes_learned": int(self.steps.num_learned[-1]),
             "distinct_steps": self.steps.num_distinct,
@@ -169,11 +169,11 @@ class Run(TrainingRun):
         }
 
 
-ROW_COLUMNS = ["loss", "start", "seed", "step", "time", "quantity", "mode", "value"]
+ROW_COLUMNS = ["loss", "variant", "seed", "step", "time", "quantity", "mode", "value"]
 
 
 def trained_runs(
-    options: argparse.Namespace, losses: Iterable[str] = METHODS, starts: Iterable[str] = ("small",)
+    options: argparse.Namespace, losses: Iterable[str] = METHODS, variants: Iterable[str] = ("small",)
 ) -> list[Run]:
     """Train what is missing (all of it without ``--resume``), as many at once as there are cores; on GPUs, one.
 
@@ -185,7 +185,7 @@ def trained_runs(
     """
     if not CONFIGS.is_dir():
         raise NotFoundError(f"no configurations in {str(CONFIGS)!r}: run this from a clone of the repository")
-    runs = [Run(loss, start, seed, options) for seed, start, loss in product(options.seeds, starts, losses)]
+    runs = [Run(loss, variant, seed, options) for seed, variant, loss in product(options.seeds, variants, losses)]
     if runs[0].launcher and not shutil.which(runs[0].launcher[0]):
         raise UserError(f"no command {runs[0].launcher[0]!r} here to start training with: see --launcher")
     load_image_set(options.data, "val", options.root, options.download)

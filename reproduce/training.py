@@ -20,7 +20,7 @@ from zipfile import ZipFile
 
 import torch
 
-from reproduce.methods import METHODS
+from reproduce.methods import METHODS, VARIANTS
 from reproduce.warm import WarmProcess
 from stepwise_lightning.errors import UserError
 from stepwise_lightning.files import atomic_write_text
@@ -41,15 +41,14 @@ class RunFailedError(RuntimeError, UserError):
 class TrainingRun:
     """How one network is trained: once, however often and from wherever that is asked for."""
 
-    def __init__(self, loss: str, start: str, seed: int, options: argparse.Namespace) -> None:
-        self.loss, self.start, self.seed, self.options = loss, start, seed, options
-        self.name = f"{loss}_{start}_seed{seed}"
+    def __init__(self, loss: str, variant: str, seed: int, options: argparse.Namespace) -> None:
+        self.loss, self.variant, self.seed, self.options = loss, variant, seed, options
+        self.name = f"{loss}_{variant}_seed{seed}"
         self.logs = Path(options.out) / "runs"
         self.directory = self.logs / self.name / "version_0"
         self.launcher = shlex.split(options.launcher)
-        # The second is laid over the first.
-        overlays = [CONFIGS / "ordinary.yaml"] if start == "ordinary" else []
-        self.configs = [CONFIGS / f"{loss}_{_CONFIGURATION[options.profile]}.yaml", *overlays]
+        overlays, self._variant = VARIANTS[variant]
+        self.configs = [CONFIGS / name for name in (f"{loss}_{_CONFIGURATION[options.profile]}.yaml", *overlays)]
         self._process: subprocess.Popen[bytes] | WarmProcess | None = None
 
     def settings(self) -> dict[str, Any]:
@@ -74,7 +73,7 @@ class TrainingRun:
                 "data.init_args.num_probe_pairs": 64,
                 "trainer.max_steps": 300,
             }
-        return settings
+        return settings | self._variant
 
     @property
     def command(self) -> list[str]:

@@ -26,9 +26,9 @@ PAPER = (
 
 def produce(options: argparse.Namespace, directory: Path) -> Outcome:
     """Train both starts for every loss and seed, and count steps."""
-    runs = trained_runs(options, starts=STARTS)
+    runs = trained_runs(options, variants=STARTS)
     figure = eigenvalues_figure(
-        [[r.panel() for r in runs if r.seed == options.seeds[0] and r.start == start] for start in STARTS],
+        [[r.panel() for r in runs if r.seed == options.seeds[0] and r.variant == start] for start in STARTS],
         [f"{start} initialisation" for start in STARTS],
         title="From ordinary initialisation, modes rise together",
         note=f"ResNet on {data_name(options.data)}, seed {options.seeds[0]}; settings: configs/",
@@ -36,7 +36,7 @@ def produce(options: argparse.Namespace, directory: Path) -> Outcome:
     claims = []
     for loss, method in METHODS.items():
         small, ordinary = (
-            [r.steps.num_distinct for r in runs if (r.loss, r.start) == (loss, start)] for start in STARTS
+            [r.steps.num_distinct for r in runs if (r.loss, r.variant) == (loss, start)] for start in STARTS
         )
         sentence = f"{method.title}: distinct steps from ordinary initialisation ({', '.join(map(str, ordinary))})"
         claims.append(worst(f"{loss}_ordinary", sentence, ordinary, "<=", 1, options.seeds))
