@@ -45,10 +45,9 @@ class LayerTrajectory:
 class LastLayer:
     r"""A last linear layer, z = W h + b, whose features h stay what they are.
 
-    :meth:`simulate` follows what ``torch.optim.SGD`` would do to it, to round-off. Barlow Twins and VICReg depend on
-    moments of the features alone, so that a step takes O(d m²), whatever the number of pairs; SimCLR takes O(n² d).
-
-    The gradients are those of :mod:`stepwise_lightning.theory.layer_gradients`.
+    :meth:`simulate` follows what ``torch.optim.SGD`` would do to it, to round-off, with the gradients of
+    :mod:`stepwise_lightning.theory.layer_gradients`. Barlow Twins and VICReg depend on moments of the features alone,
+    so that a step takes O(d m²), whatever the number of pairs; one of SimCLR takes O(n² d).
 
     What a network's own features do while it trains is not in it: before training it is right about the first mode, and
     for Barlow Twins and SimCLR roughly about later ones.
@@ -94,19 +93,15 @@ class LastLayer:
             )
         if num_components is not None and not 1 <= num_components <= m:
             raise UserError(f"num_components must lie between 1 and the {m} features, got {num_components}")
-        self._basis = None if num_components is None else leading_components(h1, h2, num_components)
-        self.variance_left_out = 0.0
-        if self._basis is not None:
-            whole = _variance(h1, h2)
-            h1, h2 = h1 @ self._basis, h2 @ self._basis
-            self.variance_left_out = max(1 - _variance(h1, h2) / whole, 0.0) if whole > 0 else 0.0
         self._has_bias = bias is not None
+        self._basis = None if num_components is None else _leading_components(h1, h2, num_components)
         self._weight0 = self._joined(weight, bias)
         if not self._weight0.isfinite().all():
             raise UserError("weight and bias must be finite: look at the checkpoint")
-        if self._has_bias:
-            h1, h2 = pad(h1, (0, 1), value=1.0), pad(h2, (0, 1), value=1.0)
-        self._h1, self._h2 = h1, h2
+        self._gradient = layer_gradient(loss, self._inputs(h1), self._inputs(h2), len(weight), self.settings)
+        self.variance_left_out = 0.0
+        if self._basis is not None and (whole := _variance(h1, h2)) > 0:
+            self.variance_left_out = max(1 - _variance(h1 @ self._basis, h2 @ self._basis) / whole, 0.0)
 
     @cached_property
     def rate_errors(self) -> Tensor:
@@ -128,41 +123,44 @@ class LastLayer:
         learning_rates: Sequence[float] | Tensor,
         momentum: float = 0.0,
         weight_decay: float = 0.0,
-        velocity: Tensor | None = None,
-        bias_velocity: Tensor | None = None,
+        velocity: Sequence[Tensor] | None = None,
         measured_at: Iterable[int] | None = None,
+        measured_on: tuple[Tensor, Tensor] | None = None,
     ) -> LayerTrajectory:
         r"""Follow the steps v ← βv + ∇L + ωW, W ← W − ηv of ``torch.optim.SGD``, weights and bias alike.
 
-        The eigenvalues are those of what a run of this loss is judged by, over all pairs: C of Barlow Twins (centred if
+        The eigenvalues are those that a run of this loss is judged by, over all pairs: C for Barlow Twins (centred if
         the loss is, or normalises), the covariance for VICReg, the normalised covariance for SimCLR.
 
         Args:
             learning_rates: η of each step, (T,): ``[0.002] * 600``, or any schedule.
             momentum: β in [0, 1).
             weight_decay: ω ≥ 0.
-            velocity: v of the weights at the start, (d, m), a running optimiser's ``momentum_buffer``; None for zero.
-            bias_velocity: that of the bias, (d,).
+            velocity: v at the start, a running optimiser's ``momentum_buffer`` of the weights, (d, m), and of the bias,
+                if there is one, (d,); None for zero.
             measured_at: after how many steps, between 0 and T, to take eigenvalues; None for all. Those of SimCLR pass
                 all pairs through the layer each time.
+            measured_on: features of other pairs, (n, m) each, to take eigenvalues on: held-out ones show what the layer
+                has fitted to too few pairs. None: those that it is trained on.
 
         Raises:
             ValueError: a setting out of range, or of another shape.
 
         """
-        rates = as_float64(learning_rates, "learning_rates").tolist()
-        if not 0 <= momentum < 1 or not weight_decay >= 0:
-            raise UserError(f"momentum must lie in [0, 1) and weight_decay be ≥ 0, got {momentum} and {weight_decay}")
+        rates = as_float64(learning_rates, "learning_rates")
+        if rates.ndim != 1 or not (rates >= 0).all() or not 0 <= momentum < 1 or not weight_decay >= 0:
+            raise UserError(
+                "learning_rates must be ≥ 0, one for each step (T,), momentum in [0, 1) and weight_decay ≥ 0, "
+                f"got rates of shape {tuple(rates.shape)}, {momentum} and {weight_decay}"
+            )
         steps = sorted(set(range(len(rates) + 1) if measured_at is None else measured_at))
         if not steps or not 0 <= steps[0] <= steps[-1] <= len(rates):
             raise UserError(f"measured_at must name steps between 0 and {len(rates)}, the number of learning rates")
-        w, v = self._weight0.clone(), self._start_velocity(velocity, bias_velocity)
-        gradient = layer_gradient(self.loss, self._h1, self._h2, len(w), self.settings)
-        measured, weights = set(steps), []
-        if 0 in measured:
-            weights.append(w.clone())
-        for step, rate in enumerate(rates):
-            v.mul_(momentum).add_(gradient(w, step))
+        pairs = self._features if measured_on is None else checked_features(*measured_on)
+        w, v = self._weight0.clone(), self._start_velocity(velocity)
+        measured, weights = set(steps), [self._weight0] if steps[0] == 0 else []
+        for step, rate in enumerate(rates.tolist()):
+            v.mul_(momentum).add_(self._gradient(w, step))
             if weight_decay:
                 v.add_(w, alpha=weight_decay)
             w.sub_(v, alpha=rate)
@@ -170,65 +168,69 @@ class LastLayer:
                 if not w.isfinite().all():
                     break
                 weights.append(w.clone())
-        eigenvalues = self._eigenvalues(weights)
-        missing = len(steps) - len(eigenvalues)
+        eigenvalues = self._eigenvalues(weights, *(self._inputs(h.flatten(0, 1)) for h in pairs))
+        eigenvalues = pad(eigenvalues, (0, 0, 0, len(steps) - len(weights)), value=math.inf)
         weight = w[:, :-1] if self._has_bias else w
-        return LayerTrajectory(
-            torch.tensor(steps),
-            pad(eigenvalues, (0, 0, 0, missing), value=math.inf),
-            weight if self._basis is None else weight @ self._basis.T,
-            w[:, -1].clone() if self._has_bias else None,
-        )
+        weight = weight if self._basis is None else weight @ self._basis.T
+        return LayerTrajectory(torch.tensor(steps), eigenvalues, weight, w[:, -1] if self._has_bias else None)
+
+    def _inputs(self, h: Tensor) -> Tensor:
+        """Return features (…, m) as the simulated layer sees them: projected, and with a one for the bias."""
+        h = h if self._basis is None else h @ self._basis
+        return pad(h, (0, 1), value=1.0) if self._has_bias else h
 
     def _joined(self, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """Return weights, or their velocity, as those of the features that are simulated."""
-        joined = as_float64(weight.detach()).to(self._features[0].device)
+        """Return weights and bias, or their velocities, as weights of :meth:`_inputs`."""
+        device = self._features[0].device
+        joined = as_float64(weight.detach()).to(device)
         joined = joined if self._basis is None else joined @ self._basis
-        return joined if bias is None else torch.cat([joined, as_float64(bias.detach()).to(joined)[:, None]], 1)
+        return joined if bias is None else torch.cat([joined, as_float64(bias.detach()).to(device)[:, None]], 1)
 
-    def _start_velocity(self, velocity: Tensor | None, bias_velocity: Tensor | None) -> Tensor:
-        d, m = len(self._weight0), self._features[0].shape[-1]
-        velocity = self._weight0.new_zeros(d, m) if velocity is None else velocity
-        if bias_velocity is None and self._has_bias:
-            bias_velocity = velocity.new_zeros(d)
-        if velocity.shape != (d, m) or (bias_velocity is None) == self._has_bias:
-            raise UserError(
-                f"velocity must be {(d, m)}, with a bias_velocity if the layer has a bias, got {tuple(velocity.shape)}"
-            )
-        return self._joined(velocity, bias_velocity)
-
-    def _eigenvalues(self, weights: list[Tensor]) -> Tensor:
+    def _start_velocity(self, velocity: Sequence[Tensor] | None) -> Tensor:
+        if velocity is None:
+            return torch.zeros_like(self._weight0)
         d = len(self._weight0)
+        expected = [(d, self._features[0].shape[-1]), (d,)][: 1 + self._has_bias]
+        if (shapes := [tuple(v.shape) for v in velocity]) != expected:
+            raise UserError(f"velocity must hold one tensor for each parameter, of shapes {expected}, got {shapes}")
+        return self._joined(velocity[0], velocity[1] if self._has_bias else None)
+
+    def _eigenvalues(self, weights: list[Tensor], h1: Tensor, h2: Tensor) -> Tensor:
+        """Return those of each of the K weights on features (n, m), (K, d)."""
         if not weights:
-            return self._weight0.new_zeros(0, d)
-        h1, h2 = self._h1.flatten(0, 1), self._h2.flatten(0, 1)
+            return self._weight0.new_zeros(0, len(self._weight0))
         if self.loss == "simclr":
             h = torch.cat([h1, h2])
             matrices = torch.stack([_covariance(normalize(h @ w.T, dim=1)) for w in weights])
+        elif self.loss == "vicreg":
+            matrices = _products(weights, FeatureMoments.of(h1, h2).pooled)
         else:
-            moments = FeatureMoments.of(h1, h2)
-            centered = self.settings.get("center") or self.settings.get("normalize")
-            features = moments.pooled if self.loss == "vicreg" else moments.gamma(bool(centered))
-            stacked = torch.stack(weights)
-            matrices = stacked @ features @ stacked.mT
-        finite = matrices.isfinite().all((1, 2))
+            centered = self.settings["center"] or self.settings["normalize"]
+            matrices = _products(weights, FeatureMoments.of(h1, h2).gamma(centered))
+        finite = matrices.isfinite().all(2).all(1)  # the weights may be, and their squares not
         eigenvalues = torch.linalg.eigvalsh(torch.where(finite[:, None, None], matrices, 0.0)).flip(1)
         return torch.where(finite[:, None], eigenvalues, math.inf)
 
 
-def leading_components(h1: Tensor, h2: Tensor, count: int) -> Tensor:
+def _leading_components(h1: Tensor, h2: Tensor, count: int) -> Tensor:
     """Return orthonormal leading eigenvectors of both views' uncentred second moment, (m, count)."""
-    h = torch.cat([h1.flatten(0, -2), h2.flatten(0, -2)])
-    if len(h) < h.shape[1]:
-        return torch.linalg.svd(h, full_matrices=False).Vh[:count].T.contiguous()
+    h = _stacked(h1, h2)
     return torch.linalg.eigh(h.T @ h).eigenvectors.flip(1)[:, :count].contiguous()
 
 
 def _variance(h1: Tensor, h2: Tensor) -> float:
-    h = torch.cat([h1.flatten(0, -2), h2.flatten(0, -2)])
-    return float(h.var(0, correction=0).sum())
+    return float(_stacked(h1, h2).var(0, correction=0).sum())
+
+
+def _stacked(h1: Tensor, h2: Tensor) -> Tensor:
+    return torch.cat([h1.flatten(0, -2), h2.flatten(0, -2)])
 
 
 def _covariance(z: Tensor) -> Tensor:
     z = z - z.mean(0)
     return z.T @ z / len(z)
+
+
+def _products(weights: list[Tensor], features: Tensor) -> Tensor:
+    stacked = torch.stack(weights)
+    return stacked @ features @ stacked.mT

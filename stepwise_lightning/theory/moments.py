@@ -50,19 +50,23 @@ class FeatureMoments:
 
         """
         h1, h2 = checked_features(h1, h2)
-        n = h1.shape[1]
-        sums: list[Tensor] = []
-        for a, b in zip(h1, h2, strict=True):  # one at a time: of wide features (batches, m, m) would not fit
-            mean1, mean2 = a.mean(0), b.mean(0)
-            # Centred before they are multiplied, or the means would take the digits of what varies.
-            c1, c2, delta = a - mean1, b - mean2, a - b
-            scatter1, scatter2, cross = c1.T @ c1, c2.T @ c2, c1.T @ c2 / n
-            shift = mean1 - mean2
-            pooled = (scatter1 + scatter2 + n / 2 * shift.outer(shift)) / (2 * n - 1)
-            moments = [cross, cross + mean1.outer(mean2), scatter1 / (n - 1), scatter2 / (n - 1), pooled]
-            moments.append(delta.T @ delta / n)
-            sums = [total + moment for total, moment in zip(sums, moments, strict=True)] if sums else moments
-        return cls(n, *(total / len(h1) for total in sums))
+        batches, n, _ = h1.shape
+        means1, means2 = h1.mean(1), h2.mean(1)
+        shifts = means1 - means2
+        # Centred before they are multiplied, or the means would take the digits of what varies. Sums over batches and
+        # pairs are then one product.
+        c1, c2 = ((h - mean[:, None]).flatten(0, 1) for h, mean in ((h1, means1), (h2, means2)))
+        delta = (h1 - h2).flatten(0, 1)
+        scatter1, scatter2, cross = c1.T @ c1 / batches, c2.T @ c2 / batches, c1.T @ c2 / len(c1)
+        return cls(
+            num_pairs=n,
+            cross=cross,
+            uncentered_cross=cross + means1.T @ means2 / batches,
+            covariance1=scatter1 / (n - 1),
+            covariance2=scatter2 / (n - 1),
+            covariance=(scatter1 + scatter2 + n / 2 * shifts.T @ shifts / batches) / (2 * n - 1),
+            difference=delta.T @ delta / len(delta),
+        )
 
     def gamma(self, center: bool = True) -> Tensor:
         """Return Γ, of centred features or of the features themselves."""
@@ -89,8 +93,8 @@ def checked_features(h1: Tensor, h2: Tensor) -> tuple[Tensor, Tensor]:
         )
     if h1.shape[-2] < 2:
         raise UserError(f"features need at least 2 pairs in a batch for a covariance, got {h1.shape[-2]}: give more")
-    a = as_float64(h1, "the first views' features")
-    b = as_float64(h2, "the second views' features").to(a.device)
+    a = as_float64(h1.detach(), "the first views' features")
+    b = as_float64(h2.detach(), "the second views' features").to(a.device)
     if not (a.isfinite().all() and b.isfinite().all()):
         raise UserError("the features hold NaN or infinite values: look at the data, or lower the learning rate")
     return (a, b) if a.ndim == 3 else (a[None], b[None])
