@@ -12,7 +12,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -59,13 +58,17 @@ class LastLayer:
         h2: features of the second views.
         weight: W at the start, (d, m).
         bias: b at the start, (d,), or None for a layer without.
-        num_components: project wide features on so many leading components of both views' uncentred second moment, the
-            mean among them. Exact where it is their rank (at most 2n · batches); else see ``variance_left_out`` and
-            ``rate_errors``. None: as they are.
+        num_components: project wide features on so many directions: half of them the leading eigenvectors of the
+            growth matrix, half the leading principal components (not centred). Exact where the features' rank is no
+            larger. On 2048 features of an untrained ResNet-50, 64 directions move the first five steps of Barlow Twins
+            by less than 0.1 %, and λ_1 to λ_3 of VICReg by less than 16 % over 1200 steps; 64 principal components
+            alone make the former 3 to 16 % late, and λ_2 of the latter seven times too small. To see what it does
+            elsewhere, double it. None: no projection.
         settings: the loss's own arguments, with its own defaults.
 
     Attributes:
-        variance_left_out: share of the features' variance outside the components; 0 without a projection.
+        variance_left_out: share of the features' variance outside these directions; 0 without a projection.
+        rate_left_out: no mode outside of them grows faster than this share of the fastest one's rate.
 
     Raises:
         ValueError: an unknown loss or setting, shapes that do not match, values that are not finite, or a number of
@@ -94,7 +97,10 @@ class LastLayer:
         if num_components is not None and not 1 <= num_components <= m:
             raise UserError(f"num_components must lie between 1 and the {m} features, got {num_components}")
         self._has_bias = bias is not None
-        self._basis = None if num_components is None else _leading_components(h1, h2, num_components)
+        self._basis, self.rate_left_out = None, 0.0
+        if num_components is not None:
+            growth = growth_matrix(loss, h1, h2, len(weight), **self.settings)
+            self._basis, self.rate_left_out = _components(growth, h1, h2, num_components)
         self._weight0 = self._joined(weight, bias)
         if not self._weight0.isfinite().all():
             raise UserError("weight and bias must be finite: look at the checkpoint")
@@ -102,20 +108,6 @@ class LastLayer:
         self.variance_left_out = 0.0
         if self._basis is not None and (whole := _variance(h1, h2)) > 0:
             self.variance_left_out = max(1 - _variance(h1 @ self._basis, h2 @ self._basis) / whole, 0.0)
-
-    @cached_property
-    def rate_errors(self) -> Tensor:
-        """How much smaller the projection makes the growth rates of modes 1 … d, as shares of these: (d,).
-
-        Never negative, by the interlacing of eigenvalues; 0 without a projection, NaN for modes that do not grow.
-        """
-        d = len(self._weight0)
-        if self._basis is None:
-            return self._weight0.new_zeros(d)
-        growth = growth_matrix(self.loss, *self._features, d, **self.settings)
-        rates = [torch.linalg.eigvalsh(h).flip(0)[:d] for h in (growth, self._basis.T @ growth @ self._basis)]
-        whole, projected = (pad(r, (0, d - len(r))) for r in rates)
-        return torch.where(whole > 0, 1 - projected / whole, math.nan)
 
     @torch.no_grad()
     def simulate(
@@ -212,10 +204,17 @@ class LastLayer:
         return torch.where(finite[:, None], eigenvalues, math.inf)
 
 
-def _leading_components(h1: Tensor, h2: Tensor, count: int) -> Tensor:
-    """Return orthonormal leading eigenvectors of both views' uncentred second moment, (m, count)."""
+def _components(growth: Tensor, h1: Tensor, h2: Tensor, count: int) -> tuple[Tensor, float]:
+    """Return an orthonormal basis (m, count), see :class:`LastLayer`, and ``rate_left_out``."""
     h = _stacked(h1, h2)
-    return torch.linalg.eigh(h.T @ h).eigenvectors.flip(1)[:, :count].contiguous()
+    moments, principal = torch.linalg.eigh(h.T @ h)
+    if int((moments > 1e-12 * moments[-1]).sum()) <= count:
+        return principal.flip(1)[:, :count].contiguous(), 0.0
+    rates, fast = torch.linalg.eigh(growth)
+    rates = rates.flip(0).clamp(min=0)
+    num_fast = min(count // 2, int((rates > 0).sum()))
+    parts = [fast.flip(1)[:, :num_fast], principal.flip(1)[:, : count - num_fast]]
+    return torch.linalg.qr(torch.cat(parts, 1)).Q, float(rates[num_fast] / rates[0]) if num_fast else 0.0
 
 
 def _variance(h1: Tensor, h2: Tensor) -> float:
