@@ -74,11 +74,12 @@ def growth_matrix(loss: str, h1: Tensor, h2: Tensor, dim: int, bias_norm: float 
     softmax is uniform, 1/(2n − 1) each, so that the loss compares the squared distance of a pair, tr W D Wᵀ, with the
     mean one of all views, 2 tr W Σ Wᵀ. The cosine of b + p and b + q is 1 − ‖p − q‖²/2‖b‖², up to third order, for p, q
     orthogonal to b: there A = I − b bᵀ/‖b‖², and along b nothing grows. Without a bias cosines know no small start.
-    A bias stands still to first order, but for a Barlow Twins that is not centred: give its features a last column of
-    ones, whose weight is the bias, there.
+    The bias stands still to first order, but for Barlow Twins that is not centred: there it is the weight of one more
+    feature, which is one everywhere.
 
     Weight decay ω takes ω off every eigenvalue. Of features in batches, H is the batches' mean, which mini-batches
-    follow; that of Barlow Twins is (1 − 1/n) times what an infinite batch has, the others do not depend on n.
+    follow. In expectation over batches it is 1 − 1/n times that of an infinite batch for Barlow Twins, 1 − 1/(2n − 1)
+    times for SimCLR, and does not depend on n for VICReg.
 
     Source: the limit of Simon et al. (arXiv 2303.15438) for Barlow Twins; all else beyond the paper.
 

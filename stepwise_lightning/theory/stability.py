@@ -66,8 +66,8 @@ def diverging_share(drive: Tensor, momentum: float) -> Tensor:
 def stability_limits(momentum: float) -> StabilityLimits:
     r"""Return up to which x = 4ηγ_1 analytical Barlow Twins trains from a small start.
 
-    γ_1 is the largest eigenvalue of Γ: that of the batch in which it is largest. Three limits, in ascending order of
-    what happens above:
+    γ_1 is the largest eigenvalue of Γ: that of the batch in which it is largest. Three limits, and what
+    happens above:
 
     - ``local`` = 1 + β: a mode that has been learned, λ = 1, does not stay so (curvature 8γ);
     - ``safe``: some small starts diverge (:func:`diverging_share`), because with momentum a mode arrives with speed;
@@ -76,11 +76,20 @@ def stability_limits(momentum: float) -> StabilityLimits:
     =====  =====  =====  =====
     β      local  safe   even
     =====  =====  =====  =====
-    TABLE
+    0      1.00   2.00   2.00
+    0.3    1.30   1.43   1.57
+    0.5    1.50   1.20   1.37
+    0.8    1.80   0.85   1.04
+    0.9    1.90   0.72   0.89
+    0.95   1.95   0.61   0.77
+    0.99   1.99   0.46   0.60
     =====  =====  =====  =====
 
-    Train below the least of them. No other loss has such limits: variances under a root bound the pull of normalised
-    Barlow Twins and of VICReg, SimCLR's falls with the embedding's norm. Simulate those (:class:`LastLayer`).
+    Train below the lesser of the first two. Without momentum all starts diverge above 2, where
+    (1 + x)³ = (27/4)(2 + x): the largest value that x u (1 − u²) + u takes is then its cycle of period 2. With momentum
+    there is no sharp limit: between ``safe`` and about 2 it is the start that decides, which
+    :class:`stepwise_lightning.theory.last_layer.LastLayer` simulates. So it does for other losses, whose limits these
+    are not.
 
     Args:
         momentum: β in [0, 1).
@@ -92,5 +101,5 @@ def stability_limits(momentum: float) -> StabilityLimits:
     check_momentum(momentum)
     grid = torch.arange(0.2, 2.2, 0.01, dtype=torch.float64)
     share = diverging_share(grid, momentum)
-    safe, even = (float(grid[int((share > level).nonzero()[0])]) for level in (0.0, 0.5))
+    safe, even = (float(grid[int((share > level).nonzero()[0]) - 1]) for level in (0.0, 0.5))
     return StabilityLimits(1 + momentum, safe, even)
