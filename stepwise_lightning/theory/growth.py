@@ -30,6 +30,8 @@ from stepwise_lightning.theory.moments import FeatureMoments
 
 __all__ = ["expected_steps", "growth_matrix", "heavy_ball_growth", "loss_settings", "with_momentum"]
 
+# A mode has no start of its own where less than this share of it is outside the faster modes.
+_DEPENDENT = 1e-13
 
 _LOSSES: dict[str, Callable[..., Tensor]] = {
     "barlow_twins": losses.barlow_twins_loss,
@@ -222,7 +224,9 @@ def expected_steps(
     rates, vectors = torch.linalg.eigh(growth)
     k = min(len(weights0), m)
     rates, vectors = rates.flip(0)[:k], vectors.flip(1)[:, :k]
-    start = torch.linalg.qr(weights0 @ vectors).R.diagonal().square() * (vectors * (measured @ vectors)).sum(0)
+    r = torch.linalg.qr(weights0 @ vectors).R
+    own = torch.where(r.diagonal().abs() > _DEPENDENT * r.norm(dim=0), r.diagonal(), 0.0)  # R_kk, without round-off
+    start = own.square() * (vectors * (measured @ vectors)).sum(0)
     root, amplitude = heavy_ball_growth(learning_rate * rates.clamp(min=0), momentum)
     steps = (threshold / (amplitude.square() * start)).log().clamp(min=0) / (2 * root.log())
     steps = torch.where((rates > 0) & (start > 0), steps, math.inf)

@@ -177,7 +177,8 @@ class LastLayer:
         device = self._features[0].device
         joined = as_float64(weight.detach()).to(device)
         joined = joined if self._basis is None else joined @ self._basis
-        return joined if bias is None else torch.cat([joined, as_float64(bias.detach()).to(device)[:, None]], 1)
+        # A copy in any case: training goes on with the tensors that it was given.
+        return joined.clone() if bias is None else torch.cat([joined, as_float64(bias.detach()).to(device)[:, None]], 1)
 
     def _start_velocity(self, velocity: Sequence[Tensor] | None) -> Tensor:
         if velocity is None:
