@@ -73,7 +73,7 @@ def features(num_pairs=512, scales=(2.0, 1.4, 1.0, 0.5, 0.3, 0.2)):
 
 
 def step_of_reaching(trajectory, mode, level):
-    """The step at which a mode's eigenvalue reaches a level, by logarithmic interpolation between two steps."""
+    """Return the step at which a mode's eigenvalue reaches a level, by logarithmic interpolation between two steps."""
     logarithms = trajectory.eigenvalues[:, mode].log()
     after = int((logarithms > math.log(level)).nonzero()[0])
     share = (math.log(level) - logarithms[after - 1]) / (logarithms[after] - logarithms[after - 1])
@@ -144,7 +144,7 @@ def test_stability_limits_are_those_of_the_table(momentum, expected):
 
 
 def simulated_ends(drive, momentum, starts):
-    """The last eigenvalue of one mode on a feature of unit variance, from starts of any size, by the loss itself."""
+    """Return the last eigenvalue of one mode on a feature of unit variance, from starts of any size, by the loss itself."""
     feature = torch.tensor([[1.0], [-1.0]], dtype=torch.float64)
     ends = []
     for start in starts:

@@ -24,7 +24,7 @@ def features(num_pairs=NUM_PAIRS, seed=0):
 
 
 def hessian_product(loss, bias, direction):
-    """The loss's Hessian in the weights, at zero weights, times ``direction``."""
+    """Return the loss's Hessian in the weights, at zero weights, times ``direction``."""
     h1, h2 = features()
     zero = torch.zeros_like(direction)
     return torch.autograd.functional.hvp(lambda w: loss(h1 @ w.T + bias, h2 @ w.T + bias), zero, direction)[1]

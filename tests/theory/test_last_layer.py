@@ -35,7 +35,7 @@ def linear_layer(scale, bias=True, in_features=NUM_FEATURES):
 
 
 def train(layer, loss, h1, h2, rates, momentum, weight_decay=0.0, optimizer=None, **settings):
-    """Steps of SGD on batches (batches, n, m) in turn."""
+    """Train a layer with SGD on batches (batches, n, m) in turn, and return the optimiser."""
     if optimizer is None:
         optimizer = torch.optim.SGD(layer.parameters(), lr=1.0, momentum=momentum, weight_decay=weight_decay)
     for step, rate in enumerate(rates):
