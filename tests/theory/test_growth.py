@@ -144,7 +144,7 @@ def test_stability_limits_are_those_of_the_table(momentum, expected):
 
 
 def simulated_ends(drive, momentum, starts):
-    """Return the last eigenvalue of one mode on a feature of unit variance, from starts of any size, by the loss itself."""
+    """Return the last eigenvalue of one mode on a feature of unit variance, for each start, by the loss itself."""
     feature = torch.tensor([[1.0], [-1.0]], dtype=torch.float64)
     ends = []
     for start in starts:
