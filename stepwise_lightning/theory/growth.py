@@ -79,7 +79,7 @@ def growth_matrix(loss: str, h1: Tensor, h2: Tensor, dim: int, bias_norm: float 
     The bias stands still to first order, but for Barlow Twins that is not centred: there it is the weight of one more
     feature, which is one everywhere.
 
-    Weight decay ω takes ω off every eigenvalue. Of features in batches, H is the batches' mean, which mini-batches
+    Weight decay ω takes ω off every eigenvalue, as far as features stay. Of features in batches, H is the batches' mean, which mini-batches
     follow. In expectation over batches it is 1 − 1/n times that of an infinite batch for Barlow Twins, 1 − 1/(2n − 1)
     times for SimCLR, and does not depend on n for VICReg.
 
@@ -105,8 +105,11 @@ def growth_matrix(loss: str, h1: Tensor, h2: Tensor, dim: int, bias_norm: float 
     values = loss_settings("simclr" if loss == "dot_simclr" else loss, settings)
     if dim < 1 or not bias_norm > 0:
         raise UserError(f"dim must be at least 1 and bias_norm above 0, got {dim} and {bias_norm}")
-    for name in ("eps", "temperature"):
-        if not values.get(name, 1) > 0:
+    entering = {"barlow_twins": ["eps"] if values.get("normalize") else [], "vicreg": ["eps"]}.get(
+        loss, ["temperature"]
+    )
+    for name in entering:
+        if not values[name] > 0:
             raise UserError(f"{name} must be above 0 for a growth matrix, got {values[name]}")
     moments = FeatureMoments.of(h1, h2)
     if loss == "barlow_twins":

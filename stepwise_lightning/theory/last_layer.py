@@ -1,10 +1,12 @@
 r"""Training of a last linear layer on features that stay, simulated exactly, for all three losses (beyond the paper).
 
 Legend
-    n           pairs of a batch, with features h_i, h'_i in R^m
-    W (d, m)    weights, z = W h the embedding; a bias is the weight of a feature that is one everywhere
-    C, G        cross-correlation of the embeddings, derivative of the loss with respect to it
-    Γ, Σ, D     moments of the features, see :class:`FeatureMoments`
+    n           pairs of a batch, with features h, h' in R^m
+    W (d, m)    weights, b (d,) bias, z = W h + b the embedding
+    C (d, d)    the embeddings' cross-correlation; λ_k the k-th eigenvalue of it, or of a covariance
+    η, β, ω     learning rate, momentum, weight decay; v the velocity, called momentum buffer in torch
+
+A bias is simulated as the weight of one more feature, which is one everywhere.
 """
 
 from __future__ import annotations

@@ -9,10 +9,6 @@ VICReg                        (2λ/d) W D + Σ_v [(4ν/d) off(C_v) − diag(μ 1
 SimCLR                        Σ_i (du_i − u_i u_i·du_i)/‖z_i‖ h_iᵀ, du = (E + Eᵀ) u / 2nτ
 ============================  ===========================================================================
 
-Normalised: X the cross-correlation of the views' features, S_v their variances with 1/n, s_v the embeddings' inverse
-deviations, C = s_1 W X Wᵀ s_2, N = s_1 G s_2. VICReg: C_v = W Σ_v Wᵀ, σ_v = √(diag C_v + ε). SimCLR: u = z/‖z‖,
-E the softmax of uuᵀ/τ without the diagonal, less one at each pair.
-
 Legend
     n, d, m     pairs of a batch, with features h_i, h'_i in R^m; W (d, m)
     Γ, Σ_v, D   moments of the features: cross-correlation, covariance of view v, mean square of the pairs' differences
@@ -125,7 +121,7 @@ def _simclr(h1: Tensor, h2: Tensor, temperature: float) -> Gradient:
     def gradient(w: Tensor, step: int) -> Tensor:
         h = features[step % len(features)]
         z = h @ w.T
-        norms = z.norm(dim=1, keepdim=True)
+        norms = z.norm(dim=1, keepdim=True).clamp(min=1e-12)  # as torch's normalize
         u = z / norms
         similarities = (u @ u.T).div_(temperature)
         similarities.fill_diagonal_(-math.inf)

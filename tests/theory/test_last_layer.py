@@ -168,6 +168,15 @@ def test_a_projection_keeps_what_grows_fastest():
     assert (late[2] == 0) | (late[2] > 1.05 * expected[2])
 
 
+def test_pairs_without_any_feature_leave_simclr_finite():
+    h1, h2 = features(1, 24)
+    h1[0, 3] = 0.0
+    layer = linear_layer(1.0, bias=False)
+    simulated = LastLayer("simclr", h1, h2, layer.weight).simulate([0.01] * 20, 0.9)
+    train(layer, "simclr", h1, h2, [0.01] * 20, 0.9)
+    assert error(simulated.weight, layer.weight) < 1e-10
+
+
 def test_what_diverges_has_infinite_eigenvalues():
     h1, h2 = features(24)
     simulated = LastLayer("barlow_twins", h1, h2, normal(DIM, NUM_FEATURES), **ANALYTICAL).simulate([10.0] * 50)
