@@ -79,9 +79,9 @@ def growth_matrix(loss: str, h1: Tensor, h2: Tensor, dim: int, bias_norm: float 
     The bias stands still to first order, but for Barlow Twins that is not centred: there it is the weight of one more
     feature, which is one everywhere.
 
-    Weight decay ω takes ω off every eigenvalue, as far as features stay. Of features in batches, H is the batches' mean, which mini-batches
-    follow. In expectation over batches it is 1 − 1/n times that of an infinite batch for Barlow Twins, 1 − 1/(2n − 1)
-    times for SimCLR, and does not depend on n for VICReg.
+    Weight decay ω takes ω off every eigenvalue, as far as features stay. Of features in batches, H is the batches'
+    mean, which they follow. In expectation over batches it is 1 − 1/n times that of an infinite batch for Barlow
+    Twins, 1 − 1/(2n − 1) times for SimCLR, and does not depend on n for VICReg.
 
     Source: the limit of Simon et al. (arXiv 2303.15438) for Barlow Twins; all else beyond the paper.
 
