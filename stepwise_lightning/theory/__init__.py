@@ -7,21 +7,31 @@ from stepwise_lightning.theory.alignment import (
     subspace_alignment,
 )
 from stepwise_lightning.theory.contrastive import ContrastiveKernelPCA
+from stepwise_lightning.theory.growth import expected_steps, growth_matrix, heavy_ball_growth
 from stepwise_lightning.theory.kernels import laplace_kernel, linear_kernel, rbf_kernel, relu_ntk
+from stepwise_lightning.theory.last_layer import LastLayer
 from stepwise_lightning.theory.linear import LinearBarlowTwins, feature_cross_correlation
+from stepwise_lightning.theory.moments import FeatureMoments
 from stepwise_lightning.theory.ntk import EmpiricalNTK
+from stepwise_lightning.theory.stability import stability_limits
 
 __all__ = [
     "ContrastiveKernelPCA",
     "EmpiricalNTK",
+    "FeatureMoments",
+    "LastLayer",
     "LinearBarlowTwins",
     "chance_alignment",
+    "expected_steps",
     "feature_cross_correlation",
+    "growth_matrix",
+    "heavy_ball_growth",
     "laplace_kernel",
     "linear_cka",
     "linear_kernel",
     "procrustes_distance",
     "rbf_kernel",
     "relu_ntk",
+    "stability_limits",
     "subspace_alignment",
 ]

@@ -1,0 +1,135 @@
+r"""Gradients of the three losses with respect to the weights W of a last linear layer z = W h, on features that stay.
+
+============================  ===========================================================================
+loss                          gradient
+============================  ===========================================================================
+Barlow Twins                  2 G W Γ, G = 2(C − I) on the diagonal, 2κC off it (κ its weight)
+the same, normalised          N W Xᵀ + Nᵀ W X − diag(s_1² (G∘C)1) W S_1 − diag(s_2² (G∘C)ᵀ1) W S_2
+VICReg                        (2λ/d) W D + Σ_v [(4ν/d) off(C_v) − diag(μ 1[σ_v < 1] / 2dσ_v)] W Σ_v
+SimCLR                        Σ_i (du_i − u_i u_i·du_i)/‖z_i‖ h_iᵀ, du = (E + Eᵀ) u / 2nτ
+============================  ===========================================================================
+
+Legend
+    n, d, m     pairs of a batch, with features h_i, h'_i in R^m; W (d, m)
+    Γ, Σ_v, D   moments of the features: cross-correlation, covariance of view v, mean square of the pairs' differences
+                (:class:`stepwise_lightning.theory.moments.FeatureMoments`)
+    C           Barlow Twins: W Γ Wᵀ; normalised: s_1 W X Wᵀ s_2, with X the cross-correlation of the views' features
+                and s_v the diagonal matrix of 1/√(diag(W S_v Wᵀ) + ε), S_v = Σ_v (n − 1)/n
+    G           derivative of the loss with respect to C: 2(C − I) on the diagonal, 2κC off it (κ its weight)
+    N           s_1 G s_2
+    C_v, σ_v    VICReg: W Σ_v Wᵀ, √(diag C_v + ε); λ, μ, ν the weights of invariance, variance, covariance
+    u, E        SimCLR: z/‖z‖; the softmax of uuᵀ/τ without the diagonal, less one at each pair; τ the temperature
+
+Source: derived here, from the losses as :mod:`stepwise_lightning.losses` defines them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from stepwise_lightning.theory.moments import FeatureMoments
+
+__all__ = ["Gradient", "layer_gradient"]
+
+# From the weights and the number of steps before to the gradient.
+Gradient = Callable[[Tensor, int], Tensor]
+
+
+def layer_gradient(loss: str, h1: Tensor, h2: Tensor, dim: int, settings: Mapping[str, Any]) -> Gradient:
+    """Return the gradient of a loss, a function of W (d, m) and of the number of steps before.
+
+    Args:
+        loss: ``barlow_twins``, ``vicreg`` or ``simclr``.
+        h1: features of the first views, float64, (batches, n, m). Barlow Twins and VICReg take the batches' mean
+            moments, SimCLR the batches in turn.
+        h2: features of the second views.
+        dim: d.
+        settings: all of the loss's own arguments.
+
+    """
+    if loss == "simclr":
+        return _simclr(h1, h2, **settings)
+    moments = FeatureMoments.of(h1, h2)
+    if loss == "vicreg":
+        return _vicreg(moments, dim, **settings)
+    return (_normalized_barlow_twins if settings["normalize"] else _barlow_twins)(moments, **settings)
+
+
+def _barlow_twins(moments: FeatureMoments, off_diagonal_weight: float, center: bool, **_: Any) -> Gradient:
+    gamma = moments.gamma(center)
+
+    def gradient(w: Tensor, step: int) -> Tensor:
+        wg = w @ gamma
+        c = wg @ w.T
+        g = 4 * off_diagonal_weight * c
+        g.diagonal().copy_(4 * (c.diagonal() - 1))
+        return g @ wg
+
+    return gradient
+
+
+def _normalized_barlow_twins(moments: FeatureMoments, off_diagonal_weight: float, eps: float, **_: Any) -> Gradient:
+    biased = 1 - 1 / moments.num_pairs
+    features = torch.stack([moments.cross, moments.cross.T, moments.covariance1 * biased, moments.covariance2 * biased])
+
+    def gradient(w: Tensor, step: int) -> Tensor:
+        wx, wxt, ws1, ws2 = w @ features
+        scale1, scale2 = (((ws * w).sum(1) + eps).rsqrt() for ws in (ws1, ws2))
+        c = scale1[:, None] * (wx @ w.T) * scale2
+        g = 2 * off_diagonal_weight * c
+        g.diagonal().copy_(2 * (c.diagonal() - 1))
+        n, product = scale1[:, None] * g * scale2, g * c
+        shrinking = (scale1**2 * product.sum(1))[:, None] * ws1 + (scale2**2 * product.sum(0))[:, None] * ws2
+        return n @ wxt + n.T @ wx - shrinking
+
+    return gradient
+
+
+def _vicreg(
+    moments: FeatureMoments,
+    dim: int,
+    invariance_weight: float,
+    variance_weight: float,
+    covariance_weight: float,
+    eps: float,
+) -> Gradient:
+    features = torch.stack([moments.covariance1, moments.covariance2, moments.difference])
+    invariance, variance, covariance = 2 * invariance_weight / dim, variance_weight / 2 / dim, covariance_weight / dim
+
+    def gradient(w: Tensor, step: int) -> Tensor:
+        products = w @ features
+        spread = products[:2]
+        c = spread @ w.T
+        deviations = (c.diagonal(dim1=1, dim2=2) + eps).sqrt()
+        c.mul_(4 * covariance)
+        c.diagonal(dim1=1, dim2=2).copy_(torch.where(deviations < 1, -variance / deviations, 0.0))
+        return invariance * products[2] + (c @ spread).sum(0)
+
+    return gradient
+
+
+def _simclr(h1: Tensor, h2: Tensor, temperature: float) -> Gradient:
+    features = torch.cat([h1, h2], 1)
+    n = h1.shape[1]
+    scale = 1 / (2 * n * temperature)
+
+    def gradient(w: Tensor, step: int) -> Tensor:
+        h = features[step % len(features)]
+        z = h @ w.T
+        norms = z.norm(dim=1, keepdim=True).clamp(min=1e-12)  # as torch's normalize
+        u = z / norms
+        similarities = (u @ u.T).div_(temperature)
+        similarities.fill_diagonal_(-math.inf)
+        e = similarities.softmax(1)
+        e.diagonal(n).sub_(1)
+        e.diagonal(-n).sub_(1)
+        du = (e @ u).add_(e.T @ u).mul_(scale)
+        dz = (du - u * (u * du).sum(1, keepdim=True)) / norms
+        return dz.T @ h
+
+    return gradient

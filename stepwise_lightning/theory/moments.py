@@ -1,0 +1,100 @@
+"""The second moments of two views' features, on which the losses of a last linear layer depend.
+
+Legend
+    n           number of positive pairs, with features h_i, h'_i in R^m; h̄, h̄' their means
+    Γ (m, m)    the features' cross-correlation (1/2n) Σ_i (h_i h'_iᵀ + h'_i h_iᵀ)
+    Σ_1, Σ_2    covariance of either view; Σ that of all 2n views together about one mean; all unbiased
+    D (m, m)    (1/n) Σ_i (h_i − h'_i)(h_i − h'_i)ᵀ
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from stepwise_lightning.errors import UserError
+from stepwise_lightning.precision import as_float64
+
+__all__ = ["FeatureMoments", "checked_features"]
+
+
+@dataclass(frozen=True)
+class FeatureMoments:
+    """The second moments of two views' features on which losses depend, (m, m) each, float64.
+
+    Of batches they are the means of the batches' own moments, which is what mini-batches do to a last layer on average.
+    """
+
+    num_pairs: int
+    """n, pairs in a batch."""
+    cross: Tensor
+    """(1/n) Σ_i (h_i − h̄)(h'_i − h̄')ᵀ; not symmetric."""
+    uncentered_cross: Tensor
+    """(1/n) Σ_i h_i h'_iᵀ."""
+    covariance1: Tensor
+    """Σ_1, of the first views, with 1/(n − 1)."""
+    covariance2: Tensor
+    """Σ_2, of the second views."""
+    covariance: Tensor
+    """Σ, of all 2n views about one mean, with 1/(2n − 1)."""
+    difference: Tensor
+    """D, not centred."""
+
+    @classmethod
+    def of(cls, h1: Tensor, h2: Tensor) -> FeatureMoments:
+        """Return the moments of features (n, m), or of batches of them (batches, n, m).
+
+        Raises:
+            ValueError: the views differ in shape, have fewer than 2 pairs, are complex or hold non-finite values.
+
+        """
+        h1, h2 = checked_features(h1, h2)
+        batches, n, _ = h1.shape
+        means1, means2 = h1.mean(1), h2.mean(1)
+        shifts = means1 - means2
+        # Centred before they are multiplied, or the means would take the digits of what varies. Sums over batches and
+        # pairs are then one product.
+        c1, c2 = ((h - mean[:, None]).flatten(0, 1) for h, mean in ((h1, means1), (h2, means2)))
+        delta = (h1 - h2).flatten(0, 1)
+        scatter1, scatter2, cross = c1.T @ c1 / batches, c2.T @ c2 / batches, c1.T @ c2 / len(c1)
+        return cls(
+            num_pairs=n,
+            cross=cross,
+            uncentered_cross=cross + means1.T @ means2 / batches,
+            covariance1=scatter1 / (n - 1),
+            covariance2=scatter2 / (n - 1),
+            covariance=(scatter1 + scatter2 + n / 2 * shifts.T @ shifts / batches) / (2 * n - 1),
+            difference=delta.T @ delta / len(delta),
+        )
+
+    def gamma(self, center: bool = True) -> Tensor:
+        """Return Γ, of centred features or of the features themselves."""
+        cross = self.cross if center else self.uncentered_cross
+        return (cross + cross.T) / 2
+
+    @property
+    def pooled(self) -> Tensor:
+        """Σ with 1/2n: of embeddings, it is the covariance whose eigenvalues are measured."""
+        return self.covariance * (1 - 0.5 / self.num_pairs)
+
+
+def checked_features(h1: Tensor, h2: Tensor) -> tuple[Tensor, Tensor]:
+    """Return two views' features as float64 of shape (batches, n, m), on one device.
+
+    Raises:
+        ValueError: see :meth:`FeatureMoments.of`.
+
+    """
+    if h1.shape != h2.shape or h1.ndim not in (2, 3) or h1.numel() == 0:
+        raise UserError(
+            "the two views' features must have one shape (pairs, features) or (batches, pairs, features), not empty, "
+            f"got {tuple(h1.shape)} and {tuple(h2.shape)}"
+        )
+    if h1.shape[-2] < 2:
+        raise UserError(f"features need at least 2 pairs in a batch for a covariance, got {h1.shape[-2]}: give more")
+    a = as_float64(h1.detach(), "the first views' features")
+    b = as_float64(h2.detach(), "the second views' features").to(a.device)
+    if not (a.isfinite().all() and b.isfinite().all()):
+        raise UserError("the features hold NaN or infinite values: look at the data, or lower the learning rate")
+    return (a, b) if a.ndim == 3 else (a[None], b[None])
