@@ -18,19 +18,33 @@ class Method:
     smoke_learning_rate: float
     least_steps: dict[str, int]
     """Distinct steps that every seed must show, by profile; smoke has four dimensions."""
+    control: str
+    """The variant that must show fewer: with nothing that keeps dimensions apart, or without a small start."""
 
 
 # By the name that configurations and runs carry.
 METHODS = {
     # Drives the eigenvalues of C from 0 to 1.
-    "barlow_twins": Method("Barlow Twins", "cross_correlation", 0.03, {"smoke": 3, "cpu": 6, "full": 6}),
+    "barlow_twins": Method(
+        "Barlow Twins", "cross_correlation", 0.03, {"smoke": 3, "cpu": 6, "full": 6}, "no_off_diagonal"
+    ),
     # Knows no scale but that of its variance.
-    "vicreg": Method("VICReg", "covariance", 0.001, {"smoke": 2, "cpu": 4, "full": 4}),
+    "vicreg": Method("VICReg", "covariance", 0.001, {"smoke": 2, "cpu": 4, "full": 4}, "no_covariance"),
     # Sees normalised embeddings alone, in whose covariance the arc of the first mode has two eigenvalues: not in this.
-    "simclr": Method("SimCLR", "tangent_covariance", 0.0005, {"smoke": 2, "cpu": 4, "full": 4}),
+    "simclr": Method("SimCLR", "tangent_covariance", 0.0005, {"smoke": 2, "cpu": 4, "full": 4}, "ordinary"),
 }
 # Each is trained from both.
 STARTS = ("small", "ordinary")
+# What the variants are called.
+VARIANT_TITLES = {
+    "small": "small initialisation",
+    "ordinary": "ordinary initialisation",
+    "wrong_pairs": "wrong pairs",
+    "noise_images": "images of noise",
+    "no_off_diagonal": "no off-diagonal term",
+    "no_covariance": "no covariance term",
+    "published_loss": "the published loss",
+}
 # By what a run differs from its shipped configuration: files laid over that, and settings of the command line.
 VARIANTS: dict[str, tuple[list[str], dict[str, Any]]] = {
     "small": ([], {}),
@@ -40,6 +54,7 @@ VARIANTS: dict[str, tuple[list[str], dict[str, Any]]] = {
     "wrong_pairs": ([], {"data.class_path": "reproduce.controls.WrongPairs"}),
     "noise_images": ([], {"data.class_path": "reproduce.controls.NoiseImages"}),
     "no_off_diagonal": ([], {"model.init_args.off_diagonal_weight": 0.0}),
+    "no_covariance": ([], {"model.init_args.covariance_weight": 0.0}),
     # As published, but for ε: from a small start the gradient would grow with its inverse root.
     "published_loss": ([], {
         "model.init_args.normalize": "true", "model.init_args.off_diagonal_weight": OFF_DIAGONAL_WEIGHT,

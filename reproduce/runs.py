@@ -32,7 +32,7 @@ from stepwise_lightning import Encoder, SpectrumRecord, TwoViewDataModule
 from stepwise_lightning.data import load_image_set
 from stepwise_lightning.errors import NotFoundError, UserError, reason
 from stepwise_lightning.plots import Panel
-from stepwise_lightning.spectrum import Steps
+from stepwise_lightning.spectrum import Rises, Steps, detect_rises
 from stepwise_lightning.spectrum.capture import capture
 from stepwise_lightning.theory import LinearBarlowTwins, feature_cross_correlation
 from stepwise_lightning.theory.growth import with_momentum
@@ -58,6 +58,11 @@ class Run(TrainingRun):
     def steps(self) -> Steps:
         """The steps in the eigenvalues that its loss is judged by."""
         return self.record.detect_steps(self.method.matrix)
+
+    @cached_property
+    def rises(self) -> Rises:
+        """How they rise, from whatever start."""
+        return detect_rises(self.record.times, self.eigenvalues())
 
     def eigenvalues(self) -> Tensor:
         """Return the eigenvalues that its loss is judged by, (T, d)."""
@@ -121,8 +126,10 @@ class Run(TrainingRun):
             data.setup("fit")
         return data
 
-    def predicted(self) -> LinearBarlowTwins:
+    def predicted(self, one_view: bool = False) -> LinearBarlowTwins:
         """Return what the linear theory says of Barlow Twins' last layer, were the features before it to stay.
+
+        With ``one_view`` what it would say if both views were one, that is of a wrong Γ.
 
         Momentum is not in the theory: each mode is given the γ′ that grows as fast without it
         (:func:`stepwise_lightning.theory.growth.with_momentum`).
@@ -134,6 +141,7 @@ class Run(TrainingRun):
             features = _FEATURES[depth]
         with torch.no_grad():
             h1, h2 = capture(encoder, list(self.data.probe_pairs()), [features])[features]
+        h2 = h1 if one_view else h2
         gamma, basis = torch.linalg.eigh(feature_cross_correlation(h1 - h1.mean(0), h2 - h2.mean(0)))
         effective = with_momentum(gamma, rate, momentum)
         last = encoder.projector[-1]
@@ -165,17 +173,21 @@ class Run(TrainingRun):
             "modes_learned": int(self.steps.num_learned[-1]),
             "distinct_steps": self.steps.num_distinct,
             "stepwiseness": round(self.steps.stepwiseness, 2),
+            "modes_apart": self.rises.num_apart,
+            "modes_risen": self.rises.num_modes,
+            "separation": round(self.rises.separation, 2),
             "training_steps": int(self.record.steps[-1]),
         }
 
 
+SMALL_STARTS = [(loss, "small") for loss in METHODS]
 ROW_COLUMNS = ["loss", "variant", "seed", "step", "time", "quantity", "mode", "value"]
 
 
-def trained_runs(
-    options: argparse.Namespace, losses: Iterable[str] = METHODS, variants: Iterable[str] = ("small",)
-) -> list[Run]:
+def trained_runs(options: argparse.Namespace, kinds: Iterable[tuple[str, str]] = SMALL_STARTS) -> list[Run]:
     """Train what is missing (all of it without ``--resume``), as many at once as there are cores; on GPUs, one.
+
+    ``kinds`` are pairs of a loss and a variant; each is trained once for every seed.
 
     Raises:
         UserError: bad data, or no such launcher; raised before anything is written.
@@ -185,7 +197,7 @@ def trained_runs(
     """
     if not CONFIGS.is_dir():
         raise NotFoundError(f"no configurations in {str(CONFIGS)!r}: run this from a clone of the repository")
-    runs = [Run(loss, variant, seed, options) for seed, variant, loss in product(options.seeds, variants, losses)]
+    runs = [Run(*kind, seed, options) for seed, kind in product(options.seeds, kinds)]
     if runs[0].launcher and not shutil.which(runs[0].launcher[0]):
         raise UserError(f"no command {runs[0].launcher[0]!r} here to start training with: see --launcher")
     load_image_set(options.data, "val", options.root, options.download)

@@ -23,7 +23,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parse(parser, PROFILES, arguments)
     try:
         check_writable(Path(options.out) / "runs")
-        runs = trained_runs(options, (options.loss,), (options.start,))
+        runs = trained_runs(options, [(options.loss, options.start)])
     except Exception as error:
         return refusal(error)
     except KeyboardInterrupt:

@@ -7,6 +7,7 @@ from reproduce.figures import (
     kernel_mlp,
     kernel_pca,
     linear_model,
+    negative_controls,
     resnet_barlow_twins,
     standard_init,
     three_losses,
@@ -18,6 +19,7 @@ FIGURES: dict[str, PaperFigure] = {
     for module in (
         linear_model,
         resnet_barlow_twins,
+        negative_controls,
         three_losses,
         standard_init,
         hidden_spectra,

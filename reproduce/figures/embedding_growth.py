@@ -35,7 +35,7 @@ EXTREMES = 4  # crops at either end
 
 def produce(options: argparse.Namespace, directory: Path) -> Outcome:
     """Train what is missing, and look at the embeddings on their plateaus."""
-    runs = trained_runs(options, losses=("barlow_twins",))
+    runs = trained_runs(options, [("barlow_twins", "small")])
     summaries = [run.summary() | _shares(run) for run in runs]
     first = runs[0]
     embeddings, labels = _embeddings(first), first.data.probe_labels().numpy()
@@ -60,11 +60,12 @@ def produce(options: argparse.Namespace, directory: Path) -> Outcome:
 def _claims(summaries: list[dict[str, Any]], seeds: list[int]) -> list[Claim]:
     claims = []
     for modes, shape in ((1, "a line"), (2, "a plane"), (3, "a volume")):
-        key = f"share_{modes}"
+        values, fewer = ([summary[f"{key}_{modes}"] for summary in summaries] for key in ("share", "fewer"))
         sentence = f"{shape}: variance in the top {modes} direction{'s' * (modes > 1)} with as many learned modes"
-        claims.append(worst(key, sentence, [summary[key] for summary in summaries], ">=", 0.95, seeds))
+        claims.append(worst(f"share_{modes}", sentence, values, ">=", 0.95, seeds, "one direction fewer", fewer))
     sentence = "a point: its extent before the first step over that with three modes"
-    claims.append(worst("size_0", sentence, [summary["size_0"] for summary in summaries], "<=", 0.2, seeds))
+    points, lines = ([summary[f"size_{modes}"] for summary in summaries] for modes in (0, 1))
+    claims.append(worst("size_0", sentence, points, "<=", 0.2, seeds, "with one mode", lines))
     return claims
 
 
@@ -93,7 +94,9 @@ def _shares(run: Run) -> dict[str, float]:
     samples = _samples(run)
     variances = [torch.linalg.svdvals(run.embedded(sample)).square() for sample in samples]
     shares = {f"share_{m}": float(v[:m].sum() / v.sum()) for m, v in zip(MODES, variances, strict=True) if m}
-    return shares | {"size_0": float((variances[0].sum() / variances[-1].sum()).sqrt())}
+    fewer = {f"fewer_{m}": float(v[: m - 1].sum() / v.sum()) for m, v in zip(MODES, variances, strict=True) if m}
+    sizes = {f"size_{m}": float((variances[m].sum() / variances[-1].sum()).sqrt()) for m in (0, 1)}
+    return shares | fewer | sizes
 
 
 def _extremes(run: Run, embeddings: np.ndarray[Any, Any]) -> list[np.ndarray[Any, Any]]:

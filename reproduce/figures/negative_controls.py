@@ -1,0 +1,62 @@
+"""Where there is nothing to learn in common, or another loss or start, there is no staircase.
+
+Barlow Twins is trained as in ``resnet_barlow_twins``, and in five ways that leave out what theory needs: second views
+of other images, images of noise, no term that keeps dimensions apart, the published loss with its small weight
+and its normalisation, and ordinary initialisation. Each must show fewer distinct steps than any run of the staircase.
+
+The paper has no such figure: the controls are ours. Wrong pairs have no Γ, so that no mode grows. Noise has the small Γ
+that overlapping crops of it share, whose first modes are all but equal. Without the off-diagonal term every dimension
+learns the first mode. The published loss is blind to the scale of an embedding, so that all of them start at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from reproduce.claims import Claim, worst
+from reproduce.methods import METHODS, VARIANT_TITLES
+from reproduce.options import data_name
+from reproduce.outputs import Outcome, PaperFigure
+from reproduce.runs import ROW_COLUMNS, Run, trained_runs
+from reproduce.training import PROFILES
+from stepwise_lightning.plots import Panel, eigenvalues_figure
+
+PAPER = "Not in the paper: controls of ours for its Fig. 1 C-D."
+CONTROLS = ("wrong_pairs", "noise_images", "no_off_diagonal", "published_loss", "ordinary")
+
+
+def produce(options: argparse.Namespace, directory: Path) -> Outcome:
+    """Train the staircase and its controls for every seed, and count steps."""
+    runs = trained_runs(options, [("barlow_twins", variant) for variant in ("small", *CONTROLS)])
+    panels = [_panel(run) for run in runs if run.seed == options.seeds[0]]
+    figure = eigenvalues_figure(
+        [panels[:3], panels[3:]],
+        ["", ""],
+        title="A staircase needs pairs, images, decorrelation and a small start",
+        note=f"Barlow Twins, ResNet on {data_name(options.data)}, seed {options.seeds[0]}; dotted: detected steps",
+    )
+    rows = (row for run in runs for row in run.rows())
+    return Outcome(figure, ROW_COLUMNS, rows, _claims(runs, options), [run.summary() for run in runs])
+
+
+def _panel(run: Run) -> Panel:
+    panel = run.panel()
+    panel.title = f"{VARIANT_TITLES[run.variant]}: {run.steps.num_distinct} distinct"
+    return panel
+
+
+def _claims(runs: list[Run], options: argparse.Namespace) -> list[Claim]:
+    counts = {
+        variant: [run.steps.num_distinct for run in runs if run.variant == variant] for variant in ("small", *CONTROLS)
+    }
+    most = METHODS["barlow_twins"].least_steps[options.profile] - 1
+    claims = []
+    for variant in CONTROLS:
+        sentence = f"{VARIANT_TITLES[variant]}: distinct steps ({', '.join(map(str, counts[variant]))})"
+        beside = ("the staircase", counts["small"])
+        claims.append(worst(variant, sentence, counts[variant], "<=", most, options.seeds, *beside))
+    return claims
+
+
+FIGURE = PaperFigure("negative_controls", __doc__, PAPER, PROFILES, produce)
