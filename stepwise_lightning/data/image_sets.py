@@ -44,7 +44,7 @@ class ImageSet:
 
     """
 
-    images: Tensor | list[Path]
+    images: Tensor | list[str]
     labels: Tensor
     class_names: list[str]
 
@@ -66,7 +66,7 @@ class ImageSet:
         spaced, depths = self.images[:: -(-len(self.images) // 1000)], Depths()
         pictures = (pixels(read_image(path, depths)) for path in spaced)
         counts = sum((_histogram(picture[None]) for picture in pictures), torch.zeros(3, 256))
-        depths.warn(os.path.commonpath([path.parent for path in spaced]))
+        depths.warn(os.path.commonpath([os.path.dirname(path) for path in spaced]))
         return _statistics(counts)
 
 
@@ -216,10 +216,11 @@ def _folder_set(folder: Path, split: str) -> ImageSet:
     parts, left_out = split_folder(folder)
     if split == "train":  # once for a run, which always has training images
         _tell(folder, left_out)
-    names = sorted({name for part in parts.values() for name in part.class_names()} - {""})
+    classes = {name: part.class_names() for name, part in parts.items()}
+    names = sorted(set().union(*classes.values()) - {""})
     number_of = {name: number for number, name in enumerate(names)} | {"": -1}
     part = parts[split]
-    labels = torch.tensor([number_of[name] for name in part.class_names()])
+    labels = torch.tensor([number_of[name] for name in classes[split]])
     depths = Depths()
     images = ImageSet(_in_memory(part.paths, depths), labels, names)
     if split == "train" and isinstance(images.images, Tensor):
@@ -232,7 +233,7 @@ def _tell(folder: Path, left_out: Counter[str]) -> None:
         rank_zero_info(f"left out of {str(folder)!r}: {in_words(left_out)}")
 
 
-def _in_memory(paths: list[Path], depths: Depths) -> Tensor | list[Path]:
+def _in_memory(paths: list[str], depths: Depths) -> Tensor | list[str]:
     """Return the images as uint8 (N, 3, h, w) if they are small and of one size, otherwise the paths."""
     shape = pixels(read_image(paths[0])).shape
     if max(shape) > _MAX_SIDE_IN_MEMORY or len(paths) * shape.numel() > _MAX_BYTES_IN_MEMORY:

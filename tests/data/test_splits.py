@@ -169,7 +169,7 @@ def test_folders_without_anything_special_are_split_as_ever(tmp_path: Path) -> N
     classes = sorted({path.relative_to(tmp_path).parts[0] for path in paths})
     for split, chosen in (("train", [p for n, p in enumerate(paths) if n % 10 != 9]), ("val", paths[9::10])):
         images = load_image_set(str(tmp_path), split)
-        assert images.images == chosen and images.class_names == classes
+        assert images.images == list(map(str, chosen)) and images.class_names == classes
         assert [classes[k] for k in images.labels.tolist()] == [p.relative_to(tmp_path).parts[0] for p in chosen]
 
 
