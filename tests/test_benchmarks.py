@@ -33,3 +33,15 @@ def test_views():
     printed = run("views.py", "--rounds", "1", "--batches", "2")
     assert printed.count("that of 0.1.0") == 2 and "(limit 0.72)" in printed
     assert printed.count("(at least 12.0)") == (2 if find_spec("lightly") else 0)
+
+
+@pytest.mark.slow
+def test_folders():
+    printed = run("folders.py", "--images", "2000", "--rounds", "1")
+    assert printed.count("(limit ") == 4 and "2000 images" in printed
+
+
+@pytest.mark.slow
+def test_startup():
+    printed = run("startup.py", "--rounds", "1")
+    assert printed.count("(limit ") == 3 and "a run of two steps, forked / started anew: 0." in printed

@@ -1,7 +1,8 @@
 """Image sets: where images come from, how they are split, their labels and their channel statistics.
 
 ``photos`` (bundled, needs no network), ``cifar10`` and ``stl10`` (through torchvision, downloaded only when asked), or
-the path of a folder. Small images of one size are one uint8 tensor in memory; others are read when they are needed.
+the path of a folder. Small images of one size are one uint8 tensor in memory, that of STL-10 a part of memory that the
+processes of a machine share; others are read when they are needed.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from stepwise_lightning.data.bit_depth import Depths
 from stepwise_lightning.data.image_files import in_words, list_images, pixels, read_all, read_image
 from stepwise_lightning.data.photographs import HELD_OUT, PHOTOGRAPHS, TRAIN, cut_photos
 from stepwise_lightning.data.splits import split_folder
+from stepwise_lightning.data.stl10 import stl10
 from stepwise_lightning.errors import NotFoundError, UserError
 
 if TYPE_CHECKING:  # importing this package needs only torch and lightning
@@ -42,7 +44,7 @@ class ImageSet:
 
     """
 
-    images: Tensor | list[Path]
+    images: Tensor | list[str]
     labels: Tensor
     class_names: list[str]
 
@@ -64,7 +66,7 @@ class ImageSet:
         spaced, depths = self.images[:: -(-len(self.images) // 1000)], Depths()
         pictures = (pixels(read_image(path, depths)) for path in spaced)
         counts = sum((_histogram(picture[None]) for picture in pictures), torch.zeros(3, 256))
-        depths.warn(os.path.commonpath([path.parent for path in spaced]))
+        depths.warn(os.path.commonpath([os.path.dirname(path) for path in spaced]))
         return _statistics(counts)
 
 
@@ -90,7 +92,7 @@ def load_images(data: str, root: str = "data", download: bool = False, image_siz
     if data in DATA_SETS:
         images = load_image_set(data, "train", root, download).images
         assert isinstance(images, Tensor)
-        return images.contiguous()
+        return images
     return _folder_images(_existing_folder(data), image_size)
 
 
@@ -140,8 +142,7 @@ def load_image_set(data: str, split: str = "train", root: str = "data", download
         images = torch.from_numpy(cifar.data).permute(0, 3, 1, 2).contiguous()
         return ImageSet(images, torch.tensor(cifar.targets), list(cifar.classes))
     if data == "stl10":
-        stl = _torchvision_set("stl10", root, download, split="train+unlabeled" if train else "test")
-        return ImageSet(torch.from_numpy(stl.data), torch.from_numpy(stl.labels).long(), stl.classes)
+        return ImageSet(*_torchvision_set("stl10", root, download, train=train))
     return _folder_set(_existing_folder(data), split)
 
 
@@ -178,19 +179,21 @@ def _statistics(counts: Tensor) -> tuple[Tensor, Tensor]:
     return mean, std
 
 
-def _torchvision_set(data: str, root: str, download: bool, **split: Any) -> Any:
-    from torchvision.datasets import CIFAR10, STL10
+def _torchvision_set(data: str, root: str, download: bool, train: bool) -> Any:
+    from torchvision.datasets import CIFAR10
 
-    name, size, cls = {"cifar10": ("CIFAR-10", "170 MB", CIFAR10), "stl10": ("STL-10", "2.6 GB", STL10)}[data]
+    name, size, cls, load = {
+        "cifar10": ("CIFAR-10", "170 MB", "CIFAR10", CIFAR10), "stl10": ("STL-10", "2.6 GB", "STL10", stl10)
+    }[data]  # fmt: skip
     where = f"under {str(Path(root).resolve())!r}"
     try:
-        return cls(root, download=download, **split)
+        return load(root, download=download, train=train)
     except (RuntimeError, OSError) as error:
         if download:
             raise NotFoundError(f"{name} could not be downloaded and unpacked {where}: {error}") from error
         raise NotFoundError(
             f"no intact {name} {where}; get it ({size}) by allowing the download, or with: "
-            f'python -c "import torchvision; torchvision.datasets.{cls.__name__}({root!r}, download=True)"'
+            f'python -c "import torchvision; torchvision.datasets.{cls}({root!r}, download=True)"'
         ) from error
 
 
@@ -213,10 +216,11 @@ def _folder_set(folder: Path, split: str) -> ImageSet:
     parts, left_out = split_folder(folder)
     if split == "train":  # once for a run, which always has training images
         _tell(folder, left_out)
-    names = sorted({name for part in parts.values() for name in part.class_names()} - {""})
+    classes = {name: part.class_names() for name, part in parts.items()}
+    names = sorted(set().union(*classes.values()) - {""})
     number_of = {name: number for number, name in enumerate(names)} | {"": -1}
     part = parts[split]
-    labels = torch.tensor([number_of[name] for name in part.class_names()])
+    labels = torch.tensor([number_of[name] for name in classes[split]])
     depths = Depths()
     images = ImageSet(_in_memory(part.paths, depths), labels, names)
     if split == "train" and isinstance(images.images, Tensor):
@@ -229,7 +233,7 @@ def _tell(folder: Path, left_out: Counter[str]) -> None:
         rank_zero_info(f"left out of {str(folder)!r}: {in_words(left_out)}")
 
 
-def _in_memory(paths: list[Path], depths: Depths) -> Tensor | list[Path]:
+def _in_memory(paths: list[str], depths: Depths) -> Tensor | list[str]:
     """Return the images as uint8 (N, 3, h, w) if they are small and of one size, otherwise the paths."""
     shape = pixels(read_image(paths[0])).shape
     if max(shape) > _MAX_SIDE_IN_MEMORY or len(paths) * shape.numel() > _MAX_BYTES_IN_MEMORY:

@@ -43,11 +43,13 @@ class Part:
     """
 
     base: Path
-    paths: list[Path]
+    paths: list[str]
 
     def class_names(self) -> list[str]:
         """Return the first-level subfolder of ``base`` that each image is in, '' if none."""
-        return [inside[0] if len(inside) > 1 else "" for inside in _inside(self.base, self.paths)]
+        depth = _depth(self.base)
+        parts = (path[depth:].partition(os.sep) for path in self.paths)
+        return [first if separator else "" for first, separator, _ in parts]
 
 
 def split_named(folder: str) -> str:
@@ -123,14 +125,15 @@ def _given_splits(folder: Path) -> dict[str, Path]:
     return {split: folder / names[0] for split, names in named.items()}
 
 
-def _refuse_ambiguous(folder: Path, paths: list[Path]) -> None:
+def _refuse_ambiguous(folder: Path, paths: list[str]) -> None:
     """Refuse subfolders that are named as splits, or hold splits, but cannot all be read as such."""
     inside: dict[str, set[str]] = defaultdict(set)  # the subfolders with images of each subfolder, '' for the latter
     direct = False
-    for parts in _inside(folder, paths):
-        if len(parts) > 1:
-            inside[parts[0]].add(parts[1] if len(parts) > 2 else "")
-        direct |= len(parts) == 1
+    for place in {os.path.dirname(path) + os.sep for path in paths}:
+        first, second, *_ = *place[_depth(folder) :].split(os.sep), ""
+        if first:
+            inside[first].add(second)
+        direct |= not first
     for name, subfolders in inside.items():
         splits = {split_named(subfolder) for subfolder in subfolders} - {""}
         if "train" in splits and len(splits) > 1:
@@ -151,10 +154,12 @@ def _refuse_ambiguous(folder: Path, paths: list[Path]) -> None:
     )
 
 
-def _refuse_shared(train: list[Path], held_out: list[Path], identities: dict[str, tuple[int, int]]) -> None:
+def _refuse_shared(train: list[str], held_out: list[str], identities: dict[str, tuple[int, int]]) -> None:
     """Refuse an image that is for training and held out, through links. Copies are not noticed."""
-    by_identity = {identities[name]: name for name in map(str, train) if name in identities}
-    shared = [name for name in map(str, held_out) if identities.get(name) in by_identity]
+    by_identity = {identities[name]: name for name in train if name in identities}
+    alike = (name for name in held_out if identities.get(name) in by_identity)
+    # On file systems laid over others, folders may state the same of different files.
+    shared = [name for name in alike if os.path.samefile(name, by_identity[identities[name]])]
     if shared:
         others = f", and {len(shared) - 1} more" if len(shared) > 1 else ""
         raise UserError(
@@ -173,16 +178,16 @@ def _beside(folder: Path, splits: dict[str, Path]) -> Counter[str]:
     return left_out
 
 
-def _single_folders(folder: Path, paths: list[Path]) -> list[Path]:
+def _single_folders(folder: Path, paths: list[str]) -> list[Path]:
     """Return ``folder`` and, from the outside in, the folders below it that hold all images."""
-    common = os.path.commonpath([paths[0].parent, paths[-1].parent])  # they are sorted
+    common = os.path.commonpath([Path(path).parent for path in (paths[0], paths[-1])])  # they are sorted
     inside = Path(common).relative_to(folder).parts
     return [folder.joinpath(*inside[:depth]) for depth in range(len(inside) + 1)]
 
 
-def _inside(base: Path, paths: list[Path]) -> list[list[str]]:
-    depth = len(str(base / "x")) - 1  # faster than relative_to
-    return [str(path)[depth:].split(os.sep) for path in paths]
+def _depth(base: Path) -> int:
+    """Return where the path of what is in a folder goes on after the folder's."""
+    return len(str(base / "x")) - 1
 
 
 def _entries(folder: Path) -> list[os.DirEntry[str]]:

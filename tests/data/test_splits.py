@@ -169,8 +169,18 @@ def test_folders_without_anything_special_are_split_as_ever(tmp_path: Path) -> N
     classes = sorted({path.relative_to(tmp_path).parts[0] for path in paths})
     for split, chosen in (("train", [p for n, p in enumerate(paths) if n % 10 != 9]), ("val", paths[9::10])):
         images = load_image_set(str(tmp_path), split)
-        assert images.images == chosen and images.class_names == classes
+        assert images.images == list(map(str, chosen)) and images.class_names == classes
         assert [classes[k] for k in images.labels.tolist()] == [p.relative_to(tmp_path).parts[0] for p in chosen]
+
+
+def test_the_working_directory_is_a_folder_like_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("ant", "bee/young"):
+        fill(tmp_path / name, 6)
+    monkeypatch.chdir(tmp_path)
+    here, there = load_image_set("."), load_image_set(str(tmp_path))
+    assert here.class_names == there.class_names == ["ant", "bee"] and torch.equal(here.labels, there.labels)
+    paths = image_paths(Path())
+    assert paths == sorted(Path().rglob("*.*")) and [tmp_path / path for path in paths] == image_paths(tmp_path)
 
 
 ENDINGS = ["gif", "jfif", "jpe", "apng", "tga", "ico", "pcx", "sgi", "dds", "qoi", "jp2", "avif", "mpo", "icns", "xbm"]
