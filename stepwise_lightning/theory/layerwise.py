@@ -1,8 +1,7 @@
-r"""The share of linear layers in a tangent kernel, from their inputs and the gradients of their outputs.
+r"""The layers of a network whose gradients are made of their input and the gradients of their output.
 
-A linear layer on vectors has J_o = δ_o aᵀ, with a its input and δ_o the gradient of f_o with respect to its output.
-That is all of the gradient only where the layer runs once and nobody else uses its weights, which is looked at, not
-assumed.
+That is all of the gradient only where a layer runs once, on one row a sample, and nobody else uses its weights, which
+is looked at, not assumed.
 """
 
 from __future__ import annotations
@@ -16,17 +15,26 @@ import torch
 from torch import Tensor, nn
 
 from stepwise_lightning.theory.networks import Network
+from stepwise_lightning.theory.shares import KINDS, Part, features, share
 
-# The input of a layer, (k, in), and all outputs' gradients with respect to its output, (k, d·out).
-Part = tuple[Tensor, Tensor]
+
+# Layers by name, each with how many numbers a sample has in its features, and in its output.
+Sizes = dict[str, tuple[int, int]]
+
+# What a pass forwards and backwards holds of each output of a layer besides its gradients.
+_PASS = 2
+# Outputs at once, so that what they share is small against what each costs.
+_ENOUGH = 8
+# The part of what is held that each of a few temporary results may take.
+_TEMPORARIES = 16
 
 
 class NotLayerwiseError(Exception):
     """A batch on which the layers do not run as they did on the samples that were looked at; caught within theory."""
 
 
-class LinearLayers:
-    """The linear layers with chosen parameters that run once, on one vector a sample, and share no weights.
+class Layers:
+    """The layers with chosen parameters, of `KINDS`, that run once, on one row a sample, and share no weights.
 
     They are found out on a few samples, once with the layers' outputs cut off from their weights: what then still has
     a gradient is used elsewhere, and an output that has one of another sample's row is not in the samples' order.
@@ -78,54 +86,97 @@ class LinearLayers:
                     self._reused.add(name.rpartition(".")[0])
         return f.detach()
 
-    def usable(self, samples: int) -> list[str]:
-        """Return the names of the layers that have shown to be such, with so many samples."""
-        return [
-            layer
+    def usable(self, samples: int) -> Sizes:
+        """Return the layers that have shown to be such, with so many samples."""
+        return {
+            layer: (self._together.features[layer][0].numel(), self._together.taps[layer][0].numel())
             for layer in self._candidates
             if layer not in self._reused | self._reordered
             and self._together.once(layer, samples)
             and all(self._same_row(layer, index, watch) for index, watch in self._alone)
-        ]  # fmt: skip
+        }  # fmt: skip
 
     def _same_row(self, layer: str, index: int, alone: _Watch) -> bool:
         if not alone.once(layer, 1):
             return False
-        row = self._together.inputs[layer][index]
+        row, same = self._together.features[layer][index], alone.features[layer][0]
         tolerance = 1e-3 * float(row.abs().max())
-        return torch.allclose(alone.inputs[layer][0], row, rtol=0, atol=tolerance, equal_nan=True)
+        return row.shape == same.shape and torch.allclose(same, row, rtol=0, atol=tolerance, equal_nan=True)
 
 
-def linear_parts(network: Network, layers: list[str], x: Tensor) -> list[Part]:
-    """Return each layer's input and all outputs' gradients with respect to its output.
+def least_numbers(layers: Sizes) -> int:
+    """Return how many numbers must be held for a sample, of one output."""
+    return _numbers(layers, 1)
+
+
+def layerwise(
+    network: Network, names: list[str], layers: Sizes, x: Tensor, y: Tensor, outputs: int, most: int, max_bytes: int
+) -> Tensor:
+    """Return Σ_o ⟨J_o(x), J_o(y)⟩ of what is chosen of some layers, (k, l), float64.
+
+    Args:
+        network: what they are part of.
+        names: the chosen parameters.
+        layers: their sizes.
+        x: samples (k, …).
+        y: samples (l, …), or the same object, of which half is computed then.
+        outputs: d.
+        most: how many samples may be given at once.
+        max_bytes: memory for what is held of both sides; what is made of it on the way may take a quarter more.
 
     Raises:
-        NotLayerwiseError: a layer that does not run once, on one vector a sample.
+        NotLayerwiseError: a layer that does not run once, on one row a sample.
 
     """
+    held = max_bytes // (2 * network.dtype.itemsize)
+    at_once = outputs
+    # all outputs if all samples go in with them, else enough of them to be worth a pass forwards
+    while at_once > 1 and held // _numbers(layers, at_once) < (most if at_once > _ENOUGH else 1):
+        at_once = -(-at_once // 2)
+    rows = max(1, min(held // _numbers(layers, at_once), most))
+    kernel = torch.zeros(len(x), len(y), dtype=torch.float64, device=x.device)
+    for start in range(0, outputs, at_once):
+        some = slice(start, start + at_once)
+        for i in range(0, len(x), rows):
+            left = _parts(network, list(layers), x[i : i + rows], some)
+            for j in range(i if x is y else 0, len(y), rows):
+                right = left if x is y and i == j else _parts(network, list(layers), y[j : j + rows], some)
+                block = _contract(network, names, list(layers), left, right, held // _TEMPORARIES)
+                kernel[i : i + rows, j : j + rows] += block
+                if x is y and i != j:
+                    kernel[j : j + rows, i : i + rows] += block.T
+    return kernel
+
+
+def _numbers(layers: Sizes, outputs: int) -> int:
+    given, returned = (sum(sizes) for sizes in zip(*layers.values(), strict=True)) if layers else (0, 0)
+    return max(1, given + (outputs + _PASS) * returned)
+
+
+def _parts(network: Network, layers: list[str], x: Tensor, outputs: slice) -> list[Part]:
+    """Return each layer's features and the gradients of some outputs with respect to its output."""
     watch = _Watch(tapped=True)
 
     def backwards(f: Tensor) -> list[Sequence[Tensor]]:
         if not all(watch.once(layer, len(x)) for layer in layers):
             raise NotLayerwiseError
         taps = [watch.taps[layer] for layer in layers]
-        if not f.requires_grad:
-            return [[torch.zeros_like(tap) for tap in taps]] * f.shape[1]
         # Samples do not mix, so that the gradient of a sum holds each sample's own.
-        return [torch.autograd.grad(out, taps, retain_graph=True, materialize_grads=True) for out in f.sum(0)]
+        some = f.sum(0)[outputs]
+        if not f.requires_grad:
+            return [[torch.zeros_like(tap) for tap in taps]] * len(some)
+        return [torch.autograd.grad(out, taps, retain_graph=True, materialize_grads=True) for out in some]
 
     with torch.enable_grad(), _watched(network.module, layers, watch):
         deltas = network(x, then=backwards)
-    return [(watch.inputs[layer], torch.cat([d[i] for d in deltas], 1)) for i, layer in enumerate(layers)]
+    return [(watch.features[layer], [d[i] for d in deltas]) for i, layer in enumerate(layers)]
 
 
-def contract(names: list[str], layers: list[str], a: list[Part], b: list[Part]) -> Tensor:
-    """Return Σ over layers of (Σ_o δ_o(x)·δ_o(y)) (a(x)·a(y) + 1), each of the two for what is chosen, (k, l)."""
-    total: Tensor | int = 0
-    for layer, (inputs_a, deltas_a), (inputs_b, deltas_b) in zip(layers, a, b, strict=True):
-        product = (inputs_a @ inputs_b.T).double() if f"{layer}.weight" in names else 0.0
-        product = product + (1.0 if f"{layer}.bias" in names else 0.0)
-        total = total + (deltas_a @ deltas_b.T).double() * product
+def _contract(network: Network, names: list[str], layers: list[str], a: list[Part], b: list[Part], room: int) -> Tensor:
+    total: Tensor | float = 0.0
+    for layer, left, right in zip(layers, a, b, strict=True):
+        weight, bias = (f"{layer}.{kind}" in names for kind in ("weight", "bias"))
+        total = total + share(network.module.get_submodule(layer), weight, bias, left, right, room)
     assert isinstance(total, Tensor)
     return total
 
@@ -135,7 +186,7 @@ def _candidates(module: nn.Module, names: list[str]) -> list[str]:
     return [
         name
         for name, part in module.named_modules()
-        if type(part) is nn.Linear
+        if type(part) in KINDS
         and any(f"{name}.{kind}" in names for kind in ("weight", "bias"))
         and all(owners[id(p)] == 1 for p in part.parameters(recurse=False))
         # no weights computed on the way, and nothing between the layer and its output
@@ -146,7 +197,7 @@ def _candidates(module: nn.Module, names: list[str]) -> list[str]:
 
 
 class _Watch:
-    """What linear layers were given in one forward pass, and what stands in for their outputs.
+    """What layers were given in one forward pass, and what stands in for their outputs.
 
     Args:
         cut: let an output depend on the input alone, not on the weights; it is as large as ever.
@@ -156,31 +207,39 @@ class _Watch:
 
     def __init__(self, cut: bool = False, tapped: bool = False) -> None:
         self.calls: Counter[str] = Counter()
-        self.inputs: dict[str, Tensor] = {}
+        self.features: dict[str, Tensor] = {}
         self.taps: dict[str, Tensor] = {}
+        self._versions: dict[str, int] = {}
         self.cut, self.tapped = cut, tapped
 
     def hook(self, layer: str) -> Callable[[nn.Module, Any, Tensor], Tensor | None]:
         """Return the forward hook of one layer."""
 
-        def note(_part: nn.Module, given: Any, output: Tensor) -> Tensor | None:
+        def note(part: nn.Module, given: Any, output: Tensor) -> Tensor | None:
             self.calls[layer] += 1
-            if not given or given[0].ndim != 2:
+            seen = features(part, given[0]) if given else None
+            if seen is None:
                 self.calls[layer] += 1
                 return None
-            self.inputs.setdefault(layer, given[0].detach())
+            if layer not in self.features:
+                self.features[layer], self._versions[layer] = seen, seen._version
             if not self.tapped:
                 return None
             if self.cut:
-                output = output.detach() + (given[0] - given[0].detach()).sum(1, keepdim=True)
+                dependence = (given[0] - given[0].detach()).flatten(1).sum(1)
+                output = output.detach() + dependence.view(-1, *[1] * (output.ndim - 1))
             # the same one when a layer runs again, as it does under checkpointing
             return output + self.taps.setdefault(layer, torch.zeros_like(output, requires_grad=True))
 
         return note
 
     def once(self, layer: str, samples: int) -> bool:
-        """Whether the layer ran once, on one vector a sample."""
-        return self.calls[layer] == 1 and len(self.inputs[layer]) == samples
+        """Whether the layer ran once, on one row a sample that has not been changed in place since."""
+        return (
+            self.calls[layer] == 1
+            and len(self.features[layer]) == samples
+            and self.features[layer]._version == self._versions[layer]
+        )
 
 
 @contextmanager
