@@ -21,12 +21,8 @@ from stepwise_lightning.theory.shares import KINDS, Part, features, share
 # Layers by name, each with how many numbers a sample has in its features, and in its output.
 Sizes = dict[str, tuple[int, int]]
 
-# What a pass forwards and backwards holds of each output of a layer besides its gradients.
-_PASS = 2
 # Outputs at once, so that what they share is small against what each costs.
 _ENOUGH = 8
-# The part of what is held that each of a few temporary results may take.
-_TEMPORARIES = 16
 
 
 class NotLayerwiseError(Exception):
@@ -105,14 +101,18 @@ class Layers:
 
 
 def least_numbers(layers: Sizes) -> int:
-    """Return how many numbers must be held for a sample, of one output."""
-    return _numbers(layers, 1)
+    """Return how many numbers must be held for each sample of a pair."""
+    largest = max((given + returned for given, returned in layers.values()), default=0)
+    return -(-(3 * largest + _of_a_pass(layers)) // 2)
 
 
 def layerwise(
     network: Network, names: list[str], layers: Sizes, x: Tensor, y: Tensor, outputs: int, most: int, max_bytes: int
 ) -> Tensor:
     """Return Σ_o ⟨J_o(x), J_o(y)⟩ of what is chosen of some layers, (k, l), float64.
+
+    As many samples as possible are held at once, and for that as many layers as then fit: whether samples or layers
+    are split makes no difference to the number of passes, but pairs of many samples share more.
 
     Args:
         network: what they are part of.
@@ -122,39 +122,83 @@ def layerwise(
         y: samples (l, …), or the same object, of which half is computed then.
         outputs: d.
         most: how many samples may be given at once.
-        max_bytes: memory for what is held of both sides; what is made of it on the way may take a quarter more.
+        max_bytes: memory for what is held.
 
     Raises:
         NotLayerwiseError: a layer that does not run once, on one row a sample.
 
     """
-    held = max_bytes // (2 * network.dtype.itemsize)
-    at_once = outputs
-    # all outputs if all samples go in with them, else enough of them to be worth a pass forwards
-    while at_once > 1 and held // _numbers(layers, at_once) < (most if at_once > _ENOUGH else 1):
-        at_once = -(-at_once // 2)
-    rows = max(1, min(held // _numbers(layers, at_once), most))
+    room = max_bytes // network.dtype.itemsize
+    batch = max(1, min(most, room // (4 * _of_a_pass(layers))))
+    room -= batch * _of_a_pass(layers)
+    temporary = room // 6  # of each side
+    room -= 2 * temporary
+    at_once, rows = _at_once(layers, outputs, most, room if x is y else room // 2)
+    if rows < most or x is not y:
+        at_once, rows = _at_once(layers, outputs, most, room // 2)
+        room //= 2
     kernel = torch.zeros(len(x), len(y), dtype=torch.float64, device=x.device)
-    for start in range(0, outputs, at_once):
-        some = slice(start, start + at_once)
-        for i in range(0, len(x), rows):
-            left = _parts(network, list(layers), x[i : i + rows], some)
-            for j in range(i if x is y else 0, len(y), rows):
-                right = left if x is y and i == j else _parts(network, list(layers), y[j : j + rows], some)
-                block = _contract(network, names, list(layers), left, right, held // _TEMPORARIES)
-                kernel[i : i + rows, j : j + rows] += block
-                if x is y and i != j:
-                    kernel[j : j + rows, i : i + rows] += block.T
+    for group in _groups(layers, at_once, room // rows):
+        for start in range(0, outputs, at_once):
+
+            def parts(samples: Tensor, some: slice = slice(start, start + at_once), group: list[str] = group) -> list[Part]:
+                return _parts(network, group, samples, some, batch)
+
+            for i in range(0, len(x), rows):
+                left = parts(x[i : i + rows])
+                for j in range(i if x is y else 0, len(y), rows):
+                    right = left if x is y and i == j else parts(y[j : j + rows])
+                    block = _contract(network, names, group, left, right, temporary)
+                    kernel[i : i + rows, j : j + rows] += block
+                    if x is y and i != j:
+                        kernel[j : j + rows, i : i + rows] += block.T
     return kernel
 
 
-def _numbers(layers: Sizes, outputs: int) -> int:
-    given, returned = (sum(sizes) for sizes in zip(*layers.values(), strict=True)) if layers else (0, 0)
-    return max(1, given + (outputs + _PASS) * returned)
+def _of_a_pass(layers: Sizes) -> int:
+    """Return about how many numbers a sample takes in a pass forwards and backwards."""
+    return max(1, sum(given + 2 * returned for given, returned in layers.values()))
 
 
-def _parts(network: Network, layers: list[str], x: Tensor, outputs: slice) -> list[Part]:
+def _at_once(layers: Sizes, outputs: int, most: int, room: int) -> tuple[int, int]:
+    """Return of how many outputs, and samples, the gradients of any layer are held, in so many numbers."""
+
+    def rows(at_once: int) -> int:
+        return room // max(given + at_once * returned for given, returned in layers.values())
+
+    at_once = outputs
+    # all outputs if all samples go in with them, else enough of them to be worth a pass forwards
+    while at_once > 1 and rows(at_once) < (most if at_once > _ENOUGH else 1):
+        at_once = -(-at_once // 2)
+    return at_once, max(1, min(rows(at_once), most))
+
+
+def _groups(layers: Sizes, outputs: int, room: int) -> list[list[str]]:
+    """Return layers that go together into so many numbers a sample, in their order."""
+    groups: list[list[str]] = []
+    taken = room
+    for layer, (given, returned) in layers.items():
+        taken += given + outputs * returned
+        if taken > room:
+            groups.append([])
+            taken = given + outputs * returned
+        groups[-1].append(layer)
+    return groups
+
+
+def _parts(network: Network, layers: list[str], x: Tensor, outputs: slice, batch: int) -> list[Part]:
     """Return each layer's features and the gradients of some outputs with respect to its output."""
+    passes = [_pass(network, layers, some, outputs) for some in x.split(batch)]
+    if len(passes) == 1:
+        return passes[0]
+    parts = []
+    for _ in layers:  # what is joined is let go
+        features, deltas = zip(*(part.pop(0) for part in passes), strict=True)
+        parts.append((torch.cat(features), [torch.cat(of_an_output) for of_an_output in zip(*deltas, strict=True)]))
+    return parts
+
+
+def _pass(network: Network, layers: list[str], x: Tensor, outputs: slice) -> list[Part]:
     watch = _Watch(tapped=True)
 
     def backwards(f: Tensor) -> list[Sequence[Tensor]]:
@@ -229,7 +273,9 @@ class _Watch:
                 dependence = (given[0] - given[0].detach()).flatten(1).sum(1)
                 output = output.detach() + dependence.view(-1, *[1] * (output.ndim - 1))
             # the same one when a layer runs again, as it does under checkpointing
-            return output + self.taps.setdefault(layer, torch.zeros_like(output, requires_grad=True))
+            if layer not in self.taps:
+                self.taps[layer] = torch.zeros((), dtype=output.dtype, device=output.device).expand_as(output).requires_grad_()
+            return output + self.taps[layer]
 
         return note
 

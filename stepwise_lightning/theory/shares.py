@@ -28,10 +28,10 @@ KINDS = {nn.Linear, *_CONVOLUTIONS, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm
 
 # Multiplications that take as long as to read and add up one product of two positions.
 _TO_ADD_UP = 16
-# Numbers in a tile at most: what follows on each other then stays in cache.
+# Numbers in a tile at most, so that it is still in cache when it is used.
 _TILE = 2**22
-# Rows below which half a symmetric product is not worth two calls.
-_FEW = 48
+# Rows below which a symmetric product takes no longer than half of it, in pieces.
+_FEW = 128
 
 
 def features(layer: nn.Module, x: Tensor) -> Tensor | None:
@@ -60,14 +60,13 @@ def share(layer: nn.Module, weight: bool, bias: bool, left: Part, right: Part, r
         bias: whether its bias does.
         left: its features (k, …), and a gradient (k, …) for each output.
         right: the same of other samples, or the same object, of which half is computed then.
-        room: how many numbers may be held on the way.
+        room: how many numbers may be held on the way, for each side.
 
     """
-    room = min(room, _TILE)
     if not isinstance(layer, (nn.Linear, *_CONVOLUTIONS)):
         return _of_normalisation(layer, weight, bias, left, right)
-    if weight and _positions_are_cheaper(layer, left, right, room):
-        return _by_positions(layer, bias, left, right, room)
+    if weight and _positions_are_cheaper(layer, left, right, min(room, _TILE)):
+        return _by_positions(layer, bias, left, right, min(room, _TILE))
     kernel = _by_gradients(layer, left, right, room) if weight else 0.0
     return kernel + (_of_biases(layer, left, right) if bias else 0.0)
 
@@ -150,20 +149,22 @@ def _by_gradients(layer: nn.Module, left: Part, right: Part, room: int) -> Tenso
 def _gradients(layer: nn.Module, given: Tensor, deltas: Tensor, room: int) -> Tensor:
     """Return Σ_p δ_p a_pᵀ of each sample, (k, …), for the columns (k, groups, positions, …) of δ."""
     samples, groups, positions, channels = deltas.shape
-    result = deltas.new_zeros(samples, groups, channels, _taken(layer))
+    result = deltas.new_empty(samples * groups, channels, _taken(layer))
     numbers = groups * positions * _taken(layer)
-    at_once = max(1, room // numbers)
+    at_once = max(1, min(room, _TILE) // numbers)
     for start in range(0, samples, at_once):
-        rows = slice(start, start + at_once)
-        first = 0
-        for seen in _in_strips(layer, given[rows], numbers, room):
+        rows, first = slice(start, start + at_once), 0
+        for seen in _in_strips(layer, given[rows], numbers, min(room, _TILE)):
             strip = deltas[rows, :, first : first + seen.shape[2]]
-            result[rows] += strip.mT @ seen
+            result[start * groups : (start + at_once) * groups].baddbmm_(
+                strip.flatten(0, 1).mT, seen.flatten(0, 1), beta=1 if first else 0
+            )
             first += seen.shape[2]
-    return result.flatten(1)
+    return result.view(samples, -1)
 
 
 def _in_strips(layer: nn.Module, given: Tensor, numbers: int, room: int) -> Iterator[Tensor]:
+    """Return what a layer sees, (k, groups, positions, …), some positions after the other where one sample is large."""
     if isinstance(layer, nn.Linear):
         yield _seen(layer, given)
         return
