@@ -20,7 +20,8 @@ from torch.func import grad, vmap
 
 from stepwise_lightning.errors import UserError
 from stepwise_lightning.precision import without_autocast
-from stepwise_lightning.theory.layerwise import Layers, NotLayerwiseError, Sizes, layerwise, least_numbers
+from stepwise_lightning.theory.layerwise import Layers, NotLayerwiseError, Sizes
+from stepwise_lightning.theory.layerwise_kernel import layerwise, least_numbers
 from stepwise_lightning.theory.networks import Network, left_alone
 from stepwise_lightning.theory.trial import a_few, try_out
 

@@ -12,7 +12,8 @@ is cheap where positions are few, as for vectors and late in a network, the othe
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
 from math import isqrt, prod
 
 import torch
@@ -23,8 +24,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 # What a layer is given, as `features` has it, and the gradients of some outputs with respect to its own.
 Part = tuple[Tensor, list[Tensor]]
 
-_CONVOLUTIONS = {nn.Conv1d: 1, nn.Conv2d: 2, nn.Conv3d: 3}
-KINDS = {nn.Linear, *_CONVOLUTIONS, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.GroupNorm, nn.LayerNorm}
+_CONVOLUTIONS: dict[type[nn.Module], int] = {nn.Conv1d: 1, nn.Conv2d: 2, nn.Conv3d: 3}
+# What sums over its input, and has a weight for each pair of channels; the others scale each channel.
+SUMS: tuple[type[nn.Module], ...] = (nn.Linear, *_CONVOLUTIONS)
+KINDS = {*SUMS, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.GroupNorm, nn.LayerNorm}
 
 # Multiplications that take as long as to read and add up one product of two positions.
 _TO_ADD_UP = 16
@@ -51,54 +54,66 @@ def features(layer: nn.Module, x: Tensor) -> Tensor | None:
     return x
 
 
-def share(layer: nn.Module, weight: bool, bias: bool, left: Part, right: Part, room: int) -> Tensor:
+@dataclass(frozen=True)
+class Size:
+    """How many numbers a sample has in a layer's features, in its output, and in its gradients of one output."""
+
+    given: int
+    returned: int
+    gradients: int
+    reduces: bool  # whether gradients are no larger than the output
+
+    def compact(self, outputs: int) -> bool:
+        """Whether to hold gradients themselves, of so many outputs, instead of what they are made of."""
+        return self.reduces or outputs * self.gradients <= self.given + outputs * self.returned
+
+    def held(self, outputs: int) -> int:
+        """Return how many numbers that takes."""
+        return outputs * self.gradients if self.compact(outputs) else self.given + outputs * self.returned
+
+
+def gradients(layer: nn.Module, chosen: Collection[str], part: Part, room: int) -> Tensor:
+    """Return the gradients of some outputs with respect to a layer's chosen "weight" and "bias", (k, …)."""
+    given, deltas = part
+    if isinstance(layer, SUMS):
+        columns = torch.cat([_columns(layer, delta) for delta in deltas], 3)
+        of_weight = [_of_weight(layer, given, columns, room)] if "weight" in chosen else []
+        return torch.cat([*of_weight, *([columns.sum(2).flatten(1)] if "bias" in chosen else [])], 1)
+    products = [delta * given for delta in deltas] if "weight" in chosen else []
+    products += deltas if "bias" in chosen else []
+    if isinstance(layer, nn.LayerNorm):
+        size = prod(layer.normalized_shape)
+        return torch.cat([product.reshape(len(given), -1, size).sum(1) for product in products], 1)
+    return torch.cat([product.flatten(2).sum(2) if given.ndim > 2 else product for product in products], 1)
+
+
+def share(layer: nn.Module, chosen: Collection[str], left: Part | Tensor, right: Part | Tensor, room: int) -> Tensor:
     """Return Σ_o ⟨J_o(x), J_o(y)⟩ of a layer's weight, bias or both, (k, l), float64.
 
     Args:
         layer: one of `KINDS`.
-        weight: whether its weight counts.
-        bias: whether its bias does.
-        left: its features (k, …), and a gradient (k, …) for each output.
+        chosen: what counts, "weight", "bias" or both.
+        left: its gradients (k, …); or of a linear layer or convolution what they are made of, if its weight counts.
         right: the same of other samples, or the same object, of which half is computed then.
         room: how many numbers may be held on the way, for each side.
 
     """
-    if not isinstance(layer, (nn.Linear, *_CONVOLUTIONS)):
-        return _of_normalisation(layer, weight, bias, left, right)
-    if weight and _positions_are_cheaper(layer, left, right, min(room, _TILE)):
-        return _by_positions(layer, bias, left, right, min(room, _TILE))
-    kernel = _by_gradients(layer, left, right, room) if weight else 0.0
-    return kernel + (_of_biases(layer, left, right) if bias else 0.0)
-
-
-def _of_normalisation(layer: nn.Module, weight: bool, bias: bool, left: Part, right: Part) -> Tensor:
-    def per_channel(part: Part, kind: str) -> Tensor:
-        given, deltas = part
-        products = [delta * given if kind == "weight" else delta for delta in deltas]
-        if isinstance(layer, nn.LayerNorm):
-            size = prod(layer.normalized_shape)
-            return torch.cat([product.reshape(len(given), -1, size).sum(1) for product in products], 1)
-        return torch.cat([product.flatten(2).sum(2) if given.ndim > 2 else product for product in products], 1)
-
-    kernel = torch.zeros(len(left[0]), len(right[0]), dtype=torch.float64, device=left[0].device)
-    for kind in [kind for kind, counts in (("weight", weight), ("bias", bias)) if counts]:
-        gradients = per_channel(left, kind)
-        kernel += _product(gradients, gradients if left is right else per_channel(right, kind))
+    if isinstance(left, Tensor):
+        assert isinstance(right, Tensor)
+        return _product(left, right)
+    assert not isinstance(right, Tensor)
+    if _positions_are_cheaper(layer, left, right, min(room, _TILE)):
+        return _by_positions(layer, "bias" in chosen, left, right, min(room, _TILE))
+    kernel = _by_gradients(layer, left, right, room)
+    if "bias" in chosen:
+        sums = gradients(layer, ["bias"], left, room)
+        kernel += _product(sums, sums if left is right else gradients(layer, ["bias"], right, room))
     return kernel
-
-
-def _of_biases(layer: nn.Module, left: Part, right: Part) -> Tensor:
-    def summed(part: Part) -> Tensor:
-        return torch.cat([_columns(layer, delta).sum(2).flatten(1) for delta in part[1]], 1)
-
-    gradients = summed(left)
-    return _product(gradients, gradients if left is right else summed(right))
 
 
 def _positions_are_cheaper(layer: nn.Module, left: Part, right: Part, room: int) -> bool:
     """Compare multiplications, of all samples and one group of channels."""
-    (given, deltas), samples = left, len(left[0])
-    others = len(right[0])
+    deltas, samples, others = left[1], len(left[0]), len(right[0])
     _, groups, positions, channels = _columns(layer, deltas[0][:1]).shape
     channels, taken = channels * len(deltas), _taken(layer)
     if groups * positions**2 > room:
@@ -136,17 +151,20 @@ def _by_positions(layer: nn.Module, bias: bool, left: Part, right: Part, room: i
 
 def _by_gradients(layer: nn.Module, left: Part, right: Part, room: int) -> Tensor:
     kernel = torch.zeros(len(left[0]), len(right[0]), dtype=torch.float64, device=left[0].device)
-    stacked = [torch.cat([_columns(layer, d) for d in part[1]], 3) for part in ([left] if left is right else [left, right])]
-    groups, channels = stacked[0].shape[1], stacked[0].shape[3]
-    at_once = max(1, room // (max(len(left[0]), len(right[0])) * groups * _taken(layer)))
+    sides = [left] if left is right else [left, right]
+    columns = [torch.cat([_columns(layer, delta) for delta in deltas], 3) for _, deltas in sides]
+    _, groups, _, channels = columns[0].shape
+    at_once = max(1, room // (max(kernel.shape) * groups * _taken(layer)))
     for start in range(0, channels, at_once):
-        some = [deltas[..., start : start + at_once] for deltas in stacked]
-        gradients = _gradients(layer, left[0], some[0], room)
-        kernel += _product(gradients, gradients if left is right else _gradients(layer, right[0], some[1], room))
+        of_weight = [
+            _of_weight(layer, given, some[..., start : start + at_once], room)
+            for (given, _), some in zip(sides, columns, strict=True)
+        ]
+        kernel += _product(of_weight[0], of_weight[-1])
     return kernel
 
 
-def _gradients(layer: nn.Module, given: Tensor, deltas: Tensor, room: int) -> Tensor:
+def _of_weight(layer: nn.Module, given: Tensor, deltas: Tensor, room: int) -> Tensor:
     """Return Σ_p δ_p a_pᵀ of each sample, (k, …), for the columns (k, groups, positions, …) of δ."""
     samples, groups, positions, channels = deltas.shape
     result = deltas.new_empty(samples * groups, channels, _taken(layer))
@@ -190,7 +208,7 @@ def _seen(layer: nn.Module, given: Tensor) -> Tensor:
 
 
 def _flattened(layer: nn.Module, windows: Tensor) -> Tensor:
-    axes = _CONVOLUTIONS[type(layer)]  # type: ignore[index]
+    axes = _CONVOLUTIONS[type(layer)]
     return windows.reshape(*windows.shape[:2], prod(windows.shape[2 : 2 + axes]), -1)
 
 
@@ -201,7 +219,9 @@ def _windows(layer: nn.Module, given: Tensor) -> Tensor:
         mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
         given = F.pad(given, layer._reversed_padding_repeated_twice, mode)
     given = given.movedim(1, -1).contiguous()  # channels last, for long runs in memory
-    axes = list(zip(given.shape[1:-1], given.stride()[1:-1], layer.kernel_size, layer.stride, layer.dilation, strict=True))
+    axes = list(
+        zip(given.shape[1:-1], given.stride()[1:-1], layer.kernel_size, layer.stride, layer.dilation, strict=True)
+    )
     channels = given.shape[-1] // layer.groups
     sizes = [(size - dilation * (width - 1) - 1) // step + 1 for size, _, width, step, dilation in axes]
     return given.as_strided(
