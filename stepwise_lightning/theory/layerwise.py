@@ -1,14 +1,13 @@
-r"""The share of linear layers in a tangent kernel, from their inputs and the gradients of their outputs.
+r"""The layers of a network whose gradients are made of their input and the gradients of their output.
 
-A linear layer on vectors has J_o = δ_o aᵀ, with a its input and δ_o the gradient of f_o with respect to its output.
-That is all of the gradient only where the layer runs once and nobody else uses its weights, which is looked at, not
-assumed.
+That is all of the gradient only where a layer runs once, on one row a sample, and nobody else uses its weights, which
+is looked at, not assumed.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
@@ -16,17 +15,18 @@ import torch
 from torch import Tensor, nn
 
 from stepwise_lightning.theory.networks import Network
+from stepwise_lightning.theory.shares import KINDS, SUMS, Size, features
 
-# The input of a layer, (k, in), and all outputs' gradients with respect to its output, (k, d·out).
-Part = tuple[Tensor, Tensor]
+# Layers by name, with their sizes.
+Sizes = dict[str, Size]
 
 
 class NotLayerwiseError(Exception):
     """A batch on which the layers do not run as they did on the samples that were looked at; caught within theory."""
 
 
-class LinearLayers:
-    """The linear layers with chosen parameters that run once, on one vector a sample, and share no weights.
+class Layers:
+    """The layers with chosen parameters, of `KINDS`, that run once, on one row a sample, and share no weights.
 
     They are found out on a few samples, once with the layers' outputs cut off from their weights: what then still has
     a gradient is used elsewhere, and an output that has one of another sample's row is not in the samples' order.
@@ -41,26 +41,27 @@ class LinearLayers:
     """
 
     def __init__(self, network: Network, names: list[str]) -> None:
-        self._module, self._candidates = network.module, _candidates(network.module, names)
+        self._module, self._names = network.module, names
+        self._candidates = _candidates(network.module, names)
         self.parameters = {
             name: network.values[name].detach().requires_grad_()
             for layer in self._candidates
             for name in (f"{layer}.weight", f"{layer}.bias")
             if name in network.values
         }
-        self._together = _Watch(cut=True, tapped=True)
-        self._alone: list[tuple[int, _Watch]] = []
+        self._together = Watch(cut=True, tapped=True)
+        self._alone: list[tuple[int, Watch]] = []
         self._reused: set[str] = set()
         self._reordered: set[str] = set()
 
     def cut_off(self) -> AbstractContextManager[None]:
         """Return a context in which outputs do not depend on the layers' weights, but for other uses of these."""
-        return _watched(self._module, self._candidates, self._together)
+        return watched(self._module, self._candidates, self._together)
 
     def watched_alone(self, index: int) -> AbstractContextManager[None]:
         """Return a context in which the sample that has this index among the others is seen alone."""
-        self._alone.append((index, _Watch()))
-        return _watched(self._module, self._candidates, self._alone[-1][1])
+        self._alone.append((index, Watch()))
+        return watched(self._module, self._candidates, self._alone[-1][1])
 
     def find_other_uses(self, f: Tensor) -> Tensor:
         """Look for gradients of outputs that were cut off, (k, d), and return these."""
@@ -78,56 +79,31 @@ class LinearLayers:
                     self._reused.add(name.rpartition(".")[0])
         return f.detach()
 
-    def usable(self, samples: int) -> list[str]:
-        """Return the names of the layers that have shown to be such, with so many samples."""
-        return [
-            layer
+    def usable(self, samples: int) -> Sizes:
+        """Return the layers that have shown to be such, with so many samples."""
+        return {
+            layer: self._size(layer)
             for layer in self._candidates
             if layer not in self._reused | self._reordered
             and self._together.once(layer, samples)
             and all(self._same_row(layer, index, watch) for index, watch in self._alone)
-        ]  # fmt: skip
+        }  # fmt: skip
 
-    def _same_row(self, layer: str, index: int, alone: _Watch) -> bool:
+    def _size(self, layer: str) -> Size:
+        chosen = [self.parameters[f"{layer}.{kind}"] for kind in kinds(layer, self._names)]
+        return Size(
+            given=self._together.features[layer][0].numel(),
+            returned=self._together.taps[layer][0].numel(),
+            gradients=sum(parameter.numel() for parameter in chosen),
+            reduces=not isinstance(self._module.get_submodule(layer), SUMS),
+        )
+
+    def _same_row(self, layer: str, index: int, alone: Watch) -> bool:
         if not alone.once(layer, 1):
             return False
-        row = self._together.inputs[layer][index]
+        row, same = self._together.features[layer][index], alone.features[layer][0]
         tolerance = 1e-3 * float(row.abs().max())
-        return torch.allclose(alone.inputs[layer][0], row, rtol=0, atol=tolerance, equal_nan=True)
-
-
-def linear_parts(network: Network, layers: list[str], x: Tensor) -> list[Part]:
-    """Return each layer's input and all outputs' gradients with respect to its output.
-
-    Raises:
-        NotLayerwiseError: a layer that does not run once, on one vector a sample.
-
-    """
-    watch = _Watch(tapped=True)
-
-    def backwards(f: Tensor) -> list[Sequence[Tensor]]:
-        if not all(watch.once(layer, len(x)) for layer in layers):
-            raise NotLayerwiseError
-        taps = [watch.taps[layer] for layer in layers]
-        if not f.requires_grad:
-            return [[torch.zeros_like(tap) for tap in taps]] * f.shape[1]
-        # Samples do not mix, so that the gradient of a sum holds each sample's own.
-        return [torch.autograd.grad(out, taps, retain_graph=True, materialize_grads=True) for out in f.sum(0)]
-
-    with torch.enable_grad(), _watched(network.module, layers, watch):
-        deltas = network(x, then=backwards)
-    return [(watch.inputs[layer], torch.cat([d[i] for d in deltas], 1)) for i, layer in enumerate(layers)]
-
-
-def contract(names: list[str], layers: list[str], a: list[Part], b: list[Part]) -> Tensor:
-    """Return Σ over layers of (Σ_o δ_o(x)·δ_o(y)) (a(x)·a(y) + 1), each of the two for what is chosen, (k, l)."""
-    total: Tensor | int = 0
-    for layer, (inputs_a, deltas_a), (inputs_b, deltas_b) in zip(layers, a, b, strict=True):
-        product = (inputs_a @ inputs_b.T).double() if f"{layer}.weight" in names else 0.0
-        product = product + (1.0 if f"{layer}.bias" in names else 0.0)
-        total = total + (deltas_a @ deltas_b.T).double() * product
-    assert isinstance(total, Tensor)
-    return total
+        return row.shape == same.shape and torch.allclose(same, row, rtol=0, atol=tolerance, equal_nan=True)
 
 
 def _candidates(module: nn.Module, names: list[str]) -> list[str]:
@@ -135,8 +111,8 @@ def _candidates(module: nn.Module, names: list[str]) -> list[str]:
     return [
         name
         for name, part in module.named_modules()
-        if type(part) is nn.Linear
-        and any(f"{name}.{kind}" in names for kind in ("weight", "bias"))
+        if type(part) in KINDS
+        and kinds(name, names)
         and all(owners[id(p)] == 1 for p in part.parameters(recurse=False))
         # no weights computed on the way, and nothing between the layer and its output
         and set(dict(part.named_parameters(recurse=False))) <= {"weight", "bias"}
@@ -145,8 +121,13 @@ def _candidates(module: nn.Module, names: list[str]) -> list[str]:
     ]  # fmt: skip
 
 
-class _Watch:
-    """What linear layers were given in one forward pass, and what stands in for their outputs.
+def kinds(layer: str, names: list[str]) -> list[str]:
+    """Return which of a layer's weight and bias are among the names."""
+    return [kind for kind in ("weight", "bias") if f"{layer}.{kind}" in names]
+
+
+class Watch:
+    """What layers were given in one forward pass, and what stands in for their outputs.
 
     Args:
         cut: let an output depend on the input alone, not on the weights; it is as large as ever.
@@ -156,35 +137,47 @@ class _Watch:
 
     def __init__(self, cut: bool = False, tapped: bool = False) -> None:
         self.calls: Counter[str] = Counter()
-        self.inputs: dict[str, Tensor] = {}
+        self.features: dict[str, Tensor] = {}
         self.taps: dict[str, Tensor] = {}
+        self._versions: dict[str, int] = {}
         self.cut, self.tapped = cut, tapped
 
     def hook(self, layer: str) -> Callable[[nn.Module, Any, Tensor], Tensor | None]:
         """Return the forward hook of one layer."""
 
-        def note(_part: nn.Module, given: Any, output: Tensor) -> Tensor | None:
+        def note(part: nn.Module, given: Any, output: Tensor) -> Tensor | None:
             self.calls[layer] += 1
-            if not given or given[0].ndim != 2:
+            seen = features(part, given[0]) if given else None
+            if seen is None:
                 self.calls[layer] += 1
                 return None
-            self.inputs.setdefault(layer, given[0].detach())
+            if layer not in self.features:
+                self.features[layer], self._versions[layer] = seen, seen._version
             if not self.tapped:
                 return None
             if self.cut:
-                output = output.detach() + (given[0] - given[0].detach()).sum(1, keepdim=True)
+                dependence = (given[0] - given[0].detach()).flatten(1).sum(1)
+                output = output.detach() + dependence.view(-1, *[1] * (output.ndim - 1))
             # the same one when a layer runs again, as it does under checkpointing
-            return output + self.taps.setdefault(layer, torch.zeros_like(output, requires_grad=True))
+            if layer not in self.taps:
+                self.taps[layer] = (
+                    torch.zeros((), dtype=output.dtype, device=output.device).expand_as(output).requires_grad_()
+                )
+            return output + self.taps[layer]
 
         return note
 
     def once(self, layer: str, samples: int) -> bool:
-        """Whether the layer ran once, on one vector a sample."""
-        return self.calls[layer] == 1 and len(self.inputs[layer]) == samples
+        """Whether the layer ran once, on one row a sample that has not been changed in place since."""
+        return (
+            self.calls[layer] == 1
+            and len(self.features[layer]) == samples
+            and self.features[layer]._version == self._versions[layer]
+        )
 
 
 @contextmanager
-def _watched(module: nn.Module, layers: list[str], watch: _Watch) -> Iterator[None]:
+def watched(module: nn.Module, layers: Iterable[str], watch: Watch) -> Iterator[None]:
     """Watch these layers for a while."""
     hooks = [module.get_submodule(layer).register_forward_hook(watch.hook(layer)) for layer in layers]
     try:

@@ -20,7 +20,8 @@ from torch.func import grad, vmap
 
 from stepwise_lightning.errors import UserError
 from stepwise_lightning.precision import without_autocast
-from stepwise_lightning.theory.layerwise import LinearLayers, NotLayerwiseError, contract, linear_parts
+from stepwise_lightning.theory.layerwise import Layers, NotLayerwiseError, Sizes
+from stepwise_lightning.theory.layerwise_kernel import layerwise, least_numbers
 from stepwise_lightning.theory.networks import Network, left_alone
 from stepwise_lightning.theory.trial import a_few, try_out
 
@@ -81,32 +82,28 @@ class EmpiricalNTK:
             stack.enter_context(without_autocast(network.device))
             left = network.inputs(x, "x")
             right = left if x is y else network.inputs(y, "y")
-            samples, linear = a_few(left, right), LinearLayers(network, names)
-            outputs = try_out(network, linear, samples)
-            layers = linear.usable(len(samples))
+            samples, looked_at = a_few(left, right), Layers(network, names)
+            outputs = try_out(network, looked_at, samples)
+            layers = looked_at.usable(len(samples))
             # copies of one sample have not shown whether they are mixed, and are taken one by one
             most = 1 if len(samples) == 1 else max(len(left), len(right))
             try:
                 return self._kernel(network, names, layers, left, right, outputs, most)
             except NotLayerwiseError:
-                return self._kernel(network, names, [], left, right, outputs, most)
+                return self._kernel(network, names, {}, left, right, outputs, most)
 
     def _kernel(
-        self, network: Network, names: list[str], layers: list[str], x: Tensor, y: Tensor, outputs: int, most: int
+        self, network: Network, names: list[str], layers: Sizes, x: Tensor, y: Tensor, outputs: int, most: int
     ) -> Tensor:
         with_layers = {f"{name}.{kind}" for name in layers for kind in ("weight", "bias")}
         rest = [name for name in names if name not in with_layers]
-        widths = [network.values[f"{name}.weight"].shape for name in layers]
-        numbers = (
-            sum(outputs * wide + narrow for wide, narrow in widths),
-            _COPIES * sum(network.values[name].numel() for name in rest),
-        )
-        rows = [self._rows(needed, max(numbers)) for needed in numbers]
+        numbers = _COPIES * sum(network.values[name].numel() for name in rest)
+        rows = self._rows(numbers, max(numbers, least_numbers(layers)))
         kernel = torch.zeros(len(x), len(y), dtype=torch.float64, device=network.device)
         if layers:
-            kernel += _layerwise(network, names, layers, x, y, min(rows[0], most))
+            kernel += layerwise(network, names, layers, x, y, outputs, most, self.max_bytes)
         if rest:
-            kernel += _per_sample(network, rest, x, y, outputs, rows[1])
+            kernel += _per_sample(network, rest, x, y, outputs, rows)
         return kernel / outputs
 
     def _rows(self, numbers: int, most: int) -> int:
@@ -117,16 +114,6 @@ class EmpiricalNTK:
                 f"max_bytes {self.max_bytes} cannot hold the gradients of a pair: at least {most * a_number}"
             )
         return self.max_bytes // (a_number * max(numbers, 1))
-
-
-def _layerwise(network: Network, names: list[str], layers: list[str], x: Tensor, y: Tensor, rows: int) -> Tensor:
-    kernel = torch.empty(len(x), len(y), dtype=torch.float64, device=x.device)
-    for i in range(0, len(x), rows):
-        left = linear_parts(network, layers, x[i : i + rows])
-        for j in range(0, len(y), rows):
-            right = left if x is y and i == j else linear_parts(network, layers, y[j : j + rows])
-            kernel[i : i + rows, j : j + rows] = contract(names, layers, left, right)
-    return kernel
 
 
 def _per_sample(network: Network, names: list[str], x: Tensor, y: Tensor, outputs: int, rows: int) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from stepwise_lightning.errors import UserError, reason
-from stepwise_lightning.theory.layerwise import LinearLayers
+from stepwise_lightning.theory.layerwise import Layers
 from stepwise_lightning.theory.networks import Network
 
 # Shares of the largest output: what round-off makes of one sample, alone and among others, and of the same call twice.
@@ -30,12 +30,12 @@ def a_few(x: Tensor, y: Tensor) -> Tensor:
     return torch.cat([*others[:1], x[:1], *others[-1:][: len(others) - 1]])
 
 
-def try_out(network: Network, linear: LinearLayers, samples: Tensor) -> int:
-    """Return the number of outputs of a network that is a function of one sample, and show it to its linear layers.
+def try_out(network: Network, layers: Layers, samples: Tensor) -> int:
+    """Return the number of outputs of a network that is a function of one sample, and show it to its layers.
 
     Args:
         network: the network.
-        linear: its linear layers, which look on.
+        layers: its layers, which look on.
         samples: a few, different ones, (k, …); with one there is nothing to mix.
 
     Raises:
@@ -46,15 +46,15 @@ def try_out(network: Network, linear: LinearLayers, samples: Tensor) -> int:
     with torch.no_grad(), torch.random.fork_rng(devices):
         state, buffers = _random_state(network.device), network.copied_buffers()
         versions = {name: value._version for name, value in network.values.items()}
-        given = network.values | buffers | linear.parameters
-        together = _first(network, linear, samples, given)
+        given = network.values | buffers | layers.parameters
+        together = _first(network, layers, samples, given)
         if changed := [name for name, value in network.values.items() if value._version != versions[name]]:
             raise UserError(f"the forward pass changes the parameters {changed}: freeze them while it is called")
         if _random_state(network.device) != state:
             raise UserError(f"{_differing(network, samples, samples)} draws random numbers: call eval() first")
         # one in the middle has seen all others, also where what mixes goes from one to the next, either way
         for index in (1,) if len(samples) == 3 else range(len(samples)):
-            _check_alone(network, linear, samples, index, together)
+            _check_alone(network, layers, samples, index, together)
         network.changing = [name for name in buffers if given[name] is not buffers[name] or given[name]._version > 0]
         if network.changing and not _agree(network.outputs(samples, given), together, _AGAIN):
             raise UserError(
@@ -64,10 +64,10 @@ def try_out(network: Network, linear: LinearLayers, samples: Tensor) -> int:
     return together.shape[1]
 
 
-def _first(network: Network, linear: LinearLayers, samples: Tensor, values: dict[str, Tensor]) -> Tensor:
+def _first(network: Network, layers: Layers, samples: Tensor, values: dict[str, Tensor]) -> Tensor:
     try:
-        with torch.enable_grad(), linear.cut_off():
-            return network.outputs(samples, values, then=linear.find_other_uses)
+        with torch.enable_grad(), layers.cut_off():
+            return network.outputs(samples, values, then=layers.find_other_uses)
     except RuntimeError as error:
         if not any(word in str(error) for word in ("dtype", "scalar type", "Half", "BFloat16")):
             raise
@@ -77,9 +77,9 @@ def _first(network: Network, linear: LinearLayers, samples: Tensor, values: dict
         ) from error
 
 
-def _check_alone(network: Network, linear: LinearLayers, samples: Tensor, index: int, together: Tensor) -> None:
+def _check_alone(network: Network, layers: Layers, samples: Tensor, index: int, together: Tensor) -> None:
     one = samples[index : index + 1]
-    with linear.watched_alone(index):
+    with layers.watched_alone(index):
         alone = network(one)
     if _agree(alone, together[index : index + 1], _AMONG_OTHERS):
         return
