@@ -103,7 +103,8 @@ def lost_process(error: RuntimeError) -> LostProcessError | None:
     """Return the error to raise when a back-end says that another process is gone; None if it says something else."""
     if not _PEER_LOST.search(str(error)):
         return None
-    told = str(error).strip().splitlines()[0]
+    # without the line of gloo's source, and without its advice
+    told = re.sub(r"^\[[^]]*\.cc:\d+\] ", "", str(error).strip().splitlines()[0]).partition(". ")[0]
     return LostProcessError(
         f"another process of this run has ended or does not answer: look at what it wrote, and start all again ({told})"
     )
