@@ -17,11 +17,13 @@ __all__ = [
     "CannotReadError",
     "CannotWriteError",
     "DivergedError",
+    "LostProcessError",
     "NotFoundError",
     "UserError",
     "cannot_write",
     "condensed",
     "full_disk",
+    "lost_process",
     "one_line",
     "reason",
 ]
@@ -70,6 +72,14 @@ class DivergedError(FloatingPointError, UserError):
     """Training, or its data, has produced numbers that are not finite."""
 
 
+class LostProcessError(UserError, SystemExit):
+    """Another process of this run is gone. Uncaught, it ends the program with its line and status 1, no traceback."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self.code = text
+
+
 def cannot_write(path: str | Path, error: OSError) -> CannotWriteError:
     """Return the error to raise when ``path`` cannot be written."""
     remedy = "; free some space" if error.errno in _FULL else ""
@@ -87,6 +97,17 @@ def full_disk(error: BaseException | None) -> CannotWriteError | None:
             unclear = cannot_write(error.filename or "a file of this run", error)
         error = error.__cause__ or error.__context__
     return unclear
+
+
+def lost_process(error: RuntimeError) -> LostProcessError | None:
+    """Return the error to raise when a back-end says that another process is gone; None if it says something else."""
+    if not _PEER_LOST.search(str(error)):
+        return None
+    # without the line of gloo's source, and without its advice
+    told = re.sub(r"^\[[^]]*\.cc:\d+\] ", "", str(error).strip().splitlines()[0]).partition(". ")[0]
+    return LostProcessError(
+        f"another process of this run has ended or does not answer: look at what it wrote, and start all again ({told})"
+    )
 
 
 def reason(error: Exception) -> str:

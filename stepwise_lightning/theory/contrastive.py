@@ -22,6 +22,7 @@ from torch import Tensor
 
 from stepwise_lightning.errors import UserError
 from stepwise_lightning.precision import as_float64, check_real, on_float64_device
+from stepwise_lightning.sharing import ranks
 from stepwise_lightning.theory.krylov import KernelProducts, top_modes
 from stepwise_lightning.theory.linear import LinearBarlowTwins
 
@@ -46,8 +47,8 @@ class ContrastiveKernelPCA:
         kernel: any callable ``kernel(x, y)``, (k, …) and (l, …) to (k, l), symmetric and positive semi-definite, such
             as those of :mod:`stepwise_lightning.theory.kernels`; wrap arguments with ``functools.partial``.
         n_components: d, number of modes.
-        max_bytes: memory for kernel values. The kernel matrix is held where its 32 n² bytes fit; otherwise it is
-            recomputed in tiles at each iteration.
+        max_bytes: memory for kernel values, of each process. The kernel matrix is held where half of it, 16 n² bytes,
+            fits, or where a process's part of that does; otherwise it is recomputed in tiles at each iteration.
         tolerance: residual at which the iteration stops, relative to γ_1; eigenvalues are then right to its square.
         progress: show a progress bar on fits that take long.
 
@@ -55,6 +56,10 @@ class ContrastiveKernelPCA:
         eigenvalues_: γ_1 … γ_d, (d,).
         coefficients_: β, (2n, d), the first n rows for X; signs make the largest |f_j| on Z positive.
         residuals_: ‖A β_j − γ_j β_j‖ in the K̃ norm, A the operator, (d,).
+
+    Once ``torch.distributed`` is initialised, the ranks share ``fit`` and all that gives embeddings: all call these
+    together, with the same arguments, and get the same model, that of one process up to rounding. What one rank calls
+    alone stands in ``with one_process():`` (:mod:`stepwise_lightning.sharing`).
 
     Everything is float64 on the device of the views, or on the CPU where that has no float64. The kernel gets views as
     they are, also integers, where all are of one type; where types differ it gets float64.
@@ -95,12 +100,14 @@ class ContrastiveKernelPCA:
             ValueError: views that differ in shape, are empty, complex or not finite; a kernel matrix of wrong shape,
                 complex, of narrow integers, not finite or not symmetric; fewer positive modes than ``n_components``
                 (the error says how many there are); ``max_bytes`` too small for one tile of the kernel matrix (the
-                error says what is enough).
+                error says what is enough); ranks that do not all call this, with the same views and kernel.
 
         """
-        self._views = torch.cat(_checked_views(x1, x2))
+        team = ranks()
+        team.meet("ContrastiveKernelPCA.fit", x1, x2, self.n_components, self.max_bytes, self.tolerance)
+        self._views = torch.cat(team.agreed(lambda: _checked_views(x1, x2)))
         multiplier = products(self.kernel, self._views, self.max_bytes, self.progress)
-        eigenvalues, coefficients, residuals = top_modes(multiplier, self.n_components, self.tolerance, self.progress)
+        eigenvalues, coefficients, residuals = top_modes(multiplier, self.n_components, self.tolerance)
         positive = int((eigenvalues > _ZERO * eigenvalues.abs().max()).sum())
         if positive < self.n_components:
             raise UserError(
@@ -248,7 +255,13 @@ class ContrastiveKernelPCA:
         self._check_fitted()
         side = KernelProducts.side_within(self.max_bytes, self._views)
         parts = list(zip(self._views.split(side), self.coefficients_.split(side), strict=True))
-        return torch.cat([sum(self._kernel(rows, views) @ b for views, b in parts) for rows in x.split(side)])
+
+        def values(points: Tensor) -> Tensor:
+            return torch.cat([sum(self._kernel(rows, views) @ b for views, b in parts) for rows in points.split(side)])
+
+        team = ranks()
+        team.meet("ContrastiveKernelPCA.transform", x, self.coefficients_)
+        return team.by_rows(values, x)
 
     def _kernel(self, x: Tensor, views: Tensor) -> Tensor:
         check_real(x, "the points")

@@ -20,6 +20,7 @@ from torch.func import grad, vmap
 
 from stepwise_lightning.errors import UserError
 from stepwise_lightning.precision import without_autocast
+from stepwise_lightning.sharing import ranks
 from stepwise_lightning.theory.layerwise import Layers, NotLayerwiseError, Sizes
 from stepwise_lightning.theory.layerwise_kernel import layerwise, least_numbers
 from stepwise_lightning.theory.networks import Network, left_alone
@@ -74,7 +75,18 @@ class EmpiricalNTK:
 
         It is computed on the device of the module, or on the CPU where that has no float64. Floating inputs are cast;
         integers are given to the module as they are if it takes them (such as token numbers), else cast.
+
+        Once ``torch.distributed`` is initialised, the ranks share the rows: all call it together, with the same inputs
+        and parameters, and each gets the whole. What one rank calls alone stands in ``with one_process():``
+        (:mod:`stepwise_lightning.sharing`).
         """
+        team = ranks()
+        team.meet("EmpiricalNTK", x, y, *self.module.parameters())
+        if x is y:
+            return team.symmetric(self._alone, x)
+        return team.by_rows(lambda rows: self._alone(rows, y), x)
+
+    def _alone(self, x: Tensor, y: Tensor) -> Tensor:
         names = _chosen(self.module, self.parameters)
         with torch.inference_mode(False), ExitStack() as stack:
             network = Network(self.module, self.dtype, names)

@@ -1,0 +1,226 @@
+"""Real processes share kernel fits and tangent kernels: all get what one process gets, or all get the same refusal."""
+
+import os
+import signal
+import sys
+import warnings
+from datetime import timedelta
+from functools import partial
+from itertools import count
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from stepwise_lightning import sharing
+from stepwise_lightning.errors import UserError
+from stepwise_lightning.sharing import one_process
+from stepwise_lightning.theory import ContrastiveKernelPCA, EmpiricalNTK, krylov, linear_kernel, rbf_kernel, relu_ntk
+
+RBF = partial(rbf_kernel, length_scale=2.0)
+# Of about 130 views: all tiles fit one process, they fit when two share them, and they do not fit.
+HELD, HELD_BY_TWO, STREAMED = 2**30, 50_000, 12_288
+
+
+def pairs(n=65, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    content = torch.randn(n, 6, dtype=torch.float64, generator=generator) * torch.linspace(2, 0.5, 6)
+    return tuple(content + 0.3 * torch.randn(n, 6, dtype=torch.float64, generator=generator) for _ in range(2))
+
+
+def network(seed=0):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return nn.Sequential(nn.Unflatten(1, (1, 6)), nn.Conv1d(1, 3, 2), nn.Tanh(), nn.Flatten(), nn.Linear(15, 4))
+
+
+def fitted(n, kernel, max_bytes, dense):
+    """Return what a fit leaves, and embeddings of other points than those of the fit."""
+    krylov._DENSE = 300 if dense else 0
+    model = ContrastiveKernelPCA(kernel, min(4, n), max_bytes).fit(*pairs(n))
+    points, start = pairs(7, seed=1)[0], torch.full((min(4, n),), 1e-3)
+    embeddings = torch.cat(
+        [model.transform(points), model.transform(points[:1]), model.transform_at(points, 1.0, start)]
+    )
+    krylov._DENSE = 300
+    return model.eigenvalues_, model.coefficients_, embeddings, model.residuals_ / model.eigenvalues_[0]
+
+
+def everything():
+    """Return tensors by name: fits by each route, of pairs that the ranks divide and that they do not."""
+    results = {}
+    for n, name in ((65, "rbf"), (65, "relu"), (64, "rbf"), (2, "relu"), (1, "rbf")):
+        kernel = {"rbf": RBF, "relu": relu_ntk}[name]
+        for max_bytes in (HELD, HELD_BY_TWO, STREAMED) if n == 65 else (HELD,):
+            results[n, name, max_bytes] = fitted(n, kernel, max_bytes, dense=False)
+        results[n, name, "dense"] = fitted(n, kernel, HELD, dense=True)
+    x, y = pairs(9)
+    kernel = EmpiricalNTK(network(), max_bytes=2**14)
+    results["tangent kernel"] = kernel(x, x), kernel(x, y[:2]), kernel(x[:1], y), kernel(x[:1], x[:1])
+    results["fit of a tangent kernel"] = fitted(9, kernel, HELD, dense=False)
+    return results
+
+
+class Spoilt:
+    """An RBF kernel that from its third call on raises on one rank."""
+
+    def __init__(self, rank, error):
+        self.rank, self.error, self.calls = rank, error, count()
+
+    def __call__(self, x, y):
+        if next(self.calls) >= 2 and self.rank == 1:
+            raise self.error
+        return RBF(x, y)
+
+
+def refusals(rank):
+    """Return what each rank is told by name: its kind and its text."""
+    (x1, x2), (y1, y2) = pairs(), pairs(seed=rank)
+    tile = UserError("no such tile")
+    uses = {
+        "tile, held": lambda: ContrastiveKernelPCA(Spoilt(rank, tile), 2).fit(x1, x2),
+        "tile, recomputed": lambda: ContrastiveKernelPCA(Spoilt(rank, tile), 2, STREAMED).fit(x1, x2),
+        "bug": lambda: ContrastiveKernelPCA(Spoilt(rank, KeyError("a bug")), 2).fit(x1, x2),
+        "views": lambda: ContrastiveKernelPCA(RBF, 2).fit(y1, y2),
+        "number of pairs": lambda: ContrastiveKernelPCA(RBF, 2).fit(x1[rank:], x2[rank:]),
+        "settings": lambda: ContrastiveKernelPCA(RBF, 2 + rank).fit(x1, x2),
+        "kernels": lambda: ContrastiveKernelPCA(partial(rbf_kernel, length_scale=2.0 + rank), 2).fit(x1, x2),
+        "networks": lambda: EmpiricalNTK(network(rank))(x1, x1),
+        "inputs": lambda: EmpiricalNTK(network())(y1, y1),
+        "modes": lambda: ContrastiveKernelPCA(linear_kernel, 2).fit(x1, -x1),
+        "not finite": lambda: ContrastiveKernelPCA(RBF, 2).fit(x1, x2.index_fill(0, torch.tensor([rank]), torch.nan)),
+    }  # fmt: skip
+    told = {}
+    for name, use in uses.items():
+        try:
+            use()
+        except Exception as error:
+            told[name] = type(error).__name__, str(error)
+    return told
+
+
+def held_values():
+    """Return how many kernel values this rank holds of 130 views by each route, None where it holds none."""
+    products = [krylov.KernelProducts(RBF, torch.cat(pairs()), size, False) for size in (HELD, HELD_BY_TWO, STREAMED)]
+    return [None if each.held is None else sum(tile.numel() for _, _, tile in each.held) for each in products]
+
+
+def alone(rank):
+    """Return a model and a kernel that rank zero alone has made, and what it is told where it should have said so."""
+    if rank:
+        return None
+    with one_process():
+        made = fitted(64, RBF, HELD, dense=False), EmpiricalNTK(network())(pairs()[0], pairs()[1])
+    sharing._PATIENCE = timedelta(seconds=0.2)
+    try:
+        EmpiricalNTK(network())(*pairs())
+    except UserError as error:
+        return made, str(error)
+
+
+def killed_in_a_fit(rank, directory):
+    """Kill rank one in the middle of a fit; the others write what they are told to a file."""
+    calls = count()
+
+    def kernel(x, y):
+        if next(calls) == 40 and rank == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return RBF(x, y)
+
+    sys.stderr = open(f"{directory}/{rank}.txt", "w")  # noqa: SIM115
+    ContrastiveKernelPCA(kernel, 2, STREAMED, tolerance=1e-15).fit(*pairs())
+
+
+def worker(rank, number, directory):
+    warnings.simplefilter("error")
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{directory}/rendezvous", rank=rank, world_size=number)
+    results = {"everything": everything(), "refusals": refusals(rank), "held": held_values(), "alone": alone(rank)}
+    torch.save(results, f"{directory}/{rank}.pt")
+    dist.barrier()
+    sharing._meetings = count(1000)  # rank zero has tried once more than the others
+    killed_in_a_fit(rank, directory)
+
+
+@pytest.fixture(scope="module")
+def one():
+    return everything()
+
+
+@pytest.fixture(scope="module", params=[2, pytest.param(3, marks=pytest.mark.slow)])
+def ranks(request, tmp_path_factory):
+    """Return the results of each rank, how each ended, and what it wrote on standard error at the end."""
+    directory = tmp_path_factory.mktemp("ranks")
+    context = torch.multiprocessing.get_context("spawn")
+    processes = [
+        context.Process(target=worker, args=(rank, request.param, str(directory))) for rank in range(request.param)
+    ]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    results = [torch.load(directory / f"{rank}.pt") for rank in range(request.param)]
+    texts = [(directory / f"{rank}.txt").read_text() for rank in range(request.param)]
+    return results, [process.exitcode for process in processes], texts
+
+
+def test_every_rank_has_what_one_process_has(one, ranks):
+    for rank in ranks[0]:
+        assert rank["everything"].keys() == one.keys()
+        for name, expected in one.items():
+            for actual, value in zip(rank["everything"][name], expected, strict=True):
+                torch.testing.assert_close(
+                    actual, value, rtol=0, atol=1e-12 * float(value.abs().max() + 1e-3), msg=name
+                )
+
+
+def test_all_ranks_have_the_same_bits(ranks):
+    first, *others = (rank["everything"] for rank in ranks[0])
+    assert all(
+        torch.equal(a, b) for other in others for name in first for a, b in zip(first[name], other[name], strict=True)
+    )
+
+
+def test_a_refusal_on_one_rank_is_the_same_on_all(ranks):
+    told = [rank["refusals"] for rank in ranks[0]]
+    for name, text in {
+        "tile, held": "no such tile", "tile, recomputed": "no such tile", "modes": "no positive mode",
+        "kernels": "the ranks have different kernels",
+    }.items():  # fmt: skip
+        assert {rank[name][0] for rank in told} == {"UserError"} and len({rank[name] for rank in told}) == 1
+        assert text in told[0][name][1]
+    for name in ("views", "number of pairs", "settings", "networks", "inputs", "not finite"):
+        assert len({rank[name] for rank in told}) == 1
+        assert f"{len(told)} ranks have called" in told[0][name][1] and "different arguments" in told[0][name][1]
+
+
+def test_a_bug_on_one_rank_keeps_its_traceback_there_and_ends_the_others(ranks):
+    for index, rank in enumerate(ranks[0]):
+        expected = ("KeyError", "'a bug'") if index == 1 else ("UserError", "a rank has failed: KeyError: 'a bug'")
+        assert rank["refusals"]["bug"] == expected
+
+
+def test_no_rank_holds_more_than_its_share(ranks):
+    half = 130**2 / 2
+    one = held_values()
+    assert one == [130**2, None, None]  # so few that they are one tile
+    held = [rank["held"] for rank in ranks[0]]
+    for shares in zip(*(values[:2] for values in held), strict=True):
+        assert half < sum(shares) < 1.2 * half and max(shares) < 1.2 * half / len(held) + 130
+    assert all(values[2] is None for values in held)
+
+
+def test_one_rank_can_compute_alone_and_is_told_if_it_does_not_say_so(one, ranks):
+    (fit, kernel), told = ranks[0][0]["alone"]
+    assert all(torch.equal(a, b) for a, b in zip(fit, one[64, "rbf", HELD], strict=True))
+    assert torch.equal(kernel, EmpiricalNTK(network())(*pairs()))
+    assert "\n" not in told and "has called EmpiricalNTK and waited" in told and "with one_process():" in told
+
+
+def test_a_rank_that_is_killed_ends_the_others_with_one_line(ranks):
+    _, codes, texts = ranks
+    assert codes == [-signal.SIGKILL if rank == 1 else 1 for rank in range(len(codes))]
+    for rank, text in enumerate(texts):
+        assert len(text.splitlines()) == (rank != 1)
+        assert rank == 1 or text.startswith("another process of this run has ended or does not answer: look at what it")
