@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -26,6 +27,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor, nn
 
 from reproduce.claims import Claim, worst
+from reproduce.controls import ordinary_kernel_pca, permuted_alignment
 from reproduce.options import data_name
 from reproduce.outputs import Outcome, PaperFigure
 from reproduce.processes import each, is_alone, progress_bar
@@ -51,7 +53,10 @@ PROFILES: dict[str, dict[str, Any]] = {
 # 4 × learning rate × γ_1 at initialisation. In the rich variant γ_1 grows during training, by a factor of about 15.
 RELATIVE_RATES = {"lazy": 0.25, "rich": 0.05}
 LAST_LAYER, ALL_WEIGHTS = 1e-4, 0.2
-KERNELS = ("tangent kernel at initialisation", "tangent kernel after training", "untrained network, with the latter")
+ALIGNMENTS = (
+    "tangent kernel at initialisation", "tangent kernel after training", "untrained network, with the latter",
+    "images permuted (chance)",
+)  # fmt: skip
 
 
 @dataclass
@@ -65,7 +70,9 @@ class Result:
     step_times: Tensor
     """Predicted, (d,)."""
     alignments: dict[str, np.ndarray[Any, Any]]
-    """(T,) by name, in the order of ``KERNELS``; NaN before the first mode has crossed."""
+    """(T,) by name, in the order of ``ALIGNMENTS``; NaN before the first mode has crossed."""
+    others: dict[str, float]
+    """At the end, with what does not know of the pairs, or not of the right ones."""
 
     @property
     def modes_crossed(self) -> int:
@@ -76,7 +83,8 @@ class Result:
         """Return what goes into the table."""
         crossed = crossing_times(self.record.times, self.record.eigenvalues())
         errors = ((self.step_times - crossed) / crossed)[: self.modes_crossed].abs()
-        initial, final, untrained = (float(values[-1]) for values in self.alignments.values())
+        of_half_rate = ((2 * self.step_times - crossed) / crossed)[: self.modes_crossed].abs()
+        initial, final, untrained, permuted = (float(values[-1]) for values in self.alignments.values())
         return {
             "variant": self.variant,
             "seed": self.seed,
@@ -85,7 +93,10 @@ class Result:
             "initial": initial,
             "final": final,
             "untrained": untrained,
+            "permuted": permuted,
+            **self.others,
             "largest_step_time_error": float(errors.max()) if self.modes_crossed else float("nan"),
+            "of_half_rate": float(of_half_rate.min()) if self.modes_crossed else float("nan"),
         }
 
     def panel(self) -> Panel:
@@ -149,7 +160,8 @@ def experiment(variant: str, seed: int, options: argparse.Namespace, directory: 
     _train(module, pairs, log, TensorBoardLogger(directory / "tensorboard", f"{variant}_seed{seed}"), options.steps)
     after = ContrastiveKernelPCA(EmpiricalNTK(encoder), options.dim).fit(pairs.x1, pairs.x2)
     alignments = _alignments(log.record, pairs, before, after)
-    return Result(variant, seed, rate, log.record, before.step_times(start), alignments)
+    others = _others(log.record, pairs, before, after)
+    return Result(variant, seed, rate, log.record, before.step_times(start), alignments, others)
 
 
 @torch.no_grad()
@@ -190,23 +202,43 @@ def _train(module: BarlowTwins, pairs: FixedCropPairs, log: SpectrumLogger, logg
 def _alignments(
     record: SpectrumRecord, pairs: FixedCropPairs, before: ContrastiveKernelPCA, after: ContrastiveKernelPCA
 ) -> dict[str, np.ndarray[Any, Any]]:
-    """Align the embeddings at each logged step with both predictions, and those at step 0 with the second."""
+    """Align the embeddings at each logged step with both predictions, and with the second what should not."""
     crossed = num_crossed(record.eigenvalues()).tolist()
     embeddings = [record.embeddings(index).flatten(0, 1) for index in range(len(record))]
-    predicted = [torch.cat([kernel.transform(x) for x in (pairs.x1, pairs.x2)]) for kernel in (before, after)]
-    cases = ((embeddings, predicted[0]), (embeddings, predicted[1]), ([embeddings[0]] * len(crossed), predicted[1]))
+    initial, final = (torch.cat([kernel.transform(x) for x in (pairs.x1, pairs.x2)]) for kernel in (before, after))
+    cases = (
+        (embeddings, initial, subspace_alignment),
+        (embeddings, final, subspace_alignment),
+        ([embeddings[0]] * len(crossed), final, subspace_alignment),
+        (embeddings, final, permuted_alignment),
+    )
     return {
-        name: np.array([_alignment(f, g, k) for f, k in zip(fs, crossed, strict=True)])
-        for name, (fs, g) in zip(KERNELS, cases, strict=True)
+        name: np.array([_alignment(f, g, k, measure) for f, k in zip(fs, crossed, strict=True)])
+        for name, (fs, g, measure) in zip(ALIGNMENTS, cases, strict=True)
     }
 
 
-def _alignment(f: Tensor, g: Tensor, modes: int) -> float:
+def _others(
+    record: SpectrumRecord, pairs: FixedCropPairs, before: ContrastiveKernelPCA, after: ContrastiveKernelPCA
+) -> dict[str, float]:
+    """Align the last embeddings with ordinary kernel PCA, and with the closed form of wrong pairs, both kernels'."""
+    f, crossed = record.embeddings(-1).flatten(0, 1), int(num_crossed(record.eigenvalues()[-1]))
+    z = torch.cat([pairs.x1, pairs.x2])
+    numbers = {}
+    for name, machine in (("initial", before), ("final", after)):
+        k = machine.kernel(z, z)
+        wrong = ContrastiveKernelPCA(machine.kernel, machine.n_components).fit(pairs.x1, pairs.x2.roll(1, 0))
+        numbers[f"ordinary_{name}"] = _alignment(f, ordinary_kernel_pca(k, k, machine.n_components).flip(1), crossed)
+        numbers[f"wrong_pairs_{name}"] = _alignment(f, wrong.transform(z), crossed)
+    return numbers
+
+
+def _alignment(f: Tensor, g: Tensor, modes: int, measure: Callable[..., Any] = subspace_alignment) -> float:
     """Return the alignment of the first principal directions of f with as many modes of g; NaN for none."""
     if not modes:
         return float("nan")
     directions = torch.linalg.svd(f.double(), full_matrices=False).U[:, :modes]
-    return float(subspace_alignment(directions, g[:, :modes]))
+    return float(measure(directions, g[:, :modes]))
 
 
 def _claims(summaries: list[dict[str, Any]], options: argparse.Namespace) -> list[Claim]:
