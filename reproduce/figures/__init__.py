@@ -9,6 +9,7 @@ from reproduce.figures import (
     linear_model,
     resnet_barlow_twins,
     standard_init,
+    start_scale,
     three_losses,
 )
 from reproduce.outputs import PaperFigure
@@ -17,6 +18,7 @@ FIGURES: dict[str, PaperFigure] = {
     module.FIGURE.name: module.FIGURE
     for module in (
         linear_model,
+        start_scale,
         resnet_barlow_twins,
         three_losses,
         standard_init,

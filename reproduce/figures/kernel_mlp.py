@@ -206,12 +206,12 @@ def _alignments(
     crossed = num_crossed(record.eigenvalues()).tolist()
     embeddings = [record.embeddings(index).flatten(0, 1) for index in range(len(record))]
     initial, final = (torch.cat([kernel.transform(x) for x in (pairs.x1, pairs.x2)]) for kernel in (before, after))
-    cases = (
+    cases: list[tuple[list[Tensor], Tensor, Callable[..., Any]]] = [
         (embeddings, initial, subspace_alignment),
         (embeddings, final, subspace_alignment),
         ([embeddings[0]] * len(crossed), final, subspace_alignment),
         (embeddings, final, permuted_alignment),
-    )
+    ]
     return {
         name: np.array([_alignment(f, g, k, measure) for f, k in zip(fs, crossed, strict=True)])
         for name, (fs, g, measure) in zip(ALIGNMENTS, cases, strict=True)
