@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from matplotlib.figure import Figure
-from matplotlib.ticker import NullLocator
+from matplotlib.ticker import LogLocator
 
 from stepwise_lightning.plots.panels import Array, Panel, draw_panel
 
@@ -44,7 +44,7 @@ def doses_figure(rows: list[list[Panel]], responses: list[Response], title: str,
             draw_panel(panel, None, axis)
             axis.set_title(panel.title, fontsize="medium")
             axis.set_xlabel("time")
-            axis.xaxis.set_minor_locator(NullLocator())
+            axis.xaxis.set_major_locator(LogLocator(numticks=4))
         axes[0].set_ylabel(panels[0].label)
     for axis, response in zip(parts[-1].subplots(1, len(responses), squeeze=False)[0], responses, strict=True):
         _draw_response(axis, response)
