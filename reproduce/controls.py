@@ -1,46 +1,43 @@
-"""Data that has nothing to learn in common: what must not give a staircase."""
+"""What an alignment has to be told from: a theory that knows nothing of pairs, and subspaces that share nothing."""
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from stepwise_lightning import TwoViewDataModule
-from stepwise_lightning.data.image_sets import ImageSet
-from stepwise_lightning.data.sampling import ResumableLoader
-from stepwise_lightning.seeding import hashed_seed
+from stepwise_lightning.theory import subspace_alignment
 
 
-class WrongPairs(TwoViewDataModule):
-    """Second views of other images: those of the next image of the batch. What is measured are right pairs."""
+def ordinary_kernel_pca(k: Tensor, rows: Tensor, dim: int) -> Tensor:
+    """Return the embeddings of ordinary kernel PCA, uncentred, which is the closed form with P = I: it sees no pairs.
 
-    def train_dataloader(self) -> ResumableLoader:
-        """Return batches (x1, x2, label) whose x2 do not belong to x1."""
-        loader = super().train_dataloader()
-        loader.collate_fn = _exchanged(loader.collate_fn)
-        return loader
+    Args:
+        k: K(Z, Z) of all views, (2n, 2n).
+        rows: K(x, Z) of the points to embed, (k, 2n).
+        dim: d.
 
+    Returns:
+        (k, d), each column up to a factor.
 
-class _exchanged:
-    def __init__(self, collate: Any) -> None:
-        self.collate = collate
-
-    def __call__(self, samples: Any) -> tuple[Tensor, Tensor, Tensor]:
-        x1, x2, labels = self.collate(samples)
-        return x1, x2.roll(1, 0), labels
+    """
+    return rows @ torch.linalg.eigh(k).eigenvectors[:, -dim:]
 
 
-class NoiseImages(TwoViewDataModule):
-    """Images of independent, uniformly random pixels, as many and as large as those of the data set."""
+def permuted_alignment(f: Tensor, g: Tensor, draws: int = 20) -> float:
+    """Return the mean subspace alignment of embeddings, (2n, d) each, whose images are permuted against each other.
 
-    def images(self, split: str) -> ImageSet:
-        """Return a split of noise; the labels stay."""
-        if split not in self._sets:
-            images = super().images(split)
-            assert isinstance(images.images, Tensor)
-            generator = torch.Generator().manual_seed(hashed_seed(self.hparams["seed"], "noise", split))
-            noise = torch.randint(0, 256, images.images.shape, dtype=torch.uint8, generator=generator)
-            self._sets[split] = ImageSet(noise, images.labels, images.class_names)
-        return self._sets[split]
+    This is chance: what two embeddings of these sizes share, though they are of different images. Both views of a pair
+    are moved together, and stay as alike as they are.
+
+    Args:
+        f: first views before second views.
+        g: the same of another embedding.
+        draws: permutations to average over.
+
+    """
+    generator = torch.Generator().manual_seed(0)
+    n, total = len(f) // 2, 0.0
+    for _ in range(draws):
+        order = torch.randperm(n, generator=generator)
+        total += float(subspace_alignment(f, g[torch.cat([order, n + order])]))
+    return total / draws

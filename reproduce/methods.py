@@ -51,8 +51,8 @@ VARIANTS: dict[str, tuple[list[str], dict[str, Any]]] = {
     "ordinary": (["ordinary.yaml"], {}),
     "alpha0.01": ([], {"model.init_args.encoder.init_args.alpha": 0.01}),
     "alpha0.1": ([], {"model.init_args.encoder.init_args.alpha": 0.1}),
-    "wrong_pairs": ([], {"data.class_path": "reproduce.controls.WrongPairs"}),
-    "noise_images": ([], {"data.class_path": "reproduce.controls.NoiseImages"}),
+    "wrong_pairs": ([], {"data.class_path": "reproduce.control_data.WrongPairs"}),
+    "noise_images": ([], {"data.class_path": "reproduce.control_data.NoiseImages"}),
     "no_off_diagonal": ([], {"model.init_args.off_diagonal_weight": 0.0}),
     "no_covariance": ([], {"model.init_args.covariance_weight": 0.0}),
     # As published, but for ε: from a small start the gradient would grow with its inverse root.

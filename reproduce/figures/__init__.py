@@ -10,6 +10,7 @@ from reproduce.figures import (
     negative_controls,
     resnet_barlow_twins,
     standard_init,
+    start_scale,
     three_losses,
 )
 from reproduce.outputs import PaperFigure
@@ -18,6 +19,7 @@ FIGURES: dict[str, PaperFigure] = {
     module.FIGURE.name: module.FIGURE
     for module in (
         linear_model,
+        start_scale,
         resnet_barlow_twins,
         negative_controls,
         three_losses,

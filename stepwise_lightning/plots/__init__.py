@@ -1,5 +1,6 @@
 """Figures of what was measured: functions of records that return a matplotlib Figure."""
 
+from stepwise_lightning.plots.doses import Response, doses_figure
 from stepwise_lightning.plots.embeddings import embedding_figure, growth_animation, growth_figure, principal_components
 from stepwise_lightning.plots.panels import Panel, draw_panel, mode_colours
 from stepwise_lightning.plots.trajectories import (
@@ -13,8 +14,10 @@ from stepwise_lightning.plots.trajectories import (
 
 __all__ = [
     "Panel",
+    "Response",
     "alignment_figure",
     "alignments_figure",
+    "doses_figure",
     "draw_panel",
     "eigenfunctions_figure",
     "eigenvalues_figure",

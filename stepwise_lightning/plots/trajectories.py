@@ -81,7 +81,8 @@ def eigenvalues_figure(rows: list[list[Panel]], labels: list[str], title: str, n
 def alignment_figure(panels: list[Panel], alignments: list[dict[str, Array]], title: str, note: str = "") -> Figure:
     """Draw eigenvalues above alignments, in [0, 1], against log time, one column per run.
 
-    alignments: for each panel, three of them by name, the baseline last: (T,), NaN where undefined.
+    alignments: for each panel, three of them by name, the baseline last, or four, with chance after it: (T,), NaN
+        where undefined.
     """
     figure = Figure(figsize=(6.2 * len(panels), 6.2), layout="constrained")
     axes = figure.subplots(2, len(panels), sharex="col", sharey="row", squeeze=False)
@@ -89,7 +90,7 @@ def alignment_figure(panels: list[Panel], alignments: list[dict[str, Array]], ti
         upper, lower = axes[:, column]
         draw_panel(panel, None, upper)
         upper.set(title=panel.title, xlabel="")
-        for (name, alignment), colour in zip(values.items(), ("tab:blue", "tab:orange", "0.6"), strict=True):
+        for (name, alignment), colour in zip(values.items(), ("tab:blue", "tab:orange", "0.6", "0.8"), strict=False):
             lower.plot(panel.times, alignment, color=colour, linewidth=2.2, label=name)
         lower.set(ylim=(0, 1.03), xlabel=TIME)
         lower.spines[["top", "right"]].set_visible(False)
@@ -126,14 +127,17 @@ def alignments_figure(
 def eigenfunctions_figure(panels: list[Panel], extremes: list[list[Array]], title: str, note: str = "") -> Figure:
     """Draw eigenvalues against log time, one column per run, above the images at both ends of its first eigenfunctions.
 
-    extremes: for each panel and mode, images (2k, h, w, 3) in [0, 1], the k lowest before the k highest.
+    extremes: for each panel and mode, images (2k, h, w, 3) in [0, 1], the k lowest before the k highest; panels may
+        have different numbers of modes.
     """
-    rows = len(extremes[0])
+    rows = max(map(len, extremes))
     figure = Figure(figsize=(6.2 * len(panels), 3.4 + 0.72 * rows), layout="constrained")
     axes = figure.subplots(1 + rows, len(panels), squeeze=False, height_ratios=[4.5] + [1.0] * rows)
     for column, (panel, images_of) in enumerate(zip(panels, extremes, strict=True)):
         draw_panel(panel, None, axes[0, column])
         axes[0, column].set_title(panel.title)
+        for axis in axes[1 + len(images_of) :, column]:
+            axis.set_axis_off()
         for mode, images in enumerate(images_of):
             axis, half = axes[1 + mode, column], len(images) // 2
             gap = np.ones((images.shape[1], images.shape[2] // 2, 3))
