@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from reproduce.methods import METHODS, STARTS
+from reproduce.methods import METHODS, VARIANTS
 from reproduce.options import check_writable, interrupted, new_parser, parse, refusal
 from reproduce.runs import trained_runs
 from reproduce.training import PROFILES
@@ -19,11 +19,11 @@ def main(arguments: list[str] | None = None) -> int:
     """Train what is asked for; return 0, or 2 for bad input or a failed run."""
     parser = new_parser("reproduce.train", __doc__, PROFILES)
     parser.add_argument("loss", choices=METHODS)
-    parser.add_argument("start", choices=STARTS, help="the initialisation")
+    parser.add_argument("variant", choices=VARIANTS, help="by what it differs from its configuration; small: nothing")
     options = parse(parser, PROFILES, arguments)
     try:
         check_writable(Path(options.out) / "runs")
-        runs = trained_runs(options, [(options.loss, options.start)])
+        runs = trained_runs(options, [(options.loss, options.variant)])
     except Exception as error:
         return refusal(error)
     except KeyboardInterrupt:
