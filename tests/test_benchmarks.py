@@ -37,8 +37,8 @@ def test_views():
 
 @pytest.mark.slow
 def test_folders():
-    printed = run("folders.py", "--images", "2000", "--rounds", "1")
-    assert printed.count("(limit ") == 4 and "2000 images" in printed
+    printed = run("folders.py", "--images", "1000", "--rounds", "1")
+    assert printed.count("(limit ") == 4 and "1000 images" in printed
 
 
 @pytest.mark.slow
