@@ -53,7 +53,7 @@ class Result:
     @property
     def dose(self) -> str:
         """What the scale is called."""
-        return "ordinary" if self.scale is None else f"{self.scale:g}"
+        return _name(self.scale)
 
     def summary(self) -> dict[str, Any]:
         """Return what goes into the table."""
@@ -71,8 +71,12 @@ class Result:
 
     def panel(self) -> Panel:
         """Return how to draw it."""
-        title = f"{'ordinary' if self.scale is None else f'std {self.dose}'}: {self.summary()['distinct']} distinct"
+        title = f"{'std ' * (self.scale is not None)}{self.dose}: {self.summary()['distinct']} distinct"
         return Panel(self.record, title=title, theory=self.theory, step_times=())
+
+
+def _name(scale: float | None) -> str:
+    return "ordinary" if scale is None else f"{scale:.0e}".replace("e-0", "e-")
 
 
 def produce(options: argparse.Namespace, directory: Path) -> Outcome:
@@ -138,12 +142,12 @@ def _gamma(seed: int, options: argparse.Namespace) -> torch.Tensor:
 
 def _claims(summaries: list[dict[str, Any]], options: argparse.Namespace) -> list[Claim]:
     small, ordinary = (
-        [summary for summary in summaries if summary["start"] == start] for start in (f"{SCALES[0]:g}", "ordinary")
+        [summary for summary in summaries if summary["start"] == start] for start in map(_name, (SCALES[0], None))
     )
     return [
         worst(
-            f"linear_{key}", f"linear model, start of {SCALES[0]:g}: {sentence}", [s[key] for s in small], relation,
-            bound, options.seeds, "ordinary initialisation", [s[key] for s in ordinary],
+            f"linear_{key}", f"linear model, start of {_name(SCALES[0])}: {sentence}", [s[key] for s in small],
+            relation, bound, options.seeds, "ordinary initialisation", [s[key] for s in ordinary],
         )
         for key, sentence, relation, bound in (
             ("distinct", "distinct steps", ">=", LEAST_DISTINCT[options.profile]),

@@ -9,7 +9,9 @@ import torch
 from stepwise_lightning import SpectrumRecord
 from stepwise_lightning.plots import (
     Panel,
+    Response,
     alignment_figure,
+    doses_figure,
     eigenfunctions_figure,
     embedding_figure,
     spectra_figure,
@@ -69,6 +71,7 @@ def test_embeddings_are_shown_in_the_components_of_the_last(dimensions):
 def test_alignments_lie_below_the_eigenvalues_they_belong_to():
     runs = [growth([8.0, 4, 2]), growth([9.0, 5, 1])]
     values = {"first": runs[0].times / 10, "second": runs[0].times / 20, "baseline": 0 * runs[0].times}
+    values["chance"] = values["baseline"] + 0.1
     figure = alignment_figure(runs, [values, values], title="alignments")
     lines = figure.axes[2].lines
     assert [line.get_label() for line in lines] == list(values)
@@ -84,6 +87,18 @@ def test_the_images_at_both_ends_of_a_mode_stand_in_order():
     assert shown.shape == (5, 4 * 6 + 3, 3)
     np.testing.assert_array_equal(shown[:, :6], images[1, 0])
     np.testing.assert_array_equal(shown[:, -6:], images[1, 3])
+    fewer = eigenfunctions_figure(runs * 2, [list(images), list(images[:2])], title="modes")
+    assert [bool(axis.axison) for axis in fewer.axes] == [True] * 7 + [False]
+
+
+def test_responses_are_dots_around_the_means_of_their_doses():
+    values = np.array([[9.0, 8, 1], [9, 6, 1]])
+    response = Response(["small", "middle", "large"], {"steps": values}, "number")
+    axis = doses_figure([[growth([8.0, 4, 2])] * 3], [response], title="doses").axes[-1]
+    mean, *dots = (line.get_ydata() for line in axis.lines)
+    np.testing.assert_array_equal(mean, [9, 7, 1])
+    np.testing.assert_array_equal(dots, values)
+    assert [label.get_text() for label in axis.get_xticklabels()] == response.doses
 
 
 @pytest.mark.parametrize("shape", [(4, 0), (4, 3)])

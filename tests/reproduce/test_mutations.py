@@ -4,9 +4,10 @@ The figures are the real ones, at their smallest size, and without the mutation 
 figure share a table: a mutation is a line with what it breaks, which claim must notice, and the function that does it.
 """
 
+import copy
 import inspect
 import json
-from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,7 +19,6 @@ from stepwise_lightning.encoders import LinearEncoder
 from stepwise_lightning.spectrum import measures
 from stepwise_lightning.spectrum.schedule import Clock
 from stepwise_lightning.theory import ContrastiveKernelPCA, LinearBarlowTwins, feature_cross_correlation
-from stepwise_lightning.theory.krylov import KernelProducts
 
 # ---- training ----
 
@@ -151,13 +151,17 @@ def centred_kernel(patch):
 
 def kernel_that_follows(patch):
     """The tangent kernel at initialisation is that of the network while it trains."""
-    patch.setattr(kernel_mlp.copy, "deepcopy", lambda network: network)
+    patch.setattr(kernel_mlp, "copy", SimpleNamespace(deepcopy=lambda network: network))
 
 
 def kernel_after_as_before(patch):
     """What is called the kernel after training is that at initialisation."""
-    kernel = kernel_mlp.EmpiricalNTK
-    patch.setattr(kernel_mlp, "EmpiricalNTK", lambda network: kernel(COPIES.setdefault(id(network), copied(network))))
+    initial, kernel = {}, kernel_mlp.EmpiricalNTK
+    patch.setattr(
+        kernel_mlp,
+        "EmpiricalNTK",
+        lambda network: kernel(initial.setdefault(network, copy.deepcopy(network))),
+    )
 
 
 # ---- measurement ----
@@ -168,7 +172,9 @@ def time_without_rate(patch):
 
 
 def float32_spectra(patch):
-    change_source(patch, measures, "cross_correlation_eigenvalues", "c = z1.T @ z2 / n", "c = z1.float().T @ z2.float() / n")
+    change_source(
+        patch, measures, "cross_correlation_eigenvalues", "c = z1.T @ z2 / n", "c = z1.float().T @ z2.float() / n"
+    )
 
 
 def lower_threshold(patch):
@@ -177,10 +183,22 @@ def lower_threshold(patch):
     patch.setattr(record, "detect_steps", steps.detect_steps)
 
 
-# (figure, mutation, a claim that must fail)
-MUTATIONS = [
-    ("linear_model", unsymmetrised, "deviation"),
-]
+SMALLER = {"linear_model": ["--dim", "2"]}
+# What each figure is broken by, and a claim that must fail.
+MUTATIONS = {
+    "linear_model": {},
+}
+
+
+def failing_claims(figure, folder, mutate, patch):
+    """Make a figure at its smallest size, broken; return the names of the claims that fail."""
+    # Mutations are of this process: nothing may run in another.
+    for module in (kernel_mlp, kernel_pca, linear_model, start_scale):
+        patch.setattr(module, "each", lambda function, items, title: [function(*item) for item in items])
+    mutate(patch)
+    main([figure, "--profile", "smoke", "--seeds", "0", "--out", str(folder), *SMALLER.get(figure, [])])
+    document = json.loads((folder / figure / "claims.json").read_text(encoding="utf-8"))
+    return {claim["name"] for claim in document["claims"] if not claim["holds"]}
 
 
 def change_source(patch, module, name, old, new):
