@@ -23,6 +23,7 @@ from stepwise_lightning.precision import without_autocast
 from stepwise_lightning.theory.layerwise import Layers, NotLayerwiseError, Sizes
 from stepwise_lightning.theory.layerwise_kernel import layerwise, least_numbers
 from stepwise_lightning.theory.networks import Network, left_alone
+from stepwise_lightning.theory.shares import product
 from stepwise_lightning.theory.trial import a_few, try_out
 
 # vmap keeps a few copies of what it differentiates.
@@ -124,7 +125,7 @@ def _per_sample(network: Network, names: list[str], x: Tensor, y: Tensor, output
             left = gradients(x[i : i + rows], o)
             for j in range(i if x is y else 0, len(y), rows):
                 right = left if x is y and i == j else gradients(y[j : j + rows], o)
-                block = (left @ right.T).double()
+                block = product(left, right)
                 kernel[i : i + rows, j : j + rows] += block
                 if x is y and i != j:
                     kernel[j : j + rows, i : i + rows] += block.T

@@ -33,6 +33,8 @@ KINDS = {*SUMS, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.GroupNorm, nn
 _TO_ADD_UP = 16
 # Numbers in a tile at most, so that it is still in cache when it is used.
 _TILE = 2**22
+# Terms of a sum in the precision of the gradients; sums of these are float64.
+_TERMS = 2**16
 # Rows below which a symmetric product takes no longer than half of it, in pieces.
 _FEW = 128
 
@@ -100,14 +102,14 @@ def share(layer: nn.Module, chosen: Collection[str], left: Part | Tensor, right:
     """
     if isinstance(left, Tensor):
         assert isinstance(right, Tensor)
-        return _product(left, right)
+        return product(left, right)
     assert not isinstance(right, Tensor)
     if _positions_are_cheaper(layer, left, right, min(room, _TILE)):
         return _by_positions(layer, "bias" in chosen, left, right, min(room, _TILE))
     kernel = _by_gradients(layer, left, right, room)
     if "bias" in chosen:
         sums = gradients(layer, ["bias"], left, room)
-        kernel += _product(sums, sums if left is right else gradients(layer, ["bias"], right, room))
+        kernel += product(sums, sums if left is right else gradients(layer, ["bias"], right, room))
     return kernel
 
 
@@ -160,7 +162,7 @@ def _by_gradients(layer: nn.Module, left: Part, right: Part, room: int) -> Tenso
             _of_weight(layer, given, some[..., start : start + at_once], room)
             for (given, _), some in zip(sides, columns, strict=True)
         ]
-        kernel += _product(of_weight[0], of_weight[-1])
+        kernel += product(of_weight[0], of_weight[-1])
     return kernel
 
 
@@ -252,11 +254,13 @@ def _tiles(rows: int, columns: int, side: int, symmetric: bool) -> Iterator[tupl
             yield slice(i, min(i + side, rows)), slice(j, min(j + side, columns))
 
 
-def _product(left: Tensor, right: Tensor) -> Tensor:
-    """Return left rightᵀ in float64, half of it computed where both are the same."""
-    kernel = torch.empty(len(left), len(right), dtype=torch.float64, device=left.device)
+def product(left: Tensor, right: Tensor) -> Tensor:
+    """Return left rightᵀ in float64, half of it computed where both are the same object."""
+    kernel = torch.zeros(len(left), len(right), dtype=torch.float64, device=left.device)
     for rows, columns in _tiles(len(left), len(right), max(len(left), len(right)), left is right):
-        kernel[rows, columns] = block = (left[rows] @ right[columns].T).double()
+        # some after the other, because a sum of millions of terms has fewer digits in float32
+        for a, b in zip(left[rows].split(_TERMS, 1), right[columns].split(_TERMS, 1), strict=True):
+            kernel[rows, columns] += a @ b.T
         if left is right and rows != columns:
-            kernel[columns, rows] = block.T
+            kernel[columns, rows] = kernel[rows, columns].T
     return kernel
