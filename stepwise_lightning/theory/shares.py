@@ -34,7 +34,7 @@ _TO_ADD_UP = 16
 # Numbers in a tile at most, so that it is still in cache when it is used.
 _TILE = 2**22
 # Terms of a sum in the precision of the gradients; sums of these are float64.
-_TERMS = 2**16
+_TERMS = 2**13
 # Rows below which a symmetric product takes no longer than half of it, in pieces.
 _FEW = 128
 
