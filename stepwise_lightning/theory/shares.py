@@ -113,22 +113,28 @@ def share(layer: nn.Module, chosen: Collection[str], left: Part | Tensor, right:
     return kernel
 
 
+def _positions(layer: nn.Module, part: Part) -> int:
+    return _columns(layer, part[1][0][:1]).shape[2]
+
+
 def _positions_are_cheaper(layer: nn.Module, left: Part, right: Part, room: int) -> bool:
     """Compare multiplications, of all samples and one group of channels."""
-    deltas, samples, others = left[1], len(left[0]), len(right[0])
-    _, groups, positions, channels = _columns(layer, deltas[0][:1]).shape
-    channels, taken = channels * len(deltas), _taken(layer)
-    if groups * positions**2 > room:
-        return positions == 1
-    by_positions = samples * others * positions**2 * (taken + channels + _TO_ADD_UP)
-    sides = samples + (0 if left is right else others)
-    return by_positions <= channels * taken * (samples * others + positions * sides)
+    samples, others = len(left[0]), len(right[0])
+    _, groups, positions, channels = _columns(layer, left[1][0][:1]).shape
+    channels, taken, other_positions = channels * len(left[1]), _taken(layer), _positions(layer, right)
+    if groups * positions * other_positions > room:
+        return positions * other_positions == 1
+    by_positions = samples * others * positions * other_positions * (taken + channels + _TO_ADD_UP)
+    to_form = samples * positions + (0 if left is right else others * other_positions)
+    return by_positions <= channels * taken * (samples * others + to_form)
 
 
 def _by_positions(layer: nn.Module, bias: bool, left: Part, right: Part, room: int) -> Tensor:
     kernel = torch.empty(len(left[0]), len(right[0]), dtype=torch.float64, device=left[0].device)
-    _, groups, positions, _ = _columns(layer, left[1][0][:1]).shape
-    side = max(1, isqrt(room // groups) // positions)
+    positions, other_positions = _positions(layer, left), _positions(layer, right)
+    groups = _columns(layer, left[1][0][:1]).shape[1]
+    # an image of y may have another size than one of x
+    side = max(1, isqrt(room // groups) // max(positions, other_positions))
     for rows, columns in _tiles(len(left[0]), len(right[0]), side, left is right):
         mirrored = left is right and rows == columns
 
@@ -143,7 +149,7 @@ def _by_positions(layer: nn.Module, bias: bool, left: Part, right: Part, room: i
             a = matrix(_columns(layer, delta[rows]))
             products.baddbmm_(a, (a if mirrored else matrix(_columns(layer, other[columns]))).mT)
         products *= seen
-        shape = (rows.stop - rows.start, positions, columns.stop - columns.start, positions)
+        shape = (rows.stop - rows.start, positions, columns.stop - columns.start, other_positions)
         block = products.sum(0).view(shape).sum((1, 3)).double()
         kernel[rows, columns] = block
         if left is right and not mirrored:

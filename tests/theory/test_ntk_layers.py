@@ -5,7 +5,7 @@ import re
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
-from made_networks import IMAGES, SEQUENCES, VECTORS, brute_force, linear, made
+from made_networks import IMAGES, SEQUENCES, VECTORS, brute_force, jacobian, linear, made
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -88,7 +88,7 @@ def twice(self, x):
 
 def in_place_afterwards(self, x):
     h = self.a(x)
-    return (self.b(h) + h.relu_()).flatten(1)
+    return self.b(h) + h.relu_()
 
 
 AWKWARD = {
@@ -178,10 +178,19 @@ def test_awkward_networks_equal_the_full_jacobian(name):
     torch.testing.assert_close(kernel(x[:3], x[2:]), expected[:3, 2:], rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.parametrize("size", [3, 6])
+def test_images_of_two_sizes_equal_the_full_jacobian(size):
+    module = nn.Sequential(conv(4, 3, 3), nn.Tanh(), conv(3, 30, size - 2), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    x, y = LARGE[:3, :, :size, :size], LARGE[1:, :, 1:]
+    left, right = (jacobian(module, z) for z in (x, y))
+    expected = torch.einsum("kop,lop->kl", left, right) / left.shape[1]
+    torch.testing.assert_close(EmpiricalNTK(module)(x, y), expected, rtol=1e-10, atol=1e-12)
+
+
 def test_an_input_that_is_changed_afterwards_is_no_silent_error():
-    module = made(in_place_afterwards, a=conv(3, 4, 3), b=conv(4, 4, 1))
+    module = made(in_place_afterwards, a=linear(), b=linear(6, 6, bias=False))
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        EmpiricalNTK(module)(IMAGES, IMAGES)
+        EmpiricalNTK(module)(VECTORS, VECTORS)
 
 
 def test_layers_are_taken_in_memory_for_their_inputs_where_hooks_need_that_of_their_weights():
