@@ -158,12 +158,11 @@ class Watch:
             if self.cut:
                 dependence = (given[0] - given[0].detach()).flatten(1).sum(1)
                 output = output.detach() + dependence.view(-1, *[1] * (output.ndim - 1))
-            # the same one when a layer runs again, as it does under checkpointing
             if layer not in self.taps:
-                self.taps[layer] = (
-                    torch.zeros((), dtype=output.dtype, device=output.device).expand_as(output).requires_grad_()
-                )
-            return output + self.taps[layer]
+                nothing = torch.zeros((), dtype=output.dtype, device=output.device)
+                self.taps[layer] = nothing.expand_as(output).requires_grad_()
+            # the same one when a layer runs again, as it does under checkpointing; elsewhere its output may be another
+            return output + self.taps[layer] if output.shape == self.taps[layer].shape else output
 
         return note
 

@@ -24,6 +24,7 @@ from stepwise_lightning.sharing import ranks
 from stepwise_lightning.theory.layerwise import Layers, NotLayerwiseError, Sizes
 from stepwise_lightning.theory.layerwise_kernel import layerwise, least_numbers
 from stepwise_lightning.theory.networks import Network, left_alone
+from stepwise_lightning.theory.shares import product
 from stepwise_lightning.theory.trial import a_few, try_out
 
 # vmap keeps a few copies of what it differentiates.
@@ -34,10 +35,11 @@ class EmpiricalNTK:
     r"""The tangent kernel K(x, y) = (1/d) Σ_o ⟨J_o(x), J_o(y)⟩ of a module's current parameters.
 
     It is called as a kernel, so that :class:`ContrastiveKernelPCA` takes it, and sees the parameters as they are at
-    each call. The Jacobian is never held. A linear layer on vectors has J_o = δ_o aᵀ, so that its share of the kernel
-    is (Σ_o δ_o(x)·δ_o(y)) (a(x)·a(y)) (+ 1 in the second factor for its bias), from one pass backwards per output. The
-    gradients of all other parameters, also of weights that are used twice, are taken per sample, for as many samples as
-    fit, one output at a time.
+    each call. The Jacobian is never held. Linear layers, convolutions and normalisations that run once are taken one by
+    one, from what they are given and the gradients of their output, with one pass backwards per output for all of them:
+    a linear layer on vectors has J_o = δ_o aᵀ, so that its share of the kernel is (Σ_o δ_o(x)·δ_o(y)) (a(x)·a(y)) (+ 1
+    in the second factor for its bias). The gradients of all other parameters, also of weights that are used twice, are
+    taken per sample, for as many samples as fit, one output at a time. Where y is x, half of it is computed.
 
     At each call a few samples are tried out, alone and together, and what is no function of one sample is refused. The
     module is as it was afterwards. What becomes of which network: ``docs/inputs.md``.
@@ -136,7 +138,7 @@ def _per_sample(network: Network, names: list[str], x: Tensor, y: Tensor, output
             left = gradients(x[i : i + rows], o)
             for j in range(i if x is y else 0, len(y), rows):
                 right = left if x is y and i == j else gradients(y[j : j + rows], o)
-                block = (left @ right.T).double()
+                block = product(left, right)
                 kernel[i : i + rows, j : j + rows] += block
                 if x is y and i != j:
                     kernel[j : j + rows, i : i + rows] += block.T

@@ -33,6 +33,8 @@ KINDS = {*SUMS, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.GroupNorm, nn
 _TO_ADD_UP = 16
 # Numbers in a tile at most, so that it is still in cache when it is used.
 _TILE = 2**22
+# Terms of a sum in the precision of the gradients; sums of these are float64.
+_TERMS = 2**13
 # Rows below which a symmetric product takes no longer than half of it, in pieces.
 _FEW = 128
 
@@ -100,33 +102,39 @@ def share(layer: nn.Module, chosen: Collection[str], left: Part | Tensor, right:
     """
     if isinstance(left, Tensor):
         assert isinstance(right, Tensor)
-        return _product(left, right)
+        return product(left, right)
     assert not isinstance(right, Tensor)
     if _positions_are_cheaper(layer, left, right, min(room, _TILE)):
         return _by_positions(layer, "bias" in chosen, left, right, min(room, _TILE))
     kernel = _by_gradients(layer, left, right, room)
     if "bias" in chosen:
         sums = gradients(layer, ["bias"], left, room)
-        kernel += _product(sums, sums if left is right else gradients(layer, ["bias"], right, room))
+        kernel += product(sums, sums if left is right else gradients(layer, ["bias"], right, room))
     return kernel
+
+
+def _positions(layer: nn.Module, part: Part) -> int:
+    return _columns(layer, part[1][0][:1]).shape[2]
 
 
 def _positions_are_cheaper(layer: nn.Module, left: Part, right: Part, room: int) -> bool:
     """Compare multiplications, of all samples and one group of channels."""
-    deltas, samples, others = left[1], len(left[0]), len(right[0])
-    _, groups, positions, channels = _columns(layer, deltas[0][:1]).shape
-    channels, taken = channels * len(deltas), _taken(layer)
-    if groups * positions**2 > room:
-        return positions == 1
-    by_positions = samples * others * positions**2 * (taken + channels + _TO_ADD_UP)
-    sides = samples + (0 if left is right else others)
-    return by_positions <= channels * taken * (samples * others + positions * sides)
+    samples, others = len(left[0]), len(right[0])
+    _, groups, positions, channels = _columns(layer, left[1][0][:1]).shape
+    channels, taken, other_positions = channels * len(left[1]), _taken(layer), _positions(layer, right)
+    if groups * positions * other_positions > room:
+        return positions * other_positions == 1
+    by_positions = samples * others * positions * other_positions * (taken + channels + _TO_ADD_UP)
+    to_form = samples * positions + (0 if left is right else others * other_positions)
+    return by_positions <= channels * taken * (samples * others + to_form)
 
 
 def _by_positions(layer: nn.Module, bias: bool, left: Part, right: Part, room: int) -> Tensor:
     kernel = torch.empty(len(left[0]), len(right[0]), dtype=torch.float64, device=left[0].device)
-    _, groups, positions, _ = _columns(layer, left[1][0][:1]).shape
-    side = max(1, isqrt(room // groups) // positions)
+    positions, other_positions = _positions(layer, left), _positions(layer, right)
+    groups = _columns(layer, left[1][0][:1]).shape[1]
+    # an image of y may have another size than one of x
+    side = max(1, isqrt(room // groups) // max(positions, other_positions))
     for rows, columns in _tiles(len(left[0]), len(right[0]), side, left is right):
         mirrored = left is right and rows == columns
 
@@ -141,7 +149,7 @@ def _by_positions(layer: nn.Module, bias: bool, left: Part, right: Part, room: i
             a = matrix(_columns(layer, delta[rows]))
             products.baddbmm_(a, (a if mirrored else matrix(_columns(layer, other[columns]))).mT)
         products *= seen
-        shape = (rows.stop - rows.start, positions, columns.stop - columns.start, positions)
+        shape = (rows.stop - rows.start, positions, columns.stop - columns.start, other_positions)
         block = products.sum(0).view(shape).sum((1, 3)).double()
         kernel[rows, columns] = block
         if left is right and not mirrored:
@@ -160,7 +168,7 @@ def _by_gradients(layer: nn.Module, left: Part, right: Part, room: int) -> Tenso
             _of_weight(layer, given, some[..., start : start + at_once], room)
             for (given, _), some in zip(sides, columns, strict=True)
         ]
-        kernel += _product(of_weight[0], of_weight[-1])
+        kernel += product(of_weight[0], of_weight[-1])
     return kernel
 
 
@@ -252,11 +260,13 @@ def _tiles(rows: int, columns: int, side: int, symmetric: bool) -> Iterator[tupl
             yield slice(i, min(i + side, rows)), slice(j, min(j + side, columns))
 
 
-def _product(left: Tensor, right: Tensor) -> Tensor:
-    """Return left rightᵀ in float64, half of it computed where both are the same."""
-    kernel = torch.empty(len(left), len(right), dtype=torch.float64, device=left.device)
+def product(left: Tensor, right: Tensor) -> Tensor:
+    """Return left rightᵀ in float64, half of it computed where both are the same object."""
+    kernel = torch.zeros(len(left), len(right), dtype=torch.float64, device=left.device)
     for rows, columns in _tiles(len(left), len(right), max(len(left), len(right)), left is right):
-        kernel[rows, columns] = block = (left[rows] @ right[columns].T).double()
+        # some after the other, because a sum of millions of terms has fewer digits in float32
+        for a, b in zip(left[rows].split(_TERMS, 1), right[columns].split(_TERMS, 1), strict=True):
+            kernel[rows, columns] += a @ b.T
         if left is right and rows != columns:
-            kernel[columns, rows] = block.T
+            kernel[columns, rows] = kernel[rows, columns].T
     return kernel

@@ -1,5 +1,6 @@
-"""Networks of any kind, small and drawn from a fixed seed, and what they are given."""
+"""Networks of any kind, small and drawn from a fixed seed, what they are given, and their tangent kernels."""
 
+import copy
 import warnings
 
 import torch
@@ -37,6 +38,26 @@ def with_old(norm) -> nn.Module:
         with torch.no_grad():  # or the module could not be copied
             module(torch.randn(4, 6))
     return module.eval()
+
+
+def jacobian(module: nn.Module, x: Tensor, names: list[str] | None = None) -> Tensor:
+    """Gradients of all outputs by all parameters, one sample and output at a time, in float64: (k, d, p)."""
+    module = copy.deepcopy(module).double()
+    parameters = [p.requires_grad_() for name, p in module.named_parameters() if names is None or name in names]
+    rows = []
+    for sample in x:
+        outputs = module(sample[None]).flatten()
+        gradients = [
+            torch.autograd.grad(o, parameters, retain_graph=True, allow_unused=True, materialize_grads=True)
+            for o in outputs
+        ]
+        rows.append(torch.stack([torch.cat([g.to_dense().flatten() for g in given]) for given in gradients]))
+    return torch.stack(rows)
+
+
+def brute_force(module: nn.Module, x: Tensor, y: Tensor, names: list[str] | None = None) -> Tensor:
+    left, right = jacobian(module, x, names), jacobian(module, y, names)
+    return torch.einsum("kop,lop->kl", left, right) / left.shape[1]
 
 
 torch.manual_seed(1)

@@ -6,32 +6,12 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
-from made_networks import IMAGES, SEQUENCES, TOKENS, VECTORS, linear, made, with_old
+from made_networks import IMAGES, SEQUENCES, TOKENS, VECTORS, brute_force, linear, made, with_old
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize
 from torch.utils.checkpoint import checkpoint
 
 from stepwise_lightning.theory import EmpiricalNTK
-
-
-def jacobian(module: nn.Module, x: Tensor, names: list[str] | None = None) -> Tensor:
-    """Gradients of all outputs by all parameters, one sample and output at a time, in float64: (k, d, p)."""
-    module = copy.deepcopy(module).double()
-    parameters = [p.requires_grad_() for name, p in module.named_parameters() if names is None or name in names]
-    rows = []
-    for sample in x:
-        outputs = module(sample[None]).flatten()
-        gradients = [
-            torch.autograd.grad(o, parameters, retain_graph=True, allow_unused=True, materialize_grads=True)
-            for o in outputs
-        ]
-        rows.append(torch.stack([torch.cat([g.to_dense().flatten() for g in given]) for given in gradients]))
-    return torch.stack(rows)
-
-
-def brute_force(module: nn.Module, x: Tensor, y: Tensor, names: list[str] | None = None) -> Tensor:
-    left, right = jacobian(module, x, names), jacobian(module, y, names)
-    return torch.einsum("kop,lop->kl", left, right) / left.shape[1]
 
 
 def tied(forward=lambda self, x: F.linear(self.inner(x).tanh(), self.inner.weight.t()), **more) -> nn.Module:
