@@ -142,7 +142,6 @@ def worker(rank, number, directory):
     results = {"everything": everything(), "refusals": refusals(rank), "held": held_values(), "alone": alone(rank)}
     torch.save(results, f"{directory}/{rank}.pt")
     dist.barrier()
-    sharing._meetings = count(1000)  # rank zero has tried once more than the others
     killed_in_a_fit(rank, directory)
 
 
