@@ -2,7 +2,7 @@
 
 1. ContrastiveKernelPCA on two processes of one thread each (gloo) against one: at least 1.7 times as fast, with the
    kernel matrix held and recomputed, eigenvalues within 1e-12. On a machine that does other work too, processor time of
-   the busier process stands for time, which is judged only where the load is below ½.
+   the busier process stands for time, the least of the rounds, and time is judged only where the load is below ½.
 2. Scaling exponents of processor time: in pairs at most 2.1, in features at most 1.
 3. The time of a product with the kernel matrix as a formula, its constants measured here, against products of one
    process; and what it gives for 10⁵ and 10⁶ pairs on 1, 8 and 64 GPUs. Nothing is run on a GPU for that: it is an
@@ -117,7 +117,8 @@ def speed(name: str, pairs: int, max_bytes: int, rounds: int) -> bool:
           f"two {median(walls[True]):.2f} s")  # fmt: skip
     ratios = [a / b for a, b in zip(busy[False], busy[True], strict=True)]
     print(f"  from {min(ratios):.2f} to {max(ratios):.2f} over {rounds} rounds, processor time")
-    ok = within("one process / the busier of two, processor time", ratio(busy[False], busy[True]), 1.7, least=True)
+    least_busy = min(busy[False]) / min(busy[True])
+    ok = within("one process / the busier of two, least processor time", least_busy, 1.7, least=True)
     limit = 1.7 if quiet else None
     ok &= within("one process / two, time", ratio(walls[False], walls[True]), limit, least=True)
     one, two = (runs[shared][0][2] for shared in (False, True))
