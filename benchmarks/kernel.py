@@ -3,8 +3,8 @@
 1. ContrastiveKernelPCA, 2000 pairs of 20×20 crops, RBF, 10 modes, against the dense route (matrix square root and full
    eigendecomposition): at least 40 times as fast, eigenvalues within 1e-10; and against its own kernel products (limit
    1.5).
-2. 8000 pairs of 16×16 crops: peak memory when the kernel matrix is held (limit 1.3 of its size) and when it is streamed
-   (limit 1 GB), with the same eigenvalues.
+2. 8000 pairs of 16×16 crops: peak memory when half of the kernel matrix is held (limit 0.7 of the whole) and when it is
+   streamed (limit 1 GB), with the same eigenvalues.
 3. Where scikit-learn is installed: time and peak memory against KernelPCA with the randomised solver, equal numbers of
    points and components.
 4. EmpiricalNTK of a 2048-wide MLP, 100 inputs and 10 outputs, against contracting one full Jacobian (at least 10 times
@@ -168,7 +168,7 @@ def memory(pairs: int) -> bool:
     held, streamed = (in_a_process(fit, pairs, 16, size) for size in (2 * matrix, 300 * 2**20))
     print(f"\n{pairs} pairs of 16×16 crops; kernel matrix {matrix / 2**30:.2f} GB; "
           f"held {held['seconds']:.0f} s, streamed {streamed['seconds']:.0f} s")  # fmt: skip
-    ok = within("peak memory held / kernel matrix", held["bytes"] / matrix, 1.3)
+    ok = within("peak memory held / kernel matrix", held["bytes"] / matrix, 0.7)
     ok &= within("peak memory streamed, GB", streamed["bytes"] / 1e9, 1.0)
     pairwise = zip(held["result"], streamed["result"], strict=True)
     ok &= within(

@@ -2,8 +2,8 @@
 
 1. ContrastiveKernelPCA on two processes of one thread each (gloo) against one: at least 1.7 times as fast, with the
    kernel matrix held and recomputed, eigenvalues within 1e-12. On a machine that does other work too, processor time of
-   the busier process stands for time, which is judged only where the load is below ½.
-2. Scaling exponents of processor time: in pairs at most 2.3, in features at most 1.
+   the busier process stands for time, the least of the rounds, and time is judged only where the load is below ½.
+2. Scaling exponents of processor time: in pairs at most 2.1, in features at most 1.
 3. The time of a product with the kernel matrix as a formula, its constants measured here, against products of one
    process; and what it gives for 10⁵ and 10⁶ pairs on 1, 8 and 64 GPUs. Nothing is run on a GPU for that: it is an
    extrapolation from the rates that ``GPU`` states.
@@ -35,18 +35,17 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from kernel import LENGTH_SCALE_PER_PIXEL
+from kernel import TimedProducts, crops
 from timing import ratio, within
 from torch import Tensor
 
-from stepwise_lightning import FixedCropPairs
 from stepwise_lightning.sharing import one_process
 from stepwise_lightning.theory import ContrastiveKernelPCA, rbf_kernel
 from stepwise_lightning.theory.krylov import KernelProducts
 
 MODES, VECTORS = 10, 24
-# Collectives in one step of the iteration, and products in a fit of ten modes of crops to a residual of 1e-7.
-MESSAGES, PRODUCTS = 10, 9
+# Collectives in one step of the iteration.
+MESSAGES = 10
 HELD, RECOMPUTED = 2**32, 16 * 2**20
 
 
@@ -79,14 +78,6 @@ GPU_BYTES = 70e9
 def bytes_sent(pairs: int, processes: int) -> float:
     """Return what a process sends in a product."""
     return 2 * 8 * 2 * pairs * VECTORS * (processes - 1) / processes
-
-
-def crops(pairs: int, size: int) -> tuple[Tensor, Tensor, Any]:
-    """Return pairs of random crops of photographs, and an RBF kernel."""
-    data = FixedCropPairs(num_pairs=pairs, crop_size=size, seed=0)
-    data.setup()
-    x1, x2 = data.x1.flatten(1), data.x2.flatten(1)
-    return x1, x2, partial(rbf_kernel, length_scale=LENGTH_SCALE_PER_PIXEL * x1.shape[1] ** 0.5)
 
 
 def fit(pairs: int, size: int, max_bytes: int) -> Callable[[], Tensor]:
@@ -126,7 +117,8 @@ def speed(name: str, pairs: int, max_bytes: int, rounds: int) -> bool:
           f"two {median(walls[True]):.2f} s")  # fmt: skip
     ratios = [a / b for a, b in zip(busy[False], busy[True], strict=True)]
     print(f"  from {min(ratios):.2f} to {max(ratios):.2f} over {rounds} rounds, processor time")
-    ok = within("one process / the busier of two, processor time", ratio(busy[False], busy[True]), 1.7, least=True)
+    least_busy = min(busy[False]) / min(busy[True])
+    ok = within("one process / the busier of two, least processor time", least_busy, 1.7, least=True)
     limit = 1.7 if quiet else None
     ok &= within("one process / two, time", ratio(walls[False], walls[True]), limit, least=True)
     one, two = (runs[shared][0][2] for shared in (False, True))
@@ -141,7 +133,7 @@ def exponents(small: bool) -> bool:
         use = fit(number, size, max_bytes)
         return min(timed(use, False)[1] for _ in range(3))
 
-    limits = {"pairs, held": 2.3, "pairs, recomputed": 2.3, "features": 1.0}
+    limits = {"pairs, held": 2.1, "pairs, recomputed": 2.1, "features": 1.0}
     points = {
         "pairs, held": [(number, seconds(number, 8, HELD)) for number in pairs],
         "pairs, recomputed": [(number, seconds(number, 8, RECOMPUTED)) for number in pairs],
@@ -210,20 +202,22 @@ def scaling(pairs: int) -> bool:
         vectors = torch.randn(2 * pairs, VECTORS).double()
         share = least(lambda products=products, vectors=vectors: products.times(vectors))
         ok &= within(f"a product / formula, {name}", share / machine.product(pairs, 768, 1, name == "held"), 1.5)
-    print(f"\nextrapolated, not run: H100s, 768 features, {MODES} modes in {PRODUCTS} products\n"
+    with one_process():
+        ContrastiveKernelPCA(kernel, MODES, progress=False).fit(x1, x2, TimedProducts)
+    print(f"\nextrapolated, not run: H100s, 768 features, {MODES} modes in {TimedProducts.count} products as here\n"
           "  pairs  GPUs  GB held by each  MB sent a product  product held  recomputed (sending)  fit")  # fmt: skip
     for number in (10**5, 10**6):
         for gpus in (1, 8, 64):
-            print(_row(number, gpus))
+            print(_row(number, gpus, TimedProducts.count))
     return ok
 
 
-def _row(pairs: int, gpus: int) -> str:
+def _row(pairs: int, gpus: int, products: int) -> str:
     held_bytes = 8 * (2 * pairs) ** 2 / 2 / gpus
     fits = held_bytes <= GPU_BYTES
     held, made = (GPU.product(pairs, 768, gpus, held) for held in (True, False))
     sent = bytes_sent(pairs, gpus)
-    total = made + (PRODUCTS - 1) * (held if fits else made)  # to hold values they are made once
+    total = made + (products - 1) * (held if fits else made)  # to hold values they are made once
     return (
         f"  {pairs:.0e}  {gpus:4d}  {held_bytes / 1e9:11.1f}{'    ' if fits else ' (no)'}  {sent / 1e6:17.1f}"
         f"  {f'{held:10.3g} s' if fits else 11 * ' ' + '–'}  {made:8.3g} s ({sent / GPU.network / made:.1%})"

@@ -10,7 +10,6 @@ the others. An error on one rank is raised on all, and a rank that is lost ends 
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -37,7 +36,8 @@ _PATIENCE = timedelta(minutes=5)
 # Rows that are compared between ranks, of each argument.
 _COMPARED = 256
 _alone = ContextVar("alone", default=False)
-_meetings = itertools.count()
+# How often this process has met the others.
+_meetings = 0
 
 
 @contextmanager
@@ -83,22 +83,30 @@ class Ranks:
         """
         if self.number == 1:
             return
-        # by the store, not a collective: that would be taken for whatever a rank that is elsewhere calls next
-        store, key = dist.distributed_c10d._get_default_store(), f"stepwise_lightning/{next(_meetings)}"
-        try:
-            if store.add(key, 1) == self.number:
-                store.set(f"{key}/all", "met")
-            store.wait([f"{key}/all"], _PATIENCE)
-        except RuntimeError as error:
-            raise UserError(
-                f"rank {self.index} of {self.number} has called {name} and waited {_PATIENCE.total_seconds():.0f} s "
-                f"for the others: {_REMEDY}"
-            ) from error
+        self._wait(name)
         with _errors_of_communication():
             of_all: list[Any] = [None] * self.number
             dist.all_gather_object(of_all, [_compared(argument) for argument in arguments])
         if any(other != of_all[0] for other in of_all):
             raise UserError(f"the {self.number} ranks have called {name} with different arguments: {_REMEDY}")
+
+    def _wait(self, name: str) -> None:
+        """Wait by the store, not by a collective, which would be taken for what a rank that is elsewhere calls next."""
+        global _meetings
+        store, key = dist.distributed_c10d._get_default_store(), f"stepwise_lightning/{_meetings}"
+        try:
+            if store.add(key, 1) == self.number:
+                store.set(f"{key}/all", "met")
+            store.wait([f"{key}/all"], _PATIENCE)
+        except RuntimeError as error:
+            if lost := lost_process(error):
+                raise lost from None
+            store.add(key, -1)  # they can still meet here later
+            raise UserError(
+                f"rank {self.index} of {self.number} has called {name} and waited {_PATIENCE.total_seconds():.0f} s "
+                f"for the others: {_REMEDY}"
+            ) from error
+        _meetings += 1
 
     def agreed(self, compute: Callable[[], Result]) -> Result:
         """Return what ``compute`` gives on this rank, with nothing in it shared, if none of the ranks raises.

@@ -1,12 +1,15 @@
 """Real processes share kernel fits and tangent kernels: all get what one process gets, or all get the same refusal."""
 
 import os
+import re
 import signal
+import subprocess
 import sys
 import warnings
 from datetime import timedelta
 from functools import partial
 from itertools import count
+from pathlib import Path
 
 import pytest
 import torch
@@ -139,7 +142,6 @@ def worker(rank, number, directory):
     results = {"everything": everything(), "refusals": refusals(rank), "held": held_values(), "alone": alone(rank)}
     torch.save(results, f"{directory}/{rank}.pt")
     dist.barrier()
-    sharing._meetings = count(1000)  # rank zero has tried once more than the others
     killed_in_a_fit(rank, directory)
 
 
@@ -224,3 +226,19 @@ def test_a_rank_that_is_killed_ends_the_others_with_one_line(ranks):
     for rank, text in enumerate(texts):
         assert len(text.splitlines()) == (rank != 1)
         assert rank == 1 or text.startswith("another process of this run has ended or does not answer: look at what it")
+
+
+@pytest.mark.slow
+def test_the_program_in_the_documentation_runs_under_torchrun(tmp_path):
+    root = Path(__file__).parents[2]
+    page = (root / "docs" / "clusters.md").read_text(encoding="utf-8")
+    program = next(
+        code for code in re.findall(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL) if "fit_tr" in code
+    )
+    (tmp_path / "fit.py").write_text(program)
+    command = [str(Path(sys.executable).parent / "torchrun"), "--standalone", "--nproc-per-node", "2", "fit.py"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    saved = torch.load(tmp_path / "machine.pt", weights_only=True)
+    assert saved["coefficients"].shape == (4000, 10) and (saved["eigenvalues"] > 0).all()
