@@ -144,7 +144,7 @@ def experiment(name: str, seed: int, options: argparse.Namespace) -> Result:
     """Fit the closed form, train the machine, and compare."""
     n, kernel, views = options.num_pairs, _kernel(name, options.crop_size), _draw(seed, options)
     x1, x2 = (view[:n] for view in views)
-    machine = _down_to_a_gap(kernel, options.dim, x1, x2)
+    machine = down_to_a_gap(kernel, options.dim, x1, x2)
     z, held_out = torch.cat([x1, x2]), torch.cat([view[n:] for view in views])
     k = kernel(z, z)
     generator = torch.Generator().manual_seed(seed)
@@ -175,7 +175,7 @@ def experiment(name: str, seed: int, options: argparse.Namespace) -> Result:
     return Result(name, seed, machine, record, predicted, start, step_times, alignments)
 
 
-def _down_to_a_gap(kernel: Any, most: int, x1: Tensor, x2: Tensor) -> ContrastiveKernelPCA:
+def down_to_a_gap(kernel: Any, most: int, x1: Tensor, x2: Tensor) -> ContrastiveKernelPCA:
     """Fit as many modes, ``most`` at most, as there are above a gap; above the widest one if there is none."""
     gamma = ContrastiveKernelPCA(kernel, most + 1).fit(x1, x2).eigenvalues_
     ratios = gamma[1:] / gamma[:-1]

@@ -96,7 +96,7 @@ def alignment_figure(panels: list[Panel], alignments: list[dict[str, Array]], ti
         lower.spines[["top", "right"]].set_visible(False)
     axes[0, 0].set_ylabel("eigenvalues of C; dashed: theory")
     axes[1, 0].set_ylabel("alignment with the closed form")
-    axes[1, 0].legend(loc="lower right")
+    axes[1, 0].legend(loc="lower left", ncols=2, fontsize="small")
     figure.suptitle(title)
     if note:
         figure.supxlabel(note, fontsize="small", color="0.3")

@@ -10,12 +10,13 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from reproduce.__main__ import main
+from reproduce.controls import ordinary_kernel_pca, permuted_alignment
 from reproduce.figures import kernel_pca
 from reproduce.figures.kernel_mlp import into_their_span
 from reproduce.reference import differences
 from stepwise_lightning import BarlowTwins, FixedCropPairs
 from stepwise_lightning.encoders import MLP
-from stepwise_lightning.theory import EmpiricalNTK
+from stepwise_lightning.theory import ContrastiveKernelPCA, EmpiricalNTK, linear_kernel, subspace_alignment
 
 
 @pytest.fixture(scope="module")
@@ -40,6 +41,8 @@ def test_kernel_pca_claims_hold(machines):
     assert all(abs(float(row["experiment"]) - float(row["theory"])) < 1e-3 for row in rows[-2:])
     with Image.open(machines / "figure.png") as figure:
         assert figure.size[0] > 1000
+    for run in document["runs"]:  # beside the closed form: what knows nothing of pairs, and chance
+        assert run["alignment_held_out"] > run["ordinary_held_out"] > run["permuted_held_out"]
 
 
 def test_kernel_pca_writes_events_at_optimiser_steps(machines):
@@ -58,6 +61,28 @@ def test_kernel_pca_writes_events_at_optimiser_steps(machines):
         assert [event.step for event in events] == steps
         assert [event.value for event in events] == pytest.approx([float(row[column]) for row in rows], rel=1e-6)
         assert [event.step for event in board.Scalars("train/loss")] == steps
+
+
+def test_machines_have_as_many_dimensions_as_there_are_modes_above_a_gap():
+    """γ is 4, 2, 1.9, 1, with feature j seen in both views of pair j alone."""
+    gamma = torch.tensor([4.0, 2.0, 1.9, 1.0], dtype=torch.float64)
+    views = torch.diag((gamma * 4).sqrt())
+    for most, dimensions in ((3, 3), (2, 1), (1, 1)):
+        machine = kernel_pca.down_to_a_gap(linear_kernel, most, views, views)
+        torch.testing.assert_close(machine.eigenvalues_, gamma[:dimensions])
+
+
+def test_ordinary_kernel_pca_is_the_closed_form_of_pairs_of_one_view():
+    views = torch.randn(30, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    k = linear_kernel(views, views)
+    machine = ContrastiveKernelPCA(linear_kernel, 3).fit(views, views)
+    torch.testing.assert_close(subspace_alignment(ordinary_kernel_pca(k, k, 3), machine.transform(views)).item(), 1.0)
+
+
+def test_chance_is_dimensions_over_pairs_where_views_agree():
+    f, g = torch.randn(2, 40, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    same, other = (permuted_alignment(torch.cat([f, f]), torch.cat([h, h]), draws=200) for h in (f, g))
+    assert same == pytest.approx(8 / 40, abs=0.02) and other == pytest.approx(8 / 40, abs=0.02)
 
 
 def test_the_last_mode_of_a_kernel_machine_is_on_time():

@@ -25,8 +25,9 @@ def outputs(tmp_path_factory):
 def test_linear_model_claims_hold_and_carry_their_evidence(outputs):
     document = json.loads((outputs / "claims.json").read_text(encoding="utf-8"))
     assert document["all_hold"]
-    names = {"learned", "distinct", "error", "deviation", "excess_loss", "control"}
+    names = {"distinct", "crossed", "detected", "deviation", "log_deviation", "objective", "loss"}
     assert {claim["name"] for claim in document["claims"]} == names
+    assert all(claim["control"] and claim["control_value"] is not None for claim in document["claims"])
     assert {"settings", "seeds", "options", "versions", "commit", "data_set", "machine", "runs"} <= set(document)
     assert document["options"]["relative_rate"] <= 0.1
     assert [row["seed"] for row in document["runs"]] == [0] * 4 + [1] * 4

@@ -1,12 +1,13 @@
 """Break the experiment or the theory behind a figure in one way, and see that a claim fails, the one that is named.
 
-The figures are the real ones, at their smallest size, and without the mutation all of their claims hold. Those of one
-figure share a table: a mutation is a line with what it breaks, which claim must notice, and the function that does it.
+The figures are the real ones, at their smallest size, where all of their claims hold. A mutation is a function that
+patches this process, and a line in ``MUTATIONS``.
 """
 
 import copy
 import inspect
 import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -20,24 +21,37 @@ from stepwise_lightning.spectrum import measures
 from stepwise_lightning.spectrum.schedule import Clock
 from stepwise_lightning.theory import ContrastiveKernelPCA, LinearBarlowTwins, feature_cross_correlation
 
+
+def change_source(patch, module, name, old, new):
+    """Replace a function of a module by itself with one expression changed."""
+    source = inspect.getsource(getattr(module, name))
+    assert source.count(old) == 1, f"{name} has changed: {old!r} is not in it"
+    namespace = dict(vars(module))
+    exec(compile(source.replace(old, new), module.__file__, "exec"), namespace)
+    patch.setattr(module, name, namespace[name])
+
+
 # ---- training ----
 
 
 def unsymmetrised(patch):
-    """C of the loss is z1ᵀ z2 / n."""
+    """Leave the transpose out of C in the loss."""
     change_source(patch, losses, "barlow_twins_terms", "(c + c.T) / (2 * len(z1))", "c / len(z1)")
 
 
 def without_half(patch):
+    """Divide C in the loss by n instead of 2n."""
     change_source(patch, losses, "barlow_twins_terms", "(c + c.T) / (2 * len(z1))", "(c + c.T) / len(z1)")
 
 
 def lighter_off_diagonal(patch):
-    """Its weight is 0.9."""
+    """Weigh the loss off the diagonal with 0.9."""
     change_source(patch, losses, "barlow_twins_terms", "off_diagonal_weight * _off", "0.9 * off_diagonal_weight * _off")
 
 
 def adam(patch):
+    """Train with Adam."""
+
     def configure(module):
         return torch.optim.Adam(module.parameters(), lr=module.hparams["learning_rate"])
 
@@ -45,6 +59,8 @@ def adam(patch):
 
 
 def momentum(patch):
+    """Train with momentum, of which theory is not told."""
+
     def configure(module):
         return torch.optim.SGD(module.parameters(), lr=module.hparams["learning_rate"], momentum=0.5)
 
@@ -52,6 +68,8 @@ def momentum(patch):
 
 
 def ordinary_as_small(patch):
+    """Pass an ordinary start off as a small one."""
+
     def encoder(in_features, out_features, init_std=None, seed=0):
         return LinearEncoder(in_features, out_features, None, seed)
 
@@ -60,7 +78,7 @@ def ordinary_as_small(patch):
 
 
 def wrong_pairs(patch):
-    """Training sees the first view of one image with the second of another."""
+    """Train on the first view of one image and the second of another."""
     batches = FixedCropPairs.train_dataloader
 
     def train_dataloader(pairs):
@@ -72,6 +90,7 @@ def wrong_pairs(patch):
 
 
 def noise_images(patch):
+    """Train on noise, each pixel of each view its own."""
     setup = FixedCropPairs.setup
 
     def setup_with_noise(pairs, stage=None):
@@ -83,11 +102,12 @@ def noise_images(patch):
 
 
 def machine_without_pairs(patch):
-    """P = I in the descent of a kernel machine."""
+    """Train a kernel machine with P = I."""
     change_source(patch, kernel_pca, "_train", "f.roll(n, 1)", "f")
 
 
 def machine_of_wrong_pairs(patch):
+    """Train a kernel machine on wrong pairs."""
     change_source(patch, kernel_pca, "_train", "f.roll(n, 1)", "f.roll(n + 1, 1)")
 
 
@@ -95,24 +115,25 @@ def machine_of_wrong_pairs(patch):
 
 
 def half_rate(patch):
-    """Modes grow with 4γ instead of 8γ."""
+    """Let modes grow with 4γ instead of 8γ in theory."""
     growth = LinearBarlowTwins._log_growth
     patch.setattr(LinearBarlowTwins, "_log_growth", lambda *arguments: growth(*arguments) / 2)
 
 
 def one_view(patch):
-    """Γ is the covariance of the first views."""
+    """Take Γ of the first views alone."""
     for figure in (linear_model, start_scale):
         patch.setattr(figure, "feature_cross_correlation", lambda x1, x2: feature_cross_correlation(x1, x1))
 
 
 def kernel_of_one_view(patch):
+    """Take the contrastive kernel of the first views alone."""
     fit = ContrastiveKernelPCA.fit
     patch.setattr(ContrastiveKernelPCA, "fit", lambda self, x1, x2, **options: fit(self, x1, x1.clone(), **options))
 
 
 def theory_without_pairs(patch):
-    """P = I in contrastive kernel PCA: the swap of the views is left out."""
+    """Take P = I in contrastive kernel PCA."""
 
     def fit(self, x1, x2):
         self._views = torch.cat([x1, x2])
@@ -126,13 +147,13 @@ def theory_without_pairs(patch):
 
 
 def without_finite_steps(patch):
-    """Theory is told of no learning rate."""
+    """Tell theory of no learning rate."""
     for figure in (linear_model, kernel_pca, start_scale):
         patch.setattr(figure, "LinearBarlowTwins", lambda gamma, start, **_: LinearBarlowTwins(gamma, start))
 
 
 def centred_kernel(patch):
-    """The kernel machine is trained with the kernel as it is, and compared with the closed form of a centred one."""
+    """Centre the kernel of the closed form, but not of what is trained."""
     fit = ContrastiveKernelPCA.fit
 
     def fit_centred(self, x1, x2, **options):
@@ -150,12 +171,12 @@ def centred_kernel(patch):
 
 
 def kernel_that_follows(patch):
-    """The tangent kernel at initialisation is that of the network while it trains."""
+    """Let the tangent kernel at initialisation follow the training."""
     patch.setattr(kernel_mlp, "copy", SimpleNamespace(deepcopy=lambda network: network))
 
 
 def kernel_after_as_before(patch):
-    """What is called the kernel after training is that at initialisation."""
+    """Take the tangent kernel at initialisation for that after training."""
     initial, kernel = {}, kernel_mlp.EmpiricalNTK
     patch.setattr(
         kernel_mlp,
@@ -168,43 +189,85 @@ def kernel_after_as_before(patch):
 
 
 def time_without_rate(patch):
+    """Leave the learning rate out of time."""
     patch.setattr(Clock, "time", property(lambda clock: float(clock.steps)))
 
 
 def float32_spectra(patch):
+    """Form C in float32 when spectra are measured."""
     change_source(
         patch, measures, "cross_correlation_eigenvalues", "c = z1.T @ z2 / n", "c = z1.float().T @ z2.float() / n"
     )
 
 
 def lower_threshold(patch):
-    """θ is a hundredth of the largest eigenvalue instead of a tenth."""
+    """Lower the threshold of a step to a hundredth of the largest eigenvalue."""
     change_source(patch, steps, "detect_steps", "0.1 * tail", "0.01 * tail")
     patch.setattr(record, "detect_steps", steps.detect_steps)
 
 
+# (figure, what breaks it, a claim that must fail). reproduce/README.md has the same table.
+MUTATIONS = [
+    ("linear_model", unsymmetrised, "objective"),
+    ("linear_model", without_half, "objective"),
+    ("linear_model", lighter_off_diagonal, "objective"),
+    ("linear_model", adam, "crossed"),
+    ("linear_model", momentum, "crossed"),
+    ("linear_model", ordinary_as_small, "distinct"),
+    ("linear_model", wrong_pairs, "crossed"),
+    ("linear_model", noise_images, "distinct"),
+    ("linear_model", half_rate, "crossed"),
+    ("linear_model", one_view, "crossed"),
+    ("linear_model", without_finite_steps, "deviation"),
+    ("linear_model", time_without_rate, "crossed"),
+    ("linear_model", float32_spectra, "log_deviation"),
+    ("linear_model", lower_threshold, "detected"),
+    ("start_scale", ordinary_as_small, "linear_distinct"),
+    ("start_scale", half_rate, "linear_deviation"),
+    ("start_scale", without_finite_steps, "linear_deviation"),
+    ("kernel_pca", machine_without_pairs, "relu_training"),
+    ("kernel_pca", machine_of_wrong_pairs, "rbf_training"),
+    ("kernel_pca", theory_without_pairs, "relu_held_out"),
+    ("kernel_pca", kernel_of_one_view, "relu_held_out"),
+    ("kernel_pca", centred_kernel, "rbf_training"),
+    ("kernel_pca", half_rate, "rbf_step_times"),
+    ("kernel_pca", without_finite_steps, "relu_step_times"),
+    ("kernel_mlp", wrong_pairs, "final"),
+    ("kernel_mlp", theory_without_pairs, "lazy_initial"),
+    ("kernel_mlp", kernel_of_one_view, "lazy_initial"),
+    ("kernel_mlp", kernel_that_follows, "moved"),
+    ("kernel_mlp", kernel_after_as_before, "moved"),
+    ("kernel_mlp", half_rate, "step_times"),
+    ("kernel_mlp", time_without_rate, "step_times"),
+]
+MODULES = {"linear_model": linear_model, "start_scale": start_scale, "kernel_pca": kernel_pca, "kernel_mlp": kernel_mlp}
 SMALLER = {"linear_model": ["--dim", "2"]}
-# What each figure is broken by, and a claim that must fail.
-MUTATIONS = {
-    "linear_model": {},
-}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("figure", "mutate", "claim"), MUTATIONS, ids=lambda part: getattr(part, "__name__", part))
+def test_a_broken_experiment_fails_a_claim(figure, mutate, claim, tmp_path, monkeypatch):
+    assert claim in failing_claims(figure, tmp_path, mutate, monkeypatch)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("figure", MODULES)
+def test_what_is_not_broken_fails_none(figure, tmp_path, monkeypatch):
+    assert failing_claims(figure, tmp_path, lambda patch: None, monkeypatch) == set()
+
+
+def test_the_table_of_mutations_is_in_the_readme():
+    text = (Path(__file__).parents[2] / "reproduce" / "README.md").read_text(encoding="utf-8")
+    rows = [f"| {mutate.__doc__} | `{figure}` | `{claim}` |" for figure, mutate, claim in MUTATIONS]
+    start = text.index("| the mutation | figure |")
+    assert text[start:].split("\n\n")[0].splitlines()[2:] == rows
 
 
 def failing_claims(figure, folder, mutate, patch):
     """Make a figure at its smallest size, broken; return the names of the claims that fail."""
     # Mutations are of this process: nothing may run in another.
-    for module in (kernel_mlp, kernel_pca, linear_model, start_scale):
-        patch.setattr(module, "each", lambda function, items, title: [function(*item) for item in items])
+    patch.setattr(MODULES[figure], "each", lambda function, items, title: [function(*item) for item in items])
     mutate(patch)
     main([figure, "--profile", "smoke", "--seeds", "0", "--out", str(folder), *SMALLER.get(figure, [])])
     document = json.loads((folder / figure / "claims.json").read_text(encoding="utf-8"))
     return {claim["name"] for claim in document["claims"] if not claim["holds"]}
-
-
-def change_source(patch, module, name, old, new):
-    """Replace a function of a module by itself with one expression changed."""
-    source = inspect.getsource(getattr(module, name))
-    assert source.count(old) == 1, f"{name} has changed: {old!r} is not in it"
-    namespace = dict(vars(module))
-    exec(compile(source.replace(old, new), module.__file__, "exec"), namespace)
-    patch.setattr(module, name, namespace[name])
