@@ -35,7 +35,7 @@ format: $(VENV)/.installed-dev
 	$(BIN)/ruff check --fix .
 
 benchmark: $(VENV)/.installed  ## ratios against their limits; every script runs, whatever the others find
-	@status=0; for script in linear training views kernel load; do \
+	@status=0; for script in linear training views kernel processes tangents startup folders load; do \
 		$(BIN)/python benchmarks/$$script.py || status=1; done; exit $$status
 
 clean:
