@@ -64,7 +64,7 @@ class TrainingRun:
             # Where Lightning saves when SLURM warns it: jobs side by side must not find each other's checkpoints.
             "trainer.default_root_dir": str(self.logs / self.name),
             "trainer.enable_progress_bar": "false",
-        }
+        } | self._variant
         if self.options.profile == "smoke":
             settings |= {
                 "model.init_args.encoder.init_args.out_features": 4,
@@ -73,7 +73,7 @@ class TrainingRun:
                 "data.init_args.num_probe_pairs": 64,
                 "trainer.max_steps": 300,
             }
-        return settings | self._variant
+        return settings
 
     @property
     def command(self) -> list[str]:

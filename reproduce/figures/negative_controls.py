@@ -1,8 +1,9 @@
 """Where there is nothing to learn in common, or another loss or start, there is no staircase.
 
 Barlow Twins is trained as in ``resnet_barlow_twins``, and in five ways that leave out what theory needs: second views
-of other images, images of noise, no term that keeps dimensions apart, the published loss with its small weight
-and its normalisation, and ordinary initialisation. Each must show fewer distinct steps than any run of the staircase.
+of other images, images of noise, no term that keeps dimensions apart, the published loss with its small weight and its
+normalisation, and ordinary initialisation. Each must show fewer distinct steps than any run of the staircase; all are
+compared over the first 600 training steps.
 
 The paper has no such figure: the controls are ours. Wrong pairs have no Γ, so that no mode grows. Noise has the small Γ
 that overlapping crops of it share, whose first modes are all but equal. Without the off-diagonal term every dimension
@@ -15,12 +16,13 @@ import argparse
 from pathlib import Path
 
 from reproduce.claims import Claim, worst
-from reproduce.methods import METHODS, VARIANT_TITLES
+from reproduce.methods import CONTROL_STEPS, VARIANT_TITLES
 from reproduce.options import data_name
 from reproduce.outputs import Outcome, PaperFigure
 from reproduce.runs import ROW_COLUMNS, Run, trained_runs
 from reproduce.training import PROFILES
 from stepwise_lightning.plots import Panel, eigenvalues_figure
+from stepwise_lightning.spectrum import detect_steps
 
 PAPER = "Not in the paper: controls of ours for its Fig. 1 C-D."
 CONTROLS = ("wrong_pairs", "noise_images", "no_off_diagonal", "published_loss", "ordinary")
@@ -42,20 +44,25 @@ def produce(options: argparse.Namespace, directory: Path) -> Outcome:
 
 def _panel(run: Run) -> Panel:
     panel = run.panel()
-    panel.title = f"{VARIANT_TITLES[run.variant]}: {run.steps.num_distinct} distinct"
+    panel.title = f"{VARIANT_TITLES[run.variant]}: {_num_distinct(run)} distinct"
     return panel
+
+
+def _num_distinct(run: Run) -> int:
+    """Count the distinct steps in as many training steps as the controls have."""
+    within = run.record.steps <= CONTROL_STEPS
+    return detect_steps(run.record.times[within], run.eigenvalues()[within]).num_distinct
 
 
 def _claims(runs: list[Run], options: argparse.Namespace) -> list[Claim]:
     counts = {
-        variant: [run.steps.num_distinct for run in runs if run.variant == variant] for variant in ("small", *CONTROLS)
+        variant: [_num_distinct(run) for run in runs if run.variant == variant] for variant in ("small", *CONTROLS)
     }
-    most = METHODS["barlow_twins"].least_steps[options.profile] - 1
     claims = []
     for variant in CONTROLS:
         sentence = f"{VARIANT_TITLES[variant]}: distinct steps ({', '.join(map(str, counts[variant]))})"
         beside = ("the staircase", counts["small"])
-        claims.append(worst(variant, sentence, counts[variant], "<=", most, options.seeds, *beside))
+        claims.append(worst(variant, sentence, counts[variant], "<=", 2, options.seeds, *beside))
     return claims
 
 
