@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator
-from itertools import accumulate
+from itertools import accumulate, count
 
 import torch
 from torch import Tensor
@@ -28,6 +28,8 @@ _TEMPORARIES = 6
 # Rows and columns of a tile of the kernel matrix: at most, by type of device (4096 elsewhere), and at least.
 _SIDE = {"cpu": 512}
 _LEAST_SIDE = 16
+# How much longer than its part of the work a rank may take, for the number of tiles.
+_WAIT = 0.1
 # Its rows, its columns, its values.
 _Tile = tuple[slice, slice, Tensor]
 
@@ -114,8 +116,9 @@ class KernelProducts:
         """Return the side of tiles of about one size, of which there are enough for every rank."""
         number = -(-self.size // side)
         if self.ranks.number > 1:
-            most = -(-self.size // min(_LEAST_SIDE, self.size))
-            number = max(number, min(most, math.ceil(4 * math.sqrt(self.ranks.number))))
+            # as few as share the work evenly: tangent kernels take the gradients of all rows and columns of a tile
+            even = next(m for m in count(3) if _excess(m * (m + 1) // 2, self.ranks.number) <= _WAIT)
+            number = max(number, min(even, -(-self.size // _LEAST_SIDE)))
         return -(-self.size // number)
 
     def _own_places(self) -> tuple[list[tuple[slice, slice]], int]:
@@ -171,6 +174,11 @@ class KernelProducts:
                 raise UserError("the ranks have different kernels: give all the same one, with the same parameters")
 
         self.ranks.agreed(compare)
+
+
+def _excess(tiles: int, number: int) -> float:
+    """Return how much more than its part a rank may have of so many tiles."""
+    return -(-tiles // number) * number / tiles - 1
 
 
 def top_modes(products: KernelProducts, count: int, tolerance: float) -> tuple[Tensor, Tensor, Tensor]:
