@@ -48,15 +48,7 @@ def layerwise(
     kernel = torch.zeros(len(x), len(y), dtype=torch.float64, device=x.device)
     for group in _groups(layers, plan):
         for start in range(0, outputs, plan.outputs):
-            shares = _Shares(network, names, group, slice(start, start + plan.outputs), plan)
-            for i in range(0, len(x), plan.rows):
-                left = shares.parts(x[i : i + plan.rows])
-                for j in range(i if x is y else 0, len(y), plan.rows):
-                    right = left if x is y and i == j else shares.parts(y[j : j + plan.rows])
-                    block = shares.contract(left, right)
-                    kernel[i : i + plan.rows, j : j + plan.rows] += block
-                    if x is y and i != j:
-                        kernel[j : j + plan.rows, i : i + plan.rows] += block.T
+            _Shares(network, names, group, slice(start, start + plan.outputs), plan).add_to(kernel, x, y)
     return kernel
 
 
@@ -129,13 +121,27 @@ class _Shares:
         self._chosen = {layer: kinds(layer, names) for layer in layers}
         self._compact = {layer: size.compact(plan.outputs) for layer, size in layers.items()}
 
-    def parts(self, x: Tensor) -> list[Part | Tensor]:
+    def add_to(self, kernel: Tensor, x: Tensor, y: Tensor) -> None:
+        """Add the shares to the kernel, (k, l)."""
+        rows = self._plan.rows
+        for i in range(0, len(x), rows):
+            left = self._parts(x[i : i + rows])
+            for j in range(i if x is y else 0, len(y), rows):
+                right = left if x is y and i == j else self._parts(y[j : j + rows])
+                block = self._contract(left, right)
+                kernel[i : i + rows, j : j + rows] += block
+                if x is y and i != j:
+                    kernel[j : j + rows, i : i + rows] += block.T
+                del right  # before others are made
+            del left
+
+    def _parts(self, x: Tensor) -> list[Part | Tensor]:
         """Return for each layer what its share is computed from, for samples (k, …)."""
         passes = [self._pass(samples) for samples in x.split(self._plan.batch)]
         # what is joined is let go
         return passes[0] if len(passes) == 1 else [_joined([given.pop(0) for given in passes]) for _ in self._layers]
 
-    def contract(self, left: list[Part | Tensor], right: list[Part | Tensor]) -> Tensor:
+    def _contract(self, left: list[Part | Tensor], right: list[Part | Tensor]) -> Tensor:
         """Return the sum of the shares, (k, l)."""
         shares = [
             share(part, self._chosen[layer], a, b, self._plan.temporary)

@@ -104,8 +104,9 @@ def share(layer: nn.Module, chosen: Collection[str], left: Part | Tensor, right:
         assert isinstance(right, Tensor)
         return product(left, right)
     assert not isinstance(right, Tensor)
-    if _positions_are_cheaper(layer, left, right, min(room, _TILE)):
-        return _by_positions(layer, "bias" in chosen, left, right, min(room, _TILE))
+    tile = min(room // 4, _TILE)  # a few are held together
+    if _positions_are_cheaper(layer, left, right, tile):
+        return _by_positions(layer, "bias" in chosen, left, right, tile)
     kernel = _by_gradients(layer, left, right, room)
     if "bias" in chosen:
         sums = gradients(layer, ["bias"], left, room)
