@@ -1,4 +1,4 @@
-"""Communication between the ranks of a distributed run; the only file that imports torch.distributed.
+"""Communication between the ranks of training; of theory: ``sharing.py``. No other file imports torch.distributed.
 
 Why the gradient is exact. W ranks hold the shards z_r of one batch Z = (z_0, …, z_{W−1}). Each gathers Z and computes
 its loss L_r(Z), and gradients are averaged over ranks (as DDP does), so what is followed is the gradient of

@@ -57,9 +57,9 @@ class ContrastiveKernelPCA:
         coefficients_: β, (2n, d), the first n rows for X; signs make the largest |f_j| on Z positive.
         residuals_: ‖A β_j − γ_j β_j‖ in the K̃ norm, A the operator, (d,).
 
-    Once ``torch.distributed`` is initialised, the ranks share ``fit`` and all that gives embeddings: all call these
-    together, with the same arguments, and get the same model, that of one process up to rounding. What one rank calls
-    alone stands in ``with one_process():`` (:mod:`stepwise_lightning.sharing`).
+    Once ``torch.distributed`` is initialised, the ranks share ``fit`` and all that embeds: they call it together
+    with the same arguments, and get the model of one process. What one calls alone stands in ``with one_process():``
+    (:mod:`stepwise_lightning.sharing`).
 
     Everything is float64 on the device of the views, or on the CPU where that has no float64. The kernel gets views as
     they are, also integers, where all are of one type; where types differ it gets float64.
