@@ -148,7 +148,7 @@ class _either:
 @FEW_AND_MANY
 def test_configuration_and_weights_of_a_run(run, scale):
     def built() -> None:
-        Run(run.loss, run.start, run.seed, run.options).encoder(trained=True)  # it has read nothing yet
+        Run(run.loss, run.variant, run.seed, run.options).encoder(trained=True)  # it has read nothing yet
 
     message = r"(config\.yaml|the checkpoint) in '[^\n]*' cannot be used \([^\n]*\): train again, without --resume"
     (checkpoint,) = (run.directory / "checkpoints").glob("*.ckpt")

@@ -23,7 +23,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
     root = tmp_path_factory.mktemp("images")
     for number in range(80):
         rng = np.random.default_rng(number)
-        pixels = rng.integers(0, 120, (12, 12, 3)) + 10 * np.eye(3)[number % 2]
+        pixels = rng.integers(0, 120, (12, 12, 3)) + 60 * np.eye(3)[number % 2]
         name = f"{number:02d}.png"
         path = root / (name if number % 5 == 3 else f"class_{number % 2}/{name}")
         path.parent.mkdir(exist_ok=True)

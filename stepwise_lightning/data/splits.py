@@ -129,7 +129,7 @@ def _refuse_ambiguous(folder: Path, paths: list[str]) -> None:
     """Refuse subfolders that are named as splits, or hold splits, but cannot all be read as such."""
     inside: dict[str, set[str]] = defaultdict(set)  # the subfolders with images of each subfolder, '' for the latter
     direct = False
-    for place in {os.path.dirname(path) + os.sep for path in paths}:
+    for place in sorted({os.path.dirname(path) + os.sep for path in paths}):
         first, second, *_ = *place[_depth(folder) :].split(os.sep), ""
         if first:
             inside[first].add(second)

@@ -294,7 +294,7 @@ def test_max_steps_raised_after_the_end_continues_within_the_epoch(first, tmp_pa
             return super().training_step(batch, batch_idx)
 
     def train(folder, steps, ckpt_path=None):
-        model = Watched(LinearEncoder(48, 3, init_std=0.1), learning_rate=0.01)
+        model = Watched(LinearEncoder(48, 3, init_std=0.1), learning_rate=0.001)
         data = TwoViewDataModule(str(tmp_path / "images"), global_batch_size=4, num_probe_pairs=2)
         trainer = trainer_for(folder, logger=False, default_root_dir=folder, max_steps=steps)
         trainer.fit(model, datamodule=data, ckpt_path=ckpt_path)
