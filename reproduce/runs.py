@@ -126,30 +126,43 @@ class Run(TrainingRun):
             data.setup("fit")
         return data
 
-    def predicted(self, one_view: bool = False) -> LinearBarlowTwins:
-        """Return what the linear theory says of Barlow Twins' last layer, were the features before it to stay.
+    def initial_features(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Return what enters the last layer at the start, of both views of the probe pairs, and that layer's weights.
 
-        With ``one_view`` what it would say if both views were one, that is of a wrong Γ.
-
-        Momentum is not in the theory: each mode is given the γ′ that grows as fast without it
-        (:func:`stepwise_lightning.theory.growth.with_momentum`).
+        Features (n, m) each, centred, and weights (d, m), float64.
         """
-        encoder, optimization = self.encoder(trained=False), self._config["model"]
+        encoder = self.encoder(trained=False)
         depth = sum(isinstance(layer, nn.Linear) for layer in encoder.projector)
         with self._readable("config.yaml"):
-            rate, momentum = float(optimization["learning_rate"]), float(optimization["momentum"])
             features = _FEATURES[depth]
         with torch.no_grad():
             h1, h2 = capture(encoder, list(self.data.probe_pairs()), [features])[features]
-        h2 = h1 if one_view else h2
-        gamma, basis = torch.linalg.eigh(feature_cross_correlation(h1 - h1.mean(0), h2 - h2.mean(0)))
-        effective = with_momentum(gamma, rate, momentum)
         last = encoder.projector[-1]
         assert isinstance(last, nn.Linear)
+        return h1 - h1.mean(0), h2 - h2.mean(0), last.weight.detach().double()
+
+    def predicted(self, one_view: bool = False, learning_rate: float | None = None) -> LinearBarlowTwins:
+        """Return what the linear theory says of Barlow Twins' last layer, were the features before it to stay.
+
+        Momentum is not in the theory: each mode is given the γ′ that grows as fast without it
+        (:func:`stepwise_lightning.theory.growth.with_momentum`).
+
+        Args:
+            one_view: as if both views were one, that is, of a wrong Γ.
+            learning_rate: of steps without momentum, in place of the flow and of the run's own.
+
+        """
+        h1, h2, weights = self.initial_features()
+        gamma, basis = torch.linalg.eigh(feature_cross_correlation(h1, h1 if one_view else h2))
+        if learning_rate is not None:
+            return LinearBarlowTwins(basis * gamma @ basis.T, weights, learning_rate)
+        optimization = self._config["model"]
+        with self._readable("config.yaml"):
+            rate, momentum = float(optimization["learning_rate"]), float(optimization["momentum"])
+        effective = with_momentum(gamma, rate, momentum)
         # W Γ Wᵀ, the embeddings' C, must stay what it is.
         ratio = torch.where(effective == 0, 1 - momentum, gamma / effective)  # its limit
-        weights = last.weight.detach().double() @ basis * ratio.sqrt() @ basis.T
-        return LinearBarlowTwins(basis * effective @ basis.T, weights)
+        return LinearBarlowTwins(basis * effective @ basis.T, weights @ basis * ratio.sqrt() @ basis.T)
 
     def panel(self, with_theory: bool = False) -> Panel:
         """Return how to draw loss and eigenvalues, the steps detected, and perhaps what is :meth:`predicted`."""

@@ -3,6 +3,7 @@
 from reproduce.figures import (
     cross_loss_alignment,
     embedding_growth,
+    frozen_features,
     hidden_spectra,
     kernel_mlp,
     kernel_pca,
@@ -21,6 +22,7 @@ FIGURES: dict[str, PaperFigure] = {
         linear_model,
         start_scale,
         resnet_barlow_twins,
+        frozen_features,
         negative_controls,
         three_losses,
         standard_init,

@@ -1,0 +1,126 @@
+"""With features that do not move, theory says when each mode of a ResNet's last layer is learned (a control of ours).
+
+In ``resnet_barlow_twins`` modes come later than the theory of the last layer says, and eigenvalues wander. Is it the
+theory, or that features move while the network learns? Here the network before the last layer stays as it is at the
+start: the same last layer is trained, from the same weights, on its features of the held-out pairs, full batch. Then
+theory must hold to a few per cent; what is left in the whole network's training comes of features and of batches.
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.loggers import TensorBoardLogger
+
+from reproduce.claims import Claim, worst
+from reproduce.options import data_name
+from reproduce.outputs import Outcome, PaperFigure
+from reproduce.processes import each
+from reproduce.records import data_rows, theory_record
+from reproduce.runs import Run, trained_runs
+from reproduce.training import PROFILES
+from stepwise_lightning import BarlowTwins, FixedCropPairs, LinearEncoder, SpectrumLogger, SpectrumRecord
+from stepwise_lightning.plots import Panel, trajectories_figure
+from stepwise_lightning.spectrum import crossing_times, num_crossed
+
+PAPER = "Not in the paper: a control of ours for its Fig. 1 C-D."
+
+
+@dataclass
+class Result:
+    """A last layer, trained on features that stay."""
+
+    run: Run
+    record: SpectrumRecord
+    theory: SpectrumRecord
+    one_view: SpectrumRecord
+    """What theory would say if both views were one."""
+
+    def summary(self) -> dict[str, Any]:
+        """Return what goes into the table."""
+        frozen, moving = (_time_error(record, self.theory) for record in (self.record, self.run.record))
+        off, off_one_view = (
+            float((self.record.eigenvalues() - theory.eigenvalues()).abs().max())
+            for theory in (self.theory, self.one_view)
+        )
+        return {
+            "seed": self.run.seed,
+            "modes_crossed": int(num_crossed(self.record.eigenvalues()[-1])),
+            "time_error": frozen,
+            "time_error_moving": moving,
+            "deviation": off,
+            "deviation_one_view": off_one_view,
+        }
+
+
+def _time_error(record: SpectrumRecord, theory: SpectrumRecord) -> float:
+    """Return the largest relative error of a predicted time at which an eigenvalue crosses ½, of those that do."""
+    measured, predicted = (crossing_times(r.times, r.eigenvalues()) for r in (record, theory))
+    errors = (predicted / measured - 1).abs()
+    return float(errors[errors.isfinite()].max()) if errors.isfinite().any() else float("nan")
+
+
+def produce(options: argparse.Namespace, directory: Path) -> Outcome:
+    """Train the whole network where that is missing, then its last layer alone, for every seed."""
+    runs = trained_runs(options, [("barlow_twins", "small")])
+    results = each(experiment, [(run, directory) for run in runs], "training last layers")
+    first = results[0]
+    figure = trajectories_figure(
+        [
+            Panel(first.record, title="features stay", theory=first.theory),
+            Panel(first.run.record, "cross_correlation", "features move", first.theory),
+        ],
+        title="With features that stay, theory holds",
+        note=f"last layer of a ResNet, {data_name(options.data)}, seed {options.seeds[0]}; dashed: its theory",
+        steps_label="detected step",
+    )
+    return Outcome(
+        figure, ["seed", "step", "time", "quantity", "mode", "experiment", "theory"],
+        (row for r in results for row in data_rows([r.run.seed], r.record, theories=[r.theory])),
+        _claims([result.summary() for result in results], options), [result.summary() for result in results],
+    )  # fmt: skip
+
+
+def experiment(run: Run, directory: Path) -> Result:
+    """Train the last layer of a run's network on the features at the start, without momentum, for as long."""
+    h1, h2, weights = run.initial_features()
+    steps, rate = int(run.record.steps[-1]), float(run.record.times[-1] / run.record.steps[-1])
+    encoder = LinearEncoder(h1.shape[1], len(weights))
+    with torch.no_grad():
+        encoder.weight.copy_(weights)
+    pairs = FixedCropPairs(steps_per_epoch=steps)
+    pairs.x1, pairs.x2 = h1.float(), h2.float()
+    log = SpectrumLogger(matrices=["cross_correlation"], center=True, num_points=150)
+    trainer = L.Trainer(
+        max_steps=steps, accelerator="cpu", callbacks=[log], enable_checkpointing=False, enable_progress_bar=False,
+        logger=TensorBoardLogger(directory / "tensorboard", f"seed{run.seed}"), enable_model_summary=False,
+        limit_val_batches=0, log_every_n_steps=50,
+    )  # fmt: skip
+    trainer.fit(BarlowTwins(encoder, rate, off_diagonal_weight=1.0, normalize=False, center=True), datamodule=pairs)
+    theories = (run.predicted(learning_rate=rate), run.predicted(one_view=True))
+    predicted = [theory_record(log.record, theory.embedding_eigenvalues(log.record.times)) for theory in theories]
+    return Result(run, log.record, *predicted)
+
+
+def _claims(summaries: list[dict[str, Any]], options: argparse.Namespace) -> list[Claim]:
+    def values(key: str) -> list[float]:
+        return [summary[key] for summary in summaries]
+
+    return [
+        worst(
+            "times", "largest relative error of a predicted crossing time (λ = ½)", values("time_error"), "<=", 0.03,
+            options.seeds, "features that move", values("time_error_moving"),
+        ),
+        worst(
+            "deviation", "largest deviation of an eigenvalue at any logged step", values("deviation"), "<=", 0.05,
+            options.seeds, "Γ of one view alone", values("deviation_one_view"),
+        ),
+    ]  # fmt: skip
+
+
+FIGURE = PaperFigure("frozen_features", __doc__, PAPER, PROFILES, produce)
