@@ -106,16 +106,21 @@ class Run(TrainingRun):
                 f"{file} in {str(self.directory)!r} cannot be used ({reason(error)}): train again, without --resume"
             ) from error
 
-    def encoder(self, trained: bool) -> Encoder:
-        """Return its encoder as it was at the start or at the end."""
+    def encoder(self, trained: bool = False, step: int | None = None) -> Encoder:
+        """Return its encoder as it was at the start, at the end, or after one of :meth:`kept_steps`."""
         settings = self._config["encoder"]
         with self._readable("config.yaml"):
             encoder = Encoder(**settings)
-        if trained:
+        if trained or step:
+            path = self.weights / f"step={step}.ckpt" if step else self.checkpoint
             with self._readable("the checkpoint"):
-                state = torch.load(self.checkpoint, map_location="cpu", weights_only=True)["state_dict"]
+                state = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
                 encoder.load_state_dict({key.removeprefix("encoder."): value for key, value in state.items()})
         return encoder
+
+    def kept_steps(self) -> list[int]:
+        """Return the training steps after which weights were kept, ascending."""
+        return sorted(int(path.stem.removeprefix("step=")) for path in self.weights.glob("step=*.ckpt"))
 
     @cached_property
     def data(self) -> TwoViewDataModule:

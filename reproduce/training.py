@@ -31,7 +31,10 @@ CONFIGS = Path(__file__).parent.parent / "configs"
 PROFILES: dict[str, dict[str, Any]] = {"smoke": {}, "cpu": {}, "full": {"data": "stl10"}}
 _CONFIGURATION = {"smoke": "photos", "cpu": "photos", "full": "stl10"}
 _MODULE = "stepwise_lightning"
-_PLACES = ("data.init_args.root", "trainer.logger.init_args.save_dir", "trainer.default_root_dir")
+_PLACES = (
+    "data.init_args.root", "trainer.logger.init_args.save_dir", "trainer.default_root_dir", "trainer.callbacks.dirpath"
+)  # fmt: skip
+WEIGHTS_EVERY = 40  # training steps, between the weights that are kept of a run from small initialisation
 
 
 class RunFailedError(RuntimeError, UserError):
@@ -46,6 +49,7 @@ class TrainingRun:
         self.name = f"{loss}_{variant}_seed{seed}"
         self.logs = Path(options.out) / "runs"
         self.directory = self.logs / self.name / "version_0"
+        self.weights = self.logs / self.name / "weights"
         self.launcher = shlex.split(options.launcher)
         overlays, self._variant = VARIANTS[variant]
         self.configs = [CONFIGS / name for name in (f"{loss}_{_CONFIGURATION[options.profile]}.yaml", *overlays)]
@@ -65,6 +69,15 @@ class TrainingRun:
             "trainer.default_root_dir": str(self.logs / self.name),
             "trainer.enable_progress_bar": "false",
         } | self._variant
+        if self.variant == "small":
+            settings |= {
+                "trainer.callbacks+": "lightning.pytorch.callbacks.ModelCheckpoint",
+                "trainer.callbacks.dirpath": str(self.weights),
+                "trainer.callbacks.filename": "{step}",
+                "trainer.callbacks.every_n_train_steps": WEIGHTS_EVERY,
+                "trainer.callbacks.save_top_k": -1,
+                "trainer.callbacks.save_weights_only": "true",
+            }
         if self.options.profile == "smoke":
             settings |= {
                 "model.init_args.encoder.init_args.out_features": 4,
@@ -125,7 +138,7 @@ class TrainingRun:
         folder, command = self.directory.parent, self.command
         started, log = folder / "started.json", folder / "log.txt"
         same = started.exists() and started.read_text(encoding="utf-8", errors="replace") == self._identity
-        if resume and same and list(folder.rglob("*.ckpt")):
+        if resume and same and list(self.directory.rglob("*.ckpt")):
             command.append("--ckpt_path=last")
         else:
             shutil.rmtree(folder, ignore_errors=True)

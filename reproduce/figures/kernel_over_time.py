@@ -1,0 +1,171 @@
+"""Embeddings lie where the tangent kernel of the same moment puts them, not where that of the start does.
+
+Three losses train a ResNet from small initialisation. When k modes have just been learned, and at the end, the
+embeddings of held-out pairs are aligned, as subspaces, with the closed form from the tangent kernel of the network as
+it is then, and with that from the kernel at initialisation. Each loss is compared with its own network.
+
+Features move while these networks learn, so that the kernel of the start soon foretells little; that of the moment
+keeps up. An alignment says nothing alone: beside it are the untrained network's with the final kernel, and what is left
+when the images are permuted against each other.
+
+The paper aligns final embeddings with the kernel at initialisation and after training; sizes here are ours.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from reproduce.claims import Claim, seeds_text, worst
+from reproduce.controls import permuted_alignment
+from reproduce.methods import METHODS
+from reproduce.options import data_name
+from reproduce.outputs import Outcome, PaperFigure
+from reproduce.processes import each
+from reproduce.runs import Run, trained_runs
+from reproduce.training import PROFILES
+from stepwise_lightning import Encoder
+from stepwise_lightning.plots import alignments_figure
+from stepwise_lightning.spectrum.capture import capture
+from stepwise_lightning.theory import ContrastiveKernelPCA, EmpiricalNTK, subspace_alignment
+
+PAPER = (
+    "Last experiment: alignment of the losses' embeddings with the predictions of the tangent kernel at initialisation "
+    "and after training."
+)
+MODES = (1, 3, 5)  # numbers of modes just learned at which embeddings are compared
+END = "end"
+KERNELS = ("kernel of the moment", "kernel at initialisation", "untrained", "permuted images")
+KERNEL_PAIRS = 96  # held-out pairs that the tangent kernels are made of
+# Of the first mode just learned, and at the end; smoke trains for a few steps.
+LEAST_FIRST = {"smoke": 0.3, "cpu": 0.6, "full": 0.6}
+LEAST_FINAL = {"smoke": 0.3, "cpu": 0.5, "full": 0.5}
+COLUMNS = ["loss", "seed", "moment", "modes", "step", "kernel", "alignment"]
+
+
+def produce(options: argparse.Namespace, directory: Path) -> Outcome:
+    """Train what is missing, make the tangent kernels, and align."""
+    runs = trained_runs(options)
+    rows = [row for rows in each(alignments, [(run,) for run in runs], "tangent kernels") for row in rows]
+    moments = [*(str(modes) for modes in MODES), END]
+    titles = [method.title for method in METHODS.values()]
+    figure = alignments_figure(
+        [_matrix(rows, moment) for moment in moments],
+        [f"{m} learned mode{'s' * (m != '1')}" if m != END else "end of training" for m in moments],
+        list(KERNELS), titles,
+        title="Embeddings follow the tangent kernel of the moment",
+        note=f"subspace alignment on held-out pairs, {data_name(options.data)}; mean of {seeds_text(options.seeds)}",
+    )  # fmt: skip
+    return Outcome(figure, COLUMNS, rows, _claims(rows, options), [run.summary() for run in runs])
+
+
+def alignments(run: Run) -> list[list[Any]]:
+    """Return the rows of one run."""
+    pairs = [view[:KERNEL_PAIRS] for view in run.data.probe_pairs()]
+    learned = run.steps.num_learned
+    moments = {str(modes): (modes, _kept_step(run, modes)) for modes in MODES}
+    moments[END] = (int(learned[-1]), int(run.record.steps[-1]))
+    first = closed_form(run.encoder(), pairs, max(modes for modes, _ in moments.values()))
+    rows = []
+    for moment, (modes, step) in moments.items():
+        if step is None or modes < 1:
+            continue
+        encoder = run.encoder(trained=True) if moment == END else run.encoder(step=step)
+        now, embedding, untrained = (
+            closed_form(encoder, pairs, modes),
+            *(_embedded(e, pairs) for e in (encoder, run.encoder())),
+        )
+        values = (
+            _align(embedding, now, modes), _align(embedding, first, modes), _align(untrained, now, modes),
+            permuted_alignment(_top(embedding, modes), now[:, :modes]),
+        )  # fmt: skip
+        rows += [[run.loss, run.seed, moment, modes, step, *pair] for pair in zip(KERNELS, values, strict=True)]
+    return rows
+
+
+def _kept_step(run: Run, modes: int) -> int | None:
+    """Return the first step after which weights were kept and so many modes were learned; None for none."""
+    plateau = run.plateau(modes)
+    learned_at = [int(run.record.steps[index]) for index in plateau]
+    return next((step for step in run.kept_steps() if learned_at and learned_at[0] <= step <= learned_at[-1]), None)
+
+
+def closed_form(encoder: Encoder, pairs: list[Tensor], modes: int) -> Tensor:
+    """Return the closed form from a network's tangent kernel, (2 · KERNEL_PAIRS, modes), centred."""
+    x = torch.cat(pairs)
+    kernel = EmpiricalNTK(_with_statistics(encoder, x))(x, x)
+    # Centred embeddings are those of the kernel that is centred.
+    kernel = kernel - kernel.mean(0) - kernel.mean(1, keepdim=True) + kernel.mean()
+    index = torch.arange(len(x), dtype=torch.float64)[:, None]  # the kernel as a function of the samples' numbers
+    machine = ContrastiveKernelPCA(lambda a, b: kernel[a[:, 0].long()][:, b[:, 0].long()], modes, progress=False)
+    return torch.cat(machine.fit_transform(*index.chunk(2)))
+
+
+def _with_statistics(encoder: Encoder, x: Tensor) -> Encoder:
+    """Give batch normalisation the statistics of these images, layer after layer, and switch it to use them."""
+    encoder = copy.deepcopy(encoder)
+    for part in encoder.modules():
+        if isinstance(part, _BatchNorm):
+            part.reset_running_stats()
+            part.momentum = 1.0
+    with torch.no_grad():
+        encoder.train()(x)
+    return encoder.eval()
+
+
+def _embedded(encoder: Encoder, pairs: list[Tensor]) -> Tensor:
+    with torch.no_grad():
+        z = torch.cat(list(capture(encoder, pairs, [""])[""])).double()
+    return z - z.mean(0)
+
+
+def _top(z: Tensor, modes: int) -> Tensor:
+    return torch.linalg.svd(z, full_matrices=False).U[:, :modes]
+
+
+def _align(z: Tensor, predicted: Tensor, modes: int) -> float:
+    return float(subspace_alignment(_top(z, modes), predicted[:, :modes]))
+
+
+def _matrix(rows: list[list[Any]], moment: str) -> np.ndarray[Any, Any]:
+    """Return the mean over seeds: rows kernels and controls, columns losses."""
+    matrix = np.full((len(KERNELS), len(METHODS)), np.nan)
+    for i, kernel in enumerate(KERNELS):
+        for j, loss in enumerate(METHODS):
+            values = [row[-1] for row in rows if (row[0], row[2], row[5]) == (loss, moment, kernel)]
+            matrix[i, j] = np.mean(values) if values else np.nan
+    return matrix
+
+
+def _claims(rows: list[list[Any]], options: argparse.Namespace) -> list[Claim]:
+    def values(loss: str, moment: str, kernel: str) -> list[float]:
+        return [row[-1] for row in rows if (row[0], row[2], row[5]) == (loss, moment, kernel)]
+
+    claims = []
+    for loss, method in METHODS.items():
+        for moment, least in (("1", LEAST_FIRST), (END, LEAST_FINAL)):
+            when = "first mode just learned" if moment == "1" else "end of training"
+            sentence = f"{method.title}, {when}: alignment with the kernel of the moment"
+            claims.append(
+                worst(
+                    f"{loss}_{moment}", sentence, values(loss, moment, KERNELS[0]), ">=", least[options.profile],
+                    options.seeds, "permuted images", values(loss, moment, KERNELS[3]),
+                )
+            )  # fmt: skip
+        final, first, untrained = (float(np.mean(values(loss, END, kernel))) for kernel in KERNELS[:3])
+        sentence = (
+            f"{method.title}, end: that over the kernel at initialisation's, means of {seeds_text(options.seeds)}"
+        )
+        control = ("the untrained network", untrained - first)
+        claims.append(Claim(f"{loss}_moved", sentence, final - first, ">=", 0.1, *control))
+    return claims
+
+
+FIGURE = PaperFigure("kernel_over_time", __doc__, PAPER, PROFILES, produce)
