@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from reproduce.claims import Claim, seeds_text
+from reproduce.claims import Claim, seeds_text, worst
 from reproduce.controls import permuted_alignment
 from reproduce.methods import METHODS
 from reproduce.options import data_name
@@ -113,6 +113,9 @@ def _claims(rows: list[list[Any]], options: argparse.Namespace) -> list[Claim]:
         sentence = f"another loss and another seed: alignment of {JUDGED} modes just learned, mean of all such pairs"
         bound = LEAST_MEAN[options.profile]
         claims.append(Claim(f"over_{name}", sentence, measured, ">=", bound, control, beside))
+    alike = [row[-1] for row in rows if row[1] == JUDGED and row[4] == SAME_SEED and row[2] != row[3]]
+    sentence = f"two losses of one seed are not one run: alignment of {JUDGED} modes"
+    claims.append(worst("differ", sentence, alike, "<=", 0.99, options.seeds, "a loss with itself", [1.0]))
     return claims
 
 
