@@ -4,6 +4,9 @@ Losses see the embedding alone. Beside its eigenvalues stand those of the repres
 same held-out pairs, from the same runs as ``three_losses``. It starts large, so that its eigenvalues do not rise by
 many orders of magnitude; but as the embedding learns its k-th mode, the k-th eigenvalue of the hidden covariance rises
 too, and those of modes that are not learned do not.
+
+For Barlow Twins and VICReg it rises nearer to the time of its own step than to one common time of all steps. For SimCLR
+it does not (on photographs, seeds 0, 1, 2: 0.70, 1.03 and 1.21 times as far off), and nothing is claimed of it.
 """
 
 from __future__ import annotations
@@ -27,8 +30,10 @@ PAPER = (
 )
 HIDDEN = "encoder.backbone.covariance"
 SHOWN = 16  # hidden eigenvalues in the figure
-# In the few steps of the smoke profile hidden modes have hardly begun to grow.
-LEAST_GROWTH = {"smoke": 1.1, "cpu": 1.5, "full": 1.5}
+LEAST_GROWTH = {"barlow_twins": 2.5, "vicreg": 4.0, "simclr": 1.6}
+# In the few steps of the smoke profile hidden modes have hardly begun to grow, and no control is told from them.
+LEAST_GROWTH_SMOKE = 1.1
+TIMED = ("barlow_twins", "vicreg")  # losses whose hidden eigenvalues keep to the steps' times
 
 
 def produce(options: argparse.Namespace, directory: Path) -> Outcome:
@@ -52,9 +57,13 @@ def produce(options: argparse.Namespace, directory: Path) -> Outcome:
             for key in ("relative_growth", "unlearned_growth", "time_factor")
         )
         sentence = f"{method.title}: growth of learned modes' hidden eigenvalues over that of others"
-        least = LEAST_GROWTH[options.profile]
+        if options.profile == "smoke":
+            claims.append(worst(f"{loss}_growth", sentence, growth, ">=", LEAST_GROWTH_SMOKE, options.seeds))
+            continue
         control = ("modes that are not learned, over those after them", unlearned)
-        claims.append(worst(f"{loss}_growth", sentence, growth, ">=", least, options.seeds, *control))
+        claims.append(worst(f"{loss}_growth", sentence, growth, ">=", LEAST_GROWTH[loss], options.seeds, *control))
+        if loss not in TIMED:
+            continue
         sentence = f"{method.title}: factor between their times and the steps', over that of one common time (medians)"
         control = ("one common time", [1.0])
         claims.append(worst(f"{loss}_times", sentence, factors, "<=", 0.95, options.seeds, *control))

@@ -44,8 +44,9 @@ def test_all_figures_and_the_report(tmp_path, capsys):
         assert document["claims"] and f"id='{name}'" in page and differences(document) == []
         assert all((tmp_path / name / file).stat().st_size > 1000 for file in ("figure.png", "figure.pdf", "data.csv"))
     assert page.count("data:image/png;base64") == len(FIGURES) and "data:image/gif;base64" in page
-    # Six runs, whatever the number of figures that they are for; each is read as SpectrumLogger wrote it.
-    assert len(list((tmp_path / "runs").iterdir())) == 6
+    # Each run once, whatever the number of figures that it is for, and read as SpectrumLogger wrote it: of seed 0 the
+    # three losses from both starts, without what keeps dimensions apart (2), and three controls; of seed 1 three losses.
+    assert len(list((tmp_path / "runs").iterdir())) == 6 + 2 + 3 + 3
     steps = SpectrumRecord.load(tmp_path / "runs/vicreg_small_seed0/version_0").detect_steps("covariance")
     runs = json.loads((tmp_path / "three_losses" / "claims.json").read_text(encoding="utf-8"))["runs"]
     assert steps.num_distinct == next(run for run in runs if run["loss"] == "vicreg")["distinct_steps"]
