@@ -44,8 +44,8 @@ def test_all_figures_and_the_report(tmp_path, capsys):
         assert document["claims"] and f"id='{name}'" in page and differences(document) == []
         assert all((tmp_path / name / file).stat().st_size > 1000 for file in ("figure.png", "figure.pdf", "data.csv"))
     assert page.count("data:image/png;base64") == len(FIGURES) and "data:image/gif;base64" in page
-    # Each run once, however many figures it is for, and read as SpectrumLogger wrote it: of seed 0 the three losses from
-    # both starts, two without what keeps dimensions apart, and three other controls; of seed 1 the three losses.
+    # Each run once, however many figures it is for, and read as SpectrumLogger wrote it: of seed 0 the three losses
+    # from both starts, two without what keeps dimensions apart, three other controls; of seed 1 the three losses.
     assert len(list((tmp_path / "runs").iterdir())) == 6 + 2 + 3 + 3
     steps = SpectrumRecord.load(tmp_path / "runs/vicreg_small_seed0/version_0").detect_steps("covariance")
     runs = json.loads((tmp_path / "three_losses" / "claims.json").read_text(encoding="utf-8"))["runs"]
