@@ -127,7 +127,7 @@ def one_process():
     return everything(lambda step: step, batches())
 
 
-@pytest.fixture(scope="module", params=[2, 3])
+@pytest.fixture(scope="module", params=[2, pytest.param(3, marks=pytest.mark.slow)])
 def ranks(request, tmp_path_factory):
     """Return the results of each rank."""
     directory = tmp_path_factory.mktemp("ranks")

@@ -61,6 +61,7 @@ def test_killed_runs_end_as_if_they_had_not_been(images, tmp_path):
     assert_complete(whole)
 
 
+@pytest.mark.slow
 def test_two_runs_are_bit_identical_whatever_the_number_of_workers(images, tmp_path):
     configs = [write_config(tmp_path / f"{workers}.yaml", images, "VICReg", workers) for workers in (0, 0, 2)]
     jobs = [job(tmp_path / f"run_{index}", config) for index, config in enumerate(configs)]
