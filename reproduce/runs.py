@@ -146,6 +146,11 @@ class Run(TrainingRun):
         assert isinstance(last, nn.Linear)
         return h1 - h1.mean(0), h2 - h2.mean(0), last.weight.detach().double()
 
+    def optimization(self) -> tuple[float, float]:
+        """Return its learning rate and momentum."""
+        with self._readable("config.yaml"):
+            return float(self._config["model"]["learning_rate"]), float(self._config["model"]["momentum"])
+
     def predicted(self, one_view: bool = False, learning_rate: float | None = None) -> LinearBarlowTwins:
         """Return what the linear theory says of Barlow Twins' last layer, were the features before it to stay.
 
@@ -161,9 +166,7 @@ class Run(TrainingRun):
         gamma, basis = torch.linalg.eigh(feature_cross_correlation(h1, h1 if one_view else h2))
         if learning_rate is not None:
             return LinearBarlowTwins(basis * gamma @ basis.T, weights, learning_rate)
-        optimization = self._config["model"]
-        with self._readable("config.yaml"):
-            rate, momentum = float(optimization["learning_rate"]), float(optimization["momentum"])
+        rate, momentum = self.optimization()
         effective = with_momentum(gamma, rate, momentum)
         # W Γ Wᵀ, the embeddings' C, must stay what it is.
         ratio = torch.where(effective == 0, 1 - momentum, gamma / effective)  # its limit

@@ -82,6 +82,7 @@ class TrainingRun:
             settings |= {
                 "model.init_args.encoder.init_args.out_features": 4,
                 "model.init_args.learning_rate": METHODS[self.loss].smoke_learning_rate,
+                "model.init_args.momentum": 0.9,
                 "data.init_args.global_batch_size": 32,
                 "data.init_args.num_probe_pairs": 64,
                 "trainer.max_steps": 300,

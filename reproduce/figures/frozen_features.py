@@ -16,6 +16,7 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.loggers import TensorBoardLogger
+from torch import Tensor
 
 from reproduce.claims import Claim, worst
 from reproduce.options import data_name
@@ -43,7 +44,9 @@ class Result:
 
     def summary(self) -> dict[str, Any]:
         """Return what goes into the table."""
-        frozen, moving = (_time_error(record, self.theory) for record in (self.record, self.run.record))
+        scale = _rate_without_momentum(self.run) / self.run.optimization()[0]
+        frozen = _time_error(self.record.times, self.record.eigenvalues(), self.theory)
+        moving = _time_error(scale * self.run.record.times, self.run.eigenvalues(), self.theory)
         off, off_one_view = (
             float((self.record.eigenvalues() - theory.eigenvalues()).abs().max())
             for theory in (self.theory, self.one_view)
@@ -58,9 +61,15 @@ class Result:
         }
 
 
-def _time_error(record: SpectrumRecord, theory: SpectrumRecord) -> float:
+def _rate_without_momentum(run: Run) -> float:
+    """Return the learning rate with which a run would be about as fast without momentum."""
+    rate, momentum = run.optimization()
+    return rate / (1 - momentum)
+
+
+def _time_error(times: Tensor, eigenvalues: Tensor, theory: SpectrumRecord) -> float:
     """Return the largest relative error of a predicted time at which an eigenvalue crosses ½, of those that do."""
-    measured, predicted = (crossing_times(r.times, r.eigenvalues()) for r in (record, theory))
+    measured, predicted = crossing_times(times, eigenvalues), crossing_times(theory.times, theory.eigenvalues())
     errors = (predicted / measured - 1).abs()
     return float(errors[errors.isfinite()].max()) if errors.isfinite().any() else float("nan")
 
@@ -89,7 +98,7 @@ def produce(options: argparse.Namespace, directory: Path) -> Outcome:
 def experiment(run: Run, directory: Path) -> Result:
     """Train the last layer of a run's network on the features at the start, without momentum, for as long."""
     h1, h2, weights = run.initial_features()
-    steps, rate = int(run.record.steps[-1]), float(run.record.times[-1] / run.record.steps[-1])
+    steps, rate = int(run.record.steps[-1]), _rate_without_momentum(run)
     encoder = LinearEncoder(h1.shape[1], len(weights))
     with torch.no_grad():
         encoder.weight.copy_(weights)
@@ -102,7 +111,7 @@ def experiment(run: Run, directory: Path) -> Result:
         limit_val_batches=0, log_every_n_steps=50,
     )  # fmt: skip
     trainer.fit(BarlowTwins(encoder, rate, off_diagonal_weight=1.0, normalize=False, center=True), datamodule=pairs)
-    theories = (run.predicted(learning_rate=rate), run.predicted(one_view=True))
+    theories = (run.predicted(learning_rate=rate), run.predicted(one_view=True, learning_rate=rate))
     predicted = [theory_record(log.record, theory.embedding_eigenvalues(log.record.times)) for theory in theories]
     return Result(run, log.record, *predicted)
 
