@@ -28,8 +28,10 @@ from reproduce.training import PROFILES
 from stepwise_lightning import BarlowTwins, FixedCropPairs, LinearEncoder, SpectrumLogger, SpectrumRecord
 from stepwise_lightning.plots import Panel, trajectories_figure
 from stepwise_lightning.spectrum import crossing_times, num_crossed
+from stepwise_lightning.theory import feature_cross_correlation
 
 PAPER = "Not in the paper: a control of ours for its Fig. 1 C-D."
+MOST_RELATIVE_RATE = 0.25  # 4 × learning rate × γ_1
 
 
 @dataclass
@@ -98,7 +100,10 @@ def produce(options: argparse.Namespace, directory: Path) -> Outcome:
 def experiment(run: Run, directory: Path) -> Result:
     """Train the last layer of a run's network on the features at the start, without momentum, for as long."""
     h1, h2, weights = run.initial_features()
-    steps, rate = int(run.record.steps[-1]), _rate_without_momentum(run)
+    # As fast as the whole network, but no faster than a full batch is stable and follows the theory closely.
+    gamma = float(torch.linalg.eigvalsh(feature_cross_correlation(h1, h2)).max())
+    rate = min(_rate_without_momentum(run), MOST_RELATIVE_RATE / (4 * gamma))
+    steps = round(int(run.record.steps[-1]) * _rate_without_momentum(run) / rate)
     encoder = LinearEncoder(h1.shape[1], len(weights))
     with torch.no_grad():
         encoder.weight.copy_(weights)
