@@ -91,10 +91,10 @@ def alignments(run: Run) -> list[list[Any]]:
 
 
 def _kept_step(run: Run, modes: int) -> int | None:
-    """Return the first step after which weights were kept and so many modes were learned; None for none."""
+    """Return the first step after which weights were kept once so many modes were learned; None if they never were."""
     plateau = run.plateau(modes)
-    learned_at = [int(run.record.steps[index]) for index in plateau]
-    return next((step for step in run.kept_steps() if learned_at and learned_at[0] <= step <= learned_at[-1]), None)
+    first = int(run.record.steps[plateau[0]]) if plateau else None
+    return next((step for step in run.kept_steps() if first is not None and step >= first), None)
 
 
 def closed_form(encoder: Encoder, pairs: list[Tensor], modes: int) -> Tensor:
@@ -146,7 +146,8 @@ def _matrix(rows: list[list[Any]], moment: str) -> np.ndarray[Any, Any]:
 
 def _claims(rows: list[list[Any]], options: argparse.Namespace) -> list[Claim]:
     def values(loss: str, moment: str, kernel: str) -> list[float]:
-        return [row[-1] for row in rows if (row[0], row[2], row[5]) == (loss, moment, kernel)]
+        aligned = [row[-1] for row in rows if (row[0], row[2], row[5]) == (loss, moment, kernel)]
+        return aligned or [float("nan")]
 
     claims = []
     for loss, method in METHODS.items():

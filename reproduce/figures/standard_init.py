@@ -29,6 +29,8 @@ PAPER = (
     "Appendix: the same three losses from ordinary initialisation; eigenvalues rise earlier and more nearly together, "
     "and the steps of the loss are hard to see."
 )
+# Four dimensions are further apart than ten, also from ordinary initialisation.
+LEAST_SEPARATION = {"smoke": 2.0, "cpu": 1.0, "full": 1.0}
 # Loss, start, and the control that must not rise apart.
 JUDGED = (
     ("barlow_twins", "small", "ordinary"),
@@ -69,7 +71,7 @@ def _claims(runs: list[Run], options: argparse.Namespace) -> list[Claim]:
         worst(
             f"{loss}_{start}",
             f"{METHODS[loss].title}, {VARIANT_TITLES[start]}: time between modes over rise width, median of modes",
-            separations[loss, start], ">=", 1.0, options.seeds, VARIANT_TITLES[control], separations[loss, control],
+            separations[loss, start], ">=", LEAST_SEPARATION[options.profile], options.seeds, VARIANT_TITLES[control], separations[loss, control],
         )
         for loss, start, control in JUDGED
     ]  # fmt: skip
