@@ -45,7 +45,7 @@ END = "end"
 KERNELS = ("kernel of the moment", "kernel at initialisation", "untrained", "permuted images")
 KERNEL_PAIRS = 96  # held-out pairs that the tangent kernels are made of
 # Of the first mode just learned, and at the end; smoke trains for a few steps.
-LEAST_FIRST = {"smoke": 0.2, "cpu": 0.4, "full": 0.4}
+LEAST_FIRST = {"smoke": 0.05, "cpu": 0.4, "full": 0.4}
 LEAST_FINAL = {"smoke": 0.3, "cpu": 0.5, "full": 0.5}
 COLUMNS = ["loss", "seed", "moment", "modes", "step", "kernel", "alignment"]
 

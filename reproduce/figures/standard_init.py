@@ -67,14 +67,14 @@ def _claims(runs: list[Run], options: argparse.Namespace) -> list[Claim]:
         kind: [run.rises.separation for run in runs if (run.loss, run.variant) == kind]
         for kind in {(run.loss, run.variant) for run in runs}
     }
-    return [
-        worst(
-            f"{loss}_{start}",
-            f"{METHODS[loss].title}, {VARIANT_TITLES[start]}: time between modes over rise width, median of modes",
-            separations[loss, start], ">=", LEAST_SEPARATION[options.profile], options.seeds, VARIANT_TITLES[control], separations[loss, control],
+    claims = []
+    for loss, start, control in JUDGED:
+        sentence = (
+            f"{METHODS[loss].title}, {VARIANT_TITLES[start]}: time between modes over rise width, median of modes"
         )
-        for loss, start, control in JUDGED
-    ]  # fmt: skip
+        least, beside = LEAST_SEPARATION[options.profile], (VARIANT_TITLES[control], separations[loss, control])
+        claims.append(worst(f"{loss}_{start}", sentence, separations[loss, start], ">=", least, options.seeds, *beside))
+    return claims
 
 
 FIGURE = PaperFigure("standard_init", __doc__, PAPER, PROFILES, produce)
