@@ -48,7 +48,7 @@ PROFILES: dict[str, dict[str, Any]] = {
 # The control only needs to be stable, not close to the flow.
 CONTROL_RELATIVE_RATE = 0.4
 # Down to where eigenvalues are compared with theory: below what float32 weights resolve beside learned modes.
-LEAST_EIGENVALUE = 1e-8
+LEAST_EIGENVALUE = 1e-9
 # Above this overlap with a neighbour the paper's step times are marked as not applicable.
 CLOSE_NEIGHBOURS = 0.3
 

@@ -268,6 +268,8 @@ def failing_claims(figure, folder, mutate, patch):
     # Mutations are of this process: nothing may run in another.
     patch.setattr(MODULES[figure], "each", lambda function, items, title: [function(*item) for item in items])
     mutate(patch)
-    main([figure, "--profile", "smoke", "--seeds", "0", "--out", str(folder), *SMALLER.get(figure, [])])
+    # What float32 hides is seen in late modes, of which two dimensions have none.
+    smaller = [] if mutate is float32_spectra else SMALLER.get(figure, [])
+    main([figure, "--profile", "smoke", "--seeds", "0", "--out", str(folder), *smaller])
     document = json.loads((folder / figure / "claims.json").read_text(encoding="utf-8"))
     return {claim["name"] for claim in document["claims"] if not claim["holds"]}
