@@ -54,9 +54,7 @@ def detect_steps(times: Tensor, eigenvalues: Tensor) -> Steps:
         ValueError: shapes do not match, T < 2, times not ascending, complex or non-finite values.
 
     """
-    times, values = _on_cpu(times, "times"), _on_cpu(eigenvalues, "eigenvalues")
-    _check_trajectory(times, values)
-    values = _median_of_three(values.sort(dim=1, descending=True).values)
+    times, values = _filtered(times, eigenvalues)
     tail = values[-max(1, math.ceil(len(values) / 10)) :, 0]
     threshold = 0.1 * tail.median().clamp(min=0)
     nan = torch.full((values.shape[1],), math.nan, dtype=torch.float64)
@@ -113,9 +111,7 @@ def detect_rises(times: Tensor, eigenvalues: Tensor) -> Rises:
         ValueError: shapes do not match, T < 2, times not ascending, complex or non-finite values.
 
     """
-    times, values = _on_cpu(times, "times"), _on_cpu(eigenvalues, "eigenvalues")
-    _check_trajectory(times, values)
-    values = _median_of_three(values.sort(dim=1, descending=True).values)
+    times, values = _filtered(times, eigenvalues)
     ends = values[-max(1, math.ceil(len(values) / 10)) :].median(0).values
     halves, widths = torch.full((2, values.shape[1]), math.nan, dtype=torch.float64)
     for mode, (path, end) in enumerate(zip(values.T, ends, strict=True)):
@@ -186,6 +182,13 @@ def crossing_times(times: Tensor, eigenvalues: Tensor, level: float = 0.5) -> Te
 
 def _on_cpu(values: Tensor | ArrayLike, name: str) -> Tensor:
     return as_float64(values, name).cpu()
+
+
+def _filtered(times: Tensor, eigenvalues: Tensor) -> tuple[Tensor, Tensor]:
+    """Return times and eigenvalues, checked, sorted at each time and median-filtered over three samples."""
+    times, values = _on_cpu(times, "times"), _on_cpu(eigenvalues, "eigenvalues")
+    _check_trajectory(times, values)
+    return times, _median_of_three(values.sort(dim=1, descending=True).values)
 
 
 def _check_trajectory(times: Tensor, values: Tensor) -> None:

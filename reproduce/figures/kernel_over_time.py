@@ -4,9 +4,10 @@ Three losses train a ResNet from small initialisation. When k modes have just be
 embeddings of held-out pairs are aligned, as subspaces, with the closed form from the tangent kernel of the network as
 it is then, and with that from the kernel at initialisation. Each loss is compared with its own network.
 
-Features move while these networks learn, so that the kernel of the start soon foretells little; that of the moment
-keeps up. An alignment says nothing alone: beside it are the untrained network's with the final kernel, and what is left
-when the images are permuted against each other.
+Features move while these networks learn. The kernel of the start foretells the first mode as well as that of the moment
+does, for Barlow Twins better; from the third on it falls behind, and that of the moment keeps up. An alignment says
+nothing alone: beside it are the untrained network's with the final kernel, and what is left when the images are
+permuted against each other.
 
 The paper aligns final embeddings with the kernel at initialisation and after training; sizes here are ours.
 """
