@@ -12,15 +12,15 @@ from pathlib import Path
 from reproduce.methods import METHODS, VARIANTS
 from reproduce.options import check_writable, interrupted, new_parser, parse, refusal
 from reproduce.runs import trained_runs
-from reproduce.training import PROFILES
+from reproduce.training import MIDDLE, PROFILES
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Train what is asked for; return 0, or 2 for bad input or a failed run."""
-    parser = new_parser("reproduce.train", __doc__, PROFILES)
+    parser = new_parser("reproduce.train", __doc__, PROFILES | MIDDLE)
     parser.add_argument("loss", choices=METHODS)
     parser.add_argument("variant", choices=VARIANTS, help="by what it differs from its configuration; small: nothing")
-    options = parse(parser, PROFILES, arguments)
+    options = parse(parser, PROFILES | MIDDLE, arguments)
     try:
         check_writable(Path(options.out) / "runs")
         runs = trained_runs(options, [(options.loss, options.variant)])

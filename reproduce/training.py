@@ -29,7 +29,9 @@ from stepwise_lightning.signals import EX_TEMPFAIL
 CONFIGS = Path(__file__).parent.parent / "configs"
 # cpu is the shipped configuration as it is; smoke is a size for tests; full is the paper's.
 PROFILES: dict[str, dict[str, Any]] = {"smoke": {}, "cpu": {}, "full": {"data": "stl10"}}
-_CONFIGURATION = {"smoke": "photos", "cpu": "photos", "full": "stl10"}
+# Between the two: hours on a CPU, so that one figure has it alone.
+MIDDLE: dict[str, dict[str, Any]] = {"middle": {"data": "cifar10"}}
+_CONFIGURATION = {"smoke": "photos", "cpu": "photos", "middle": "cifar10_cpu", "full": "stl10"}
 _MODULE = "stepwise_lightning"
 _PLACES = (
     "data.init_args.root", "trainer.logger.init_args.save_dir", "trainer.default_root_dir", "trainer.callbacks.dirpath"
