@@ -17,6 +17,7 @@ from .modules import VICReg as VICReg
 from .record import SpectrumRecord as SpectrumRecord
 from .runs import LastCheckpoint as LastCheckpoint
 from .spectrum.logger import SpectrumLogger as SpectrumLogger
+from .trained import load_encoder as load_encoder
 
 __all__: list[str]
 __version__: str

@@ -17,6 +17,8 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
 import stepwise_lightning
+from stepwise_lightning.commands import TRAINING
+from stepwise_lightning.commands.configurations import named
 from stepwise_lightning.errors import UserError, condensed, one_line
 from stepwise_lightning.runs import AtomicCheckpointIO, LastCheckpoint
 from stepwise_lightning.runs.newest import continue_newest
@@ -48,9 +50,14 @@ class _CLI(LightningCLI):
     As data, always: tensors and plain values, which name nothing to be imported or run.
     """
 
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """Return those of Lightning's that these modules have: `stepwise embed` takes the place of ``predict``."""
+        return {name: arguments for name, arguments in LightningCLI.subcommands().items() if name in TRAINING}
+
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Parse, and refuse what Lightning would stumble over later."""
-        super().parse_arguments(parser, args)
+        self.config = parser.parse_args(named(sys.argv[1:]))
         config = self.config[self.config.subcommand]
         if config.trainer is None:
             raise UserError("trainer is empty: give it options, such as max_steps, or leave it out")
@@ -117,6 +124,7 @@ def main() -> None:
             L.LightningModule,
             save_config_callback=SaveRun,
             parser_class=_Parser,
+            parser_kwargs={"prog": "stepwise"},
             subclass_mode_model=True,
             subclass_mode_data=True,
             auto_configure_optimizers=False,

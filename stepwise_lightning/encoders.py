@@ -106,6 +106,7 @@ class ResNet(nn.Module):
 
     Attributes:
         out_features: 64, 512, 512 or 2048.
+        name, small_images: as given.
 
     Raises:
         ValueError: an unknown name.
@@ -128,6 +129,7 @@ class ResNet(nn.Module):
                 nn.init.kaiming_normal_(network.conv1.weight, mode="fan_out", nonlinearity="relu")
                 network.maxpool = nn.Identity()
         self.out_features: int = network.fc.in_features
+        self.name, self.small_images = name, small_images
         network.fc = nn.Identity()
         # Its convolutions then work on channels-last images, whatever they are given: a step takes a quarter less on a
         # CPU for the small network, a tenth less for ResNet-50.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Self
 
 import lightning as L
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from stepwise_lightning import losses
 from stepwise_lightning.collectives import all_gather_with_grad, check_equal_shards
 from stepwise_lightning.errors import DivergedError, UserError
+from stepwise_lightning.trained import configured_encoder
 
 __all__ = ["BarlowTwins", "JointEmbedding", "SimCLR", "VICReg", "rate_factor"]
 
@@ -63,6 +64,25 @@ class JointEmbedding(L.LightningModule):
         # Called here, it collects the arguments of the method's own __init__ too.
         self.save_hyperparameters(ignore=["encoder"])
         self.encoder = encoder
+
+    @classmethod
+    def load_from_checkpoint(cls, checkpoint_path: Any, *arguments: Any, **settings: Any) -> Self:
+        """Return the trained module: ``BarlowTwins.load_from_checkpoint("RUN/checkpoints/last.ckpt")``.
+
+        As Lightning's, but for two things: without ``encoder=…`` the encoder is rebuilt from the run's ``config.yaml``
+        (:func:`stepwise_lightning.load_encoder`), and the checkpoint is always read with ``weights_only=True``, as
+        tensors and plain values.
+
+        Raises:
+            FileNotFoundError: no such checkpoint, or neither an encoder nor a configuration.
+            ValueError: ``weights_only=False``; a checkpoint of another method.
+
+        """
+        if settings.get("weights_only") is False:
+            raise UserError("weights_only=False would let a checkpoint run code, and is not accepted: leave it out")
+        if "encoder" not in settings:
+            settings["encoder"] = configured_encoder(checkpoint_path)
+        return super().load_from_checkpoint(checkpoint_path, *arguments, **settings | {"weights_only": True})
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the embeddings (n, d) of one view (n, …)."""

@@ -110,6 +110,11 @@ class TwoViewDataModule(L.LightningDataModule):
         if stage in (None, "test"):
             self.images("test")
 
+    def state_dict(self) -> dict[str, Any]:
+        """Return what an image needs to become an input of the trained model, which checkpoints keep."""
+        size = self._image_size(self.images("train"))
+        return {"image_size": size, "mean": self.mean, "std": self.std, "class_names": self.class_names}
+
     def train_dataloader(self) -> ResumableLoader:
         """Return batches (x1, x2, label) of this process's share of every global batch."""
         h = self.hparams

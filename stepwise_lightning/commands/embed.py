@@ -1,0 +1,38 @@
+"""``stepwise embed RUN --data FOLDER --out embeddings.npz``."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+
+from stepwise_lightning.commands.parser import Parser
+
+__all__ = ["main"]
+
+
+def main(arguments: list[str]) -> None:
+    """Write what the trained encoder of a run makes of images."""
+    parser = Parser("embed", "Write what a trained encoder makes of images: embeddings, the representation before the "
+                    "projector, labels and paths, as arrays in an .npz file.")  # fmt: skip
+    parser.add_argument("run", metavar="RUN", help="the folder of a run, runs/NAME/version_N, or a checkpoint in it")
+    parser.add_argument("--data", required=True, metavar="FOLDER", help="images: a folder, photos, cifar10 or stl10")
+    parser.add_argument("--out", required=True, type=Path, metavar="FILE.npz", help="where to write; must not exist")
+    parser.add_argument("--root", default="data", help="where cifar10 and stl10 lie (%(default)s)")
+    parser.add_argument("--batch-size", type=int, default=256, help="images at a time (%(default)s)")
+    options = parser.parse_args(arguments)
+    if options.out.suffix != ".npz" or options.out.exists():
+        parser.error(f"--out {options.out} {'exists' if options.out.exists() else 'must end in .npz'}: name a new file")
+    if options.batch_size < 1:
+        parser.error(f"--batch-size must be at least 1, got {options.batch_size}")
+
+    import numpy as np
+    from tqdm import tqdm
+
+    from stepwise_lightning.files import atomic_write
+    from stepwise_lightning.trained import embed_images
+
+    bar = partial(tqdm, desc="embedding", unit="batch", leave=False)
+    arrays = embed_images(options.run, options.data, options.root, options.batch_size, bar)
+    atomic_write(options.out, lambda partial: np.savez(partial, **arrays))  # type: ignore[arg-type]
+    shapes = ", ".join(f"{name} {tuple(values.shape)}" for name, values in arrays.items())
+    print(f"{options.out}: {shapes}")
