@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import sys
+import warnings
 from difflib import get_close_matches
 from inspect import isclass, signature
 from pathlib import Path
@@ -13,6 +15,7 @@ from typing import Any, NoReturn
 import lightning as L
 import torch
 from lightning.fabric.plugins import CheckpointIO
+from lightning.pytorch.callbacks import ProgressBar, TQDMProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
@@ -22,13 +25,22 @@ from stepwise_lightning.commands.configurations import named
 from stepwise_lightning.errors import UserError, condensed, one_line
 from stepwise_lightning.runs import AtomicCheckpointIO, LastCheckpoint
 from stepwise_lightning.runs.newest import continue_newest
+from stepwise_lightning.runs.report import LineProgress, Plan, outcome
 from stepwise_lightning.runs.save_run import SaveRun
 from stepwise_lightning.signals import INTERRUPTED
+from stepwise_lightning.spectrum.logger import SpectrumLogger
 
 # All of them, now: classes that have been imported can be named without their module.
 _PUBLIC = [getattr(stepwise_lightning, name) for name in stepwise_lightning.__all__]
 # The least that the Trainer can do with, and does not check.
 _LEAST = {"accumulate_grad_batches": 1, "check_val_every_n_epoch": 1, "gradient_clip_val": 0, "log_every_n_steps": 0}
+_ADVERTISEMENTS = re.compile(r"^💡 Tip: |^(TPU|HPU) available: |^GPU available: False|^Seed set to ")
+_DEPRECATIONS = (
+    # Lightning 2.6 with torch 2.15.
+    r"`isinstance\(treespec, LeafSpec\)` is deprecated",
+    # On machines with many cores, also where images lie in memory.
+    "The '(train|val|test)_dataloader' does not have many workers which may be a bottleneck",
+)
 _EXAMPLES = {
     "model": "BarlowTwins, SimCLR, VICReg",
     "encoder": "stepwise_lightning.encoders.Encoder, ….LinearEncoder, ….MLP, ….ResNet",
@@ -88,6 +100,13 @@ class _CLI(LightningCLI):
         if self.datamodule is None and not is_overridden("train_dataloader", self.model):
             raise UserError(f"data is missing: give --data, one of {_EXAMPLES['data']}, or the dotted path of a class")
 
+    def after_fit(self) -> None:
+        """Say where the run lies and what was found."""
+        loggers = [c for c in self.trainer.callbacks if isinstance(c, SpectrumLogger)]  # type: ignore[attr-defined]
+        lines = outcome(self.trainer, loggers)  # a broadcast: every rank must ask
+        if self.trainer.is_global_zero and not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
+            print("\n" + "\n".join(lines))
+
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         given = self._get(self.config_init, "trainer")
         callbacks, plugins = (_as_list(given.get(name)) for name in ("callbacks", "plugins"))
@@ -96,6 +115,12 @@ class _CLI(LightningCLI):
             callbacks.append(LastCheckpoint())
         if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
             plugins.append(AtomicCheckpointIO())
+        callbacks.append(Plan())
+        if not sys.stdout.isatty() and given.get("enable_progress_bar") is not False:
+            callbacks = [callback for callback in callbacks if not isinstance(callback, TQDMProgressBar)]
+            callbacks += [] if any(isinstance(callback, ProgressBar) for callback in callbacks) else [LineProgress()]
+        if given.get("enable_model_summary") is None:  # the plan has what matters of it
+            kwargs["enable_model_summary"] = False
         return super().instantiate_trainer(callbacks=callbacks, plugins=plugins, **kwargs)
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
@@ -119,6 +144,7 @@ def main() -> None:
     """
     if not sys.flags.safe_path and not {"", os.getcwd()} & set(sys.path):
         sys.path.insert(0, os.getcwd())  # where the command lies is, in its place
+    _silence_libraries()
     try:
         _CLI(
             L.LightningModule,
@@ -137,6 +163,18 @@ def main() -> None:
         if text is None:
             raise
         sys.exit(f"\nstepwise: error: {text}")  # a progress bar may have left its line open
+
+
+def _silence_libraries() -> None:
+    """Keep away what Lightning says of its makers' other products, of GPUs that are not there, and of its own age."""
+
+    def is_of_interest(record: logging.LogRecord) -> bool:
+        return not _ADVERTISEMENTS.search(record.getMessage())
+
+    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.seed"):
+        logging.getLogger(name).addFilter(is_of_interest)
+    for message in _DEPRECATIONS:
+        warnings.filterwarnings("ignore", message)
 
 
 def _settings(model: Any) -> dict[str, Any]:

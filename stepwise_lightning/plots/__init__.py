@@ -3,6 +3,7 @@
 from stepwise_lightning.plots.doses import Response, doses_figure
 from stepwise_lightning.plots.embeddings import embedding_figure, growth_animation, growth_figure, principal_components
 from stepwise_lightning.plots.panels import Panel, draw_panel, mode_colours
+from stepwise_lightning.plots.runs import overlay_figure, run_figure
 from stepwise_lightning.plots.trajectories import (
     alignment_figure,
     alignments_figure,
@@ -25,7 +26,9 @@ __all__ = [
     "growth_animation",
     "growth_figure",
     "mode_colours",
+    "overlay_figure",
     "principal_components",
+    "run_figure",
     "spectra_figure",
     "trajectories_figure",
 ]

@@ -90,15 +90,19 @@ def mode_colours(count: int) -> list[tuple[float, float, float, float]]:
     return [tuple(colour) for colour in matplotlib.colormaps["viridis"](np.linspace(0, 0.9, count))]
 
 
-def draw_panel(panel: Panel, loss_axis: Axes | None, eigenvalue_axis: Axes) -> None:
-    """Draw loss (where there is an axis for it) and eigenvalues against log time, theory dashed, steps dotted."""
-    colours = mode_colours(panel.eigenvalues.shape[1])
+def draw_panel(panel: Panel, loss_axis: Axes | None, eigenvalue_axis: Axes, colour_of_run: Any = None) -> None:
+    """Draw loss (where there is an axis for it) and eigenvalues against log time, theory dashed, steps dotted.
+
+    Each mode has a colour, or all and the loss that of the run.
+    """
+    num_modes = panel.eigenvalues.shape[1]
+    colours = mode_colours(num_modes) if colour_of_run is None else [colour_of_run] * num_modes
     axes = [axis for axis in (loss_axis, eigenvalue_axis) if axis is not None]
     shown = panel.times > 0  # time 0 has no place on a logarithmic axis
     times, theory = panel.times[shown], panel.predicted()
     dashed: dict[str, Any] = {"color": "black", "linewidth": 1.1, "linestyle": "--"}
     if loss_axis is not None:
-        loss_axis.plot(times, panel.record.losses.numpy()[shown], color="tab:red", linewidth=2.2)
+        loss_axis.plot(times, panel.record.losses.numpy()[shown], color=colour_of_run or "tab:red", linewidth=2.2)
         loss_axis.set_title(panel.title)
     for values, colour in zip(panel.eigenvalues[shown].T, colours, strict=True):
         eigenvalue_axis.plot(times, values, color=colour, linewidth=2.2)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 from weakref import ref
 
@@ -21,6 +22,7 @@ from stepwise_lightning.record import Measurement, Spectrum, SpectrumRecord
 from stepwise_lightning.spectrum.batches import Views, joined, loss_in, on_device, views_in
 from stepwise_lightning.spectrum.capture import Watched, capture, check_finite, check_watched, label
 from stepwise_lightning.spectrum.measures import MATRICES, measure
+from stepwise_lightning.spectrum.pictures import keep_picture
 from stepwise_lightning.spectrum.schedule import Clock, Schedule, expected_end
 from stepwise_lightning.spectrum.writers import SpectrumFiles, draw_trajectories, lay_out_charts, scalar_tag
 
@@ -60,7 +62,8 @@ class SpectrumLogger(L.Callback):
       with quantity ``eigenvalue`` (mode 0, 1, …), one of the measures, or ``loss`` (matrix empty);
     - at the end of training to ``spectrum.npz`` beside it, everything: :meth:`stepwise_lightning.SpectrumRecord.load`
       reads it, :meth:`stepwise_lightning.SpectrumRecord.arrays` says what is in it;
-    - then to ``steps.json`` what :func:`stepwise_lightning.spectrum.detect_steps` finds in each matrix.
+    - then to ``steps.json`` what :func:`stepwise_lightning.spectrum.detect_steps` finds in each matrix, and to
+      ``trajectories.png`` a picture of it, which W&B and MLflow get as an image too.
 
     ``num_grown`` counts modes while training goes on: those whose eigenvalue has grown tenfold since the first
     measurement and exceeds a tenth of the largest. Which modes were *learned*, in how many distinct steps, can only be
@@ -104,6 +107,7 @@ class SpectrumLogger(L.Callback):
     Attributes:
         record: what was measured so far, a :class:`stepwise_lightning.SpectrumRecord`.
         directory: where it is written, from the start of training on.
+        picture: the file with the trajectories, from the end of training on, None where none is drawn.
 
     """
 
@@ -137,6 +141,7 @@ class SpectrumLogger(L.Callback):
         self.output, self.num_points, self.num_scalars, self.prediction = output, num_points, num_scalars, prediction
         self.keep_embeddings = keep_embeddings
         self.record = SpectrumRecord()
+        self.picture: Path | None = None
         self._clock = Clock()
         self._trainer: Any = None  # a reference to the one whose run is recorded
         self._restored = self._late = self._hears_steps = False
@@ -182,7 +187,7 @@ class SpectrumLogger(L.Callback):
         check_watched(pl_module, self.watch)
         if not self._restored and (self._trainer is None or self._trainer() is not trainer):
             self.record, self._clock = SpectrumRecord(), Clock()  # another run, of a callback that is used again
-        self._trainer, self._restored, self._late = ref(trainer), False, False
+        self._trainer, self._restored, self._late, self.picture = ref(trainer), False, False, None
         self._batch = self._earlier = self._losses = None
         step = self._step(trainer)
         self._schedule = Schedule(expected_end(trainer), self.num_points)
@@ -246,16 +251,18 @@ class SpectrumLogger(L.Callback):
                 self._files.add(row for row in self.record.rows(-1, 0) if row[3] == "loss")
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Measure the final weights and write the ``.npz`` file, the steps found and the figure."""
+        """Measure the final weights and write the ``.npz`` file, the steps found and the picture."""
         self._losses = None
         if self._batch is not None and self._measured_at < self._step(trainer):
             if not self._measure(trainer, pl_module) and self._earlier is not None:
                 self._batch = self._earlier
                 self._measure(trainer, pl_module)
-        self._losses = None
+        self._losses, files = None, self._files
         self._close(ended=True)
         if trainer.is_global_zero and len(self.record):
             draw_trajectories(trainer, self.record, self.num_scalars, self.name)
+        if files is not None:
+            self.picture = keep_picture(trainer, self.record, files.named("trajectories", ".png"), self.name)
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """Keep what has been measured when training is interrupted."""

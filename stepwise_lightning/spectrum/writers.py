@@ -99,9 +99,13 @@ class SpectrumFiles:
     def close(self, record: SpectrumRecord, ended: bool) -> None:
         """Write the arrays and, if training has ended, the steps found in them."""
         if ended:
-            steps = self.stem.replace("spectrum", "steps", 1)
-            write_steps(self.folder / f"{steps if steps != self.stem else f'{self.stem}_steps'}.json", record)
+            write_steps(self.named("steps", ".json"), record)
         record.save(self.folder / f"{self.stem}.npz")
+
+    def named(self, content: str, suffix: str) -> Path:
+        """Return the path of another file of this run: ``steps.json``, ``steps-v1.json`` or ``<name>_steps.json``."""
+        stem = self.stem.replace("spectrum", content, 1)
+        return self.folder / f"{stem if stem != self.stem else f'{self.stem}_{content}'}{suffix}"
 
     def _is_of_another_run(self, stem: str) -> bool:
         table, arrays = (self.folder / f"{stem}{suffix}" for suffix in (".csv", ".npz"))

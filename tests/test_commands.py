@@ -1,0 +1,128 @@
+"""What a person sees of a run: its plan, its progress, its end, and what the other commands make of its folder."""
+
+import sys
+from contextlib import redirect_stdout
+from io import StringIO
+
+import pytest
+from matplotlib.image import imread
+from tiny_runs import changed, stepwise, write_images
+
+from stepwise_lightning import SpectrumRecord
+from stepwise_lightning.commands import main
+from stepwise_lightning.plots import overlay_figure, run_figure
+from stepwise_lightning.runs import report
+
+BOARD = {"class_path": "lightning.pytorch.loggers.TensorBoardLogger", "init_args": {"save_dir": "runs", "name": "tiny"}}
+
+
+def command(*arguments):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["stepwise", *map(str, arguments)])
+        main()
+
+
+@pytest.fixture(scope="module")
+def said(tmp_path_factory):
+    """Train two runs of twelve steps, and return their folder and what the first one printed."""
+    folder = tmp_path_factory.mktemp("runs")
+    write_images(folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setattr(report, "_LEAST_SECONDS", 0.0)
+        patch.setattr(report, "_SHARE", 0.0)
+        printed = []
+        for seed in (0, 1):
+            encoder = {"in_features": 48, "out_features": 3, "init_std": 1e-3, "seed": seed}
+            changes = {
+                "model.init_args.encoder.init_args": encoder,
+                "trainer.logger": BOARD,
+                "trainer.max_steps": 12,
+                "trainer.enable_progress_bar": True,
+            }
+            with redirect_stdout(StringIO()) as output:
+                stepwise("fit", config=changed(changes))
+            printed.append(output.getvalue().splitlines())
+    return folder, printed[0]
+
+
+@pytest.fixture(autouse=True)
+def here(said, monkeypatch):
+    monkeypatch.chdir(said[0])
+
+
+def test_a_run_begins_with_what_it_will_do_and_ends_with_what_was_found(said):
+    first, second, third, *progress = said[1]
+    assert first == "BarlowTwins on images: 144 parameters in LinearEncoder"
+    assert second == "12 steps of 4 pairs, learning rate 0.001, on cpu"
+    assert third == "writes to runs/tiny/version_0"
+    assert progress[0].startswith("step 1 of 12, ") and "left" in progress[0]
+    end = dict(line.split(maxsplit=1) for line in progress[progress.index("") + 1 :])
+    assert end["run"] == "runs/tiny/version_0, 12 steps" and end["watch"] == "tensorboard --logdir runs/tiny"
+    assert end["found"] == "1 distinct step in C, 1 in the covariance"
+    assert imread(end["picture"]).shape[0] > 300 and end["picture"] == "runs/tiny/version_0/trajectories.png"
+
+
+def test_progress_is_rare(monkeypatch):
+    clock = iter([0.0, *range(1, 2001)])
+    monkeypatch.setattr(report.time, "monotonic", lambda: float(next(clock)))
+    lines = []
+    monkeypatch.setattr(report.LineProgress, "_line", lambda self, trainer, module, gone: lines.append(gone) or "")
+    progress = report.LineProgress()
+    trainer = type("Trainer", (), {"global_step": 0})()
+    progress.on_train_start(trainer, None)
+    for _ in range(2000):
+        progress.on_train_batch_end(trainer, None, None, None, 0)
+    assert lines[:3] == [10, 20, 30] and lines[-1] - lines[-2] > 90 and len(lines) < 70
+
+
+def test_libraries_say_nothing_of_themselves(said, caplog, recwarn):
+    stepwise("fit", config=changed({}))
+    assert not [text for text in caplog.messages if "Tip" in text or "TPU" in text or "Seed" in text]
+    assert not [warning for warning in recwarn if "LeafSpec" in str(warning.message)]
+
+
+def test_the_summary_is_a_table_of_runs_and_matrices(capsys):
+    command("summary", "runs/tiny/version_0", "runs/tiny/version_1")
+    head, *rows = capsys.readouterr().out.splitlines()
+    assert head.split("  ")[0] == "run" and "distinct steps" in head
+    assert [row.split()[:2] for row in rows[::3]] == [
+        ["runs/tiny/version_0", "cross_correlation"],
+        ["runs/tiny/version_1", "cross_correlation"],
+    ]
+
+
+@pytest.mark.parametrize("runs", [["version_0"], ["version_0", "version_1"]], ids=len)
+@pytest.mark.parametrize("ending", ["png", "pdf"])
+def test_runs_are_drawn_alone_and_over_each_other(runs, ending, tmp_path, capsys):
+    out = tmp_path / f"picture.{ending}"
+    command("plot", *(f"runs/tiny/{run}" for run in runs), "--out", out, "--matrix", "covariance")
+    assert out.read_bytes()[:4] in (b"\x89PNG", b"%PDF") and capsys.readouterr().out.strip() == str(out)
+    if ending == "pdf":
+        assert b"/Type3" not in out.read_bytes()
+
+
+def test_overlaid_runs_have_a_colour_each_and_a_legend():
+    records = {name: SpectrumRecord.load(f"runs/tiny/version_{name}") for name in "01"}
+    figure = overlay_figure(records, matrices=["covariance"])
+    colours = [line.get_color() for line in figure.axes[1].lines]
+    assert len(colours) == 6 and len(set(colours[:3])) == len(set(colours[3:])) == 1 and colours[0] != colours[3]
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["0", "1"]
+    assert len(run_figure(records["0"]).axes) == 2 * 3
+
+
+MISTAKES = {
+    "no run": (["summary", "nowhere"], "no 'nowhere': give a spectrum.npz, or the folder of a run"),
+    "ending": (["plot", "runs/tiny/version_0", "--out=x.doc"], "must end in one of .png, .pdf, .svg"),
+    "matrix": (["plot", "runs/tiny/version_0", "--matrix=C"], "no matrix 'C' in this record; choose from: cross_"),
+    "nothing given": (["plot"], "the following arguments are required: RUN"),
+}
+
+
+@pytest.mark.parametrize(("arguments", "message"), MISTAKES.values(), ids=MISTAKES)
+def test_mistakes_are_answered_in_one_line(arguments, message, capsys):
+    with pytest.raises(SystemExit) as stop:
+        command(*arguments)
+    text = stop.value.code if isinstance(stop.value.code, str) else capsys.readouterr().err
+    (line,) = text.strip().splitlines()
+    assert line.startswith("stepwise") and message in line
