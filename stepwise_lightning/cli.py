@@ -8,20 +8,22 @@ import re
 import sys
 import warnings
 from difflib import get_close_matches
-from inspect import isclass, signature
 from pathlib import Path
 from typing import Any, NoReturn
 
 import lightning as L
 import torch
+from jsonargparse import Namespace
 from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch.callbacks import ProgressBar, TQDMProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
 import stepwise_lightning
-from stepwise_lightning.commands import TRAINING
+from stepwise_lightning.commands import TRAINING, answered
+from stepwise_lightning.commands.callbacks import as_configurations, merged
 from stepwise_lightning.commands.configurations import named
+from stepwise_lightning.commands.options import options_of_classes, short_help
 from stepwise_lightning.errors import UserError, condensed, one_line
 from stepwise_lightning.runs import AtomicCheckpointIO, LastCheckpoint
 from stepwise_lightning.runs.newest import continue_newest
@@ -31,7 +33,8 @@ from stepwise_lightning.signals import INTERRUPTED
 from stepwise_lightning.spectrum.logger import SpectrumLogger
 
 # All of them, now: classes that have been imported can be named without their module.
-_PUBLIC = [getattr(stepwise_lightning, name) for name in stepwise_lightning.__all__]
+for _name in stepwise_lightning.__all__:
+    getattr(stepwise_lightning, _name)
 # The least that the Trainer can do with, and does not check.
 _LEAST = {"accumulate_grad_batches": 1, "check_val_every_n_epoch": 1, "gradient_clip_val": 0, "log_every_n_steps": 0}
 _ADVERTISEMENTS = re.compile(r"^💡 Tip: |^(TPU|HPU) available: |^GPU available: False|^Seed set to ")
@@ -52,8 +55,26 @@ class _Parser(LightningArgumentParser):
     """Reports a mistake in one line instead of pages of usage."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        parser = getattr(ex, "subcommand_parser", None) or self
-        self.exit(2, f"{parser.prog.replace(' [options]', '')}: error: {_told(message)} (see --help)\n")
+        program = (getattr(ex, "subcommand_parser", None) or self).prog.replace(" [options]", "")
+        # That of a class has the name of the file that runs.
+        program = program if program.startswith("stepwise") else "stepwise"
+        self.exit(2, f"{program}: error: {_told(message)} (see --help)\n")
+
+    def print_help(self, *arguments: Any, **options: Any) -> None:
+        """Print the help of a command: what most runs need."""
+        command = self.prog.split()[-1]
+        if command in TRAINING:
+            print(short_help(command), end="")
+        else:
+            super().print_help(*arguments, **options)
+
+    def merge_config(self, cfg_from: Namespace, cfg_to: Namespace) -> Namespace:
+        """Merge, and keep the callbacks that a second configuration does not name."""
+        config = super().merge_config(cfg_from, cfg_to)
+        before, changes = (given.get("trainer.callbacks") for given in (cfg_to, cfg_from))
+        if isinstance(before, list) and isinstance(changes, list):
+            config["trainer.callbacks"] = merged(before, changes)
+        return config
 
 
 class _CLI(LightningCLI):
@@ -69,7 +90,7 @@ class _CLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Parse, and refuse what Lightning would stumble over later."""
-        self.config = parser.parse_args(named(sys.argv[1:]))
+        self.config = parser.parse_args(as_configurations(named(sys.argv[1:])))
         config = self.config[self.config.subcommand]
         if config.trainer is None:
             raise UserError("trainer is empty: give it options, such as max_steps, or leave it out")
@@ -144,6 +165,8 @@ def main() -> None:
     """
     if not sys.flags.safe_path and not {"", os.getcwd()} & set(sys.path):
         sys.path.insert(0, os.getcwd())  # where the command lies is, in its place
+    if answered():
+        return
     _silence_libraries()
     try:
         _CLI(
@@ -201,8 +224,8 @@ def _check_settings(trained: dict[str, Any], asked: dict[str, Any]) -> None:
 def _told(message: str) -> str:
     """Condense a parser's message, and say what was probably meant."""
     text = condensed(message)
-    if option := re.search(r"[Oo]ption '([\w.]+)'", text):
-        return text + _suggestion(option[1])
+    if option := re.search(r"[Oo]ption '([\w.]+)'|[Uu]nrecognized arguments: --([\w.]+)", text):
+        return text + _suggestion(option[1] or option[2])
     keys = re.findall(r'key "(\w+)"', text)
     name = re.search(r"Expected a dot import path string: (\S+)", text)
     if name and keys and keys[-1] in _EXAMPLES:
@@ -212,9 +235,11 @@ def _told(message: str) -> str:
 
 def _suggestion(option: str) -> str:
     """Say what an option was probably meant to be: one of the Trainer, or of a class of this package."""
-    classes: list[type] = [L.Trainer, *(item for item in _PUBLIC if isclass(item))]
-    known = {name for cls in classes for name in signature(cls).parameters}
-    known |= {"trainer", "model", "data", "seed_everything", "ckpt_path", "class_path", "init_args"}
-    wrong = next((part for part in option.split(".") if part not in known), option)
+    places = options_of_classes()
+    known = {*places, "trainer", "model", "data", "seed_everything", "ckpt_path", "class_path", "init_args"}
+    wrong = next((part for part in option.split(".") if part not in known), None)
+    if wrong is None:  # a right name in a wrong place
+        right = [f"--{place}.{option.rpartition('.')[2]}" for place in places.get(option.rpartition(".")[2], ())]
+        return f"; did you mean {' or '.join(right)}?" if right else ""
     near = get_close_matches(wrong, known, n=1)
     return f"; did you mean {near[0]!r}?" if near else ""

@@ -1,6 +1,7 @@
 """The command line: configurations combine, and every mistake is answered in one line."""
 
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -234,3 +235,71 @@ def test_configurations_combine_and_print_whole(monkeypatch, tmp_path, capsys):
     config = yaml.safe_load(capsys.readouterr().out)
     encoder = config["model"]["init_args"]["encoder"]["init_args"]
     assert encoder["alpha"] == 1.0 and encoder["backbone"] == "resnet_small" and config["trainer"]["max_steps"] == 7
+
+
+def printed(monkeypatch, capsys, *arguments):
+    with pytest.raises(SystemExit) as stop:
+        run(monkeypatch, "fit", *arguments)
+    assert stop.value.code == 0
+    return capsys.readouterr().out
+
+
+def callbacks(monkeypatch, capsys, *arguments):
+    config = yaml.safe_load(printed(monkeypatch, capsys, f"--config={CONFIG}", *arguments, "--print_config"))
+    return {item["class_path"].rpartition(".")[2]: item.get("init_args") for item in config["trainer"]["callbacks"]}
+
+
+def test_callbacks_that_a_second_configuration_does_not_name_stay(tmp_path, monkeypatch, capsys):
+    (tmp_path / "mine.yaml").write_text(
+        "trainer:\n  callbacks:\n"
+        "    - class_path: LastCheckpoint\n      init_args: {every_n_train_steps: 7}\n"
+        "    - class_path: lightning.pytorch.callbacks.LearningRateMonitor\n"
+    )
+    before = callbacks(monkeypatch, capsys)
+    after = callbacks(monkeypatch, capsys, f"--config={tmp_path / 'mine.yaml'}")
+    assert after.pop("LearningRateMonitor") is not None
+    assert after == before | {"LastCheckpoint": {"every_n_train_steps": 7}}
+
+
+def test_single_values_of_callbacks_are_options(monkeypatch, capsys):
+    before = callbacks(monkeypatch, capsys)
+    after = callbacks(monkeypatch, capsys, "--spectrum.num_points", 50, "--checkpoint.every_n_train_steps=9")
+    assert before["SpectrumLogger"]["watch"] == ["encoder.backbone"]
+    assert after["SpectrumLogger"] == before["SpectrumLogger"] | {"num_points": 50}
+    assert after["LastCheckpoint"] == {"every_n_train_steps": 9} and after["OnlineKNN"] == before["OnlineKNN"]
+
+
+MISPLACED = {
+    "of a callback": (["--trainer.callbacks.num_points=5"], "is not accepted; did you mean --spectrum.num_points?"),
+    "of a model": (["--learning_rate", "1"], "did you mean --model.learning_rate or --probe.learning_rate?"),
+    "of the trainer": (["--max_steps=1"], "did you mean --trainer.max_steps?"),
+    "misspelt": (["--spectrum.num_pointz=5"], "did you mean 'num_points'?"),
+    "without a value": (["--spectrum.num_points"], "--spectrum.num_points needs a value"),
+    "unknown configuration": (["--config", "barlow"], "no configuration 'barlow': give a file, or one of barlow_twins"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("options", "message"), MISPLACED.values(), ids=MISPLACED)
+def test_a_right_option_in_a_wrong_place_is_told_where_it_belongs(options, message, monkeypatch, capsys):
+    with pytest.raises(SystemExit) as stop:
+        run(monkeypatch, "fit", f"--config={CONFIG}", *options)
+    text = stop.value.code if isinstance(stop.value.code, str) else capsys.readouterr().err
+    (line,) = text.strip().splitlines()
+    assert line.startswith("stepwise") and message in line
+
+
+def test_help_is_short_and_has_our_options_with_their_texts_and_defaults(monkeypatch, capsys):
+    text = printed(monkeypatch, capsys, "--help")
+    assert len(text.splitlines()) < 180 and text.index("--model.learning_rate") < text.index("--trainer.max_steps")
+    entries = {
+        match[1]: " ".join(match[2].split()) for match in re.finditer(r"^  --([\w.]+) (.*(?:\n {8,}.*)*)", text, re.M)
+    }
+    assert entries["model.momentum"].endswith("(0.0)") and entries["data.seed"].endswith("(0)")
+    empty = [name for name, entry in entries.items() if "." in name and not entry.partition("(")[0].strip()]
+    assert not empty
+
+
+def test_configurations_of_the_package_go_by_name(monkeypatch, capsys, tmp_path):
+    by_path = printed(monkeypatch, capsys, f"--config={CONFIG}", "--print_config")
+    monkeypatch.chdir(tmp_path)
+    assert printed(monkeypatch, capsys, "--config", "vicreg_photos", "--print_config") == by_path

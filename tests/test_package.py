@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -54,4 +55,12 @@ def test_theory_losses_spectra_records_and_plots_do_without_lightning():
 def test_command_line_helps(command):
     command[0] = str(Path(sys.executable).parent / command[0])
     done = subprocess.run([*command, "--help"], capture_output=True, text=True)
-    assert done.returncode == 0 and "fit" in done.stdout
+    assert done.returncode == 0 and "fit" in done.stdout and "--config barlow_twins_photos" in done.stdout
+    done = subprocess.run([*command, "--version"], capture_output=True, text=True)
+    assert done.stdout.strip() == f"stepwise_lightning {version('stepwise_lightning')}"
+
+
+def test_front_door_opens_without_lightning():
+    code = "import sys; sys.argv = ['stepwise', '--help']; from stepwise_lightning.commands import main; main()"
+    code += "; assert 'lightning' not in sys.modules and 'torch' not in sys.modules"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0

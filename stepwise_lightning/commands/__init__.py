@@ -10,7 +10,7 @@ from importlib.metadata import version
 from stepwise_lightning.errors import one_line
 from stepwise_lightning.signals import INTERRUPTED
 
-__all__ = ["COMMANDS", "TRAINING", "main"]
+__all__ = ["COMMANDS", "TRAINING", "answered", "main"]
 
 # Those with a module of their own here, and what `stepwise --help` says of them.
 COMMANDS = {
@@ -49,6 +49,15 @@ Each run gets a folder, runs/NAME/version_N: configuration, checkpoints, spectra
 
 def main() -> None:
     """Run ``stepwise``; see :func:`stepwise_lightning.cli.main` for how it ends."""
+    if not answered():
+        # Importing Lightning takes seconds.
+        from stepwise_lightning import cli
+
+        cli.main()
+
+
+def answered() -> bool:
+    """Do what needs no Lightning: help, version, and the commands of this package; return whether it was that."""
     command, arguments = (sys.argv[1:2] or ["--help"])[0], sys.argv[2:]
     if command in ("-h", "--help"):
         print(_help(), end="")
@@ -59,10 +68,8 @@ def main() -> None:
     elif not command.startswith("-") and command not in TRAINING:
         sys.exit(f"stepwise: error: unknown command {command!r}; choose from: {', '.join(TRAINING | COMMANDS)}")
     else:
-        # Importing Lightning takes seconds.
-        from stepwise_lightning import cli
-
-        cli.main()
+        return False
+    return True
 
 
 def _run(command: str, arguments: list[str]) -> None:
