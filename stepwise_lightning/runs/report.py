@@ -12,7 +12,7 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.callbacks import ProgressBar
 
-from stepwise_lightning.loggers import boards, run_folder
+from stepwise_lightning.loggers import run_folder
 from stepwise_lightning.record import SpectrumRecord
 from stepwise_lightning.spectrum.schedule import expected_end
 
@@ -124,10 +124,21 @@ def outcome(trainer: L.Trainer, loggers: Sequence[Any]) -> list[str]:
             lines.append(f"found    {_found(logger.record)}")
         if logger.picture is not None:
             lines.append(f"picture  {logger.picture}")
-    if boards(trainer):
-        root = next(logger.root_dir for logger in trainer.loggers if hasattr(logger, "root_dir"))
-        lines.append(f"watch    tensorboard --logdir {root}")
+    lines += [f"watch    {command}" for logger in trainer.loggers if (command := _watching(logger))]
     return [*lines, f"table    stepwise summary {folder}"] if loggers else lines
+
+
+def _watching(logger: Any) -> str:
+    """Return the command that shows what a logger has, '' where there is none."""
+    kinds = {base.__name__ for base in type(logger).__mro__}  # lightning's and pytorch_lightning's share no class
+    if "TensorBoardLogger" in kinds:
+        return f"tensorboard --logdir {logger.root_dir}"
+    if "WandbLogger" in kinds:
+        run = logger.experiment
+        return str(run.url) if getattr(run, "url", None) else f"wandb sync {Path(run.dir).parent}"
+    if "MLFlowLogger" in kinds:
+        return f"mlflow ui --backend-store-uri {logger._tracking_uri}"
+    return ""
 
 
 def _found(record: SpectrumRecord) -> str:

@@ -124,3 +124,16 @@ def test_a_second_run_overwrites_nothing(kind, loggers, package, tmp_path):
     first, second = folders
     assert tmp_path in first.parents and tmp_path in second.parents
     assert not second.is_relative_to(first) and not first.is_relative_to(second)
+
+
+def test_the_picture_of_the_run_arrives_as_an_image(loggers, package, tmp_path):
+    for kind in ("wandb", "mlflow"):
+        peer = LOGGERS[kind](loggers, tmp_path)
+        spectra, _ = fit(package, peer.logger, tmp_path)
+        picture = spectra.directory / "trajectories.png"
+        assert spectra.picture == picture
+        if kind == "wandb":
+            (image,) = (tmp_path / "wandb").glob("offline-run-*/files/media/images/spectrum/*.png")
+        else:
+            (image,) = (tmp_path / "mlruns").glob(f"*/{peer.logger.run_id}/artifacts/spectrum/*.png")
+        assert image.read_bytes() == picture.read_bytes()

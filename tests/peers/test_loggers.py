@@ -70,3 +70,26 @@ def test_mlflow_goes_on_as_the_same_run(name, folder):
     experiment = client.get_experiment_by_name(name.get("experiment_name", "lightning_logs"))
     (only,) = client.search_runs([experiment.experiment_id])
     assert run == folder / "runs" / experiment.experiment_id / only.info.run_id
+
+
+LOGGERS = {
+    "wandb": ("WandbLogger", {"project": "project", "save_dir": "runs"}, "wandb sync "),
+    "mlflow": ("MLFlowLogger", {"tracking_uri": "file:runs"}, "mlflow ui --backend-store-uri file:runs"),
+    "csv": ("CSVLogger", {"save_dir": "runs"}, None),
+}
+
+
+@pytest.mark.parametrize("kind", LOGGERS)
+def test_a_run_ends_with_its_folder_and_how_to_watch_it(kind, folder, capsys):
+    pytest.importorskip(kind)
+    path, arguments, watch = LOGGERS[kind]
+    train(12, path, **arguments)
+    lines = [line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines() if line]
+    end = dict(line for line in lines if line[0] in ("run", "picture", "watch"))
+    run = folder / end["run"].partition(",")[0]
+    assert {"config.yaml", "spectrum.npz", "trajectories.png", "checkpoints"} <= set(os.listdir(run))
+    assert folder / end["picture"] == run / "trajectories.png"
+    assert end.get("watch", "").startswith(watch) if watch else "watch" not in end
+    if kind == "wandb":
+        sys.modules["wandb"].finish()
+        assert list((folder / end["watch"].removeprefix("wandb sync ")).glob("*.wandb"))
