@@ -214,11 +214,18 @@ def _restored_settings(path: str) -> dict[str, Any]:
 def _check_settings(trained: dict[str, Any], asked: dict[str, Any]) -> None:
     """Refuse to resume with other settings: the optimiser's would come from the checkpoint all the same."""
     for name in sorted(trained.keys() & asked.keys()):
-        if trained[name] != asked[name]:
+        if _plain(trained[name]) != _plain(asked[name]):
             raise UserError(
                 f"the checkpoint was trained with {name}={trained[name]!r}, not {asked[name]!r}: resume it with its "
                 "own configuration (config.yaml in the folder of its run), where only trainer and data may change"
             )
+
+
+def _plain(value: Any) -> Any:
+    """Return a setting with lists for its tuples, which YAML does not have."""
+    if isinstance(value, dict):
+        return {name: _plain(item) for name, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
 def _told(message: str) -> str:

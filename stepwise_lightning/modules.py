@@ -1,10 +1,10 @@
-"""LightningModules: an encoder, a loss, and plain SGD."""
+"""LightningModules: an encoder, a loss, and plain SGD or another optimiser."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Any, Self
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Self, cast
 
 import lightning as L
 import torch
@@ -35,14 +35,18 @@ class JointEmbedding(L.LightningModule):
 
     Args:
         encoder: module from a view (n, …) to embeddings (n, d).
-        learning_rate: of SGD.
+        learning_rate: of SGD, or of ``optimizer``.
         momentum: of SGD.
         weight_decay: of SGD; small modes starve under it.
         warmup_steps: the learning rate rises linearly over so many steps; see :func:`rate_factor`.
         cosine: let the learning rate fall to 0 along a half cosine over the rest of training.
+        optimizer: another one of ``torch.optim`` in place of SGD, called with the parameters, for instance
+            ``partial(AdamW, weight_decay=0.01)``, or ``--model.optimizer AdamW``; its rate is ``learning_rate``. The
+            theory of this package speaks of SGD alone.
 
     Raises:
-        ValueError: a number that is negative or not finite (of a method's own too), or a momentum of 1 or more.
+        ValueError: a number that is negative or not finite (of a method's own too), a momentum of 1 or more, or
+            ``momentum`` or ``weight_decay`` beside ``optimizer``, which has its own.
 
     """
 
@@ -54,6 +58,7 @@ class JointEmbedding(L.LightningModule):
         weight_decay: float = 0.0,
         warmup_steps: int = 0,
         cosine: bool = False,
+        optimizer: Callable[[Iterable[Any]], torch.optim.Optimizer] | None = None,
     ) -> None:
         super().__init__()
         _check_not_negative(
@@ -61,9 +66,14 @@ class JointEmbedding(L.LightningModule):
         )
         if momentum >= 1:
             raise UserError(f"momentum must be below 1, or the weights would run away, got {momentum}")
+        if optimizer is not None and (momentum or weight_decay):
+            raise UserError("momentum and weight_decay are of SGD: give them to the optimizer, and leave these 0")
         # Called here, it collects the arguments of the method's own __init__ too.
         self.save_hyperparameters(ignore=["encoder"])
-        self.encoder = encoder
+        if callable(self.hparams.get("optimizer")):  # in a configuration it has plain values, which checkpoints keep
+            for kept in (self.hparams, self._hparams_initial):
+                cast(dict[str, Any], kept).pop("optimizer")
+        self.encoder, self.optimizer = encoder, optimizer
 
     @classmethod
     def load_from_checkpoint(cls, checkpoint_path: Any, *arguments: Any, **settings: Any) -> Self:
@@ -140,11 +150,16 @@ class JointEmbedding(L.LightningModule):
         raise DivergedError(f"training stopped, because {event}; {cause}")
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """Return plain SGD, with a schedule stepped at every optimiser step if one is asked for."""
+        """Return plain SGD or the one given, with a schedule stepped at every optimiser step if one is asked for."""
         h = self.hparams
-        optimizer = torch.optim.SGD(
-            self.parameters(), lr=h["learning_rate"], momentum=h["momentum"], weight_decay=h["weight_decay"]
-        )
+        if self.optimizer is None:
+            optimizer: torch.optim.Optimizer = torch.optim.SGD(
+                self.parameters(), lr=h["learning_rate"], momentum=h["momentum"], weight_decay=h["weight_decay"]
+            )
+        else:
+            optimizer = self.optimizer(self.parameters())
+            for group in optimizer.param_groups:
+                group["lr"] = h["learning_rate"]
         if not h["warmup_steps"] and not h["cosine"]:
             return optimizer
         num_steps = self.trainer.estimated_stepping_batches if h["cosine"] else math.inf

@@ -32,7 +32,7 @@ MISTAKES = {
     "batch of one": (["--data.init_args.global_batch_size=1"], "global_batch_size must be at least 2, since the"),
     "batch too large": (["--data.init_args.global_batch_size=9999"], "global_batch_size 9999 is larger than the"),
     "unknown data": (["--data.init_args.data=imagenet"], "data set 'imagenet' is neither one of photos, cifar10"),
-    "missing data": (["--data.init_args.data=stl10"], "STL10('data', download=True)"),
+    "missing data": (["--data.init_args.data=stl10"], "stepwise download stl10 --root data"),
     "missing file": (["--config=nowhere.yaml"], "File does not exist"),
     "missing checkpoint": (["--ckpt_path=nowhere.ckpt"], "Checkpoint file not found: "),
     "divergence": (["--model.init_args.learning_rate=1e9"], "training has most likely diverged"),

@@ -115,12 +115,16 @@ MISTAKES = {
     "no run": (["summary", "nowhere"], "no 'nowhere': give a spectrum.npz, or the folder of a run"),
     "ending": (["plot", "runs/tiny/version_0", "--out=x.doc"], "must end in one of .png, .pdf, .svg"),
     "matrix": (["plot", "runs/tiny/version_0", "--matrix=C"], "no matrix 'C' in this record; choose from: cross_"),
+    "no network": (["download", "cifar10"], "CIFAR-10 could not be downloaded and unpacked"),
     "nothing given": (["plot"], "the following arguments are required: RUN"),
 }
 
 
 @pytest.mark.parametrize(("arguments", "message"), MISTAKES.values(), ids=MISTAKES)
-def test_mistakes_are_answered_in_one_line(arguments, message, capsys):
+def test_mistakes_are_answered_in_one_line(arguments, message, capsys, monkeypatch):
+    for name in ("http_proxy", "https_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")  # where nobody is
+    monkeypatch.delenv("no_proxy", raising=False)
     with pytest.raises(SystemExit) as stop:
         command(*arguments)
     text = stop.value.code if isinstance(stop.value.code, str) else capsys.readouterr().err

@@ -1,12 +1,14 @@
 """The modules in a real Trainer: named terms, learning-rate schedule, stopping at NaN, checkpoints."""
 
 import math
+from functools import partial
 
 import lightning as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
+from tiny_runs import stepwise, write_images
 
 from stepwise_lightning import BarlowTwins, SimCLR, VICReg
 from stepwise_lightning.collectives import SyncBatchNorm
@@ -117,7 +119,9 @@ def test_checkpoints_hold_primitives_and_load(method, tmp_path):
     trainer = fit(method(encoder(), learning_rate=1e-3, warmup_steps=2, cosine=True), tmp_path, 3)
     trainer.save_checkpoint(tmp_path / "end.ckpt")
     checkpoint = torch.load(tmp_path / "end.ckpt", weights_only=True)
-    assert all(isinstance(value, (bool, int, float, str)) for value in checkpoint["hyper_parameters"].values())
+    assert all(
+        value is None or isinstance(value, (bool, int, float, str)) for value in checkpoint["hyper_parameters"].values()
+    )
     again = method.load_from_checkpoint(tmp_path / "end.ckpt", encoder=encoder(), weights_only=True)
     assert dict(again.hparams) == dict(trainer.lightning_module.hparams) and again.hparams["warmup_steps"] == 2
 
@@ -165,3 +169,38 @@ def test_two_cpu_processes_train_through_lightning_as_one_does(tmp_path):
     one, two = train(), train(devices=2, strategy="ddp_spawn", plugins=[SyncBatchNorm()])
     for name, value in one.items():
         torch.testing.assert_close(two[name], value, rtol=1e-10, atol=1e-12)
+
+
+def test_another_optimiser_has_the_module_s_rate_and_schedule_and_stays_out_of_checkpoints(tmp_path):
+    module = BarlowTwins(
+        encoder(), learning_rate=0.02, warmup_steps=2, optimizer=partial(torch.optim.AdamW, weight_decay=0.1)
+    )
+    checkpoint = ModelCheckpoint(dirpath=tmp_path / "saved", save_last=True)
+    trainer = fit(module, tmp_path, 3, callbacks=[checkpoint])
+    (optimizer,) = trainer.optimizers
+    assert type(optimizer) is torch.optim.AdamW
+    assert optimizer.param_groups[0]["lr"] == 0.02 and optimizer.param_groups[0]["weight_decay"] == 0.1
+    assert "optimizer" not in torch.load(tmp_path / "saved/last.ckpt", weights_only=True)["hyper_parameters"]
+    again = BarlowTwins.load_from_checkpoint(
+        tmp_path / "saved/last.ckpt", encoder=encoder(), optimizer=torch.optim.Adam
+    )
+    assert torch.equal(again.encoder.weight, module.encoder.weight) and again.optimizer is torch.optim.Adam
+    with pytest.raises(ValueError, match="momentum and weight_decay are of SGD: give them to the optimizer"):
+        VICReg(encoder(), 0.1, momentum=0.9, optimizer=torch.optim.Adam)
+
+
+def test_the_command_line_takes_any_optimiser_and_goes_on_with_no_other(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_images(tmp_path)
+    options = ["--model.optimizer=AdamW", "--model.optimizer.weight_decay=0.1"]
+    stepwise("fit", *options)
+    (path,) = tmp_path.rglob("last.ckpt")
+    saved = torch.load(path, weights_only=True)
+    assert saved["hyper_parameters"]["optimizer"]["class_path"] == "torch.optim.AdamW"
+    (group,) = saved["optimizer_states"][0]["param_groups"]
+    assert group["lr"] == 1e-3 and group["weight_decay"] == 0.1 and "betas" in group
+    stepwise("fit", *options, "--trainer.max_steps=4", "--ckpt_path=last")
+    assert torch.load(path, weights_only=True)["global_step"] == 4
+    assert isinstance(BarlowTwins.load_from_checkpoint(path).configure_optimizers(), torch.optim.AdamW)
+    with pytest.raises(SystemExit, match="the checkpoint was trained with optimizer="):
+        stepwise("fit", "--trainer.max_steps=6", "--ckpt_path=last")

@@ -26,17 +26,28 @@ one_of() { # GIVEN NAME…: prints the name given if it is one of the others
 }
 
 need() { # stl10, cifar10
-    local data folder name class
+    local data folder name
     for data in "$@"; do
         case $data in
-            stl10) folder=stl10_binary name=STL-10 class=STL10 ;;
-            cifar10) folder=cifar-10-batches-py name=CIFAR-10 class=CIFAR10 ;;
+            stl10) folder=stl10_binary name=STL-10 ;;
+            cifar10) folder=cifar-10-batches-py name=CIFAR-10 ;;
             *) die "unknown data set '$data'" ;;
         esac
         [[ -d $DATA/$folder ]] || die "no $name in '$DATA': get it where there is a network, with" \
-            "$PYTHON -c \"import torchvision; torchvision.datasets.$class('$DATA', download=True)\"," \
+            "$VENV/bin/stepwise download $data --root '$DATA'," \
             "or say where it lies with DATA=FOLDER sbatch …"
     done
+}
+
+need_for_full() { # DATA OPTIONS…: the same, unless the options choose other data or another profile
+    local data=$1 option
+    shift
+    for option in "$@"; do
+        case $option in
+            --data | --data=* | --profile | --profile=*) return ;;
+        esac
+    done
+    need "$data"
 }
 
 run() {

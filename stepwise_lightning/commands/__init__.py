@@ -18,6 +18,7 @@ COMMANDS = {
     "plot": "draw the trajectories of one finished run, or of several over each other",
     "embed": "write what a trained encoder makes of a folder of images",
     "export": "write a trained ResNet as weights for torchvision",
+    "download": "fetch CIFAR-10 or STL-10",
 }
 # Those of Lightning's.
 TRAINING = {

@@ -8,6 +8,7 @@ processes of a machine share; others are read when they are needed.
 from __future__ import annotations
 
 import os
+import shlex
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -182,9 +183,7 @@ def _statistics(counts: Tensor) -> tuple[Tensor, Tensor]:
 def _torchvision_set(data: str, root: str, download: bool, train: bool) -> Any:
     from torchvision.datasets import CIFAR10
 
-    name, size, cls, load = {
-        "cifar10": ("CIFAR-10", "170 MB", "CIFAR10", CIFAR10), "stl10": ("STL-10", "2.6 GB", "STL10", stl10)
-    }[data]  # fmt: skip
+    name, size, load = {"cifar10": ("CIFAR-10", "170 MB", CIFAR10), "stl10": ("STL-10", "2.6 GB", stl10)}[data]
     where = f"under {str(Path(root).resolve())!r}"
     try:
         return load(root, download=download, train=train)
@@ -193,7 +192,7 @@ def _torchvision_set(data: str, root: str, download: bool, train: bool) -> Any:
             raise NotFoundError(f"{name} could not be downloaded and unpacked {where}: {error}") from error
         raise NotFoundError(
             f"no intact {name} {where}; get it ({size}) by allowing the download, or with: "
-            f'python -c "import torchvision; torchvision.datasets.{cls}({root!r}, download=True)"'
+            f"stepwise download {data} --root {shlex.quote(root)}"
         ) from error
 
 

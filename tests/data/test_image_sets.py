@@ -103,9 +103,9 @@ def test_stl10_in_its_real_format(stl10_files: Path) -> None:
     torch.testing.assert_close((mean, std), (pixels.mean(1), pixels.std(1, correction=0)))
 
 
-@pytest.mark.parametrize(("data", "cls"), [("cifar10", CIFAR10), ("stl10", STL10)])
-def test_a_data_set_that_is_not_there_gives_the_command_that_gets_it(data: str, cls: type, tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=f"datasets.{cls.__name__}.*download=True") as caught:
+@pytest.mark.parametrize("data", ["cifar10", "stl10"])
+def test_a_data_set_that_is_not_there_gives_the_command_that_gets_it(data: str, tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=f"stepwise download {data} --root") as caught:
         load_image_set(data, root=str(tmp_path))
     assert str(tmp_path) in str(caught.value) and "\n" not in str(caught.value)
 

@@ -93,6 +93,15 @@ def test_the_array_trains_every_loss_with_every_seed_once(start, submit, monkeyp
     assert all("stl10" in run.configs[0].stem and path.is_file() for run in runs for path in run.configs)
 
 
+@pytest.mark.parametrize("options", [["--profile", "smoke"], ["--profile=cpu"], ["--data", "folder"]], ids=" ".join)
+@pytest.mark.parametrize("script", ["train", "gpu three_losses", "cpu linear_model"])
+def test_other_profiles_and_data_need_no_data_set(script, options, submit, tmp_path):
+    for folder in (tmp_path / "data").iterdir():
+        folder.rmdir()
+    asked = submit(*script.split(), *options, SLURM_ARRAY_TASK_ID="0")
+    assert isinstance(asked, list) and set(options) < set(asked)
+
+
 def test_the_array_s_runs_are_those_that_the_figures_look_for(submit, monkeypatch, tmp_path):
     (run,) = runs_of(submit("train", "--out", "here", SLURM_ARRAY_TASK_ID="4"), monkeypatch)
     options = new_parser("all", "", PROFILES).parse_args(submit("gpu", "all", "--out", "here")[3:])
