@@ -31,7 +31,7 @@ def main(arguments: list[str]) -> None:
     from stepwise_lightning.files import atomic_write
     from stepwise_lightning.trained import embed_images
 
-    bar = partial(tqdm, desc="embedding", unit="batch", leave=False)
+    bar = partial(tqdm, desc="embedding", unit="batch", leave=False, disable=None)
     arrays = embed_images(options.run, options.data, options.root, options.batch_size, bar)
     atomic_write(options.out, lambda partial: np.savez(partial, **arrays))  # type: ignore[arg-type]
     shapes = ", ".join(f"{name} {tuple(values.shape)}" for name, values in arrays.items())
