@@ -44,9 +44,13 @@ VARIANT_TITLES = {
     "no_off_diagonal": "no off-diagonal term",
     "no_covariance": "no covariance term",
     "published_loss": "the published loss",
+    "alpha0.01": "start ten times as large",
+    "alpha0.1": "start a hundred times as large",
+    "standard_augmentation": "standard augmentation",
+    "weight_decay": "weight decay 1e-4",
 }
 # Controls are trained for so many steps, in which a staircase has at least three.
-CONTROL_STEPS = 600
+CONTROL_STEPS = 400
 _SHORT = {"trainer.max_steps": CONTROL_STEPS}
 # By what a run differs from its shipped configuration: files laid over that, and settings of the command line.
 VARIANTS: dict[str, tuple[list[str], dict[str, Any]]] = {
@@ -54,6 +58,8 @@ VARIANTS: dict[str, tuple[list[str], dict[str, Any]]] = {
     "ordinary": (["ordinary.yaml"], {}),
     "alpha0.01": ([], {"model.init_args.encoder.init_args.alpha": 0.01}),
     "alpha0.1": ([], {"model.init_args.encoder.init_args.alpha": 0.1}),
+    "standard_augmentation": ([], {"data.init_args.augmentation": "standard"}),
+    "weight_decay": ([], {"model.init_args.weight_decay": 1e-4}),
     "wrong_pairs": ([], {"data.class_path": "reproduce.control_data.WrongPairs"} | _SHORT),
     "noise_images": ([], {"data.class_path": "reproduce.control_data.NoiseImages"} | _SHORT),
     "no_off_diagonal": ([], {"model.init_args.off_diagonal_weight": 0.0} | _SHORT),
