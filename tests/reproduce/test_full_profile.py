@@ -87,6 +87,9 @@ def check_that_it_is_the_full_run(run):
         yaml.safe_load(path.read_text(encoding="utf-8"))
         for path in (CONFIGS / f"{loss}_stl10.yaml", run / "version_0" / "config.yaml")
     )
+    seed = int(run.name.rpartition("seed")[2])
+    asked["seed_everything"] = asked["data"]["init_args"]["seed"] = seed
+    asked["model"]["init_args"]["encoder"]["init_args"]["seed"] = seed
     if variant in ("no_off_diagonal", "no_covariance"):
         asked["model"]["init_args"][f"{variant.removeprefix('no_')}_weight"] = 0.0
     if variant == "ordinary":
