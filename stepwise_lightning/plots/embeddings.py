@@ -9,9 +9,19 @@ import numpy as np
 from matplotlib.animation import FuncAnimation, PillowWriter
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
-from stepwise_lightning.plots.panels import Array, Panel, draw_panel
+from stepwise_lightning.plots.panels import (
+    CLASS_COLOURS,
+    Array,
+    Panel,
+    draw_extremes,
+    draw_panel,
+    legend_lines,
+)
+
+_MOMENT: dict[str, Any] = {"color": "tab:orange", "linewidth": 2, "alpha": 0.5}
 
 
 def principal_components(embeddings: Array) -> Array:
@@ -82,15 +92,12 @@ def growth_figure(
     eigenvalue_axis.set_ylabel(panel.label)
     for axis in (loss_axis, eigenvalue_axis):
         for sample in samples:
-            axis.axvline(panel.times[sample], color="tab:orange", linewidth=2, alpha=0.5, zorder=0)
-        axis.set_xlabel("time; orange: the moments above")
+            axis.axvline(panel.times[sample], **_MOMENT, zorder=0)
+    lines = [Line2D([], [], label="moments above", **_MOMENT), *legend_lines([panel], "detected step")[1:]]
+    loss_axis.legend(handles=lines, loc="lower left", fontsize="small")
+    ends = ("crops at the low end", "crops at the high end")
     for mode, (axis, images) in enumerate(zip(right.subplots(3, 1), extremes, strict=True)):
-        half, gap = len(images) // 2, np.ones((images.shape[1], images.shape[2] // 2, 3))
-        axis.imshow(np.concatenate([*images[:half], gap, *images[half:]], axis=1), interpolation="nearest")
-        axis.set(xticks=[], yticks=[], ylabel=f"PC {mode + 1}")
-        axis.spines[:].set_visible(False)
-        if mode == 0:
-            axis.set_title("crops at the low end" + 16 * " " + "at the high end", fontsize="small")
+        draw_extremes(axis, images, f"PC {mode + 1}", None if mode else ends)
     figure.suptitle(title)
     if note:
         figure.supxlabel(note, fontsize="small", color="0.3")
@@ -110,7 +117,7 @@ def growth_animation(path: Path, panel: Panel, embeddings: Array, labels: Array,
     draw_panel(panel, loss_axis, eigenvalue_axis)
     loss_axis.set(title="", ylabel="loss")
     eigenvalue_axis.set_ylabel(panel.label)
-    lines = [axis.axvline(panel.times[-1], color="tab:orange", linewidth=2) for axis in (loss_axis, eigenvalue_axis)]
+    lines = [axis.axvline(panel.times[-1], **_MOMENT) for axis in (loss_axis, eigenvalue_axis)]
     figure.suptitle(title)
 
     def draw(index: int) -> list[Any]:
@@ -125,17 +132,21 @@ def growth_animation(path: Path, panel: Panel, embeddings: Array, labels: Array,
 
 
 def _scatter(axis: Any, points: Array, labels: Array | None, limit: float, title: str) -> None:
-    colours: Any = "tab:blue" if labels is None else [_colour(label) for label in labels]
+    colours: Any = CLASS_COLOURS[0] if labels is None else [_colour(label) for label in labels]
     axis.scatter(*points.T, c=colours, s=8, alpha=0.8, linewidths=0)
-    axis.set(xlim=(-limit, limit), ylim=(-limit, limit), zlim=(-limit, limit), title=title)
-    axis.set(xticklabels=[], yticklabels=[], zticklabels=[], xlabel="PC 1", ylabel="PC 2")
-    axis.set_zlabel("PC 3")
+    axis.set(xlim=(-limit, limit), ylim=(-limit, limit), zlim=(-limit, limit))
+    axis.set(xticklabels=[], yticklabels=[], zticklabels=[])
+    axis.set_title(title, y=0.98)
+    axis.set_box_aspect(None, zoom=0.9)  # or the last label lies outside
+    for side, name in ((axis.xaxis, "PC 1"), (axis.yaxis, "PC 2"), (axis.zaxis, "PC 3")):
+        side.set_label_text(name)
+        side.labelpad = -8.0  # there are no ticks' labels
 
 
 def _colour(label: int) -> str:
-    return f"C{int(label) % 10}" if label >= 0 else "0.5"
+    return CLASS_COLOURS[int(label) % len(CLASS_COLOURS)] if label >= 0 else "0.5"
 
 
 def _limit(shown: Array) -> float:
-    """Leave out the farthest hundredth of points, or a few would shrink all others."""
-    return float(np.quantile(np.abs(shown[-1]), 0.99)) or 1.0
+    """Return how far axes must reach for all points to lie inside."""
+    return 1.02 * float(np.abs(shown).max()) or 1.0

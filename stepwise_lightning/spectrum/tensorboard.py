@@ -217,7 +217,7 @@ def log_settings(trainer: L.Trainer, settings: Mapping[str, Any], name: str = NA
     Numbers and words stay what they are, others become words, None is left out. The table shows the first five, and
     the rest where it is asked to.
     """
-    from tensorboard.plugins.hparams import api
+    from torch.utils.tensorboard.summary import hparams
 
     table = {
         key: value if isinstance(value, (bool, int, float, str)) else str(value)
@@ -225,8 +225,21 @@ def log_settings(trainer: L.Trainer, settings: Mapping[str, Any], name: str = NA
         if value is not None
     }
     columns = {glance("loss", name): "loss", glance("num_grown", name): "modes grown", distinct(name): "distinct steps"}
-    metrics = [api.Metric(tag, display_name=title) for tag, title in columns.items()]
+    experiment, start, _ = hparams(table, dict.fromkeys(columns, 0.0))
+    _in_order(experiment.value[0].metadata.plugin_data, list(table), columns)
     for board in boards(trainer):
-        writer = board._get_file_writer()
-        writer.add_summary(api.hparams_config_pb([api.HParam(key) for key in table], metrics))
-        writer.add_summary(api.hparams_pb(table))
+        for summary in (experiment, start):
+            board._get_file_writer().add_summary(summary)
+
+
+def _in_order(data: Any, names: list[str], columns: dict[str, str]) -> None:
+    """Give the table's columns an order and titles: torch sorts them by their names."""
+    from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
+
+    content = HParamsPluginData.FromString(data.content)
+    infos = sorted(content.experiment.hparam_infos, key=lambda info: names.index(info.name))
+    del content.experiment.hparam_infos[:]
+    content.experiment.hparam_infos.extend(infos)
+    for metric in content.experiment.metric_infos:
+        metric.display_name = columns[metric.name.tag]
+    data.content = content.SerializeToString()

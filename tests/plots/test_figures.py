@@ -41,7 +41,7 @@ def test_runs_of_different_losses_keep_their_own_axes():
     runs = [growth([8.0, 4, 2]), growth([9.0, 5, 1], "covariance")]
     figure = trajectories_figure(runs, title="two losses", same_axes=False)
     assert not figure.axes[0].get_shared_y_axes().joined(figure.axes[0], figure.axes[1])
-    assert figure.axes[3].get_ylabel() == "eigenvalues, covariance"
+    assert figure.axes[3].get_ylabel() == "eigenvalues of\nthe covariance"
 
 
 def test_spectra_are_those_nearest_to_the_chosen_times():

@@ -75,7 +75,9 @@ def test_tensorboard_has_one_chart_a_matrix_and_the_figure(run):
     spectra, _, logger = run
     events = EventAccumulator(logger.log_dir, size_guidance={"tensors": 0, "images": 0}).Reload()
     layout = events.Tensors("custom_scalars__config__")[0].tensor_proto.string_val[0]
-    assert b"^features/covariance/eig_[0-9]+$" in layout and b"driven" not in layout  # nobody knows what this loss drives
+    assert (
+        b"^features/covariance/eig_[0-9]+$" in layout and b"driven" not in layout
+    )  # nobody knows what this loss drives
     images = events.Images("At a glance/trajectories")
     assert images[-1].step == spectra.record.steps[-1] and images[-1].width > 500
     for measure in ("num_grown", "effective_rank", "participation_ratio", "alpha_req", "rankme"):
