@@ -8,7 +8,7 @@ from typing import Any
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogFormatterMathtext, LogLocator
 
-from stepwise_lightning.plots.panels import CLASS_COLOURS, Array, Panel, add_legend, draw_panel, legend_lines
+from stepwise_lightning.plots.panels import CLASS_COLOURS, Array, Panel, describe, draw_panel, legend_lines
 
 
 @dataclass
@@ -49,10 +49,7 @@ def doses_figure(rows: list[list[Panel]], responses: list[Response], title: str,
         axes[0].set_ylabel(panels[0].label)
     for axis, response in zip(parts[-1].subplots(1, len(responses), squeeze=False)[0], responses, strict=True):
         _draw_response(axis, response)
-    add_legend(figure, legend_lines([panel for panels in rows for panel in panels], "step"))
-    figure.suptitle(title)
-    if note:
-        figure.supxlabel(note, fontsize="small", color="0.3")
+    describe(figure, title, note, legend_lines([panel for panels in rows for panel in panels], "step"))
     return figure
 
 

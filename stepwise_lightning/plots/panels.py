@@ -29,7 +29,7 @@ _LABELS = {
 }
 # Okabe and Ito's, and two more, which colour-blind readers can tell apart too.
 CLASS_COLOURS = (
-    "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#000000", "#F0E442", "#999999", "#882255",
+    "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#000000", "#999999", "#882255", "#F0E442",
 )  # fmt: skip
 _DASHED: dict[str, Any] = {"color": "black", "linewidth": 1.1, "linestyle": "--"}
 _DOTTED: dict[str, Any] = {"linewidth": 1.1, "linestyle": ":"}
@@ -94,8 +94,9 @@ class Panel:
 
 
 def mode_colours(count: int) -> list[tuple[float, float, float, float]]:
-    """Return one colour per mode, dark for the first to light for the last: no darker than black dashes show on."""
-    return [tuple(colour) for colour in matplotlib.colormaps["viridis"](np.linspace(0.3, 0.95, count))]
+    """Return one colour per mode, from purple to light green; each is light enough for black dashes to show on it."""
+    colours = matplotlib.colormaps["viridis"](np.linspace(0, 0.85, count))
+    return [tuple(colour) for colour in colours + 0.4 * (1 - colours)]
 
 
 def draw_panel(panel: Panel, loss_axis: Axes | None, eigenvalue_axis: Axes) -> None:
@@ -147,12 +148,19 @@ def legend_lines(panels: Sequence[Panel], steps_label: str) -> list[Line2D]:
 def gap_line(panels: Sequence[Panel]) -> list[Line2D]:
     """Return what says, in a legend, why lines of eigenvalues are broken on logarithmic axes; nothing if none is."""
     broken = any((panel.eigenvalues[panel.times > 0] < 0).any() for panel in panels)
-    return [Line2D([], [], linestyle="", label="gap: eigenvalue below 0")] if broken else []
+    broken_line: dict[str, Any] = {"color": "0.35", "linewidth": 2.6, "linestyle": (0, (2.5, 2.5))}
+    return [Line2D([], [], label="gap: eigenvalue below 0", **broken_line)] if broken else []
 
 
-def add_legend(figure: Figure, lines: Sequence[Line2D]) -> None:
-    """Put one legend for all panels of a figure above them."""
-    figure.legend(handles=lines, loc="outside upper right", ncols=len(lines), fontsize="small", frameon=False)
+def describe(figure: Figure, title: str, note: str, lines: Sequence[Line2D] = ()) -> None:
+    """Put a title above a figure, and below it a note and one legend for all panels."""
+    figure.suptitle(title)
+    if lines:  # the note is the legend's title, or one would lie over the other
+        placed: dict[str, Any] = {"loc": "outside lower center", "ncols": len(lines), "frameon": False}
+        legend = figure.legend(handles=lines, fontsize="small", title=note, title_fontsize="small", **placed)
+        legend.get_title().set_color("0.3")
+    elif note:
+        figure.supxlabel(note, fontsize="small", color="0.3")
 
 
 def draw_extremes(axis: Axes, images: Array, label: str, ends: tuple[str, str] | None = None) -> None:

@@ -14,7 +14,7 @@ from stepwise_lightning.plots.panels import (
     TIME,
     Array,
     Panel,
-    add_legend,
+    describe,
     draw_extremes,
     draw_panel,
     first_rise,
@@ -57,9 +57,7 @@ def trajectories_figure(
         axis.set_title(letter, loc="left", fontweight="bold")
     lines = legend_lines(panels, steps_label) + (gap_line(panels) if log_eigenvalues else [])
     axes[0, 0].legend(handles=lines, loc="best", frameon=True, framealpha=0.9)
-    figure.suptitle(title)
-    if note:
-        figure.supxlabel(note, fontsize="small", color="0.3")
+    describe(figure, title, note)
     return figure
 
 
@@ -83,10 +81,7 @@ def eigenvalues_figure(
     for j, panel in enumerate(rows[0]):  # where the first row's first mode begins to rise; hidden ones start large
         axes[0, j].set_xlim(first_rise(panel), panel.times[-1])
     panels = [panel for row in rows for panel in row]
-    add_legend(figure, legend_lines(panels, steps_label) + gap_line(panels))
-    figure.suptitle(title)
-    if note:
-        figure.supxlabel(note, fontsize="small", color="0.3")
+    describe(figure, title, note, legend_lines(panels, steps_label) + gap_line(panels))
     return figure
 
 
@@ -113,12 +108,9 @@ def alignment_figure(
         lower.set(ylim=(0, 1.03), xlabel=TIME)
         lower.spines[["top", "right"]].set_visible(False)
     axes[0, 0].set_ylabel(panels[0].label)
-    add_legend(figure, legend_lines(panels, steps_label))
     axes[1, 0].set_ylabel("alignment with the closed form")
     axes[1, 0].legend(loc="lower left", ncols=2, fontsize="small")
-    figure.suptitle(title)
-    if note:
-        figure.supxlabel(note, fontsize="small", color="0.3")
+    describe(figure, title, note, legend_lines(panels, steps_label))
     return figure
 
 
@@ -137,9 +129,7 @@ def alignments_figure(
         axis.set_yticks(range(len(rows)), rows)
         axis.set_title(name)
     figure.colorbar(image, ax=axes, label="subspace alignment")
-    figure.suptitle(title)
-    if note:
-        figure.supxlabel(note, fontsize="small", color="0.3")
+    describe(figure, title, note)
     return figure
 
 
@@ -166,10 +156,7 @@ def eigenfunctions_figure(
         for mode, images in enumerate(images_of):
             draw_extremes(axes[1 + mode, column], images, str(mode + 1), ("lowest", "highest") if not mode else None)
     axes[0, 0].set_ylabel(panels[0].label)
-    add_legend(figure, legend_lines(panels, steps_label))
-    figure.suptitle(title)
-    if note:
-        figure.supxlabel(note, fontsize="small", color="0.3")
+    describe(figure, title, note, legend_lines(panels, steps_label))
     return figure
 
 
