@@ -157,7 +157,7 @@ def describe(figure: Figure, title: str, note: str, lines: Sequence[Line2D] = ()
     figure.suptitle(title)
     if lines:  # the note is the legend's title, or one would lie over the other
         placed: dict[str, Any] = {"loc": "outside lower center", "ncols": len(lines), "frameon": False}
-        legend = figure.legend(handles=lines, fontsize="small", title=note, title_fontsize="small", **placed)
+        legend = figure.legend(handles=lines, fontsize="small", title=note or None, title_fontsize="small", **placed)
         legend.get_title().set_color("0.3")
     elif note:
         figure.supxlabel(note, fontsize="small", color="0.3")

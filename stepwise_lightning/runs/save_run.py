@@ -15,13 +15,15 @@ from stepwise_lightning.loggers import free_name, run_folder
 from stepwise_lightning.runs.provenance import provenance
 from stepwise_lightning.spectrum.tensorboard import log_settings
 
+_SHOWN = ("alpha", "encoder", "init_std", "learning_rate", "loss", "momentum", "seed", "weight_decay")
+
 
 class SaveRun(SaveConfigCallback):
     """Writes ``config.yaml`` (complete, as run) and ``provenance.json`` (versions, commits, machine) beside the logs.
 
     A run that is continued in its folder keeps them, and gets another pair, ``config_step_300.yaml`` and so on; another
-    run in the same folder writes ``config-v1.yaml``. TensorBoard's table of hyperparameters gets what the configuration
-    says of model, encoder and data.
+    run in the same folder writes ``config-v1.yaml``. TensorBoard's table of hyperparameters gets the loss, its rates,
+    the encoder and the scale that it starts from.
 
     Raises:
         OSError: they cannot be written.
@@ -59,22 +61,16 @@ class SaveRun(SaveConfigCallback):
         log_settings(trainer, _settings(self.config.as_dict()))
 
 
-def _settings(config: dict[str, Any]) -> dict[str, Any]:
-    """Return what distinguishes runs, by name: first the loss, the encoder, its scale, and the rates."""
+def _settings(config: dict[str, Any]) -> dict[str, bool | float | str]:
+    """Return what most distinguishes runs, few enough for one look; ``config.yaml`` has all."""
     model = dict(config["model"].get("init_args") or {})
-    encoder, data = (
-        _named(part, spec) for part, spec in (("encoder", model.pop("encoder", None)), ("data", config.get("data")))
-    )
-    encoder["encoder"] = encoder.pop("encoder.backbone", encoder.get("encoder"))
-    settings = {"loss": _name(config["model"])} | model | encoder | data
-    first = ("loss", "encoder", "encoder.alpha", "encoder.init_std", "learning_rate", "momentum")
-    return {name: settings[name] for name in first if name in settings} | settings
-
-
-def _named(part: str, spec: Any) -> dict[str, Any]:
-    if not (isinstance(spec, dict) and "class_path" in spec):
-        return {}
-    return {part: _name(spec)} | {f"{part}.{name}": value for name, value in (spec.get("init_args") or {}).items()}
+    encoder = model.pop("encoder", None)
+    parts = dict((encoder.get("init_args") if isinstance(encoder, dict) else None) or {})
+    settings = {"loss": _name(config["model"])} | parts | model
+    if isinstance(encoder, dict) and "class_path" in encoder:
+        settings["encoder"] = parts.get("backbone", _name(encoder))
+    shown = {name: settings.get(name) for name in _SHOWN}
+    return {name: value for name, value in shown.items() if isinstance(value, (bool, int, float, str))}
 
 
 def _name(spec: dict[str, Any]) -> str:

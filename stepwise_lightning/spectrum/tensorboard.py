@@ -160,7 +160,7 @@ class Charts:
         self._theory = {}
 
     def _figure(self, record: SpectrumRecord, matrix: str, ended: bool) -> Any:
-        from stepwise_lightning.plots import Panel, trajectories_figure
+        from stepwise_lightning.plots import Panel, eigenvalues_figure
 
         leads, hidden = matrix == self._lead.matrix, "." in matrix
         num_modes = min(self._num_modes, SUBMODULE_MODES) if hidden else self._num_modes
@@ -176,9 +176,9 @@ class Charts:
             title = "modes start large: no steps counted"
         panel = Panel(record, matrix, title, step_times=steps.step_times, num_modes=num_modes)
         name = self._lead.title if leads else group(matrix)
-        figure = trajectories_figure([panel], title=name, log_eigenvalues=True)
+        figure = eigenvalues_figure([[panel]], [""], title=name)
         # Small, so that letters can be read where TensorBoard makes a thumbnail of it; sharp where it does not.
-        figure.set_size_inches(4.8, 4.6)
+        figure.set_size_inches(4.8, 3.6)
         figure.set_dpi(200)
         return figure
 
@@ -211,35 +211,18 @@ def layout(matrices: Iterable[str], lead: Lead, name: str, modes: int) -> dict[s
     return {category: charts for category, charts in categories.items() if charts}
 
 
-def log_settings(trainer: L.Trainer, settings: Mapping[str, Any], name: str = NAME) -> None:
-    """Add a run's settings to TensorBoard's table of hyperparameters, beside its loss and its modes.
-
-    Numbers and words stay what they are, others become words, None is left out. The table shows the first five, and
-    the rest where it is asked to.
-    """
+def log_settings(trainer: L.Trainer, settings: Mapping[str, bool | float | str], name: str = NAME) -> None:
+    """Add a run's settings to TensorBoard's table of hyperparameters, beside its loss, its modes and its steps."""
+    from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
     from torch.utils.tensorboard.summary import hparams
 
-    table = {
-        key: value if isinstance(value, (bool, int, float, str)) else str(value)
-        for key, value in settings.items()
-        if value is not None
-    }
-    columns = {glance("loss", name): "loss", glance("num_grown", name): "modes grown", distinct(name): "distinct steps"}
-    experiment, start, _ = hparams(table, dict.fromkeys(columns, 0.0))
-    _in_order(experiment.value[0].metadata.plugin_data, list(table), columns)
+    titles = {glance("loss", name): "loss", glance("num_grown", name): "modes grown", distinct(name): "distinct steps"}
+    experiment, start, _ = hparams(dict(settings), dict.fromkeys(titles, 0.0))
+    data = experiment.value[0].metadata.plugin_data
+    content = HParamsPluginData.FromString(data.content)
+    for metric in content.experiment.metric_infos:
+        metric.display_name = titles[metric.name.tag]
+    data.content = content.SerializeToString()
     for board in boards(trainer):
         for summary in (experiment, start):
             board._get_file_writer().add_summary(summary)
-
-
-def _in_order(data: Any, names: list[str], columns: dict[str, str]) -> None:
-    """Give the table's columns an order and titles: torch sorts them by their names."""
-    from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
-
-    content = HParamsPluginData.FromString(data.content)
-    infos = sorted(content.experiment.hparam_infos, key=lambda info: names.index(info.name))
-    del content.experiment.hparam_infos[:]
-    content.experiment.hparam_infos.extend(infos)
-    for metric in content.experiment.metric_infos:
-        metric.display_name = columns[metric.name.tag]
-    data.content = content.SerializeToString()
