@@ -19,6 +19,7 @@ body { font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 0 auto; p
 section { border-top: 1px solid #8886; margin-top: 2.5rem; }
 img { max-width: 100%; height: auto; background: white; border-radius: 4px; vertical-align: top; }
 .picture { display: block; overflow-x: auto; margin: 1rem 0; cursor: zoom-in; }
+.picture:has(input:checked) { margin-inline: calc(50% - 50vw + 1rem); }
 .picture input { position: absolute; opacity: 0; }
 .picture input:checked + img { max-width: none; cursor: zoom-out; }
 .picture input:focus-visible + img { outline: 2px solid #0969da; }

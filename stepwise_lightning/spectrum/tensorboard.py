@@ -216,7 +216,11 @@ def log_settings(trainer: L.Trainer, settings: Mapping[str, bool | float | str],
     from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
     from torch.utils.tensorboard.summary import hparams
 
-    titles = {glance("loss", name): "loss", glance("num_grown", name): "modes grown", distinct(name): "distinct steps"}
+    titles = {
+        glance("loss", name): "final loss",
+        glance("num_grown", name): "modes grown",
+        distinct(name): "distinct steps",
+    }
     experiment, start, _ = hparams(dict(settings), dict.fromkeys(titles, 0.0))
     data = experiment.value[0].metadata.plugin_data
     content = HParamsPluginData.FromString(data.content)
