@@ -119,9 +119,10 @@ def outcome(trainer: L.Trainer, loggers: Sequence[Any]) -> list[str]:
     """
     folder = run_folder(trainer)
     lines = [f"run      {folder}, {trainer.global_step} steps"]
+    driven = getattr(trainer.lightning_module, "driven_matrix", None)
     for logger in loggers:
         if len(logger.record):  # on rank 0
-            lines.append(f"found    {_found(logger.record)}")
+            lines.append(f"found    {_found(logger.record, driven)}")
         if logger.picture is not None:
             lines.append(f"picture  {logger.picture}")
     lines += [f"watch    {command}" for logger in trainer.loggers if (command := _watching(logger))]
@@ -141,10 +142,10 @@ def _watching(logger: Any) -> str:
     return ""
 
 
-def _found(record: SpectrumRecord) -> str:
-    """Name the matrices in which there are steps; those of the module's own embeddings, where there are none."""
+def _found(record: SpectrumRecord, driven: str | None) -> str:
+    """Name the matrices in which there are steps, what the loss drives first; the module's own if none has any."""
     counts = {}
-    for matrix in record.matrices:
+    for matrix in sorted(record.matrices, key=lambda matrix: matrix != driven):
         with suppress(ValueError):  # measured less than twice
             counts[matrix] = record.detect_steps(matrix).num_distinct
     if not counts:
