@@ -47,7 +47,9 @@ myst_enable_extensions = ["attrs_inline", "colon_fence"]
 nb_execution_mode = "cache"
 nb_execution_cache_path = str(ROOT / "build" / "tutorials")
 nb_execution_raise_on_error = True
+nb_execution_in_temp = True
 nb_execution_timeout = 300
+nb_output_stderr = "remove"  # what Lightning says of GPUs that are not there
 
 
 def _with_targets(app: Any, docname: str, source: list[str]) -> None:
