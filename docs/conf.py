@@ -1,4 +1,4 @@
-"""How Sphinx builds the site: ``make docs``. The root of the repository is its source, so that links are those of files."""
+"""How Sphinx builds the site (``make docs``) from the root of the repository, so that links are those of files."""
 
 import importlib.metadata
 import os

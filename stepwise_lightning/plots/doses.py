@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 
+from stepwise_lightning.plots.figures import Figure
 from stepwise_lightning.plots.panels import Array, Panel, draw_panel
 
 

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 from matplotlib.animation import FuncAnimation, PillowWriter
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
+from stepwise_lightning.plots.figures import Figure
 from stepwise_lightning.plots.panels import Array, Panel, draw_panel
 
 

@@ -7,9 +7,9 @@ from typing import Any
 
 import matplotlib
 import numpy as np
-from matplotlib.figure import Figure
 from torch import Tensor
 
+from stepwise_lightning.plots.figures import Figure
 from stepwise_lightning.plots.panels import TIME, Array, Panel, draw_panel, first_rise, log_scale, mode_colours
 from stepwise_lightning.record import SpectrumRecord
 

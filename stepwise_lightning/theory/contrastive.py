@@ -25,13 +25,14 @@ from stepwise_lightning.precision import as_float64, check_real, on_float64_devi
 from stepwise_lightning.sharing import ranks
 from stepwise_lightning.theory.krylov import KernelProducts, top_modes
 from stepwise_lightning.theory.linear import LinearBarlowTwins
+from stepwise_lightning.theory.parameters import Parametrised, name_of
 
 Kernel = Callable[[Tensor, Tensor], Tensor]
 # Eigenvalues below this share of the largest cannot be told from zero.
 _ZERO = 1e-12
 
 
-class ContrastiveKernelPCA:
+class ContrastiveKernelPCA(Parametrised):
     r"""The embedding that kernel Barlow Twins learns from small initialisation, and the way there.
 
     The model minimises ‖C − I_d‖²_F, C = (1/2n) Σ_i (f(x_i) f(x'_i)ᵀ + f(x'_i) f(x_i)ᵀ), over functions of the kernel's
@@ -87,6 +88,10 @@ class ContrastiveKernelPCA:
             raise UserError(f"tolerance must lie between 0 and 1, got {tolerance}")
         self.kernel, self.n_components, self.max_bytes = kernel, n_components, max_bytes
         self.tolerance, self.progress = tolerance, progress
+
+    def __repr__(self) -> str:
+        fitted = f"fitted on {len(self._views) // 2} pairs" if hasattr(self, "eigenvalues_") else "not fitted"
+        return f"ContrastiveKernelPCA(kernel={name_of(self.kernel)}, n_components={self.n_components}, {fitted})"
 
     def fit(self, x1: Tensor, x2: Tensor, products: type[KernelProducts] = KernelProducts) -> Self:
         """Find the top modes on pairs of views.

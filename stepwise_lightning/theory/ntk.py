@@ -24,6 +24,7 @@ from stepwise_lightning.sharing import ranks
 from stepwise_lightning.theory.layerwise import Layers, NotLayerwiseError, Sizes
 from stepwise_lightning.theory.layerwise_kernel import layerwise, least_numbers
 from stepwise_lightning.theory.networks import Network, left_alone
+from stepwise_lightning.theory.parameters import Parametrised
 from stepwise_lightning.theory.shares import product
 from stepwise_lightning.theory.trial import a_few, try_out
 
@@ -31,7 +32,7 @@ from stepwise_lightning.theory.trial import a_few, try_out
 _COPIES = 4
 
 
-class EmpiricalNTK:
+class EmpiricalNTK(Parametrised):
     r"""The tangent kernel K(x, y) = (1/d) Σ_o ⟨J_o(x), J_o(y)⟩ of a module's current parameters.
 
     It is called as a kernel, so that :class:`ContrastiveKernelPCA` takes it, and sees the parameters as they are at
@@ -71,6 +72,10 @@ class EmpiricalNTK:
         self.module, self.max_bytes, self.dtype = module, max_bytes, dtype
         self.parameters = parameters
         _chosen(module, parameters)
+
+    def __repr__(self) -> str:
+        chosen = self.parameters if isinstance(self.parameters, str) else f"{len(self.parameters)} named"
+        return f"EmpiricalNTK({type(self.module).__name__}, parameters={chosen})"
 
     def __call__(self, x: Tensor, y: Tensor) -> Tensor:
         """Return the kernel of (k, …) and (l, …) inputs, (k, l), float64.
