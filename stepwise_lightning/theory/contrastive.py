@@ -65,6 +65,18 @@ class ContrastiveKernelPCA(Parametrised):
     Everything is float64 on the device of the views, or on the CPU where that has no float64. The kernel gets views as
     they are, also integers, where all are of one type; where types differ it gets float64.
 
+    Example:
+        >>> from functools import partial
+        >>> import torch
+        >>> from stepwise_lightning.theory import ContrastiveKernelPCA, rbf_kernel
+        >>> angles = torch.arange(60) * 0.1  # two views of a point on a circle, a little apart
+        >>> x1, x2 = (torch.stack([a.cos(), a.sin()], dim=1) for a in (angles, angles + 0.05))
+        >>> model = ContrastiveKernelPCA(partial(rbf_kernel, length_scale=1.0), n_components=3).fit(x1, x2)
+        >>> model
+        ContrastiveKernelPCA(kernel=rbf_kernel(length_scale=1.0), n_components=3, fitted on 60 pairs)
+        >>> model.transform(x1).shape, round(float(model.loss(x1, x2)), 6)
+        (torch.Size([60, 3]), 0.0)
+
     Raises:
         ValueError: ``n_components`` or ``tolerance`` out of range; see :meth:`fit`.
 

@@ -53,6 +53,17 @@ class EmpiricalNTK(Parametrised):
         max_bytes: memory for gradients.
         dtype: float64, or float32 for half the memory and six digits; whatever the type of the module.
 
+    Example:
+        Of a linear map without a bias the tangent kernel is the linear kernel:
+
+        >>> import torch
+        >>> from torch import nn
+        >>> from stepwise_lightning.theory import EmpiricalNTK
+        >>> x = torch.tensor([[1.0, 2.0], [0.0, 1.0]])
+        >>> EmpiricalNTK(nn.Linear(2, 3, bias=False))(x, x)
+        tensor([[5., 2.],
+                [2., 1.]], dtype=torch.float64)
+
     Raises:
         ValueError: unknown parameters, or another ``dtype``; when called, a module that mixes samples, draws random
             numbers, is not initialised, is complex, or returns something else than a row of real numbers a sample, or
