@@ -25,6 +25,8 @@ html_theme = "furo"
 html_title = "stepwise_lightning"
 html_additional_pages = {"index": "to_start.html"}
 templates_path = ["templates"]
+html_static_path = ["static"]
+html_css_files = ["site.css"]
 html_show_sphinx = False
 
 autodoc_typehints = "description"
