@@ -35,7 +35,7 @@ format: $(VENV)/.installed-dev
 	$(BIN)/ruff check --fix .
 
 docs: $(VENV)/.installed-docs  ## the site, in build/site; a warning is an error
-	$(BIN)/python -m sphinx -c docs -W --keep-going -q . build/site
+	$(BIN)/python -m sphinx -c docs -W --keep-going -q -j auto . build/site
 
 benchmark: $(VENV)/.installed  ## ratios against their limits; every script runs, whatever the others find
 	@status=0; for script in linear training views kernel processes tangents startup folders load; do \
