@@ -179,4 +179,4 @@ def test_two_processes_log_the_spectra_of_one(tmp_path):
         for matrix in ("cross_correlation", "covariance", "encoder.backbone.covariance"):
             # float32 training: round-off, relative to the largest eigenvalue, before growth amplifies it.
             difference = np.abs(one[matrix] - two[matrix]).max(1) / one[matrix].max(1)
-            assert difference.max() < 1e-5
+            assert difference.max() < 5e-5

@@ -1,7 +1,7 @@
 """The staircase of a ResNet-18 on all of CIFAR-10 with the standard augmentation: the largest scale run so far.
 
 Between the small ResNet of the other figures and the paper's ResNet-50 on STL-10: ResNet-18, 32×32 images, the standard
-augmentation, 128 pairs a batch, 600 steps, in bfloat16 on CPU cores (``configs/<loss>_cifar10_cpu.yaml``). The three
+augmentation, 128 pairs a batch, 400 steps, in bfloat16 on CPU cores (``configs/<loss>_cifar10_cpu.yaml``). The three
 losses start from small initialisation; the control is Barlow Twins from ordinary initialisation. Learning rates were
 chosen by the growth rates of the first features, before any of these runs was made. It takes some hours of a core, so
 that ``all`` leaves it out, and its outcome is kept in ``reproduce/results/middle_scale``.
