@@ -14,7 +14,7 @@ PAGE = Path(__file__).parents[2] / "docs" / "tutorials" / "own_module.md"
 @pytest.mark.filterwarnings("default")  # what others warn of does not matter to a reader who tries it
 def test_simclr_of_lightly_on_a_folder_of_images(tmp_path, monkeypatch, capsys):
     (code,) = re.findall(r"^```python\n(.*?)^```", PAGE.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
-    for setting, fewer in (("max_steps=150", "max_steps=2"), ("batch_size=16", "batch_size=4")):
+    for setting, fewer in (("max_steps=150", "max_steps=2"), ("batch_size=32", "batch_size=4")):
         assert setting in code
         code = code.replace(setting, fewer)
     write_photographs(tmp_path / "images")
