@@ -41,7 +41,7 @@ def produce(options: argparse.Namespace, directory: Path) -> Outcome:
         ],
         ["", "", ""],
         title="Where a staircase is seen, and where it is not",
-        note=f"ResNet on {data_name(options.data)}, seed {options.seeds[0]}; dotted: detected steps",
+        note=f"ResNet on {data_name(options.data)}, seed {options.seeds[0]}",
     )
     rows = (row for run in runs for row in run.rows())
     return Outcome(figure, ROW_COLUMNS, rows, _claims(runs, options), [run.summary() for run in runs])

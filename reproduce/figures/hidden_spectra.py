@@ -47,7 +47,8 @@ def produce(options: argparse.Namespace, directory: Path) -> Outcome:
         ],
         ["embedding", "hidden representation"],
         title="The hidden representation grows in the same steps as the embedding",
-        note=f"ResNet on {data_name(options.data)}, seed {options.seeds[0]}; dotted: detected steps of the embedding",
+        note=f"ResNet on {data_name(options.data)}, seed {options.seeds[0]}",
+        steps_label="detected step of the embedding",
     )
     summaries = [run.summary() | _growth(run) for run in runs]
     claims = []

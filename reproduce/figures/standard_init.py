@@ -50,7 +50,8 @@ def produce(options: argparse.Namespace, directory: Path) -> Outcome:
         [[_panel(run) for run in row] for row in shown],
         [VARIANT_TITLES[start] for start in STARTS],
         title="From ordinary initialisation, modes rise together, but for VICReg's",
-        note=f"ResNet on {data_name(options.data)}, seed {options.seeds[0]}; dotted: modes half-way up",
+        note=f"ResNet on {data_name(options.data)}, seed {options.seeds[0]}",
+        steps_label="mode half-way up",
     )
     summaries = [run.summary() for run in runs]
     return Outcome(figure, ROW_COLUMNS, (row for run in runs for row in run.rows()), _claims(runs, options), summaries)
