@@ -5,7 +5,7 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python; do \
 BIN := $(VENV)/bin
 CONSTRAINTS ?= constraints.txt
 
-.PHONY: demo figures test test-slow test-peers test-oldest check format benchmark clean
+.PHONY: demo figures test test-slow test-peers test-oldest check format docs benchmark clean
 
 demo: $(VENV)/.installed  ## the linear figure on the bundled photographs
 	$(BIN)/python -m reproduce linear_model --seeds 0
@@ -34,12 +34,15 @@ format: $(VENV)/.installed-dev
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
+docs: $(VENV)/.installed-docs  ## the site, in build/site; a warning is an error
+	$(BIN)/python -m sphinx -c docs -W --keep-going -q -j auto . build/site
+
 benchmark: $(VENV)/.installed  ## ratios against their limits; every script runs, whatever the others find
 	@status=0; for script in linear training views kernel processes tangents startup folders load; do \
 		$(BIN)/python benchmarks/$$script.py || status=1; done; exit $$status
 
 clean:
-	rm -rf $(VENV) .venv-oldest results runs
+	rm -rf $(VENV) .venv-oldest build results runs
 
 # ---- set-up ----
 $(VENV)/bin/python:

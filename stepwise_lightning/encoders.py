@@ -246,6 +246,14 @@ def scale_last_layer(module: nn.Module, alpha: float, bias_norm: float | None = 
             direction to start from: without one they see embeddings of full rank however small these are.
         seed: of that direction.
 
+    Example:
+        >>> from torch import nn
+        >>> from stepwise_lightning import scale_last_layer
+        >>> network = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> before = network[2].weight.detach().clone()
+        >>> bool((scale_last_layer(network, alpha=0.5)[2].weight == 0.5 * before).all())
+        True
+
     Raises:
         ValueError: no linear layer, α not positive and finite, or ``bias_norm`` for a layer without a bias.
 

@@ -57,6 +57,13 @@ def barlow_twins_loss(
     Returns:
         A scalar, float64 where a view is, else float32.
 
+    Example:
+        >>> import torch
+        >>> from stepwise_lightning import barlow_twins_loss
+        >>> z = torch.eye(3) * 3**0.5  # C is the identity
+        >>> float(barlow_twins_loss(z, z, off_diagonal_weight=1, normalize=False))
+        0.0
+
     Raises:
         ValueError: the views' shapes or devices differ, are not (n, d), or are empty; views that are not of a real
             floating type; one pair where means are subtracted.

@@ -78,6 +78,16 @@ class SpectrumRecord:
 
         For what was measured by other means, or predicted. Without losses these are NaN; without steps they are
         0, 1, 2, …
+
+        Example:
+            >>> import torch
+            >>> from stepwise_lightning import SpectrumRecord
+            >>> times = torch.linspace(0, 40, 401)
+            >>> modes = torch.sigmoid(torch.stack([2 * (times - 10), 2 * (times - 30)], dim=1))
+            >>> record = SpectrumRecord.of(times, modes, losses=(1 - modes).square().sum(1))
+            >>> record.matrices, record.eigenvalues().shape, record.detect_steps().num_distinct
+            (['cross_correlation'], torch.Size([401, 2]), 2)
+
         """
         arrays = {
             "step": torch.arange(len(times)) if steps is None else steps,

@@ -46,6 +46,19 @@ def detect_steps(times: Tensor, eigenvalues: Tensor) -> Steps:
     above for three samples (or to the end), interpolated in log λ; its rise width is w_k = t(θ) − t(θ/10). A mode that
     starts above θ/10 makes no step. Steps k and k+1 are distinct when (t_{k+1} − t_k) / w_{k+1} > 1.
 
+    Example:
+        Two modes that saturate at 1, the second long after the first:
+
+        >>> import torch
+        >>> from stepwise_lightning.spectrum import detect_steps
+        >>> times = torch.linspace(0, 40, 401)
+        >>> modes = torch.sigmoid(torch.stack([2 * (times - 10), 2 * (times - 30)], dim=1))
+        >>> steps = detect_steps(times, modes)
+        >>> steps.num_distinct, int(steps.num_learned[200]), int(steps.num_learned[-1])
+        (2, 1, 2)
+        >>> [round(time, 1) for time in steps.step_times.tolist()]
+        [8.9, 28.9]
+
     Args:
         times: (T,), ascending; learning rate × steps, or steps.
         eigenvalues: (T, d), in any order; values ≤ 0 are allowed.
@@ -158,6 +171,13 @@ def crossing_times(times: Tensor, eigenvalues: Tensor, level: float = 0.5) -> Te
         times: (T,), ascending.
         eigenvalues: (T, d), each column one mode.
         level: between 0 and 1.
+
+    Example:
+        >>> import torch
+        >>> from stepwise_lightning.spectrum import crossing_times
+        >>> times = torch.linspace(0, 20, 21)
+        >>> crossing_times(times, torch.sigmoid(times - 9.5)[:, None])
+        tensor([9.5000], dtype=torch.float64)
 
     Raises:
         ValueError: shapes do not match, T < 2, times not ascending, complex or non-finite values, or a level

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from matplotlib.figure import Figure
 from matplotlib.ticker import LogFormatterMathtext, LogLocator
 
+from stepwise_lightning.plots.figures import Figure
 from stepwise_lightning.plots.panels import CLASS_COLOURS, Array, Panel, describe, draw_panel, legend_lines
 
 

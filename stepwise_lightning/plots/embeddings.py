@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 from matplotlib.animation import FuncAnimation, PillowWriter
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
+from stepwise_lightning.plots.figures import Figure
 from stepwise_lightning.plots.panels import (
     CLASS_COLOURS,
     TIME,

@@ -10,12 +10,12 @@ from typing import Any
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, NullFormatter
 from numpy.typing import NDArray
 from torch import Tensor
 
+from stepwise_lightning.plots.figures import Figure
 from stepwise_lightning.record import SpectrumRecord
 
 Array = NDArray[np.float64]

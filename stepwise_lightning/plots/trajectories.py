@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from matplotlib.figure import Figure
 from torch import Tensor
 
+from stepwise_lightning.plots.figures import Figure
 from stepwise_lightning.plots.panels import (
     CLASS_COLOURS,
     TIME,

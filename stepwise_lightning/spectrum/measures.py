@@ -29,6 +29,15 @@ def embedding_eigenvalues(z: Tensor, center: bool = True) -> Tensor:
     Returns:
         (d,) float64, ≥ 0, resolved down to about 1e-15 of the largest. For d > n they come from the n × n Gram matrix.
 
+    Example:
+        >>> import torch
+        >>> from stepwise_lightning.spectrum import effective_rank, embedding_eigenvalues
+        >>> z = torch.tensor([[2.0, 1.0], [-2.0, 1.0], [2.0, -1.0], [-2.0, -1.0]])
+        >>> embedding_eigenvalues(z)
+        tensor([4., 1.], dtype=torch.float64)
+        >>> round(float(effective_rank(embedding_eigenvalues(z))), 2)
+        1.65
+
     Raises:
         ValueError: ``z`` is not a non-empty, finite matrix.
 

@@ -21,6 +21,13 @@ def subspace_alignment(f: Tensor, g: Tensor) -> Tensor:
     has not been learned to the size of the others: restrict both to learned modes. With ranks r ≤ s the divisor d is
     the larger, s, so that 1 means equal subspaces.
 
+    Example:
+        >>> import torch
+        >>> from stepwise_lightning.theory import subspace_alignment
+        >>> axes = torch.eye(4)
+        >>> float(subspace_alignment(axes[:, :2], axes[:, 1:3]))  # one direction in common, of two
+        0.5
+
     Raises:
         ValueError: the embeddings are of different numbers of points, not matrices, empty, complex, zero or not finite.
 

@@ -25,13 +25,14 @@ from stepwise_lightning.precision import as_float64, check_real, on_float64_devi
 from stepwise_lightning.sharing import ranks
 from stepwise_lightning.theory.krylov import KernelProducts, top_modes
 from stepwise_lightning.theory.linear import LinearBarlowTwins
+from stepwise_lightning.theory.parameters import Parametrised, name_of
 
 Kernel = Callable[[Tensor, Tensor], Tensor]
 # Eigenvalues below this share of the largest cannot be told from zero.
 _ZERO = 1e-12
 
 
-class ContrastiveKernelPCA:
+class ContrastiveKernelPCA(Parametrised):
     r"""The embedding that kernel Barlow Twins learns from small initialisation, and the way there.
 
     The model minimises ‖C − I_d‖²_F, C = (1/2n) Σ_i (f(x_i) f(x'_i)ᵀ + f(x'_i) f(x_i)ᵀ), over functions of the kernel's
@@ -64,6 +65,18 @@ class ContrastiveKernelPCA:
     Everything is float64 on the device of the views, or on the CPU where that has no float64. The kernel gets views as
     they are, also integers, where all are of one type; where types differ it gets float64.
 
+    Example:
+        >>> from functools import partial
+        >>> import torch
+        >>> from stepwise_lightning.theory import ContrastiveKernelPCA, rbf_kernel
+        >>> angles = torch.arange(60) * 0.1  # two views of a point on a circle, a little apart
+        >>> x1, x2 = (torch.stack([a.cos(), a.sin()], dim=1) for a in (angles, angles + 0.05))
+        >>> model = ContrastiveKernelPCA(partial(rbf_kernel, length_scale=1.0), n_components=3).fit(x1, x2)
+        >>> model
+        ContrastiveKernelPCA(kernel=rbf_kernel(length_scale=1.0), n_components=3, fitted on 60 pairs)
+        >>> model.transform(x1).shape, round(float(model.loss(x1, x2)), 6)
+        (torch.Size([60, 3]), 0.0)
+
     Raises:
         ValueError: ``n_components`` or ``tolerance`` out of range; see :meth:`fit`.
 
@@ -87,6 +100,10 @@ class ContrastiveKernelPCA:
             raise UserError(f"tolerance must lie between 0 and 1, got {tolerance}")
         self.kernel, self.n_components, self.max_bytes = kernel, n_components, max_bytes
         self.tolerance, self.progress = tolerance, progress
+
+    def __repr__(self) -> str:
+        fitted = f"fitted on {len(self._views) // 2} pairs" if hasattr(self, "eigenvalues_") else "not fitted"
+        return f"ContrastiveKernelPCA(kernel={name_of(self.kernel)}, n_components={self.n_components}, {fitted})"
 
     def fit(self, x1: Tensor, x2: Tensor, products: type[KernelProducts] = KernelProducts) -> Self:
         """Find the top modes on pairs of views.

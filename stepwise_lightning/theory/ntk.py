@@ -24,6 +24,7 @@ from stepwise_lightning.sharing import ranks
 from stepwise_lightning.theory.layerwise import Layers, NotLayerwiseError, Sizes
 from stepwise_lightning.theory.layerwise_kernel import layerwise, least_numbers
 from stepwise_lightning.theory.networks import Network, left_alone
+from stepwise_lightning.theory.parameters import Parametrised
 from stepwise_lightning.theory.shares import product
 from stepwise_lightning.theory.trial import a_few, try_out
 
@@ -31,7 +32,7 @@ from stepwise_lightning.theory.trial import a_few, try_out
 _COPIES = 4
 
 
-class EmpiricalNTK:
+class EmpiricalNTK(Parametrised):
     r"""The tangent kernel K(x, y) = (1/d) Σ_o ⟨J_o(x), J_o(y)⟩ of a module's current parameters.
 
     It is called as a kernel, so that :class:`ContrastiveKernelPCA` takes it, and sees the parameters as they are at
@@ -52,6 +53,17 @@ class EmpiricalNTK:
         max_bytes: memory for gradients.
         dtype: float64, or float32 for half the memory and six digits; whatever the type of the module.
 
+    Example:
+        Of a linear map without a bias the tangent kernel is the linear kernel:
+
+        >>> import torch
+        >>> from torch import nn
+        >>> from stepwise_lightning.theory import EmpiricalNTK
+        >>> x = torch.tensor([[1.0, 2.0], [0.0, 1.0]])
+        >>> EmpiricalNTK(nn.Linear(2, 3, bias=False))(x, x)
+        tensor([[5., 2.],
+                [2., 1.]], dtype=torch.float64)
+
     Raises:
         ValueError: unknown parameters, or another ``dtype``; when called, a module that mixes samples, draws random
             numbers, is not initialised, is complex, or returns something else than a row of real numbers a sample, or
@@ -71,6 +83,10 @@ class EmpiricalNTK:
         self.module, self.max_bytes, self.dtype = module, max_bytes, dtype
         self.parameters = parameters
         _chosen(module, parameters)
+
+    def __repr__(self) -> str:
+        chosen = self.parameters if isinstance(self.parameters, str) else f"{len(self.parameters)} named"
+        return f"EmpiricalNTK({type(self.module).__name__}, parameters={chosen})"
 
     def __call__(self, x: Tensor, y: Tensor) -> Tensor:
         """Return the kernel of (k, …) and (l, …) inputs, (k, l), float64.

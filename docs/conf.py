@@ -1,0 +1,77 @@
+"""How Sphinx builds the site (``make docs``) from the root of the repository, so that links are those of files."""
+
+import importlib.metadata
+import os
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+os.environ["PYTHONPATH"] = str(ROOT)  # of the processes that run the tutorials
+
+project = "stepwise_lightning"
+author = "The stepwise_lightning developers"
+copyright = author
+release = importlib.metadata.version("stepwise_lightning")
+
+root_doc = "docs/index"
+include_patterns = ["docs/**.md", "README.md", "reproduce/README.md", "CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md"]
+exclude_patterns = [".*", "runs", "results", "data", "build", "tests", "stepwise_lightning"]
+extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode", "sphinx_copybutton"]
+
+html_theme = "furo"
+html_title = "stepwise_lightning"
+html_additional_pages = {"index": "to_start.html"}
+templates_path = ["templates"]
+html_static_path = ["static"]
+html_css_files = ["site.css"]
+html_show_sphinx = False
+
+autodoc_typehints = "description"
+autodoc_typehints_description_target = "documented"
+autodoc_member_order = "bysource"
+autodoc_preserve_defaults = True
+napoleon_google_docstring = True
+napoleon_numpy_docstring = False
+napoleon_custom_sections = [
+    ("Attributes after fit", "params_style"),
+    ("Attributes after setup", "params_style"),
+    ("Raises in setup where it depends on the data or the number of processes", "Raises"),
+    ("Raises in setup if not for steps_per_epoch or seed", "Raises"),
+]
+add_module_names = False
+toc_object_entries_show_parents = "hide"
+
+myst_heading_anchors = 4
+myst_enable_extensions = ["attrs_inline", "colon_fence"]
+nb_execution_mode = "cache"
+nb_execution_cache_path = str(ROOT / "build" / "tutorials")
+nb_execution_raise_on_error = True
+nb_execution_in_temp = True
+nb_execution_timeout = 300
+nb_output_stderr = "remove"  # what Lightning says of GPUs that are not there
+
+
+def _with_targets(app: Any, docname: str, source: list[str]) -> None:
+    """Make MyST's targets of the anchors that GitHub understands, ``<a id="name"></a>**Word.**``."""
+    source[0] = re.sub(r'<a id="([^"]+)"></a>(\*\*[^*]+\*\*)', r"[\2]{#\1}", source[0])
+
+
+def _as_plain_text(app: Any, kind: str, name: str, obj: object, options: object, lines: list[str]) -> None:
+    """Keep what a reader of the code sees: columns of symbols, |x|, names that end with an underscore."""
+    for index, line in enumerate(lines):
+        if line.strip() == "Legend":
+            lines[index] = f"{line}::\n"
+        elif re.match(r" *(Attributes|Raises) \(.*\):$", line):  # napoleon takes words alone for a section
+            lines[index] = re.sub(r"[^\w\s:]", "", line)
+        else:
+            words = re.split(r"(``[^`]*``)", re.sub(r"^( +\w+)_: ", r"\1\\_: ", line))
+            lines[index] = "".join(word if word.startswith("``") else word.replace("|", "\\|") for word in words)
+
+
+def setup(app: Any) -> None:
+    """Connect the two."""
+    app.connect("source-read", _with_targets)
+    app.connect("autodoc-process-docstring", _as_plain_text, priority=400)  # before napoleon

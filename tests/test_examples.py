@@ -1,0 +1,38 @@
+"""The examples in docstrings do what they say."""
+
+import doctest
+from importlib import import_module
+
+import pytest
+
+import stepwise_lightning
+
+PUBLIC = ["stepwise_lightning", *(f"stepwise_lightning.{name}" for name in ("data", "plots", "spectrum", "theory"))]
+
+
+def examples() -> dict[str, doctest.DocTest]:
+    """Return the examples of every exported name, once each."""
+    tests = {}
+    for package in map(import_module, PUBLIC):
+        for name in package.__all__:
+            exported = getattr(package, name)
+            if not hasattr(exported, "__doc__") or not callable(exported):
+                continue
+            module = import_module(exported.__module__)
+            for test in doctest.DocTestFinder().find(exported, name, module=module, globs={}):
+                if test.examples:
+                    tests[f"{module.__name__}.{test.name}"] = test
+    return tests
+
+
+EXAMPLES = examples()
+
+
+def test_there_are_examples_of_losses_spectra_steps_and_theory():
+    for name in ("losses.barlow_twins_loss", "steps.detect_steps", "theory.contrastive.ContrastiveKernelPCA"):
+        assert f"{stepwise_lightning.__name__}.{name}" in EXAMPLES
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_example_of(name, capsys):
+    assert doctest.DocTestRunner(verbose=False).run(EXAMPLES[name]).failed == 0, capsys.readouterr().out

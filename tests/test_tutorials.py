@@ -1,0 +1,42 @@
+"""Every cell of the notebooks in docs/ runs, in order, without a warning, and leaves its runs below ``runs/``."""
+
+import re
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import pytest
+
+DOCS = Path(__file__).parent.parent / "docs"
+CELL = re.compile(r"^```\{code-cell\}[^\n]*\n((?::[^\n]*\n)*)(.*?)^```", re.MULTILINE | re.DOTALL)
+NOTEBOOKS = [page for page in sorted(DOCS.rglob("*.md")) if CELL.search(page.read_text(encoding="utf-8"))]
+
+
+def cells(page: Path) -> list[str]:
+    """Return the code of a notebook's cells, without their options."""
+    return [match[2] for match in CELL.finditer(page.read_text(encoding="utf-8"))]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", NOTEBOOKS, ids=lambda page: page.stem)
+def test_notebook(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with plt.rc_context():
+        plt.switch_backend("agg")
+        names: dict[str, object] = {"__name__": page.stem}
+        for number, code in enumerate(cells(page), 1):
+            exec(compile(code, f"{page.name}, cell {number}", "exec"), names)
+        plt.close("all")
+    assert [path.name for path in tmp_path.iterdir()] in ([], ["runs"])
+
+
+def test_cells_are_found(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text("```{code-cell} ipython3\n:tags: [hide-input]\n\na = 1\n```\n```python\nb = 1\n```\n")
+    assert cells(page) == ["\na = 1\n"]
+    assert [page.stem for page in NOTEBOOKS] == ["read_a_run", "own_module", "predict_train_overlay"]
+
+
+def test_code_that_is_shown_and_not_run_can_be_parsed():
+    for page in sorted(DOCS.rglob("*.md")):
+        for code in re.findall(r"^```python\n(.*?)^```", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL):
+            compile(code, page.name, "exec")

@@ -1,0 +1,44 @@
+"""What theory's models say of themselves, and their arguments by name."""
+
+from functools import partial
+
+import pytest
+import torch
+from torch import nn
+
+from stepwise_lightning.theory import ContrastiveKernelPCA, EmpiricalNTK, rbf_kernel
+
+
+def test_a_model_says_what_it_is_and_whether_it_is_fitted():
+    model = ContrastiveKernelPCA(partial(rbf_kernel, length_scale=2.0), n_components=2)
+    assert repr(model) == "ContrastiveKernelPCA(kernel=rbf_kernel(length_scale=2.0), n_components=2, not fitted)"
+    x = torch.randn(7, 3, generator=torch.Generator().manual_seed(0))
+    model.fit(x, x)
+    assert repr(model) == "ContrastiveKernelPCA(kernel=rbf_kernel(length_scale=2.0), n_components=2, fitted on 7 pairs)"
+    assert repr(EmpiricalNTK(nn.Linear(3, 2), "last")) == "EmpiricalNTK(Linear, parameters=last)"
+    assert repr(EmpiricalNTK(nn.Linear(3, 2), ["weight"])) == "EmpiricalNTK(Linear, parameters=1 named)"
+
+
+@pytest.mark.parametrize(
+    ("model", "changes"),
+    [
+        (ContrastiveKernelPCA(rbf_kernel, 2, tolerance=1e-6, progress=False), {"n_components": 3, "max_bytes": 2**20}),
+        (EmpiricalNTK(nn.Linear(3, 2), "last"), {"parameters": ("weight",), "dtype": torch.float32}),
+    ],
+    ids=["ContrastiveKernelPCA", "EmpiricalNTK"],
+)
+def test_arguments_are_got_and_set_by_name(model, changes):
+    before = model.get_params(deep=False)
+    again = type(model)(**before)
+    assert again.get_params() == before
+    assert again.set_params(**changes) is again and again.get_params() == before | changes
+    with pytest.raises(ValueError, match=r"has no nonsense; choose from: "):
+        again.set_params(nonsense=1)
+    assert again.get_params() == before | changes
+
+
+def test_a_value_out_of_range_is_refused_and_changes_nothing():
+    model = ContrastiveKernelPCA(rbf_kernel, 2)
+    with pytest.raises(ValueError, match="tolerance must lie between 0 and 1"):
+        model.set_params(n_components=5, tolerance=2.0)
+    assert model.n_components == 2
