@@ -18,10 +18,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize, pad
+from torch.nn.functional import pad
 
 from stepwise_lightning.errors import UserError
 from stepwise_lightning.precision import as_float64
+from stepwise_lightning.spectrum.measures import tangent_coordinates
 from stepwise_lightning.theory.growth import growth_matrix, loss_settings
 from stepwise_lightning.theory.layer_gradients import layer_gradient
 from stepwise_lightning.theory.moments import FeatureMoments, checked_features
@@ -125,7 +126,8 @@ class LastLayer:
         r"""Follow the steps v ← βv + ∇L + ωW, W ← W − ηv of ``torch.optim.SGD``, weights and bias alike.
 
         The eigenvalues are those that a run of this loss is judged by, over all pairs: C for Barlow Twins (centred if
-        the loss is, or normalises), the covariance for VICReg, the normalised covariance for SimCLR.
+        the loss is, or normalises), the covariance for VICReg, the tangent covariance for SimCLR
+        (:func:`stepwise_lightning.spectrum.measures.tangent_coordinates`).
 
         Args:
             learning_rates: η of each step, (T,): ``[0.002] * 600``, or any schedule.
@@ -197,7 +199,7 @@ class LastLayer:
             return self._weight0.new_zeros(0, len(self._weight0))
         if self.loss == "simclr":
             h = torch.cat([h1, h2])
-            matrices = torch.stack([_covariance(normalize(h @ w.T, dim=1)) for w in weights])
+            matrices = torch.stack([_covariance(tangent_coordinates(h @ w.T)) for w in weights])
         elif self.loss == "vicreg":
             matrices = _products(weights, FeatureMoments.of(h1, h2).pooled)
         else:
