@@ -29,9 +29,7 @@ def new_parser(command: str, description: str, profiles: dict[str, dict[str, Any
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     usual = "cpu" if "cpu" in profiles else next(iter(profiles))
-    parser.add_argument(
-        "--profile", choices=profiles, default=usual, help=f"size of the experiment (default: {usual})"
-    )
+    parser.add_argument("--profile", choices=profiles, default=usual, help=f"size of the experiment (default: {usual})")
     parser.add_argument("--data", help="photos, cifar10, stl10 or a folder of images (default: the profile's, photos)")
     parser.add_argument("--out", default="results", help="folder for the outputs (default: results)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of data and weights (default: 0 1 2)")

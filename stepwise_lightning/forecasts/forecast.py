@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,16 +17,18 @@ from stepwise_lightning.forecasts.training import Training, bias_of, last_featur
 from stepwise_lightning.spectrum.batches import Views
 from stepwise_lightning.spectrum.schedule import log_spaced_steps
 from stepwise_lightning.theory.growth import growth_matrix
-from stepwise_lightning.theory.last_layer import LastLayer
+from stepwise_lightning.theory.last_layer import LastLayer, LayerTrajectory
 
-__all__ = ["forecast", "forecast_of_features", "unseen_batches"]
+__all__ = ["NUM_PAIRS", "forecast", "forecast_of_features", "unseen_batches"]
 
+NUM_PAIRS = 4096
 _NUM_POINTS = 200  # as many as SpectrumLogger's
 # Wider features are projected: a step of Barlow Twins takes O(d m²).
 _WIDE, _COMPONENTS = 512, 128
 # Negatives that a simulated step of SimCLR looks at: its growth does not depend on their number, its cost does.
 _SIMCLR_PAIRS = 128
 _PAIRS_PER_FEATURE = 8
+_DOUBLINGS = 4  # of the steps in which the first mode is waited for
 
 
 def forecast(
@@ -42,7 +44,7 @@ def forecast(
     momentum: float | None = None,
     weight_decay: float | None = None,
     velocity: Sequence[Tensor] | None = None,
-    num_pairs: int = 4096,
+    num_pairs: int = NUM_PAIRS,
     views: Views | None = None,
 ) -> Forecast:
     """Return when each mode will be learned, and up to which learning rate training is stable.
@@ -102,13 +104,17 @@ def forecast_of_features(
     """
     weight, bias = weight.detach().cpu(), None if bias is None else bias.detach().cpu()
     d, m = weight.shape
-    simulated = [_in_few(h) if training.loss == "simclr" else h for h in (h1, h2)]
+    x1, x2 = (_in_few(h) if training.loss == "simclr" else h for h in (h1, h2))
     components = min(m, max(_COMPONENTS, 2 * d)) if m > _WIDE else None
-    layer = LastLayer(training.loss, *simulated, weight, bias, components, **training.settings)
+    layer = LastLayer(training.loss, x1, x2, weight, bias, components, **training.settings)
+
+    def simulate(rates: Tensor) -> LayerTrajectory:
+        points = log_spaced_steps(len(rates), _NUM_POINTS)
+        return layer.simulate(rates, training.momentum, training.weight_decay, velocity, points)
+
     num_steps = len(training.rates)
-    options = training.momentum, training.weight_decay, velocity
-    trajectory = layer.simulate(training.rates, *options, log_spaced_steps(num_steps, _NUM_POINTS))
-    threshold = _threshold(layer, training, options, trajectory.eigenvalues)
+    trajectory = simulate(training.rates)
+    threshold = _threshold(simulate, training.rates, trajectory.eigenvalues)
     steps = trajectory.steps + start
     diverges = trajectory.eigenvalues.isinf().any()
     times = torch.full((d,), math.inf, dtype=torch.float64)
@@ -142,19 +148,19 @@ def _growth_rates(training: Training, h1: Tensor, h2: Tensor, d: int, bias_norm:
     return torch.nn.functional.pad(rates, (0, d - len(rates)))
 
 
-def _threshold(layer: LastLayer, training: Training, options: tuple[Any, ...], eigenvalues: Tensor) -> float:
+def _threshold(simulate: Callable[[Tensor], LayerTrajectory], rates: Tensor, eigenvalues: Tensor) -> float:
     """Return a tenth of the largest eigenvalue at the end; where it still grows then, at a later one.
 
     A run that is too short for its first mode has no plateau, by which modes could be called learned.
     """
-    rates = [float(training.rates.max())] * len(training.rates)
-    for _ in range(4):
+    rates = rates.max().expand(len(rates))
+    for _ in range(_DOUBLINGS):
         top = eigenvalues[:, 0]
         tail = top[-max(1, math.ceil(len(top) / 10)) :]
         if not tail.isfinite().all() or float(tail[-1]) < 1.5 * float(tail[0]):
             return 0.1 * float(tail.median())
-        rates = rates * 2
-        eigenvalues = layer.simulate(rates, *options, log_spaced_steps(len(rates), _NUM_POINTS)).eigenvalues
+        rates = rates.repeat(2)
+        eigenvalues = simulate(rates).eigenvalues
     return math.nan
 
 

@@ -80,7 +80,7 @@ class ForecastLogger(L.Callback):
         self._matrix = MATRICES[self.loss or loss_of(pl_module)]
         self._spectrum = spectra[0]
         pairs = getattr(getattr(trainer, "datamodule", None), "probe_pairs", None)
-        self._pairs = None if pairs is None else [view[: self.num_pairs] for view in pairs()]
+        self._pairs = None if pairs is None else list(pairs())
         self.forecasts, self._text = [], ""
         self._seen, self._learned, self._next_at = -1, -1, 0.0
         self._began, self._spent = time.perf_counter(), 0.0
@@ -124,11 +124,9 @@ class ForecastLogger(L.Callback):
         options = (group.get(name) for name in ("lr", "momentum", "weight_decay"))
         training = Training.of(module, step, end, self.loss, self.settings, *options)
         layer = last_layer(module)
-        size = len(views_in(batch)[0])
-        if self._pairs is None:
-            batches = [[view[: self.num_pairs] for view in views_in(batch)]]
-        else:
-            batches = list(zip(*(view.split(size) for view in self._pairs), strict=True))
+        size = len(views_in(batch)[0]) * trainer.world_size
+        pairs = views_in(batch) if self._pairs is None else self._pairs
+        batches = zip(*(view[: self.num_pairs].split(size) for view in pairs), strict=True)
         h1, h2 = last_features(module, layer, batches, self.num_pairs)
         velocity = velocity_of(layer, optimizer)
         return forecast_of_features(training, h1, h2, layer.weight, bias_of(layer), step, velocity, with_rates=False)

@@ -105,9 +105,15 @@ class Forecast:
         outside = (steps < known[0]) | (steps > known[-1])
         return values.masked_fill(outside[:, None], math.nan)
 
-    def num_promised(self) -> int:
-        """Return how many modes, the first ones, are promised at all."""
-        return int(self.errors.isfinite().sum())
+    def promised(self, steps: Tensor) -> Tensor:
+        """Return the eigenvalues at some steps, (T,) to (T, k), as far as they are promised.
+
+        That is of the modes that are, k of them, and until the first of the others is due; then NaN.
+        """
+        count = int(self.errors.isfinite().sum())
+        later = self.step_times[count : count + 1]
+        past = (steps[:, None] > later.nan_to_num(nan=-1.0, posinf=math.inf)).any(1)
+        return self.at(steps)[:, :count].masked_fill(past[:, None], math.nan)
 
     def __str__(self) -> str:
         lines = [

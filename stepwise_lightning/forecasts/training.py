@@ -17,7 +17,7 @@ from stepwise_lightning.spectrum.batches import Views, on_device, views_in
 from stepwise_lightning.spectrum.capture import capture
 from stepwise_lightning.theory.growth import loss_settings
 
-__all__ = ["Training", "last_features", "last_layer", "loss_of", "velocity_of"]
+__all__ = ["Training", "bias_of", "last_features", "last_layer", "loss_of", "velocity_of"]
 
 _LOSSES: dict[type[JointEmbedding], str] = {BarlowTwins: "barlow_twins", VICReg: "vicreg", SimCLR: "simclr"}
 
@@ -40,11 +40,11 @@ class Training:
         module: nn.Module,
         start: int,
         max_steps: int,
-        loss: str | None,
-        settings: Mapping[str, Any] | None,
-        learning_rate: float | Sequence[float] | Tensor | None,
-        momentum: float | None,
-        weight_decay: float | None,
+        loss: str | None = None,
+        settings: Mapping[str, Any] | None = None,
+        learning_rate: float | Sequence[float] | Tensor | None = None,
+        momentum: float | None = None,
+        weight_decay: float | None = None,
     ) -> Training:
         """Return how ``module`` is trained from step ``start`` to ``max_steps``; what is given goes before its own."""
         if not 0 <= start < max_steps:
