@@ -1,4 +1,4 @@
-"""The command line: ``stepwise fit --config configs/barlow_twins_photos.yaml``."""
+"""The command line: ``stepwise fit`` and ``stepwise forecast --config configs/barlow_twins_photos.yaml``."""
 
 from __future__ import annotations
 
@@ -18,8 +18,9 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 
 import stepwise_lightning
 from stepwise_lightning.errors import UserError, condensed, one_line
+from stepwise_lightning.forecasts.command import ForecastingTrainer, as_little_as_a_forecast_needs
 from stepwise_lightning.runs import AtomicCheckpointIO, LastCheckpoint
-from stepwise_lightning.runs.newest import continue_newest
+from stepwise_lightning.runs.newest import continue_newest, newest_checkpoint
 from stepwise_lightning.runs.save_run import SaveRun
 from stepwise_lightning.signals import INTERRUPTED
 
@@ -48,6 +49,11 @@ class _CLI(LightningCLI):
     As data, always: tensors and plain values, which name nothing to be imported or run.
     """
 
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """Return Lightning's own, and ``forecast``, each with what is not given to it on the command line."""
+        return LightningCLI.subcommands() | {"forecast": {"model", "datamodule"}}
+
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Parse, and refuse what Lightning would stumble over later."""
         super().parse_arguments(parser, args)
@@ -59,7 +65,7 @@ class _CLI(LightningCLI):
                 raise UserError(f"trainer.{name} must be at least {least}, got {config.trainer[name]}")
         if not 0 <= config.seed_everything < 2**32:
             raise UserError(f"seed_everything must be at least 0 and below 2**32, got {config.seed_everything}")
-        if config.weights_only is False:
+        if config.get("weights_only") is False:
             raise UserError("weights_only=false would let a checkpoint run code, and is not accepted: leave it out")
 
     def _parse_ckpt_path(self) -> None:
@@ -69,6 +75,10 @@ class _CLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         config = self.config.get(str(self.subcommand))
+        if self.subcommand == "forecast":
+            if config.ckpt_path == "last":
+                config.ckpt_path = newest_checkpoint(config)
+            as_little_as_a_forecast_needs(config)
         if self.subcommand == "fit" and config.ckpt_path == "last":
             step = continue_newest(config)
             if step is not None:
@@ -82,6 +92,8 @@ class _CLI(LightningCLI):
             raise UserError(f"data is missing: give --data, one of {_EXAMPLES['data']}, or the dotted path of a class")
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
+        if self.subcommand == "forecast":
+            return super().instantiate_trainer(**kwargs)
         given = self._get(self.config_init, "trainer")
         callbacks, plugins = (_as_list(given.get(name)) for name in ("callbacks", "plugins"))
         wanted = given.get("enable_checkpointing") is not False
@@ -93,7 +105,8 @@ class _CLI(LightningCLI):
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         # Left alone, Lightning trusts checkpoints from the internet, and torch all of them if the environment says so.
-        return super()._prepare_subcommand_kwargs(subcommand) | {"weights_only": True}
+        safely = {} if subcommand == "forecast" else {"weights_only": True}  # forecast knows no other way
+        return super()._prepare_subcommand_kwargs(subcommand) | safely
 
 
 def _as_list(values: Any) -> list[Any]:
@@ -115,6 +128,7 @@ def main() -> None:
     try:
         _CLI(
             L.LightningModule,
+            trainer_class=ForecastingTrainer,
             save_config_callback=SaveRun,
             parser_class=_Parser,
             subclass_mode_model=True,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from stepwise_lightning.forecasts.stable import StableRates, stable_rates
 from stepwise_lightning.forecasts.training import Training, bias_of, last_features, last_layer
 from stepwise_lightning.spectrum.batches import Views
 from stepwise_lightning.spectrum.schedule import log_spaced_steps
-from stepwise_lightning.theory.growth import growth_matrix
+from stepwise_lightning.theory.growth import growth_matrix, heavy_ball_growth
 from stepwise_lightning.theory.last_layer import LastLayer, LayerTrajectory
 
 __all__ = ["NUM_PAIRS", "forecast", "forecast_of_features", "unseen_batches"]
@@ -28,7 +28,7 @@ _WIDE, _COMPONENTS = 512, 128
 # Negatives that a simulated step of SimCLR looks at: its growth does not depend on their number, its cost does.
 _SIMCLR_PAIRS = 128
 _PAIRS_PER_FEATURE = 8
-_DOUBLINGS = 4  # of the steps in which the first mode is waited for
+_MODERATE, _PLATEAU = 0.1, 600  # x = ηρ_1, and how many steps of that lead beyond the first mode
 
 
 def forecast(
@@ -100,7 +100,7 @@ def forecast_of_features(
 ) -> Forecast:
     """Return :func:`forecast` of features (batches, n, m), and of the weights and bias of the layer that they enter.
 
-    Without rates, which take longer than the rest, growth rates and stable learning rates are NaN, and warnings few.
+    Without rates, whose search takes longer than the rest, stable learning rates are NaN.
     """
     weight, bias = weight.detach().cpu(), None if bias is None else bias.detach().cpu()
     d, m = weight.shape
@@ -108,24 +108,22 @@ def forecast_of_features(
     components = min(m, max(_COMPONENTS, 2 * d)) if m > _WIDE else None
     layer = LastLayer(training.loss, x1, x2, weight, bias, components, **training.settings)
 
-    def simulate(rates: Tensor) -> LayerTrajectory:
-        points = log_spaced_steps(len(rates), _NUM_POINTS)
-        return layer.simulate(rates, training.momentum, training.weight_decay, velocity, points)
-
+    norm = 0.0 if bias is None else float(bias.norm())
+    growth = torch.full((d,), math.nan, dtype=torch.float64)
+    if training.loss != "simclr" or norm > 0:
+        growth = _growth_rates(training, h1, h2, d, norm or 1.0)
     num_steps = len(training.rates)
-    trajectory = simulate(training.rates)
-    threshold = _threshold(simulate, training.rates, trajectory.eigenvalues)
+    points = log_spaced_steps(num_steps, _NUM_POINTS)
+    trajectory = layer.simulate(training.rates, training.momentum, training.weight_decay, velocity, points)
+    threshold = _threshold(layer, training, trajectory, float(growth[0]))
     steps = trajectory.steps + start
-    diverges = trajectory.eigenvalues.isinf().any()
     times = torch.full((d,), math.inf, dtype=torch.float64)
-    if math.isfinite(threshold) and threshold > 0 and not diverges:
+    if threshold > 0 and not trajectory.eigenvalues.isinf().any():
         times = crossings(steps, trajectory.eigenvalues, threshold)
         if not start:
             times = torch.where(trajectory.eigenvalues[0] > threshold / 10, math.nan, times)
-    growth, stable = torch.full((d,), math.nan, dtype=torch.float64), StableRates(math.nan, math.nan, math.nan)
-    norm = 0.0 if bias is None else float(bias.norm())
-    if with_rates and (training.loss != "simclr" or norm > 0):
-        growth = _growth_rates(training, h1, h2, d, norm or 1.0)
+    stable = StableRates(math.nan, math.nan, math.nan)
+    if with_rates:
         stable = stable_rates(training, layer, h1, h2, float(growth[0]))
     result = Forecast(
         training.loss, start, start + num_steps, float(training.rates.max()), training.momentum,
@@ -148,20 +146,23 @@ def _growth_rates(training: Training, h1: Tensor, h2: Tensor, d: int, bias_norm:
     return torch.nn.functional.pad(rates, (0, d - len(rates)))
 
 
-def _threshold(simulate: Callable[[Tensor], LayerTrajectory], rates: Tensor, eigenvalues: Tensor) -> float:
-    """Return a tenth of the largest eigenvalue at the end; where it still grows then, at a later one.
+def _threshold(layer: LastLayer, training: Training, trajectory: LayerTrajectory, fastest: float) -> float:
+    """Return a tenth of the largest eigenvalue at the end.
 
-    A run that is too short for its first mode has no plateau, by which modes could be called learned.
+    Where that still grows then, as it does at first, by r² each step, there is no plateau yet by which modes could be
+    called learned: then it is that of training which goes on at a moderate rate until there is.
     """
-    rates = rates.max().expand(len(rates))
-    for _ in range(_DOUBLINGS):
-        top = eigenvalues[:, 0]
-        tail = top[-max(1, math.ceil(len(top) / 10)) :]
-        if not tail.isfinite().all() or float(tail[-1]) < 1.5 * float(tail[0]):
-            return 0.1 * float(tail.median())
-        rates = rates.repeat(2)
-        eigenvalues = simulate(rates).eigenvalues
-    return math.nan
+    top = trajectory.eigenvalues[:, 0]
+    tail = slice(-max(2, math.ceil(len(top) / 10)), None)
+    first, last = trajectory.steps[tail][[0, -1]].tolist()
+    if fastest > 0:
+        root, _ = heavy_ball_growth(fastest * training.rates[first:last], training.momentum)
+        if float((top[tail][-1] / top[tail][0]).log()) > float(root.log().sum()):  # half of r²
+            rates = [_MODERATE / fastest] * _PLATEAU
+            late = range(_PLATEAU - 20, _PLATEAU + 1)
+            top = layer.simulate(rates, training.momentum, measured_at=late).eigenvalues[:, 0]
+            tail = slice(None)
+    return 0.1 * float(top[tail].median())
 
 
 def _warned(result: Forecast, num_features: int, decay: float, share_of_bias: float) -> Forecast:

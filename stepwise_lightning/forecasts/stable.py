@@ -59,7 +59,7 @@ def stable_rates(training: Training, layer: LastLayer, h1: Tensor, h2: Tensor, f
         return StableRates(nan, nan, _COSINE_DRIVE / fastest)
     if training.loss == "barlow_twins" and not training.settings["normalize"]:
         limits = stability_limits(training.momentum)
-        worst = max(4 * largest_gammas(h1, h2, training.settings["center"]))
+        worst = 4 * max(largest_gammas(h1, h2, training.settings["center"]))
         safe = min(limits.local, limits.safe) / max(worst, fastest)
         return StableRates(limits.even / fastest, safe, _SHARE * safe)
     limit = _simulated_limit(training, layer, fastest)

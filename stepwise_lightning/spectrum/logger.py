@@ -146,11 +146,6 @@ class SpectrumLogger(L.Callback):
         self._measured_at = -1
         self._losses: list[float] | None = None  # of the step that was measured last, while it is under way
 
-    @property
-    def last_step(self) -> int:
-        """The step of the last measurement, in every process; −1 before the first."""
-        return self._measured_at
-
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Move behind the callbacks that may change weights, and tell loggers of one name apart."""
         callbacks = trainer.callbacks  # type: ignore[attr-defined]

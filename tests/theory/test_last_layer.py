@@ -123,8 +123,8 @@ def test_eigenvalues_are_taken_when_and_where_asked():
     assert some.steps.tolist() == [0, 3, 20]
     torch.testing.assert_close(some.eigenvalues, all_steps.eigenvalues[[0, 3, 20]], rtol=1e-12, atol=0)
     elsewhere = layer.simulate([0.01] * 20, 0.9, measured_at=[20], measured_on=(other1, other2))
-    z = torch.cat([other1, other2]) @ all_steps.weight.T + all_steps.bias
-    expected = embedding_eigenvalues(nn.functional.normalize(z, dim=1))
+    z1, z2 = (h @ all_steps.weight.T + all_steps.bias for h in (other1, other2))
+    expected = measure("tangent_covariance", [z1, z2])[0]
     torch.testing.assert_close(elsewhere.eigenvalues[0], expected, rtol=1e-9, atol=1e-12)
 
 
