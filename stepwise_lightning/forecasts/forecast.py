@@ -124,7 +124,7 @@ def forecast_of_features(
             times = torch.where(trajectory.eigenvalues[0] > threshold / 10, math.nan, times)
     stable = StableRates(math.nan, math.nan, math.nan)
     if with_rates:
-        stable = stable_rates(training, layer, h1, h2, float(growth[0]))
+        stable = stable_rates(training, h1, h2, weight, bias, components, float(growth[0]))
     result = Forecast(
         training.loss, start, start + num_steps, float(training.rates.max()), training.momentum,
         h1.shape[0] * h1.shape[1], times, steps, trajectory.eigenvalues, threshold, growth, stable, (),

@@ -201,3 +201,16 @@ def test_what_cannot_be_is_refused():
         layer.simulate([0.1] * 3, measured_at=[4])
     with pytest.raises(ValueError, match=r"of shapes \[\(5, 16\), \(5,\)\], got \[\(5, 16\)\]"):
         layer.simulate([0.1], 0.9, velocity=[torch.zeros(5, 16)])
+
+
+@pytest.mark.parametrize("loss", ["barlow_twins", "vicreg"])
+def test_batches_can_be_taken_in_turn(loss):
+    h1, h2 = features(3, 24)
+    layer, settings = linear_layer(0.1), ANALYTICAL if loss == "barlow_twins" else {"eps": 0.1}
+    simulated = LastLayer(loss, h1, h2, layer.weight, layer.bias, in_turn=True, **settings).simulate([0.002] * 40, 0.9)
+    optimizer = torch.optim.SGD(layer.parameters(), 0.002, 0.9)
+    for step in range(40):
+        optimizer.zero_grad()
+        LOSSES[loss](layer(h1[step % 3]), layer(h2[step % 3]), **settings).backward()
+        optimizer.step()
+    assert error(simulated.weight, layer.weight) < 1e-10
