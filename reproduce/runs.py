@@ -172,7 +172,7 @@ class Run(TrainingRun):
         """
         layer, length = last_layer(self.module), int(self.record.steps[-1])
         training = replace(Training.of(self.module, 0, length), **changes)
-        return forecast_of_features(training, h1, h2, layer.weight, bias_of(layer))
+        return forecast_of_features(training, h1, h2, layer.weight, bias_of(layer), with_rates=False)
 
     def panel(self, with_forecast: bool = False) -> Panel:
         """Return how to draw loss and eigenvalues, the steps detected, and perhaps its forecast, as far as it goes."""

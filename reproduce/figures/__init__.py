@@ -3,6 +3,7 @@
 from reproduce.figures import (
     cross_loss_alignment,
     embedding_growth,
+    forecast,
     frozen_features,
     hidden_spectra,
     kernel_mlp,
@@ -33,5 +34,6 @@ FIGURES: dict[str, PaperFigure] = {
         embedding_growth,
         kernel_pca,
         kernel_mlp,
+        forecast,
     )
 }
