@@ -5,8 +5,8 @@ once for each run of ``three_losses``, against the steps that were measured. The
 three losses, later ones of Barlow Twins and SimCLR roughly, those of VICReg not: they are shown faint, and no claim is
 made of them. A network whose features move learns more modes, and some of them earlier, than features that stay allow.
 
-While training goes on, the next mode is forecast from the weights that were kept, on the probe pairs, as
-``ForecastLogger`` does; beside it, what a line through the last twenty logarithms of its eigenvalue says. The velocity
+While training goes on, the next mode is forecast from the weights that were kept, on the probe pairs, of SimCLR on
+sixteen training batches, as ``ForecastLogger`` does; beside it, what a line through the last twenty logarithms of its eigenvalue says. The velocity
 of the last layer is not kept: it is taken from the weights that were kept before.
 
 Controls: pairs of views of different images, training without momentum in place of the run's own (of losses that
@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import math
 from collections.abc import Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ from reproduce.processes import each
 from reproduce.runs import SMALL_STARTS, Run, trained_runs
 from reproduce.training import PROFILES
 from stepwise_lightning.forecasts import Forecast
-from stepwise_lightning.forecasts.forecast import forecast_of_features
+from stepwise_lightning.forecasts.forecast import NUM_PAIRS, forecast_of_features, unseen_batches
 from stepwise_lightning.forecasts.training import Training, bias_of, last_features, last_layer
 
 PAPER = "Not in the paper: its theory, made a tool."
@@ -42,6 +43,7 @@ MOST_LATER_ERROR = {"barlow_twins": 0.2, "simclr": 0.35}
 # Of the time that remains until the next mode.
 MOST_LIVE_ERROR = {"barlow_twins": 0.25, "simclr": 0.3, "vicreg": 0.5}
 EXTRAPOLATED = 20  # measurements
+NEAR = 0.12  # share of the time between two modes by which weights that were kept may miss the moment wanted
 LAST_OF_LATER = 5  # modes 2 to 5
 COLUMNS = ["loss", "seed", "forecast", "made at", "mode", "measured", "expected"]
 _LABELS = {"start": "before training", "live": "while training", "line": "line through log λ"}
@@ -67,9 +69,10 @@ def forecasts(run: Run) -> list[list[Any]]:
         if not (math.isfinite(measured[mode - 1]) and math.isfinite(measured[mode])):
             continue
         for share in (0.0, 0.5, 0.75):
-            wanted = measured[mode - 1] + share * (measured[mode] - measured[mode - 1])
-            kept = next((step for step in run.kept_steps() if wanted <= step < measured[mode]), None)
-            if kept is not None:
+            gap = measured[mode] - measured[mode - 1]
+            wanted = measured[mode - 1] + share * gap
+            kept = min(run.kept_steps(), key=lambda step: abs(step - wanted), default=0)
+            if abs(kept - wanted) < NEAR * gap and kept < measured[mode]:
                 head = [run.loss, run.seed]
                 rows.append([*head, f"live {share:g}", kept, mode + 1, measured[mode], _live(run, kept, mode)])
                 rows.append([*head, f"line {share:g}", kept, mode + 1, measured[mode], _line(run, kept, mode)])
@@ -98,11 +101,8 @@ def _live(run: Run, step: int, mode: int) -> float:
         earlier = _weights(run, before, start)
         module.load_state_dict(_weights(run, step, start))
         training = Training.of(module, step, length)
-        pairs = run.data.probe_pairs()
-        h1, h2 = last_features(module, layer, [pairs], len(pairs[0]))
-        if run.loss == "simclr":
-            size = min(run.data.hparams["global_batch_size"], h1.shape[1])
-            h1, h2 = (h[0, : h.shape[1] // size * size].unflatten(0, (-1, size)) for h in (h1, h2))
+        batches = [run.data.probe_pairs()] if run.loss != "simclr" else islice(unseen_batches(run.data), 16)
+        h1, h2 = last_features(module, layer, batches, NUM_PAIRS)
         gone = (step - before) * float(training.rates[0])
         names = {id(value): name for name, value in module.named_parameters()}
         bias = bias_of(layer)

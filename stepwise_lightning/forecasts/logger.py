@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections import deque
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -16,12 +17,13 @@ from stepwise_lightning.errors import UserError
 from stepwise_lightning.forecasts.forecast import forecast_of_features
 from stepwise_lightning.forecasts.result import MATRICES, Forecast
 from stepwise_lightning.forecasts.training import Training, bias_of, last_layer, loss_of, velocity_of
-from stepwise_lightning.modules import JointEmbedding
+from stepwise_lightning.modules import JointEmbedding, SimCLR
 from stepwise_lightning.spectrum.batches import views_in
 from stepwise_lightning.spectrum.logger import SpectrumLogger
 
 __all__ = ["ForecastLogger", "LiveForecast"]
 
+_BATCHES = 16
 _NEAR = 4  # the part of what remains that is simulated first
 _APART = 0.02  # of the steps so far, between two forecasts
 
@@ -39,7 +41,8 @@ class ForecastLogger(L.Callback):
     """Say while a module trains at which optimiser step its next mode is due.
 
     It goes by the measurements of the :class:`stepwise_lightning.SpectrumLogger` that must stand beside it in the
-    Trainer, and takes what enters the last linear layer in them: nothing is run twice. From there, with the layer's
+    Trainer, and takes what enters the last linear layer in them, or for SimCLR, which overrates what a few pairs share,
+    in the last sixteen training batches: nothing is run twice. From there, with the layer's
     weights and the optimiser's momentum as they are, training of that layer is simulated to the end
     (:func:`stepwise_lightning.forecasts.forecast.forecast_of_features`): at the start, when a mode has just been
     learned, half-way to the next one, at half of what then remains, and so on. Training is bit-identical with and
@@ -86,11 +89,16 @@ class ForecastLogger(L.Callback):
         self._measurements, self._learned, self._next_at = -1, -1, 0.0
         self._began, self._spent = time.perf_counter(), 0.0
         self._entered: list[Tensor] = []
+        self._trained_on: deque[Tensor] = deque(maxlen=2 * _BATCHES)
         layer = last_layer(pl_module)
+        # Of other modules it is not known how views enter: perhaps both at once.
+        batches = isinstance(pl_module, SimCLR)
 
         def keep(_: Any, given: tuple[Tensor, ...]) -> None:
             if not layer.training:  # a measurement, or an evaluation, which comes after
                 self._entered.append(given[0].detach())
+            elif batches:
+                self._trained_on.append(given[0].detach())
 
         self._stop()
         self._hook = layer.register_forward_pre_hook(keep)
@@ -146,12 +154,7 @@ class ForecastLogger(L.Callback):
         options = [group.get(name) for name in ("lr", "momentum", "weight_decay")]
         training = Training.of(module, start, end, self.loss, self.settings, *options)
         layer = last_layer(module)
-        h1, h2 = (h.flatten(1).cpu() for h in self._entered[:2])
-        if training.loss == "simclr":  # the negatives of a batch are part of the loss
-            size = min(size, len(h1))
-            h1, h2 = (h[: len(h) // size * size].unflatten(0, (-1, size)) for h in (h1, h2))
-        else:
-            h1, h2 = h1[None], h2[None]
+        h1, h2 = self._features(size if training.loss == "simclr" else None)
         velocity = velocity_of(layer, optimizer)
         # Mostly the next mode is due soon, and what comes after it need not be known.
         for length in (len(training.rates) // _NEAR, len(training.rates)):
@@ -160,6 +163,17 @@ class ForecastLogger(L.Callback):
             if math.isfinite(result.next_mode[1]):
                 break
         return result
+
+    def _features(self, size: int | None) -> tuple[Tensor, Tensor]:
+        """Return the features to go by, (batches, n, m); of the measured pairs in batches of a size, if it matters."""
+        seen = list(self._trained_on)
+        if len(seen) >= 4 and len(seen) % 2 == 0 and len({view.shape for view in seen}) == 1:
+            stacked = torch.stack(seen).flatten(2).cpu()
+            return stacked[::2], stacked[1::2]
+        h1, h2 = (h.flatten(1).cpu() for h in self._entered[:2])
+        size = min(size or len(h1), len(h1))
+        h1, h2 = (h[: len(h) // size * size].unflatten(0, (-1, size)) for h in (h1, h2))
+        return h1, h2
 
     def _say(self, trainer: L.Trainer, forecast: Forecast) -> None:
         mode, due = forecast.next_mode

@@ -206,7 +206,7 @@ def trained(tmp_path, cls, *callbacks, steps=80, **settings):
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
-@pytest.mark.parametrize("cls", [BarlowTwins, VICReg])
+@pytest.mark.parametrize("cls", [BarlowTwins, VICReg, SimCLR])
 def test_training_is_bit_identical_with_live_forecasts(tmp_path, cls):
     live = ForecastLogger(cost=1.0)
     (with_, record), (without, other) = (trained(tmp_path, cls, *callbacks) for callbacks in ([live], []))
