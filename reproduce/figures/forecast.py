@@ -5,12 +5,13 @@ once for each run of ``three_losses``, against the steps that were measured. The
 three losses, later ones of Barlow Twins and SimCLR roughly, those of VICReg not: they are shown faint, and no claim is
 made of them. A network whose features move learns more modes, and some of them earlier, than features that stay allow.
 
-While training goes on, the next mode is forecast from the weights that were kept, on the probe pairs, of SimCLR on
-sixteen training batches, as ``ForecastLogger`` does; beside it, what a line through the last twenty logarithms of its eigenvalue says. The velocity
-of the last layer is not kept: it is taken from the weights that were kept before.
+While training goes on, the next mode is forecast from the weights that were kept, as ``ForecastLogger`` does: on the
+probe pairs, of SimCLR on sixteen training batches. Beside it, what a line through the last twenty logarithms of its
+eigenvalue says. The velocity of the last layer is not kept: it is taken from the weights that were kept before. Of
+VICReg the time that remains is overrated, up to twofold, and no claim is made of it.
 
-Controls: pairs of views of different images, training without momentum in place of the run's own (of losses that
-have some), and the growth of another loss.
+Controls: pairs of views of different images, training without momentum in place of the run's own, and, for Barlow
+Twins, which is trained without, the growth of another loss.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ PAPER = "Not in the paper: its theory, made a tool."
 MOST_FIRST_ERROR = {"barlow_twins": 0.06, "vicreg": 0.1, "simclr": 0.06}
 MOST_LATER_ERROR = {"barlow_twins": 0.2, "simclr": 0.35}
 # Of the time that remains until the next mode.
-MOST_LIVE_ERROR = {"barlow_twins": 0.25, "simclr": 0.3, "vicreg": 0.5}
+MOST_LIVE_ERROR = {"barlow_twins": 0.4, "simclr": 0.4}
 EXTRAPOLATED = 20  # measurements
 NEAR = 0.12  # share of the time between two modes by which weights that were kept may miss the moment wanted
 LAST_OF_LATER = 5  # modes 2 to 5
@@ -81,13 +82,13 @@ def forecasts(run: Run) -> list[list[Any]]:
 
 def _controls(run: Run) -> dict[str, Forecast]:
     h1, h2 = run.features
-    controls = {"shuffled pairs": run.forecast_of(h1, h2.roll(1, 1))}
+    controls = {}
+    if run.loss in MOST_LATER_ERROR:
+        controls["shuffled pairs"] = run.forecast_of(h1, h2.roll(1, 1))
     if run.optimization()[1]:
-        controls["no momentum"] = run.forecast_of(h1, h2, momentum=0.0)
+        return controls | {"no momentum": run.forecast_of(h1, h2, momentum=0.0)}
     other = "vicreg" if run.loss == "barlow_twins" else "barlow_twins"
     settings = Training.of(METHODS[other].module(run.encoder(), 0.1), 0, 1).settings
-    if other == "barlow_twins":  # analytical: the published one grows 1/ε times as fast
-        settings |= {"normalize": False, "center": True}
     return controls | {"another loss": run.forecast_of(h1, h2, loss=other, settings=settings)}
 
 
@@ -151,7 +152,7 @@ def _claims(rows: list[list[Any]], options: argparse.Namespace) -> list[Claim]:
             return _median(_errors(rows, loss, name, modes))
 
         told = seeds_text(options.seeds)
-        control = "no momentum" if loss != "barlow_twins" else "another loss"
+        control = "no momentum" if any(row[:3] == [loss, row[1], "no momentum"] for row in rows) else "another loss"
         claims.append(Claim(
             f"{loss}_first", f"{method.title}: error of the first mode's step, before training, median of {told}",
             median("start", [1]), "<=", MOST_FIRST_ERROR[loss], control, median(control, [1]),
@@ -161,10 +162,11 @@ def _claims(rows: list[list[Any]], options: argparse.Namespace) -> list[Claim]:
                 f"{loss}_later", f"{method.title}: the same of modes 2 to {LAST_OF_LATER}", median("start", later),
                 "<=", MOST_LATER_ERROR[loss], "shuffled pairs", median("shuffled pairs", later),
             ))  # fmt: skip
-        claims.append(Claim(
-            f"{loss}_live", f"{method.title}: error of the time until the next mode, half-way, median of {told}",
-            median("live 0.5", every), "<=", MOST_LIVE_ERROR[loss], "line through log λ", median("line 0.5", every),
-        ))  # fmt: skip
+        if loss in MOST_LIVE_ERROR:
+            claims.append(Claim(
+                f"{loss}_live", f"{method.title}: error of the time until the next mode, half-way, median of {told}",
+                median("live 0.5", every), "<=", MOST_LIVE_ERROR[loss], "line through log λ", median("line 0.5", every),
+            ))  # fmt: skip
     return claims
 
 
