@@ -8,7 +8,7 @@ from typing import Any
 import lightning as L
 import torch
 
-from stepwise_lightning.errors import UserError
+from stepwise_lightning.errors import NotFoundError, UserError, reason
 from stepwise_lightning.files import atomic_write
 from stepwise_lightning.forecasts.forecast import NUM_PAIRS, forecast, unseen_batches
 from stepwise_lightning.forecasts.result import Forecast
@@ -49,9 +49,7 @@ class ForecastingTrainer(L.Trainer):
         max_steps = self.max_steps if self.max_steps > 0 else None
         if max_steps is None:
             raise UserError("a forecast needs to know when training ends: set trainer.max_steps")
-        checkpoint = torch.load(ckpt_path, map_location="cpu", weights_only=True) if ckpt_path else {}
-        if checkpoint:
-            model.load_state_dict(checkpoint["state_dict"])
+        checkpoint = _read(ckpt_path, model) if ckpt_path else {}
         start = checkpoint.get("global_step", 0)
         if start >= max_steps:
             raise UserError(f"the checkpoint is of step {start}, where training ends ({max_steps}): raise max_steps")
@@ -79,6 +77,18 @@ def as_little_as_a_forecast_needs(config: Any) -> None:
     trainer.accelerator, trainer.devices, trainer.num_nodes, trainer.strategy = "auto", 1, 1, "auto"
     trainer.logger, trainer.callbacks, trainer.plugins, trainer.sync_batchnorm = False, None, None, False
     trainer.enable_checkpointing = False
+
+
+def _read(path: str, model: L.LightningModule) -> dict[str, Any]:
+    """Return a checkpoint, whose weights the model gets."""
+    if not Path(path).is_file():
+        raise NotFoundError(f"checkpoint file not found: {path}")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        model.load_state_dict(checkpoint["state_dict"])
+    except Exception as error:  # whatever torch and pickle make of foreign bytes
+        raise UserError(f"{path} is no checkpoint of this model ({reason(error)}): give another") from error
+    return checkpoint
 
 
 def _velocity(model: L.LightningModule, checkpoint: dict[str, Any]) -> list[torch.Tensor] | None:
