@@ -3,7 +3,7 @@
 1. ContrastiveKernelPCA on two processes of one thread each (gloo) against one: at least 1.7 times as fast, with the
    kernel matrix held and recomputed, eigenvalues within 1e-12. On a machine that does other work too, processor time of
    the busier process stands for time, the least of the rounds, and time is judged only where the load is below ½.
-2. Scaling exponents of processor time: in pairs at most 2.1, in features at most 1.
+2. Scaling exponents of processor time: in pairs at most 2.1, in features and in modes at most 1.
 3. The time of a product with the kernel matrix as a formula, its constants measured here, against products of one
    process; and what it gives for 10⁵ and 10⁶ pairs on 1, 8 and 64 GPUs. Nothing is run on a GPU for that: it is an
    extrapolation from the rates that ``GPU`` states.
@@ -80,10 +80,10 @@ def bytes_sent(pairs: int, processes: int) -> float:
     return 2 * 8 * 2 * pairs * VECTORS * (processes - 1) / processes
 
 
-def fit(pairs: int, size: int, max_bytes: int) -> Callable[[], Tensor]:
+def fit(pairs: int, size: int, max_bytes: int, modes: int = MODES) -> Callable[[], Tensor]:
     """Return a fit to be timed, which returns eigenvalues."""
     x1, x2, kernel = crops(pairs, size)
-    return lambda: ContrastiveKernelPCA(kernel, MODES, max_bytes, progress=False).fit(x1, x2).eigenvalues_
+    return lambda: ContrastiveKernelPCA(kernel, modes, max_bytes, progress=False).fit(x1, x2).eigenvalues_
 
 
 def timed(use: Callable[[], Tensor], shared: bool) -> tuple[float, float, Tensor]:
@@ -126,18 +126,20 @@ def speed(name: str, pairs: int, max_bytes: int, rounds: int) -> bool:
 
 
 def exponents(small: bool) -> bool:
-    """Print how processor time grows with pairs and with features."""
+    """Print how processor time grows with pairs, with features and with modes."""
     pairs, features = ((400, 800), (4, 8)) if small else ((1000, 2000, 4000), (8, 16, 32))
+    modes = (5, 10) if small else (5, 10, 20, 40)
 
-    def seconds(number: int, size: int, max_bytes: int) -> float:
-        use = fit(number, size, max_bytes)
+    def seconds(number: int, size: int, max_bytes: int, modes: int = MODES) -> float:
+        use = fit(number, size, max_bytes, modes)
         return min(timed(use, False)[1] for _ in range(3))
 
-    limits = {"pairs, held": 2.1, "pairs, recomputed": 2.1, "features": 1.0}
+    limits = {"pairs, held": 2.1, "pairs, recomputed": 2.1, "features": 1.0, "modes": 1.0}
     points = {
         "pairs, held": [(number, seconds(number, 8, HELD)) for number in pairs],
         "pairs, recomputed": [(number, seconds(number, 8, RECOMPUTED)) for number in pairs],
         "features": [(3 * size**2, seconds(pairs[1], size, HELD)) for size in features],
+        "modes": [(number, seconds(pairs[1], 8, HELD, number)) for number in modes],
     }
     if dist.get_rank() > 0:
         return True

@@ -6,14 +6,14 @@ import sys
 import traceback
 from pathlib import Path
 
-from reproduce.figures import FIGURES
+from reproduce.figures import FIGURES, LONG
 from reproduce.options import check_writable, new_parser, refusal
 from reproduce.outputs import run_figure
 from reproduce.report import verdict_table, write_report
 from reproduce.training import PROFILES
 
 USAGE = """usage: python -m reproduce FIGURE [FIGURE ...] [options]
-       python -m reproduce all [options]
+       python -m reproduce all [options]      all but those that take long
        python -m reproduce list
 
 One figure runs anew unless --resume is given. Several, and all, run what is missing, go on after a failure, and write
@@ -31,13 +31,14 @@ def main(arguments: list[str]) -> int:
         names.append(arguments[0])
         arguments = arguments[1:]
     if names == ["list"] or (not names and arguments in ([], ["-h"], ["--help"])):
-        print(USAGE + "\n".join(f"  {name:22}{figure.title}" for name, figure in FIGURES.items()))
+        lines = (f"  {name:22}{figure.title}{' (long)' * (name in LONG)}" for name, figure in FIGURES.items())
+        print(USAGE + "\n".join(lines))
         return 0
     choices = f"choose from: all, {', '.join(FIGURES)}"
     if not names:
         print(f"error: {arguments[0]!r} comes before the name of a figure; {choices}", file=sys.stderr)
         return 2
-    names = list(FIGURES) if "all" in names else names
+    names = [name for name in FIGURES if name not in LONG] if "all" in names else names
     if unknown := [name for name in names if name not in FIGURES]:
         print(f"error: unknown figure {unknown[0]!r}; {choices}", file=sys.stderr)
         return 2

@@ -14,6 +14,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from matplotlib import rc_context
 from matplotlib.figure import Figure
 
 import reproduce
@@ -139,7 +140,8 @@ def write_outputs(directory: Path, outcome: Outcome, facts: dict[str, Any]) -> N
 
     """
     atomic_write(directory / "figure.png", lambda path: outcome.figure.savefig(path, format="png", dpi=150))
-    atomic_write(directory / "figure.pdf", lambda path: outcome.figure.savefig(path, format="pdf"))
+    with rc_context({"pdf.fonttype": 42}):  # TrueType, which publishers ask for
+        atomic_write(directory / "figure.pdf", lambda path: outcome.figure.savefig(path, format="pdf"))
 
     def write_csv(path: Path) -> None:
         with path.open("w", newline="") as file:

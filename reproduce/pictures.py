@@ -14,9 +14,9 @@ WIDTH = 1200
 
 
 def write_pictures(out: str | Path) -> list[Path]:
-    """Shrink the figures that ``python -m reproduce all --out OUT`` has left, and return the copies' paths."""
+    """Shrink the figures that ``python -m reproduce … --out OUT`` has left, and return the copies' paths."""
     written = []
-    for name in FIGURES:
+    for name in (name for name in FIGURES if (Path(out) / name / "figure.png").exists()):
         with Image.open(Path(out) / name / "figure.png") as figure:
             size = WIDTH, round(figure.height * WIDTH / figure.width)
             small = figure.convert("RGB").resize(size, Image.Resampling.LANCZOS)

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from stepwise_lightning import SpectrumRecord
-from stepwise_lightning.spectrum.writers import scalar_tag
+from stepwise_lightning.spectrum.tensorboard import scalars
 
 
 def theory_record(record: SpectrumRecord, eigenvalues: Tensor) -> SpectrumRecord:
@@ -58,6 +58,5 @@ def write_events(folder: Path, record: SpectrumRecord) -> None:
     """Write a record as a TensorBoard run, under the tags and at the optimiser steps of a trained one."""
     with SummaryWriter(str(folder)) as writer:
         for index in range(len(record)):
-            for row in record.rows(index):
-                tag = "train/loss" if row[3] == "loss" else scalar_tag(row, "spectrum")
-                writer.add_scalar(tag, row[-1], row[0])
+            for tag, value in scalars(record, index, record.matrices[0]).items():
+                writer.add_scalar(tag, value, int(record.steps[index]))

@@ -17,13 +17,25 @@ STYLE = """
 :root { color-scheme: light dark; }
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 0 auto; padding: 1rem; }
 section { border-top: 1px solid #8886; margin-top: 2.5rem; }
-img { max-width: 100%; height: auto; background: white; border-radius: 4px; }
+img { max-width: 100%; height: auto; background: white; border-radius: 4px; vertical-align: top; }
+.picture { display: block; overflow-x: auto; margin: 1rem 0; cursor: zoom-in; }
+.picture:has(input:checked) { margin-inline: calc(50% - 50vw + 1rem); }
+.picture input { position: absolute; opacity: 0; }
+.picture input:checked + img { max-width: none; cursor: zoom-out; }
+.picture input:focus-visible + img { outline: 2px solid #0969da; }
 .table { overflow-x: auto; }
 table { border-collapse: collapse; margin: .8rem 0; }
 td, th { border-bottom: 1px solid #8884; padding: .25rem .8rem .25rem 0; text-align: left; vertical-align: top; }
 td.number { font-variant-numeric: tabular-nums; white-space: nowrap; }
 .holds { color: #1a7f37; font-weight: 600; } .fails { color: #cf222e; font-weight: 600; }
 code { overflow-wrap: anywhere; } summary { cursor: pointer; } pre { overflow-x: auto; font-size: .8rem; }
+@media (max-width: 40rem) {
+  h1 { font-size: 1.5rem; line-height: 1.25; } h2 { font-size: 1.2rem; line-height: 1.3; }
+  table, tbody { display: block; } th { display: none; }
+  tr { display: flex; flex-wrap: wrap; gap: 0 .8rem; border-bottom: 1px solid #8884; padding: .5rem 0; }
+  td { border: 0; padding: 0; } td:empty { display: none; } td.wide { flex-basis: 100%; }
+  td[data-label]::before { content: attr(data-label) " "; opacity: .7; }
+}
 """
 
 
@@ -81,7 +93,8 @@ def _entry(directory: Path) -> tuple[str, str]:
 def _line(name: str, document: dict[str, Any]) -> str:
     return (
         f"<tr><td><a href='#{name}'>{escape(name)}</a></td><td>{_verdict(document)}</td>"
-        f"<td>{escape(data_name(document['data_set']))}</td><td class='number'>{document['seconds']:.0f} s</td></tr>"
+        f"<td class='wide'>{escape(data_name(document['data_set']))}</td>"
+        f"<td class='number'>{document['seconds']:.0f} s</td></tr>"
     )
 
 
@@ -95,9 +108,10 @@ def _section(directory: Path, document: dict[str, Any]) -> str:
     pictures = [_picture(path) for path in (directory / "figure.png", directory / "animation.gif") if path.exists()]
     rows = "".join(
         f"<tr><td class='{'holds' if claim.holds else 'fails'}'>{'holds' if claim.holds else 'fails'}</td>"
-        f"<td>{escape(claim.description)}</td><td class='number'>{claim.measured:.4g}</td>"
+        f"<td class='wide'>{escape(claim.description)}</td>"
+        f"<td class='number' data-label='measured'>{claim.measured:.4g}</td>"
         f"<td class='number'>{escape({'<=': '≤', '>=': '≥'}[claim.relation])} {claim.bound:.4g}</td>"
-        f"<td>{_control(claim)}</td></tr>"
+        f"<td class='wide'>{_control(claim)}</td></tr>"
         for claim in map(read_claim, document["claims"])
     )
     seeds = " ".join(map(str, document["seeds"]))
@@ -126,4 +140,8 @@ def _control(claim: Claim) -> str:
 def _picture(path: Path) -> str:
     kind = path.suffix[1:]
     data = base64.b64encode(path.read_bytes()).decode()
-    return f"<p><img alt='{path.parent.name}, {path.stem}' src='data:image/{kind};base64,{data}'></p>"
+    # A checkbox, since a page without scripts cannot open an image that lies in itself.
+    return (
+        "<label class='picture' title='click for full size'><input type='checkbox' aria-label='full size'>"
+        f"<img alt='{path.parent.name}, {path.stem}' src='data:image/{kind};base64,{data}'></label>"
+    )

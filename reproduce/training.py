@@ -20,7 +20,7 @@ from zipfile import ZipFile
 
 import torch
 
-from reproduce.methods import METHODS, VARIANTS
+from reproduce.methods import CPU_STEPS, METHODS, VARIANTS
 from reproduce.warm import WarmProcess
 from stepwise_lightning.errors import UserError
 from stepwise_lightning.files import atomic_write_text
@@ -80,6 +80,8 @@ class TrainingRun:
                 "trainer.callbacks.save_top_k": -1,
                 "trainer.callbacks.save_weights_only": "true",
             }
+        if self.options.profile == "cpu" and self.variant in CPU_STEPS:
+            settings["trainer.max_steps"] = CPU_STEPS[self.variant]
         if self.options.profile == "smoke":
             settings |= {
                 "model.init_args.encoder.init_args.out_features": 4,

@@ -96,6 +96,8 @@ class _CLI(LightningCLI):
             return super().instantiate_trainer(**kwargs)
         given = self._get(self.config_init, "trainer")
         callbacks, plugins = (_as_list(given.get(name)) for name in ("callbacks", "plugins"))
+        if self.subcommand != "fit":  # it is not another run, and leaves nothing that looks like one
+            kwargs["logger"] = False
         wanted = given.get("enable_checkpointing") is not False
         if wanted and not any(isinstance(callback, LastCheckpoint) for callback in callbacks):
             callbacks.append(LastCheckpoint())

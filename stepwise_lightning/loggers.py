@@ -12,7 +12,7 @@ import lightning as L
 
 from stepwise_lightning.errors import cannot_write
 
-__all__ = ["CHECKPOINTS", "WITHOUT_LOGGER", "boards", "folder_of", "free_name", "run_folder"]
+__all__ = ["CHECKPOINTS", "WITHOUT_LOGGER", "board_of", "boards", "folder_of", "free_name", "run_folder"]
 
 CHECKPOINTS = "checkpoints"  # the folder of a run that holds them
 WITHOUT_LOGGER = "stepwise_runs"  # in the Trainer's default_root_dir, where there is no logger
@@ -90,8 +90,14 @@ def free_name(stem: str, is_taken: Callable[[str], bool]) -> str:
     return name
 
 
-def boards(trainer: L.Trainer) -> list[Any]:
-    """Return the TensorBoard writers, of ``lightning`` as of ``pytorch_lightning``, whose loggers share no class."""
-    writers: list[Any] = [getattr(logger, "experiment", None) for logger in trainer.loggers]
+def board_of(logger: Any) -> Any:
+    """Return a logger's TensorBoard writer, of ``lightning`` or ``pytorch_lightning``, who share no class; or None."""
+    writer: Any = getattr(logger, "experiment", None)
     # The log_dir, because the logger of fast_dev_run has a writer that has everything.
-    return [w for w in writers if hasattr(w, "add_custom_scalars") and isinstance(w.log_dir, (str, os.PathLike))]
+    is_board = hasattr(writer, "add_custom_scalars") and isinstance(writer.log_dir, (str, os.PathLike))
+    return writer if is_board else None
+
+
+def boards(trainer: L.Trainer) -> list[Any]:
+    """Return the TensorBoard writers of a Trainer's loggers."""
+    return [board for board in map(board_of, trainer.loggers) if board is not None]

@@ -32,6 +32,9 @@ class JointEmbedding(L.LightningModule):
     Training stops with a FloatingPointError when the loss is NaN or infinite, and a checkpoint of such weights is
     never written, so that the last good one stays.
 
+    ``driven_matrix``, a class attribute, names the matrix whose eigenvalues the loss drives, in which steps are counted
+    (``stepwise_lightning.spectrum.MATRICES``); None where that is not known. ``SpectrumLogger`` shows it first.
+
     Args:
         encoder: module from a view (n, …) to embeddings (n, d).
         learning_rate: of SGD.
@@ -44,6 +47,8 @@ class JointEmbedding(L.LightningModule):
         ValueError: a number that is negative or not finite (of a method's own too), or a momentum of 1 or more.
 
     """
+
+    driven_matrix: str | None = None
 
     def __init__(
         self,
@@ -160,6 +165,8 @@ class BarlowTwins(JointEmbedding):
     The analytical model of the paper is ``off_diagonal_weight=1, normalize=False``.
     """
 
+    driven_matrix = "cross_correlation"
+
     def __init__(
         self,
         encoder: nn.Module,
@@ -182,6 +189,9 @@ class BarlowTwins(JointEmbedding):
 class SimCLR(JointEmbedding):
     """SimCLR; for ``temperature`` see :func:`simclr_loss`, for other arguments :class:`JointEmbedding`."""
 
+    # What it sees are normalised embeddings; in this one of their matrices a mode is a dimension.
+    driven_matrix = "tangent_covariance"
+
     def __init__(
         self,
         encoder: nn.Module,
@@ -202,6 +212,8 @@ class SimCLR(JointEmbedding):
 
 class VICReg(JointEmbedding):
     """VICReg; for the loss's arguments see :func:`vicreg_loss`, for others :class:`JointEmbedding`."""
+
+    driven_matrix = "covariance"
 
     def __init__(
         self,

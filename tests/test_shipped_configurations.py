@@ -172,11 +172,11 @@ def test_two_processes_log_the_spectra_of_one(tmp_path):
     fit = [sys.executable, "-m", "stepwise_lightning", "fit"]
     command = [*fit, *given("barlow_twins_photos"), "--trainer.max_steps=20"]
     for options in ([], ["--trainer.devices=2", "--trainer.strategy=ddp"]):
-        subprocess.run([*command, *options], cwd=tmp_path, check=True, capture_output=True, timeout=240)
+        subprocess.run([*command, *options], cwd=tmp_path, check=True, capture_output=True, timeout=900)
     one, two = (np.load(tmp_path / f"runs/barlow_twins_photos/version_{v}/spectrum.npz") for v in (0, 1))
     with one, two:
         assert one["step"].tolist() == two["step"].tolist()
         for matrix in ("cross_correlation", "covariance", "encoder.backbone.covariance"):
             # float32 training: round-off, relative to the largest eigenvalue, before growth amplifies it.
             difference = np.abs(one[matrix] - two[matrix]).max(1) / one[matrix].max(1)
-            assert difference.max() < 1e-5
+            assert difference.max() < 5e-5

@@ -79,15 +79,19 @@ def test_event_file_read_back_with_tensorboard(run):
     spectra, history, _, _, logger = run
     events = EventAccumulator(logger.log_dir, size_guidance={"scalars": 0}).Reload()
     tags = set(events.Tags()["scalars"])
-    for matrix in ("cross_correlation", "covariance"):
+    for matrix, group in (("cross_correlation", "C"), ("covariance", "covariance")):
         for mode in range(5):
-            scalars = events.Scalars(f"spectrum/{matrix}/eig_{mode:03d}")
+            scalars = events.Scalars(f"{group}/eig_{mode:03d}")
             assert [s.step for s in scalars] == spectra.record.steps.tolist()
             expected = spectra.record.eigenvalues(matrix)[:, mode]
             np.testing.assert_allclose([s.value for s in scalars], expected, rtol=1e-5)
-        assert {f"spectrum/{matrix}/num_grown", f"spectrum/{matrix}/effective_rank"} <= tags
-    grown = [s.value for s in events.Scalars("spectrum/cross_correlation/num_grown")]
+        assert {f"{group}/num_grown", f"{group}/effective_rank"} <= tags
+    grown = [s.value for s in events.Scalars("C/num_grown")]
     assert grown[0] == 0 and grown[-1] >= 1
+    assert [s.value for s in events.Scalars("At a glance/num_grown")] == grown  # Barlow Twins drives C
+    losses = [s.value for s in events.Scalars("At a glance/loss")]
+    np.testing.assert_allclose(losses, spectra.record.losses[:-1], rtol=1e-6)
+    assert [s.value for s in events.Scalars("steps/num_distinct")] == [spectra.record.detect_steps().num_distinct]
     for scalar in events.Scalars("train/loss"):
         assert scalar.value == pytest.approx(history[scalar.step][1], rel=1e-4)
 
@@ -200,5 +204,11 @@ def test_a_prediction_is_laid_over_the_run(tmp_path):
         rows = [row for row in csv.DictReader(file) if row["quantity"] == "predicted_eigenvalue"]
     assert {row["matrix"] for row in rows} == {"cross_correlation"} and len(rows) == 5 * len(spectra.record)
     assert float(rows[-1]["value"]) == pytest.approx(expected[-1, -1], rel=1e-10)
-    events = EventAccumulator(str(spectra.directory), size_guidance={"scalars": 0}).Reload()
-    assert len(events.Scalars("spectrum/cross_correlation/predicted_000")) == len(spectra.record)
+    # Theory is a run of its own, so that one chart shows both in different colours.
+    measured, theory = (
+        EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
+        for folder in (spectra.directory, spectra.directory / "theory")
+    )
+    np.testing.assert_allclose([s.value for s in theory.Scalars("C/eig_000")], expected[:, 0], rtol=1e-6)
+    assert [s.step for s in measured.Scalars("C/eig_000")] == [s.step for s in theory.Scalars("C/eig_000")]
+    assert not [tag for tag in measured.Tags()["scalars"] if "predicted" in tag]

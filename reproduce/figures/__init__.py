@@ -1,6 +1,10 @@
-"""The figures, in the order of the paper; those that share their training runs follow each other."""
+"""The figures, in the order of the paper; those that share their training runs follow each other.
+
+``LONG`` ones take more than minutes, and are made when they are asked for by name.
+"""
 
 from reproduce.figures import (
+    conditions,
     cross_loss_alignment,
     embedding_growth,
     forecast,
@@ -10,6 +14,7 @@ from reproduce.figures import (
     kernel_over_time,
     kernel_pca,
     linear_model,
+    middle_scale,
     negative_controls,
     resnet_barlow_twins,
     standard_init,
@@ -35,5 +40,8 @@ FIGURES: dict[str, PaperFigure] = {
         kernel_pca,
         kernel_mlp,
         forecast,
+        conditions,
+        middle_scale,
     )
 }
+LONG = ("conditions", "middle_scale")

@@ -1,6 +1,7 @@
 """From ordinary initialisation the modes of Barlow Twins and SimCLR rise together; those of VICReg do not (appendix).
 
-The three losses are trained from small and from ordinary initialisation, all else equal, once per seed. The detector of
+The three losses are trained from small and from ordinary initialisation, all else equal (but for the steps after the
+modes of the latter have risen), once per seed. The detector of
 steps cannot judge the second: it leaves out modes that start high, which are all or nearly all of them. So the time of
 a mode is here when it has half of its own way behind it, from its lowest value to where it ends, its width how long it
 took from a tenth, and two modes rise apart if the time between them is longer than the width of the later one.
@@ -49,7 +50,8 @@ def produce(options: argparse.Namespace, directory: Path) -> Outcome:
         [[_panel(run) for run in row] for row in shown],
         [VARIANT_TITLES[start] for start in STARTS],
         title="From ordinary initialisation, modes rise together, but for VICReg's",
-        note=f"ResNet on {data_name(options.data)}, seed {options.seeds[0]}; dotted: modes half-way up",
+        note=f"ResNet on {data_name(options.data)}, seed {options.seeds[0]}",
+        steps_label="mode half-way up",
     )
     summaries = [run.summary() for run in runs]
     return Outcome(figure, ROW_COLUMNS, (row for run in runs for row in run.rows()), _claims(runs, options), summaries)

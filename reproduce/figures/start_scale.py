@@ -102,7 +102,7 @@ def produce(options: argparse.Namespace, directory: Path) -> Outcome:
         ],
         title="The smaller the start, the more distinct the steps, and the better the theory",
         note=f"linear model, {options.num_pairs} pairs of {options.crop_size}×{options.crop_size} crops, "
-        f"{data_name(options.data)}; panels: seed {options.seeds[0]}, dashed: theory; below: all seeds, by standard "
+        f"{data_name(options.data)}; panels: seed {options.seeds[0]}; below: all seeds, by standard "
         "deviation of the start",
     )  # fmt: skip
     return Outcome(

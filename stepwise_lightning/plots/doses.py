@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator
+from matplotlib.ticker import LogFormatterMathtext, LogLocator
 
-from stepwise_lightning.plots.panels import Array, Panel, draw_panel
+from stepwise_lightning.plots.panels import CLASS_COLOURS, Array, Panel, describe, draw_panel, legend_lines
 
 
 @dataclass
@@ -45,18 +45,17 @@ def doses_figure(rows: list[list[Panel]], responses: list[Response], title: str,
             axis.set_title(panel.title, fontsize="medium")
             axis.set_xlabel("time")
             axis.xaxis.set_major_locator(LogLocator(numticks=4))
+            axis.xaxis.set_major_formatter(LogFormatterMathtext())
         axes[0].set_ylabel(panels[0].label)
     for axis, response in zip(parts[-1].subplots(1, len(responses), squeeze=False)[0], responses, strict=True):
         _draw_response(axis, response)
-    figure.suptitle(title)
-    if note:
-        figure.supxlabel(note, fontsize="small", color="0.3")
+    describe(figure, title, note, legend_lines([panel for panels in rows for panel in panels], "step"))
     return figure
 
 
 def _draw_response(axis: Any, response: Response) -> None:
     places = range(len(response.doses))
-    for (name, values), colour in zip(response.curves.items(), ("tab:blue", "tab:orange", "tab:green"), strict=False):
+    for (name, values), colour in zip(response.curves.items(), CLASS_COLOURS, strict=False):
         axis.plot(places, values.mean(0), color=colour, linewidth=2, label=name)
         for repetition in values:
             axis.plot(places, repetition, "o", color=colour, markersize=4, alpha=0.6)

@@ -9,9 +9,21 @@ import numpy as np
 from matplotlib.animation import FuncAnimation, PillowWriter
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
-from stepwise_lightning.plots.panels import Array, Panel, draw_panel
+from stepwise_lightning.plots.panels import (
+    CLASS_COLOURS,
+    TIME,
+    Array,
+    Panel,
+    describe,
+    draw_extremes,
+    draw_panel,
+    legend_lines,
+)
+
+_MOMENT: dict[str, Any] = {"color": "tab:orange", "linewidth": 2, "alpha": 0.5}
 
 
 def principal_components(embeddings: Array) -> Array:
@@ -28,7 +40,7 @@ def principal_components(embeddings: Array) -> Array:
 def embedding_figure(embeddings: Array, titles: list[str], labels: Array | None = None, title: str = "") -> Figure:
     """Draw the embeddings of one set of images at k times in their top three principal components, a panel per time.
 
-    The components are those of the last time, and every panel has the same scale, so that a point grows into a line, a
+    The components are those of the last time, and every panel has the same axes, so that a point grows into a line, a
     plane and a volume. With fewer than three dimensions the missing ones are zero.
 
     embeddings (k, n, d), titles (k,), labels (n,) to colour the points by, or None.
@@ -37,7 +49,7 @@ def embedding_figure(embeddings: Array, titles: list[str], labels: Array | None 
     figure = Figure(figsize=(3.2 * len(shown), 3.6), layout="constrained")
     for index, points in enumerate(shown):
         axis: Any = figure.add_subplot(1, len(shown), index + 1, projection="3d")
-        _scatter(axis, points, labels, _limit(shown), titles[index])
+        _scatter(axis, points, labels, _limits(shown), titles[index])
     figure.suptitle(title)
     return figure
 
@@ -72,7 +84,7 @@ def growth_figure(
     for index, (points, sample) in enumerate(zip(shown, samples, strict=True)):
         axis: Any = upper.add_subplot(1, len(samples), index + 1, projection="3d")
         name = ("a point", "a line", "a plane", "a volume")[index] if index < 4 else f"{index} dimensions"
-        _scatter(axis, points, labels, _limit(shown), f"{name}  (loss {panel.record.losses[sample]:.1f})")
+        _scatter(axis, points, labels, _limits(shown), f"{name}  (loss {panel.record.losses[sample]:.1f})")
     patches = [Patch(color=_colour(label), label=names[label]) for label in np.unique(labels)]
     upper.legend(handles=patches, loc="outside lower center", ncols=len(patches), fontsize="small", frameon=False)
     left, right = lower.subfigures(1, 2, width_ratios=[1.5, 1])
@@ -82,25 +94,21 @@ def growth_figure(
     eigenvalue_axis.set_ylabel(panel.label)
     for axis in (loss_axis, eigenvalue_axis):
         for sample in samples:
-            axis.axvline(panel.times[sample], color="tab:orange", linewidth=2, alpha=0.5, zorder=0)
-        axis.set_xlabel("time; orange: the moments above")
+            axis.axvline(panel.times[sample], **_MOMENT, zorder=0)
+        axis.set_xlabel(TIME)
+    lines = [Line2D([], [], label="moments above", **_MOMENT), *legend_lines([panel], "detected step")[1:]]
+    loss_axis.legend(handles=lines, loc="lower left", fontsize="small")
+    ends = ("crops at the low end", "crops at the high end")
     for mode, (axis, images) in enumerate(zip(right.subplots(3, 1), extremes, strict=True)):
-        half, gap = len(images) // 2, np.ones((images.shape[1], images.shape[2] // 2, 3))
-        axis.imshow(np.concatenate([*images[:half], gap, *images[half:]], axis=1), interpolation="nearest")
-        axis.set(xticks=[], yticks=[], ylabel=f"PC {mode + 1}")
-        axis.spines[:].set_visible(False)
-        if mode == 0:
-            axis.set_title("crops at the low end" + 16 * " " + "at the high end", fontsize="small")
-    figure.suptitle(title)
-    if note:
-        figure.supxlabel(note, fontsize="small", color="0.3")
+        draw_extremes(axis, images, f"PC {mode + 1}", None if mode else ends)
+    describe(figure, title, note)
     return figure
 
 
 def growth_animation(path: Path, panel: Panel, embeddings: Array, labels: Array, frames: list[int], title: str) -> None:
     """Write a GIF of the embeddings, (T, n, d), at the measurements ``frames``, beside loss and eigenvalues."""
     shown = principal_components(embeddings[frames])
-    limit = _limit(shown)
+    limits = _limits(shown)
     figure = Figure(figsize=(9, 4.2), dpi=80, layout="constrained")
     FigureCanvasAgg(figure)
     halves: Any = figure.subfigures(1, 2)
@@ -110,13 +118,13 @@ def growth_animation(path: Path, panel: Panel, embeddings: Array, labels: Array,
     draw_panel(panel, loss_axis, eigenvalue_axis)
     loss_axis.set(title="", ylabel="loss")
     eigenvalue_axis.set_ylabel(panel.label)
-    lines = [axis.axvline(panel.times[-1], color="tab:orange", linewidth=2) for axis in (loss_axis, eigenvalue_axis)]
+    lines = [axis.axvline(panel.times[-1], **_MOMENT) for axis in (loss_axis, eigenvalue_axis)]
     figure.suptitle(title)
 
     def draw(index: int) -> list[Any]:
         space.clear()
         space.view_init(azim=-60 + 0.7 * index)
-        _scatter(space, shown[index], labels, limit, f"loss {panel.record.losses[frames[index]]:.1f}")
+        _scatter(space, shown[index], labels, limits, f"loss {panel.record.losses[frames[index]]:.1f}")
         for line in lines:
             line.set_xdata([panel.times[frames[index]]] * 2)
         return []
@@ -124,18 +132,24 @@ def growth_animation(path: Path, panel: Panel, embeddings: Array, labels: Array,
     FuncAnimation(figure, draw, frames=len(frames)).save(path, writer=PillowWriter(fps=10))
 
 
-def _scatter(axis: Any, points: Array, labels: Array | None, limit: float, title: str) -> None:
-    colours: Any = "tab:blue" if labels is None else [_colour(label) for label in labels]
+def _scatter(axis: Any, points: Array, labels: Array | None, limits: Array, title: str) -> None:
+    colours: Any = CLASS_COLOURS[0] if labels is None else [_colour(label) for label in labels]
     axis.scatter(*points.T, c=colours, s=8, alpha=0.8, linewidths=0)
-    axis.set(xlim=(-limit, limit), ylim=(-limit, limit), zlim=(-limit, limit), title=title)
-    axis.set(xticklabels=[], yticklabels=[], zticklabels=[], xlabel="PC 1", ylabel="PC 2")
-    axis.set_zlabel("PC 3")
+    axis.set(xlim=limits[0], ylim=limits[1], zlim=limits[2])
+    axis.set(xticklabels=[], yticklabels=[], zticklabels=[])
+    axis.set_title(title, y=0.98)
+    axis.set_box_aspect(None, zoom=0.85)  # or the last label lies outside
+    for side, name in ((axis.xaxis, "PC 1"), (axis.yaxis, "PC 2"), (axis.zaxis, "PC 3")):
+        side.set_label_text(name)
+        side.labelpad = -8.0  # there are no ticks' labels
 
 
 def _colour(label: int) -> str:
-    return f"C{int(label) % 10}" if label >= 0 else "0.5"
+    return CLASS_COLOURS[int(label) % len(CLASS_COLOURS)] if label >= 0 else "0.5"
 
 
-def _limit(shown: Array) -> float:
-    """Leave out the farthest hundredth of points, or a few would shrink all others."""
-    return float(np.quantile(np.abs(shown[-1]), 0.99)) or 1.0
+def _limits(shown: Array) -> Array:
+    """Return from where to where each axis must reach for all points to lie inside, (3, 2)."""
+    low, high = shown.min((0, 1)), shown.max((0, 1))
+    margin = np.where(high > low, 0.03 * (high - low), 1.0)
+    return np.stack([low - margin, high + margin], 1)

@@ -10,6 +10,8 @@ from typing import Any
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, NullFormatter
 from numpy.typing import NDArray
 from torch import Tensor
@@ -18,13 +20,19 @@ from stepwise_lightning.record import SpectrumRecord
 
 Array = NDArray[np.float64]
 TIME = "time  (learning rate × step)"
-# Short, because an axis is.
+# In two lines, because an axis is short.
 _LABELS = {
     "cross_correlation": "eigenvalues of C",
-    "covariance": "eigenvalues, covariance",
-    "normalized_covariance": "eigenvalues, normalised covariance",
-    "tangent_covariance": "eigenvalues, tangent covariance",
+    "covariance": "eigenvalues of\nthe covariance",
+    "normalized_covariance": "eigenvalues of the\nnormalised covariance",
+    "tangent_covariance": "eigenvalues of the\ntangent covariance",
 }
+# Okabe and Ito's, and two more, which colour-blind readers can tell apart too.
+CLASS_COLOURS = (
+    "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#000000", "#999999", "#882255", "#F0E442",
+)  # fmt: skip
+_DASHED: dict[str, Any] = {"color": "black", "linewidth": 1.1, "linestyle": "--"}
+_DOTTED: dict[str, Any] = {"linewidth": 1.1, "linestyle": ":"}
 
 
 @dataclass
@@ -57,7 +65,7 @@ class Panel:
     @property
     def label(self) -> str:
         """What the axis of its eigenvalues is called."""
-        return _LABELS.get(self.name.rpartition(".")[2], f"eigenvalues, {self.name}")
+        return _LABELS.get(self.name.rpartition(".")[2], f"eigenvalues of\n{self.name}")
 
     @cached_property
     def times(self) -> Array:
@@ -86,8 +94,9 @@ class Panel:
 
 
 def mode_colours(count: int) -> list[tuple[float, float, float, float]]:
-    """Return one colour per mode, dark for the first to light for the last."""
-    return [tuple(colour) for colour in matplotlib.colormaps["viridis"](np.linspace(0, 0.9, count))]
+    """Return one colour per mode, from purple to light green; each is light enough for black dashes to show on it."""
+    colours = matplotlib.colormaps["viridis"](np.linspace(0, 0.85, count))
+    return [tuple(colour) for colour in colours + 0.4 * (1 - colours)]
 
 
 def draw_panel(panel: Panel, loss_axis: Axes | None, eigenvalue_axis: Axes) -> None:
@@ -96,22 +105,21 @@ def draw_panel(panel: Panel, loss_axis: Axes | None, eigenvalue_axis: Axes) -> N
     axes = [axis for axis in (loss_axis, eigenvalue_axis) if axis is not None]
     shown = panel.times > 0  # time 0 has no place on a logarithmic axis
     times, theory = panel.times[shown], panel.predicted()
-    dashed: dict[str, Any] = {"color": "black", "linewidth": 1.1, "linestyle": "--"}
     if loss_axis is not None:
         loss_axis.plot(times, panel.record.losses.numpy()[shown], color="tab:red", linewidth=2.2)
         loss_axis.set_title(panel.title)
     for values, colour in zip(panel.eigenvalues[shown].T, colours, strict=True):
-        eigenvalue_axis.plot(times, values, color=colour, linewidth=2.2)
+        eigenvalue_axis.plot(times, values, color=colour, linewidth=2.6)
     if theory is not None:
         moved = (theory.times > 0).numpy()
         dashes = theory.times.numpy()[moved]
-        eigenvalue_axis.plot(dashes, theory.eigenvalues(panel.name)[:, : panel.num_modes].numpy()[moved], **dashed)
+        eigenvalue_axis.plot(dashes, theory.eigenvalues(panel.name)[:, : panel.num_modes].numpy()[moved], **_DASHED)
         if loss_axis is not None:
-            loss_axis.plot(dashes, theory.losses.numpy()[moved], **dashed)
+            loss_axis.plot(dashes, theory.losses.numpy()[moved], **_DASHED)
     for time, colour in zip(panel.marks(), colours, strict=False):
         if np.isfinite(time):
             for axis in axes:
-                axis.axvline(time, color=colour, linewidth=0.9, linestyle=":", zorder=0)
+                axis.axvline(time, color=colour, zorder=0, **_DOTTED)
     eigenvalue_axis.set_xlabel(TIME)
     if loss_axis is not None:
         loss_axis.set_ylim(bottom=0)
@@ -125,6 +133,48 @@ def draw_panel(panel: Panel, loss_axis: Axes | None, eigenvalue_axis: Axes) -> N
         axis.xaxis.set_minor_formatter(NullFormatter())
         axis.set_xlim(first, last)
         axis.spines[["top", "right"]].set_visible(False)
+
+
+def legend_lines(panels: Sequence[Panel], steps_label: str) -> list[Line2D]:
+    """Return what there is to explain in panels: solid, dashed and dotted lines, and gaps on logarithmic axes."""
+    lines = [Line2D([], [], color="0.35", linewidth=2.6, label="experiment")]
+    if any(panel.predicted() is not None for panel in panels):
+        lines.append(Line2D([], [], label="theory", **_DASHED))
+    if any(np.isfinite(panel.marks()).any() for panel in panels):
+        lines.append(Line2D([], [], color="0.35", label=steps_label, **_DOTTED))
+    return lines
+
+
+def gap_line(panels: Sequence[Panel]) -> list[Line2D]:
+    """Return what says, in a legend, why lines of eigenvalues are broken on logarithmic axes; nothing if none is."""
+    broken = any((panel.eigenvalues[panel.times > 0] < 0).any() for panel in panels)
+    broken_line: dict[str, Any] = {"color": "0.35", "linewidth": 2.6, "linestyle": (0, (2.5, 2.5))}
+    return [Line2D([], [], label="gap: eigenvalue below 0", **broken_line)] if broken else []
+
+
+def describe(figure: Figure, title: str, note: str, lines: Sequence[Line2D] = ()) -> None:
+    """Put a title above a figure, and below it a note and one legend for all panels."""
+    figure.suptitle(title)
+    if lines:  # the note is the legend's title, or one would lie over the other
+        placed: dict[str, Any] = {"loc": "outside lower center", "ncols": len(lines), "frameon": False}
+        legend = figure.legend(handles=lines, fontsize="small", title=note or None, title_fontsize="small", **placed)
+        legend.get_title().set_color("0.3")
+    elif note:
+        figure.supxlabel(note, fontsize="small", color="0.3")
+
+
+def draw_extremes(axis: Axes, images: Array, label: str, ends: tuple[str, str] | None = None) -> None:
+    """Draw images (2k, h, w, 3) in [0, 1], the k at the low end left of the k at the high end, with names above."""
+    half, gap = len(images) // 2, images.shape[2] // 2
+    blank = np.ones((images.shape[1], gap, 3))
+    strip = np.concatenate([*images[:half], blank, *images[half:]], axis=1)
+    axis.imshow(strip, interpolation="nearest")
+    axis.set(xticks=[], yticks=[], ylabel=label)
+    axis.spines[:].set_visible(False)
+    centre = 0.5 * (strip.shape[1] - gap) / 2
+    for name, place in zip(ends or (), (centre, strip.shape[1] - centre), strict=False):
+        above = axis.get_xaxis_transform()
+        axis.text(place, 1.08, name, transform=above, ha="center", va="bottom", fontsize="small")
 
 
 def first_rise(panel: Panel) -> float:

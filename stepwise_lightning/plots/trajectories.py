@@ -5,12 +5,24 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from stepwise_lightning.plots.panels import TIME, Array, Panel, draw_panel, first_rise, log_scale, mode_colours
+from stepwise_lightning.plots.panels import (
+    CLASS_COLOURS,
+    TIME,
+    Array,
+    Panel,
+    describe,
+    draw_extremes,
+    draw_panel,
+    first_rise,
+    gap_line,
+    legend_lines,
+    log_scale,
+    mode_colours,
+)
 from stepwise_lightning.record import SpectrumRecord
 
 
@@ -43,15 +55,9 @@ def trajectories_figure(
     axes[0, 0].set_ylabel(loss_label)
     for axis, letter in zip(axes.T.flat, "ABCDEFGH", strict=False):
         axis.set_title(letter, loc="left", fontweight="bold")
-    Line = matplotlib.lines.Line2D
-    handles = [Line([], [], color="0.35", linewidth=2.2, label="experiment")]
-    if any(panel.predicted() is not None for panel in panels):
-        handles.append(Line([], [], color="black", linewidth=1.1, linestyle="--", label="theory"))
-    handles.append(Line([], [], color="0.35", linewidth=0.9, linestyle=":", label=steps_label))
-    axes[0, 0].legend(handles=handles, loc="upper right", frameon=True, framealpha=0.9)
-    figure.suptitle(title)
-    if note:
-        figure.supxlabel(note, fontsize="small", color="0.3")
+    lines = legend_lines(panels, steps_label) + (gap_line(panels) if log_eigenvalues else [])
+    axes[0, 0].legend(handles=lines, loc="best", frameon=True, framealpha=0.9)
+    describe(figure, title, note)
     return figure
 
 
@@ -59,9 +65,11 @@ def _panel(item: SpectrumRecord | Panel) -> Panel:
     return Panel(item) if isinstance(item, SpectrumRecord) else item
 
 
-def eigenvalues_figure(rows: list[list[Panel]], labels: list[str], title: str, note: str = "") -> Figure:
+def eigenvalues_figure(
+    rows: list[list[Panel]], labels: list[str], title: str, note: str = "", steps_label: str = "detected step"
+) -> Figure:
     """Draw eigenvalues against log time: rows of panels, named by labels; a column is one experiment."""
-    figure = Figure(figsize=(1.6 + 3.6 * len(rows[0]), 0.9 + 2.7 * len(rows)), layout="constrained")
+    figure = Figure(figsize=(1.6 + 3.6 * len(rows[0]), 1.2 + 2.7 * len(rows)), layout="constrained")
     axes = figure.subplots(len(rows), len(rows[0]), sharex="col", squeeze=False)
     for i, (panels, label) in enumerate(zip(rows, labels, strict=True)):
         for j, panel in enumerate(panels):
@@ -69,37 +77,40 @@ def eigenvalues_figure(rows: list[list[Panel]], labels: list[str], title: str, n
             draw_panel(panel, None, axis)
             log_scale(axis, panel.eigenvalues)
             axis.set(title=panel.title, ylabel=panel.label, xlabel=TIME if i == len(rows) - 1 else "")
-        axes[i, 0].set_ylabel(f"{label}\n{panels[0].label}")
+        axes[i, 0].set_ylabel(f"{label}\n{panels[0].label}" if label else panels[0].label)
     for j, panel in enumerate(rows[0]):  # where the first row's first mode begins to rise; hidden ones start large
         axes[0, j].set_xlim(first_rise(panel), panel.times[-1])
-    figure.suptitle(title)
-    if note:
-        figure.supxlabel(note, fontsize="small", color="0.3")
+    panels = [panel for row in rows for panel in row]
+    describe(figure, title, note, legend_lines(panels, steps_label) + gap_line(panels))
     return figure
 
 
-def alignment_figure(panels: list[Panel], alignments: list[dict[str, Array]], title: str, note: str = "") -> Figure:
+def alignment_figure(
+    panels: list[Panel],
+    alignments: list[dict[str, Array]],
+    title: str,
+    note: str = "",
+    steps_label: str = "predicted step",
+) -> Figure:
     """Draw eigenvalues above alignments, in [0, 1], against log time, one column per run.
 
     alignments: for each panel, three of them by name, the baseline last, or four, with chance after it: (T,), NaN
         where undefined.
     """
-    figure = Figure(figsize=(6.2 * len(panels), 6.2), layout="constrained")
+    figure = Figure(figsize=(6.2 * len(panels), 6.5), layout="constrained")
     axes = figure.subplots(2, len(panels), sharex="col", sharey="row", squeeze=False)
     for column, (panel, values) in enumerate(zip(panels, alignments, strict=True)):
         upper, lower = axes[:, column]
         draw_panel(panel, None, upper)
         upper.set(title=panel.title, xlabel="")
-        for (name, alignment), colour in zip(values.items(), ("tab:blue", "tab:orange", "0.6", "0.8"), strict=False):
+        for (name, alignment), colour in zip(values.items(), (*CLASS_COLOURS[:2], "0.6", "0.8"), strict=False):
             lower.plot(panel.times, alignment, color=colour, linewidth=2.2, label=name)
         lower.set(ylim=(0, 1.03), xlabel=TIME)
         lower.spines[["top", "right"]].set_visible(False)
-    axes[0, 0].set_ylabel("eigenvalues of C; dashed: theory")
+    axes[0, 0].set_ylabel(panels[0].label)
     axes[1, 0].set_ylabel("alignment with the closed form")
     axes[1, 0].legend(loc="lower left", ncols=2, fontsize="small")
-    figure.suptitle(title)
-    if note:
-        figure.supxlabel(note, fontsize="small", color="0.3")
+    describe(figure, title, note, legend_lines(panels, steps_label))
     return figure
 
 
@@ -118,20 +129,24 @@ def alignments_figure(
         axis.set_yticks(range(len(rows)), rows)
         axis.set_title(name)
     figure.colorbar(image, ax=axes, label="subspace alignment")
-    figure.suptitle(title)
-    if note:
-        figure.supxlabel(note, fontsize="small", color="0.3")
+    describe(figure, title, note)
     return figure
 
 
-def eigenfunctions_figure(panels: list[Panel], extremes: list[list[Array]], title: str, note: str = "") -> Figure:
+def eigenfunctions_figure(
+    panels: list[Panel],
+    extremes: list[list[Array]],
+    title: str,
+    note: str = "",
+    steps_label: str = "predicted step",
+) -> Figure:
     """Draw eigenvalues against log time, one column per run, above the images at both ends of its first eigenfunctions.
 
     extremes: for each panel and mode, images (2k, h, w, 3) in [0, 1], the k lowest before the k highest; panels may
         have different numbers of modes.
     """
     rows = max(map(len, extremes))
-    figure = Figure(figsize=(6.2 * len(panels), 3.4 + 0.72 * rows), layout="constrained")
+    figure = Figure(figsize=(6.2 * len(panels), 3.7 + 0.72 * rows), layout="constrained")
     axes = figure.subplots(1 + rows, len(panels), squeeze=False, height_ratios=[4.5] + [1.0] * rows)
     for column, (panel, images_of) in enumerate(zip(panels, extremes, strict=True)):
         draw_panel(panel, None, axes[0, column])
@@ -139,17 +154,9 @@ def eigenfunctions_figure(panels: list[Panel], extremes: list[list[Array]], titl
         for axis in axes[1 + len(images_of) :, column]:
             axis.set_axis_off()
         for mode, images in enumerate(images_of):
-            axis, half = axes[1 + mode, column], len(images) // 2
-            gap = np.ones((images.shape[1], images.shape[2] // 2, 3))
-            axis.imshow(np.concatenate([*images[:half], gap, *images[half:]], axis=1), interpolation="nearest")
-            axis.set(xticks=[], yticks=[], ylabel=mode + 1)
-            axis.spines[:].set_visible(False)
-    axes[0, 0].set_ylabel("eigenvalues of C; dashed: theory")
-    for axis in axes[1]:
-        axis.set_title("lowest" + 48 * " " + "highest", fontsize="small")
-    figure.suptitle(title)
-    if note:
-        figure.supxlabel(note, fontsize="small", color="0.3")
+            draw_extremes(axes[1 + mode, column], images, str(mode + 1), ("lowest", "highest") if not mode else None)
+    axes[0, 0].set_ylabel(panels[0].label)
+    describe(figure, title, note, legend_lines(panels, steps_label))
     return figure
 
 

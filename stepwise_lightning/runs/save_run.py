@@ -13,13 +13,17 @@ from stepwise_lightning.errors import cannot_write
 from stepwise_lightning.files import atomic_write_text
 from stepwise_lightning.loggers import free_name, run_folder
 from stepwise_lightning.runs.provenance import provenance
+from stepwise_lightning.spectrum.tensorboard import log_settings
+
+_SHOWN = ("alpha", "encoder", "init_std", "learning_rate", "loss", "momentum", "seed", "weight_decay")
 
 
 class SaveRun(SaveConfigCallback):
     """Writes ``config.yaml`` (complete, as run) and ``provenance.json`` (versions, commits, machine) beside the logs.
 
     A run that is continued in its folder keeps them, and gets another pair, ``config_step_300.yaml`` and so on; another
-    run in the same folder writes ``config-v1.yaml``.
+    run in the same folder writes ``config-v1.yaml``. TensorBoard's table of hyperparameters gets the loss, its rates,
+    the encoder and the scale that it starts from.
 
     Raises:
         OSError: they cannot be written.
@@ -31,7 +35,9 @@ class SaveRun(SaveConfigCallback):
         super().__init__(*arguments, **(options | {"save_to_log_dir": False}))
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Write both files on rank 0."""
+        """Write both files on rank 0, if this is a run: what validates or tests one leaves nothing."""
+        if stage != "fit":
+            return
         if not self.already_saved:
             self._folder = run_folder(trainer, self.config.get("ckpt_path"))  # a broadcast: every rank must ask
         super().setup(trainer, pl_module, stage)
@@ -52,3 +58,20 @@ class SaveRun(SaveConfigCallback):
             raise cannot_write(self._folder, error) from error
         atomic_write_text(config, self.parser.dump(self.config, skip_none=False))
         atomic_write_text(origin, json.dumps(provenance(), indent=2) + "\n")
+        log_settings(trainer, _settings(self.config.as_dict()))
+
+
+def _settings(config: dict[str, Any]) -> dict[str, bool | float | str]:
+    """Return what most distinguishes runs, few enough for one look; ``config.yaml`` has all."""
+    model = dict(config["model"].get("init_args") or {})
+    encoder = model.pop("encoder", None)
+    parts = dict((encoder.get("init_args") if isinstance(encoder, dict) else None) or {})
+    settings = {"loss": _name(config["model"])} | parts | model
+    if isinstance(encoder, dict) and "class_path" in encoder:
+        settings["encoder"] = parts.get("backbone", _name(encoder))
+    shown = {name: settings.get(name) for name in _SHOWN}
+    return {name: value for name, value in shown.items() if isinstance(value, (bool, int, float, str))}
+
+
+def _name(spec: dict[str, Any]) -> str:
+    return str(spec["class_path"]).rpartition(".")[2]

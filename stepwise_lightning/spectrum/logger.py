@@ -22,7 +22,8 @@ from stepwise_lightning.spectrum.batches import Views, joined, loss_in, on_devic
 from stepwise_lightning.spectrum.capture import Watched, capture, check_finite, check_watched, label
 from stepwise_lightning.spectrum.measures import MATRICES, measure
 from stepwise_lightning.spectrum.schedule import Clock, Schedule, expected_end
-from stepwise_lightning.spectrum.writers import SpectrumFiles, draw_trajectories, lay_out_charts, scalar_tag
+from stepwise_lightning.spectrum.tensorboard import NAME, Charts, Lead
+from stepwise_lightning.spectrum.writers import SpectrumFiles
 
 # Seconds of training per second of drawing: what the figures that are redrawn while a run goes on may cost.
 _DRAWING_SHARE = 500
@@ -52,12 +53,16 @@ class SpectrumLogger(L.Callback):
 
     Written at each measurement, with ``<matrix>`` the name of one, or ``submodule.matrix`` for watched submodules:
 
-    - to every logger of the Trainer: ``spectrum/<matrix>/eig_000`` … (descending), ``num_grown``, ``effective_rank``,
-      ``participation_ratio``, ``alpha_req``, ``rankme`` and, when a mode has grown, ``grown_at_000`` …;
-    - to TensorBoard also a custom-scalars layout with all eigenvalues of a matrix on one chart, and the trajectories
-      as a figure, at the end and from time to time before;
+    - to every logger of the Trainer: ``C/eig_000`` … (descending), ``num_grown``, ``effective_rank``,
+      ``participation_ratio``, ``alpha_req``, ``rankme``, with the name of the matrix in the place of ``C``, which is
+      that of the cross-correlation, or ``submodule/C``; of a submodule the first 16 eigenvalues. ``At a glance/loss``
+      and ``At a glance/num_grown`` are of the matrix to look at first: what the loss drives, if the module has a
+      ``driven_matrix`` that says so and it is measured, else the first one. At the end, ``steps/num_distinct`` of it;
+    - to TensorBoard also a custom-scalars layout, with charts that have one line a run, and one with all eigenvalues of
+      a matrix; and the trajectories as pictures, at the end and from time to time before;
     - to ``spectrum.csv`` in the Trainer's log directory, one value a row: ``step, time, matrix, quantity, mode, value``
-      with quantity ``eigenvalue`` (mode 0, 1, …), one of the measures, or ``loss`` (matrix empty);
+      with quantity ``eigenvalue`` (mode 0, 1, …), one of the measures, ``grown_at`` when a mode has grown, or ``loss``
+      (matrix empty);
     - at the end of training to ``spectrum.npz`` beside it, everything: :meth:`stepwise_lightning.SpectrumRecord.load`
       reads it, :meth:`stepwise_lightning.SpectrumRecord.arrays` says what is in it;
     - then to ``steps.json`` what :func:`stepwise_lightning.spectrum.detect_steps` finds in each matrix.
@@ -87,15 +92,17 @@ class SpectrumLogger(L.Callback):
         num_scalars: how many eigenvalues of a matrix become scalars and CSV rows; the ``.npz`` has all.
         prediction: the theory's eigenvalues of C, as a function from time (T,) to (T, d), for instance
             ``LinearBarlowTwins.embedding_eigenvalues``. They are written beside the module's own as
-            ``predicted_eigenvalue`` (``cross_correlation/predicted`` in the ``.npz``) and drawn dashed.
+            ``predicted_eigenvalue`` (``cross_correlation/predicted`` in the ``.npz``) and drawn dashed. TensorBoard has
+            them under the tags of what they predict, as another run, ``theory`` in the folder of this one; other
+            loggers as ``C/predicted_000`` ….
         keep_embeddings: keep the module's own embeddings (or of what is watched first) of every measurement, for
             questions asked later: 4 bytes per measurement, view, sample and dimension, in memory, in the ``.npz`` and
             in each checkpoint.
         output: measure the module's own output, of ``module(view)``. False where it has no ``forward``, or one that
             takes or returns something else: then watched submodules are run on their own, on the view.
         views: a function from a training batch to one or two tensors, where they are not found by themselves.
-        name: of files and tags, ``<name>.csv``, ``<name>/<matrix>/eig_000``; a second logger of the same name in a
-            Trainer becomes ``spectrum_1``, and so on.
+        name: of files, ``<name>.csv``, and, where it is another than ``spectrum``, of tags, ``<name>/C/eig_000``; a
+            second logger of the same name in a Trainer becomes ``spectrum_1``, and so on.
 
     Raises:
         UserError: bad arguments (a ValueError too); when training starts, an unknown submodule name (the error lists
@@ -119,7 +126,7 @@ class SpectrumLogger(L.Callback):
         keep_embeddings: bool = False,
         output: bool = True,
         views: Views | None = None,
-        name: str = "spectrum",
+        name: str = NAME,
     ) -> None:
         for setting, value, least in (("num_points", num_points, 2), ("num_scalars", num_scalars, 0)):
             if value < least:
@@ -141,6 +148,7 @@ class SpectrumLogger(L.Callback):
         self._trainer: Any = None  # a reference to the one whose run is recorded
         self._restored = self._late = self._hears_steps = False
         self._files: SpectrumFiles | None = None
+        self._charts: Charts | None = None
         self._batch: Any = None
         self._earlier: Any = None  # the one before
         self._measured_at = -1
@@ -169,7 +177,7 @@ class SpectrumLogger(L.Callback):
         if trainer.state.fn != "fit":
             return
         self.record, self._clock, self._restored = SpectrumRecord(), Clock(), True
-        old = checkpoint.get("callbacks", {}).get("SpectrumLogger") if self.name == "spectrum" else None
+        old = checkpoint.get("callbacks", {}).get("SpectrumLogger") if self.name == NAME else None
         if (state := checkpoint.get(_KEY, {}).get(self.name)) is not None:
             self.record, self._clock = SpectrumRecord.from_arrays(state["record"]), Clock(*state["clock"])
         elif old is not None:
@@ -242,6 +250,8 @@ class SpectrumLogger(L.Callback):
         losses, self._losses = self._losses, None
         if losses and len(self.record):
             self.record.set_loss(sum(losses) / len(losses))
+            if self._charts is not None:
+                self._charts.add_loss(self.record)
             if self._files is not None:
                 self._files.add(row for row in self.record.rows(-1, 0) if row[3] == "loss")
 
@@ -253,9 +263,9 @@ class SpectrumLogger(L.Callback):
                 self._batch = self._earlier
                 self._measure(trainer, pl_module)
         self._losses = None
+        if (charts := self._charts) is not None and len(self.record):
+            charts.end(self.record)
         self._close(ended=True)
-        if trainer.is_global_zero and len(self.record):
-            draw_trajectories(trainer, self.record, self.num_scalars, self.name)
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """Keep what has been measured when training is interrupted."""
@@ -279,7 +289,7 @@ class SpectrumLogger(L.Callback):
         self._measured_at, self._losses = step, []
         if trainer.is_global_zero:
             self.record.append(self._measurement(step, captured))
-            self._hand_on(trainer)
+            self._hand_on(trainer, pl_module)
         return True
 
     def _measurement(self, step: int, captured: dict[str, list[Tensor]]) -> Measurement:
@@ -300,22 +310,24 @@ class SpectrumLogger(L.Callback):
         # One by one, also for a run that goes on: together they would be rounded otherwise.
         return as_float64(self.prediction(time[None])[0].detach()).cpu()
 
-    def _hand_on(self, trainer: L.Trainer) -> None:
+    def _hand_on(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Write the last measurement to the table and the loggers, and perhaps draw what there is so far."""
-        rows = self.record.rows(-1, self.num_scalars)
         if self._files is not None:
-            self._files.add(rows)
-        if len(self.record) == 1:
-            lay_out_charts(trainer, self.record.matrices, self.name)
-        for logger in trainer.loggers:
-            logger.log_metrics({scalar_tag(row, self.name): row[-1] for row in rows}, step=int(self.record.steps[-1]))
+            self._files.add(self.record.rows(-1, self.num_scalars))
+        if self._charts is None:
+            lead = Lead.of(pl_module, self.record.matrices)
+            self._charts = Charts(trainer, lead, self.name, self.num_scalars)
+        self._charts.add(self.record)
         if time.perf_counter() > self._next_figure:
             start = time.perf_counter()
-            draw_trajectories(trainer, self.record, self.num_scalars, self.name)
+            self._charts.draw(self.record)
             self._next_figure = time.perf_counter() + _DRAWING_SHARE * (time.perf_counter() - start)
 
     def _close(self, ended: bool = False) -> None:
         self._clock.stop()
+        if self._charts is not None:
+            self._charts.close()
+            self._charts = None
         if (files := self._files) is not None:
             self._files = None
             files.close(self.record, ended)

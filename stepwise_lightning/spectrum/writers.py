@@ -1,4 +1,4 @@
-"""What SpectrumLogger leaves behind: a table, the steps found, and TensorBoard's charts."""
+"""The files that SpectrumLogger leaves behind: a table, the arrays and the steps found."""
 
 from __future__ import annotations
 
@@ -10,11 +10,10 @@ from io import BytesIO, TextIOWrapper
 from pathlib import Path
 from typing import Any
 
-import lightning as L
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info
 
 from stepwise_lightning.files import atomic_write, atomic_write_text
-from stepwise_lightning.loggers import boards, free_name
+from stepwise_lightning.loggers import free_name
 from stepwise_lightning.record import COLUMNS, Row, SpectrumRecord
 
 
@@ -114,38 +113,3 @@ def _begins(table: Path, record: SpectrumRecord) -> bool:
     """Return whether a table has the first measurement of a record, to the last digit: then both are of one run."""
     rows = {",".join(map(str, _exactly(row))) for row in record.rows(0, 1) if row[3] == "eigenvalue"}
     return rows <= set(table.read_text(encoding="utf-8", errors="replace").splitlines())
-
-
-def scalar_tag(row: Row, name: str) -> str:
-    """Return what a row is called in TensorBoard."""
-    _, _, matrix, quantity, mode, _ = row
-    short = {"eigenvalue": "eig", "predicted_eigenvalue": "predicted"}.get(quantity, quantity)
-    return f"{name}/{matrix}/{short}" if mode == "" else f"{name}/{matrix}/{short}_{mode:03d}"
-
-
-def lay_out_charts(trainer: L.Trainer, matrices: Iterable[str], name: str) -> None:
-    """Put all eigenvalues of a matrix on one chart of TensorBoard's custom scalars."""
-    charts = {matrix: ["Multiline", [f"^{name}/{matrix}/eig_[0-9]+$"]] for matrix in matrices}
-    for board in boards(trainer):
-        board.add_custom_scalars({name: charts})
-
-
-def draw_trajectories(trainer: L.Trainer, record: SpectrumRecord, num_modes: int, name: str) -> None:
-    """Add the trajectories so far of the first ``num_modes`` modes, with the steps found in them, to TensorBoard."""
-    writers = boards(trainer)
-    if not writers or len(record) < 3:
-        return
-    from stepwise_lightning.plots import Panel, trajectories_figure
-
-    if not (record.times.diff() > 0).all():
-        rank_zero_warn("no trajectories are drawn: the learning rate was 0, so that time stood still")
-        return
-    for matrix in record.matrices:
-        try:
-            title = f"{record.detect_steps(matrix).num_distinct} distinct steps so far"
-        except ValueError:  # measured less than twice, since a run goes on with other settings
-            continue
-        panel = Panel(record, matrix, title, num_modes=num_modes)
-        figure = trajectories_figure([panel], title=matrix, log_eigenvalues=True)
-        for board in writers:
-            board.add_figure(f"{name}/{matrix}", figure, int(record.steps[-1]))

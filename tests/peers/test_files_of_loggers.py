@@ -98,9 +98,9 @@ def test_scalars_arrive(kind, loggers, package, tmp_path):
     steps = spectra.record.steps.tolist()
     assert steps[0] == 0 and steps[-1] == 16
     for tag, values in (
-        ("spectrum/covariance/eig_000", spectra.record.eigenvalues("covariance")[:, 0]),
-        ("spectrum/normalized_covariance/eig_001", spectra.record.eigenvalues("normalized_covariance")[:, 1]),
-        ("spectrum/covariance/effective_rank", spectra.record.measure("effective_rank", "covariance")),
+        ("covariance/eig_000", spectra.record.eigenvalues("covariance")[:, 0]),
+        ("normalized_covariance/eig_001", spectra.record.eigenvalues("normalized_covariance")[:, 1]),
+        ("covariance/effective_rank", spectra.record.measure("effective_rank", "covariance")),
     ):
         scalars = peer.scalars(tag)
         expected = list(zip(steps, values.tolist(), strict=True))

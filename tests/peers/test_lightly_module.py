@@ -38,8 +38,8 @@ def test_spectra_of_a_module_of_lightly(tmp_path):
     with (spectra.directory / "spectrum.csv").open(newline="") as file:
         assert {int(row["step"]) for row in csv.DictReader(file)} == set(steps)
     events = EventAccumulator(str(spectra.directory), size_guidance={"tensors": 0}).Reload()
-    assert "spectrum/model.covariance/eig_000" in events.Tags()["scalars"]
+    assert "model/covariance/eig_000" in events.Tags()["scalars"]
     assert (
-        "spectrum/model.covariance" in events.Tags()["images"]
+        "model/covariance/trajectories" in events.Tags()["images"]
         and "custom_scalars__config__" in events.Tags()["tensors"]
     )

@@ -13,7 +13,9 @@ from stepwise_lightning.plots import (
     alignment_figure,
     doses_figure,
     eigenfunctions_figure,
+    eigenvalues_figure,
     embedding_figure,
+    mode_colours,
     spectra_figure,
     trajectories_figure,
 )
@@ -37,11 +39,33 @@ def test_trajectories_have_a_line_per_mode_and_a_mark_per_step():
     assert upper.get_shared_y_axes().joined(upper, figure.axes[1])
 
 
+def test_black_dashes_show_on_the_colour_of_every_mode():
+    """A contrast of three, as text in large letters needs."""
+    channels = np.array(mode_colours(16))[:, :3]
+    linear = np.where(channels <= 0.04045, channels / 12.92, ((channels + 0.055) / 1.055) ** 2.4)
+    luminance = linear @ [0.2126, 0.7152, 0.0722]
+    assert (luminance + 0.05).min() / 0.05 >= 3 and (np.diff(luminance) > 0).all()
+
+
+def test_legends_explain_the_lines_that_there_are():
+    dotted = growth([8.0, 4, 2])
+    crossing = dotted.eigenvalues - 0.01  # C has eigenvalues below 0, which a logarithm leaves out
+    broken = Panel(SpectrumRecord.of(dotted.record.times, torch.tensor(crossing)), step_times=(), theory=dotted.record)
+    for panel, expected in (
+        (dotted, ["experiment", "detected step"]), (broken, ["experiment", "theory", "gap: eigenvalue below 0"]),
+    ):  # fmt: skip
+        alone = trajectories_figure([panel], log_eigenvalues=True).axes[0].get_legend()
+        shared = eigenvalues_figure([[panel]], [""], title="t", note="n").legends[0]
+        assert [text.get_text() for text in alone.get_texts()] == expected
+        assert [text.get_text() for text in shared.get_texts()] == expected
+        assert shared.get_title().get_text() == "n"
+
+
 def test_runs_of_different_losses_keep_their_own_axes():
     runs = [growth([8.0, 4, 2]), growth([9.0, 5, 1], "covariance")]
     figure = trajectories_figure(runs, title="two losses", same_axes=False)
     assert not figure.axes[0].get_shared_y_axes().joined(figure.axes[0], figure.axes[1])
-    assert figure.axes[3].get_ylabel() == "eigenvalues, covariance"
+    assert figure.axes[3].get_ylabel() == "eigenvalues of\nthe covariance"
 
 
 def test_spectra_are_those_nearest_to_the_chosen_times():
@@ -65,7 +89,10 @@ def test_embeddings_are_shown_in_the_components_of_the_last(dimensions):
     np.testing.assert_allclose(start, 1e-3 * end, atol=1e-12)
     eigenvalues = np.linalg.eigvalsh(np.cov(last.T, bias=True))[::-1][:3]
     np.testing.assert_allclose(end.var(1)[: len(eigenvalues)], eigenvalues, rtol=1e-10)
-    assert figure.axes[0].get_xlim() == figure.axes[1].get_zlim()
+    for side, coordinates in zip("xyz", end, strict=True):
+        low, high = getattr(figure.axes[0], f"get_{side}lim")()
+        assert (low, high) == getattr(figure.axes[1], f"get_{side}lim")()
+        assert low < coordinates.min() and high > coordinates.max()
 
 
 def test_alignments_lie_below_the_eigenvalues_they_belong_to():

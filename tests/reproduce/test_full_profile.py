@@ -12,6 +12,7 @@ from tiny_sets import write_stl10
 from torchvision.datasets import STL10
 
 from reproduce.__main__ import main
+from reproduce.methods import METHODS
 from reproduce.training import CONFIGS, TrainingRun
 
 FIGURES = ["resnet_barlow_twins", "three_losses", "standard_init", "hidden_spectra", "cross_loss_alignment",
@@ -72,19 +73,26 @@ def test_all_figures_of_networks_at_full_profile(tmp_path, monkeypatch, capfd):
         with (out / name / "data.csv").open(newline="") as file:
             assert len(list(csv.reader(file))) > 10
     assert f"id='{FIGURES[-1]}'" in (out / "report.html").read_text(encoding="utf-8")
-    assert len(list((out / "runs").iterdir())) == 6
+    # The three losses from both starts, two of them without what keeps dimensions apart, and three of another seed.
+    assert len(list((out / "runs").iterdir())) == 6 + 2 + 3
     for run in (out / "runs").iterdir():
         check_that_it_is_the_full_run(run)
 
 
 def check_that_it_is_the_full_run(run):
     """Compare its configuration, as run, with the shipped one: only what was shortened may differ."""
-    loss, start, _ = run.name.rsplit("_", 2)
+    loss = next(loss for loss in METHODS if run.name.startswith(loss))
+    variant = run.name.removeprefix(f"{loss}_").rpartition("_")[0]
     asked, used = (
         yaml.safe_load(path.read_text(encoding="utf-8"))
         for path in (CONFIGS / f"{loss}_stl10.yaml", run / "version_0" / "config.yaml")
     )
-    if start == "ordinary":
+    seed = int(run.name.rpartition("seed")[2])
+    asked["seed_everything"] = asked["data"]["init_args"]["seed"] = seed
+    asked["model"]["init_args"]["encoder"]["init_args"]["seed"] = seed
+    if variant in ("no_off_diagonal", "no_covariance"):
+        asked["model"]["init_args"][f"{variant.removeprefix('no_')}_weight"] = 0.0
+    if variant == "ordinary":
         asked["model"]["init_args"]["encoder"]["init_args"] |= {"alpha": 1.0, "bias_norm": None}
     places = ("root", "save_dir", "name", "learning_rate", "max_steps", "callbacks", "accelerator", "devices",
               "num_workers", "global_batch_size")  # fmt: skip

@@ -57,10 +57,10 @@ def test_kernel_pca_writes_events_at_optimiser_steps(machines):
     assert times == pytest.approx([step * times[-1] / steps[-1] for step in steps])
     for run, column in (("rbf_seed0", "experiment"), ("rbf_seed0_theory", "theory")):
         board = EventAccumulator(str(machines / "tensorboard" / run), size_guidance={"scalars": 0}).Reload()
-        events = board.Scalars("spectrum/cross_correlation/eig_001")
+        events = board.Scalars("C/eig_001")
         assert [event.step for event in events] == steps
         assert [event.value for event in events] == pytest.approx([float(row[column]) for row in rows], rel=1e-6)
-        assert [event.step for event in board.Scalars("train/loss")] == steps
+        assert [event.step for event in board.Scalars("At a glance/loss")] == steps
 
 
 def test_machines_have_as_many_dimensions_as_there_are_modes_above_a_gap():

@@ -48,8 +48,7 @@ def test_linear_model_files(outputs):
 def test_theory_and_experiment_lie_under_one_tag_in_tensorboard(outputs):
     runs = [outputs / "tensorboard" / name / "version_0" for name in ("small_init_seed0", "small_init_seed0_theory")]
     measured, predicted = (
-        EventAccumulator(str(run), size_guidance={"scalars": 0}).Reload().Scalars("spectrum/cross_correlation/eig_000")
-        for run in runs
+        EventAccumulator(str(run), size_guidance={"scalars": 0}).Reload().Scalars("C/eig_000") for run in runs
     )
     assert [s.step for s in measured] == [s.step for s in predicted]
     assert max(abs(a.value - b.value) for a, b in zip(measured, predicted, strict=True)) <= 0.05

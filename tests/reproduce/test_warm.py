@@ -87,7 +87,7 @@ def test_runs_beside_and_after_others_are_bit_for_bit_those_of_processes_of_thei
     for name, launcher in (("forked", ""), ("again", ""), ("anew", "env")):
         arguments = ["--out", str(tmp_path / name), "--data", "photos", "--seeds", "0", "1", "--profile", "smoke"]
         options = new_parser("test", "", PROFILES).parse_args([*arguments, "--launcher", launcher])
-        for run in trained_runs(options, ["simclr"]):
+        for run in trained_runs(options, [("simclr", "small")]):
             with np.load(run.directory / "spectrum.npz") as file:
                 state = torch.load(run.checkpoint, weights_only=True)["state_dict"]
                 arrays = {key: file[key].tobytes() for key in file} | {k: v.numpy().tobytes() for k, v in state.items()}

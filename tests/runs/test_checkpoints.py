@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from tiny_runs import changed, refusal, stepwise, write_images
 from tiny_sets import Touch
 
@@ -118,7 +120,22 @@ def test_resuming_and_measuring_work(trained, here):
     stepwise("fit", f"--ckpt_path={trained}", config=changed({"trainer.max_steps": 5}))
     (checkpoint,) = here.glob("runs/*/version_0/checkpoints/*.ckpt")
     assert torch.load(checkpoint, weights_only=True)["global_step"] == 5
+    before = sorted(here.rglob("*"))
     stepwise("validate", f"--ckpt_path={checkpoint}", "--weights_only=true")
+    assert sorted(here.rglob("*")) == before  # nothing that looks like another run
+
+
+def test_the_table_of_hyperparameters_has_loss_encoder_scale_and_rates(here):
+    board = {"class_path": "lightning.pytorch.loggers.TensorBoardLogger", "init_args": {"save_dir": "runs"}}
+    stepwise("fit", config=changed({"trainer.logger": board}))
+    events = EventAccumulator(str(here / "runs/lightning_logs/version_0")).Reload()
+    content = events.summary_metadata["_hparams_/session_start_info"].plugin_data.content
+    settings = HParamsPluginData.FromString(content).session_start_info.hparams
+    assert settings["loss"].string_value == "BarlowTwins" and settings["encoder"].string_value == "LinearEncoder"
+    assert settings["learning_rate"].number_value == settings["init_std"].number_value == 1e-3
+    columns = events.summary_metadata["_hparams_/experiment"].plugin_data.content
+    tags = [info.name.tag for info in HParamsPluginData.FromString(columns).experiment.metric_infos]
+    assert set(tags) <= set(events.Tags()["scalars"]) | {"steps/num_distinct"}  # which takes more than two steps
 
 
 def _without(key: str) -> Any:

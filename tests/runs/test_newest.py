@@ -167,11 +167,11 @@ def test_a_run_that_is_started_again_before_it_was_saved_is_not_refused(home):
     assert {"config.yaml", "config-v1.yaml", "provenance-v1.json"} <= set(os.listdir("runs/lightning_logs/mine"))
 
 
-def test_several_evaluations_without_a_logger(home):
+def test_evaluations_leave_nothing_that_a_run_could_be_taken_for(home):
     train(2, False)
     for _ in range(2):
         stepwise("validate", config=changed({"trainer.logger": False}))
-    assert sorted(os.listdir("stepwise_runs")) == ["version_0", "version_1", "version_2"]
+    assert os.listdir("stepwise_runs") == ["version_0"]  # an evaluation is no run, and leaves nothing
     train(3, False)
     assert checkpoints(home) == {"work/stepwise_runs/version_0": 3}
 

@@ -51,7 +51,7 @@ def assert_complete(run):
     with (run / "spectrum.csv").open(newline="") as file:
         rows = [(row["step"], row["matrix"], row["quantity"], row["mode"]) for row in csv.DictReader(file)]
     assert len(rows) == len(set(rows))
-    steps = [step for step, _ in logged["spectrum/covariance/eig_000"]]
+    steps = [step for step, _ in logged["covariance/eig_000"]]
     assert steps == sorted({int(row[0]) for row in rows}) and steps[-1] == STEPS and steps[0] == 0
 
 

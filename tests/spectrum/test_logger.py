@@ -11,9 +11,13 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from stepwise_lightning import SpectrumLogger
-from stepwise_lightning.spectrum import embedding_eigenvalues
+from reproduce.methods import METHODS
+from stepwise_lightning import BarlowTwins, SimCLR, SpectrumLogger, SpectrumRecord, VICReg
+from stepwise_lightning.spectrum import MATRICES, embedding_eigenvalues
 from stepwise_lightning.spectrum.capture import batch_statistics, capture
+from stepwise_lightning.spectrum.tensorboard import Lead, layout, scalars
+
+TITLES = {BarlowTwins: "Barlow Twins", VICReg: "VICReg", SimCLR: "SimCLR"}
 
 
 class Classifier(L.LightningModule):
@@ -75,11 +79,31 @@ def test_tensorboard_has_one_chart_a_matrix_and_the_figure(run):
     spectra, _, logger = run
     events = EventAccumulator(logger.log_dir, size_guidance={"tensors": 0, "images": 0}).Reload()
     layout = events.Tensors("custom_scalars__config__")[0].tensor_proto.string_val[0]
-    assert b"^spectrum/features.covariance/eig_[0-9]+$" in layout
-    images = events.Images("spectrum/covariance")
+    assert (
+        b"^features/covariance/eig_[0-9]+$" in layout and b"driven" not in layout
+    )  # nobody knows what this loss drives
+    images = events.Images("At a glance/trajectories")
     assert images[-1].step == spectra.record.steps[-1] and images[-1].width > 500
     for measure in ("num_grown", "effective_rank", "participation_ratio", "alpha_req", "rankme"):
-        assert len(events.Scalars(f"spectrum/covariance/{measure}")) == len(spectra.record)
+        assert len(events.Scalars(f"covariance/{measure}")) == len(spectra.record)
+
+
+@pytest.mark.parametrize("module", [BarlowTwins, VICReg, SimCLR])
+def test_what_a_loss_drives_comes_first_and_is_marked(module):
+    lead = Lead.of(module(nn.Linear(2, 2), 0.1), list(MATRICES))
+    assert lead.matrix == module.driven_matrix == next(m.matrix for m in METHODS.values() if m.title == TITLES[module])
+    charts = list(layout(MATRICES, lead, "spectrum", 2).items())
+    assert charts[0][0] == "At a glance" and list(charts[0][1])[-1].endswith(f", driven by {module.__name__}")
+    assert list(charts[1][1]) == ["mode 0", "mode 1"]  # each of them one line a run
+    # Where it is not measured, nothing is said to be driven.
+    assert Lead.of(module(nn.Linear(2, 2), 0.1), ["encoder.covariance"]) == Lead("encoder.covariance")
+
+
+def test_scalars_of_a_submodule_are_its_first_sixteen_and_the_record_has_all():
+    record = SpectrumRecord.of(torch.arange(2.0), torch.ones(2, 40), matrix="encoder.covariance")
+    tags = [tag for tag in scalars(record, -1, "encoder.covariance") if "eig" in tag]
+    assert tags == [f"encoder/covariance/eig_{mode:03d}" for mode in range(16)]
+    assert len(record.rows(-1)) == 40
 
 
 def test_growth_is_written_when_it_happens(tmp_path):

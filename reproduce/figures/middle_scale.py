@@ -1,0 +1,64 @@
+"""The staircase of a ResNet-18 on all of CIFAR-10 with the standard augmentation: the largest scale run so far.
+
+Between the small ResNet of the other figures and the paper's ResNet-50 on STL-10: ResNet-18, 32×32 images, the standard
+augmentation, 128 pairs a batch, 400 steps, in bfloat16 on CPU cores (``configs/<loss>_cifar10_cpu.yaml``). The three
+losses start from small initialisation; the control is Barlow Twins from ordinary initialisation. Learning rates were
+chosen by the growth rates of the first features, before any of these runs was made. It takes some hours of a core, so
+that ``all`` leaves it out, and its outcome is kept in ``reproduce/results/middle_scale``.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from reproduce.claims import Claim, worst
+from reproduce.methods import METHODS, VARIANT_TITLES
+from reproduce.options import data_name
+from reproduce.outputs import Outcome, PaperFigure
+from reproduce.runs import ROW_COLUMNS, SMALL_STARTS, Run, trained_runs
+from reproduce.training import MIDDLE
+from stepwise_lightning.plots import Panel, trajectories_figure
+
+PAPER = "Not in the paper: its main experiment, at a size between a laptop's and its own."
+LEAST_STEPS = {"barlow_twins": 3, "vicreg": 3, "simclr": 3}
+CONTROL = ("barlow_twins", "ordinary")
+
+
+def produce(options: argparse.Namespace, directory: Path) -> Outcome:
+    """Train the three losses and the control for every seed, and count steps."""
+    runs = trained_runs(options, [*SMALL_STARTS, CONTROL])
+    figure = trajectories_figure(
+        [_panel(run) for run in runs if run.seed == options.seeds[0]],
+        title="ResNet-18 with the standard augmentation",
+        note=f"{data_name(options.data)}, batches of 128 pairs, seed {options.seeds[0]}",
+        log_eigenvalues=True,
+        same_axes=False,
+        steps_label="detected step",
+    )
+    rows = (row for run in runs for row in run.rows())
+    return Outcome(figure, ROW_COLUMNS, rows, _claims(runs, options), [run.summary() for run in runs])
+
+
+def _panel(run: Run) -> Panel:
+    panel = run.panel()
+    if run.variant != "small":
+        panel.title += f"\n{VARIANT_TITLES[run.variant]}"
+    return panel
+
+
+def _claims(runs: list[Run], options: argparse.Namespace) -> list[Claim]:
+    counts = {
+        kind: [run.steps.num_distinct for run in runs if (run.loss, run.variant) == kind]
+        for kind in (*SMALL_STARTS, CONTROL)
+    }
+    return [
+        worst(
+            f"{loss}_steps", f"{METHODS[loss].title}: distinct steps", counts[loss, "small"], ">=", least,
+            options.seeds, "Barlow Twins from ordinary initialisation", counts[CONTROL],
+        )
+        for loss, least in LEAST_STEPS.items()
+    ]  # fmt: skip
+
+
+FIGURE = PaperFigure("middle_scale", __doc__, PAPER, MIDDLE, produce)
