@@ -109,7 +109,9 @@ def _live(run: Run, step: int, mode: int) -> float:
         bias = bias_of(layer)
         parameters = [layer.weight] if bias is None else [layer.weight, bias]
         # v moves weights by −ηv a step.
-        velocity = [(earlier[names[id(p)]] - p.detach()) / gone for p in parameters] if training.momentum else None
+        velocity = (
+            [(earlier[names[id(p)]].cpu() - p.detach().cpu()) / gone for p in parameters] if training.momentum else None
+        )
         said = forecast_of_features(training, h1, h2, layer.weight, bias, step, velocity, with_rates=False)
     finally:
         module.load_state_dict(start)
