@@ -206,10 +206,11 @@ def _figure(rows: list[list[Any]], options: argparse.Namespace) -> Figure:
         for name, marker, colour in (("live", "o", "C0"), ("line", "x", "0.6")):
             chosen = [row for row in own if row[2].startswith(name) and math.isfinite(row[6])]
             remaining = [row[5] - row[3] for row in chosen]
-            ratios = [max(row[6] - row[3], 1.0) / (row[5] - row[3]) for row in chosen]
+            # What is far off stays at the edge: a slope of almost zero says never.
+            ratios = [min(max((row[6] - row[3]) / (row[5] - row[3]), 0.2), 5.0) for row in chosen]
             lower.plot(remaining, ratios, marker, color=colour, markersize=5, label=_LABELS[name])
         lower.axhline(1, color="0.4", linewidth=1)
-        lower.set(xscale="log", yscale="log", xlabel="steps until the next mode", ylim=(0.2, 5))
+        lower.set(xscale="log", yscale="log", xlabel="steps until the next mode", ylim=(0.18, 5.5))
     axes[0, 0].set_ylabel("expected step, before training")
     axes[1, 0].set_ylabel("expected / measured time until then")
     axes[1, 0].legend(frameon=False)
