@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from stepwise_lightning import BarlowTwins, SimCLR, VICReg
 from stepwise_lightning.losses import OFF_DIAGONAL_WEIGHT
+from stepwise_lightning.modules import JointEmbedding
 
 
 @dataclass(frozen=True)
@@ -13,6 +15,7 @@ class Method:
     """How a loss is called, and how its runs are judged."""
 
     title: str
+    module: type[JointEmbedding]
     matrix: str
     """Whose eigenvalues its steps are counted in: what the loss itself sees."""
     smoke_learning_rate: float
@@ -26,12 +29,12 @@ class Method:
 METHODS = {
     # Drives the eigenvalues of C from 0 to 1.
     "barlow_twins": Method(
-        "Barlow Twins", "cross_correlation", 0.003, {"smoke": 3, "cpu": 6, "full": 6}, "no_off_diagonal"
+        "Barlow Twins", BarlowTwins, "cross_correlation", 0.003, {"smoke": 3, "cpu": 6, "full": 6}, "no_off_diagonal"
     ),
     # Knows no scale but that of its variance.
-    "vicreg": Method("VICReg", "covariance", 0.001, {"smoke": 2, "cpu": 4, "full": 4}, "no_covariance"),
+    "vicreg": Method("VICReg", VICReg, "covariance", 0.001, {"smoke": 2, "cpu": 4, "full": 4}, "no_covariance"),
     # Sees normalised embeddings alone, in whose covariance the arc of the first mode has two eigenvalues: not in this.
-    "simclr": Method("SimCLR", "tangent_covariance", 0.0005, {"smoke": 2, "cpu": 4, "full": 4}, "ordinary"),
+    "simclr": Method("SimCLR", SimCLR, "tangent_covariance", 0.0005, {"smoke": 2, "cpu": 4, "full": 4}, "ordinary"),
 }
 # Each is trained from both.
 STARTS = ("small", "ordinary")

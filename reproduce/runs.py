@@ -14,6 +14,7 @@ import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cached_property
 from itertools import product
 from threading import Event
@@ -25,20 +26,18 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from reproduce.methods import METHODS, Method
-from reproduce.records import data_rows, theory_record
+from reproduce.records import data_rows
 from reproduce.training import CONFIGS, TrainingRun
 from reproduce.warm import warm_up
 from stepwise_lightning import Encoder, SpectrumRecord, TwoViewDataModule
 from stepwise_lightning.data import load_image_set
 from stepwise_lightning.errors import NotFoundError, UserError, reason
+from stepwise_lightning.forecasts import Forecast
+from stepwise_lightning.forecasts.forecast import NUM_PAIRS, forecast_of_features, unseen_batches
+from stepwise_lightning.forecasts.training import Training, bias_of, last_features, last_layer
+from stepwise_lightning.modules import JointEmbedding
 from stepwise_lightning.plots import Panel
 from stepwise_lightning.spectrum import Rises, Steps, detect_rises
-from stepwise_lightning.spectrum.capture import capture
-from stepwise_lightning.theory import LinearBarlowTwins, feature_cross_correlation
-from stepwise_lightning.theory.growth import with_momentum
-
-# The layer whose output the last linear layer of each projector takes, by the projector's depth.
-_FEATURES = {1: "backbone", 2: "projector.2"}
 
 
 class Run(TrainingRun):
@@ -136,48 +135,53 @@ class Run(TrainingRun):
 
         Features (n, m) each, centred, and weights (d, m), float64.
         """
-        encoder = self.encoder(trained=False)
-        depth = sum(isinstance(layer, nn.Linear) for layer in encoder.projector)
-        with self._readable("config.yaml"):
-            features = _FEATURES[depth]
-        with torch.no_grad():
-            h1, h2 = capture(encoder, list(self.data.probe_pairs()), [features])[features]
-        last = encoder.projector[-1]
-        assert isinstance(last, nn.Linear)
-        return h1 - h1.mean(0), h2 - h2.mean(0), last.weight.detach().double()
+        layer, pairs = last_layer(self.module), self.data.probe_pairs()
+        h1, h2 = (h[0].double() for h in last_features(self.module, layer, [pairs], len(pairs[0])))
+        return h1 - h1.mean(0), h2 - h2.mean(0), layer.weight.detach().double()
 
     def optimization(self) -> tuple[float, float]:
         """Return its learning rate and momentum."""
         with self._readable("config.yaml"):
             return float(self._config["model"]["learning_rate"]), float(self._config["model"]["momentum"])
 
-    def predicted(self, one_view: bool = False, learning_rate: float | None = None) -> LinearBarlowTwins:
-        """Return what the linear theory says of Barlow Twins' last layer, were the features before it to stay.
+    @cached_property
+    def module(self) -> JointEmbedding:
+        """What was trained, as it was at the start."""
+        with self._readable("config.yaml"):
+            settings = {name: value for name, value in self._config["model"].items() if name != "encoder"}
+            return self.method.module(self.encoder(), **settings)
 
-        Momentum is not in the theory: each mode is given the γ′ that grows as fast without it
-        (:func:`stepwise_lightning.theory.growth.with_momentum`).
+    @cached_property
+    def features(self) -> tuple[Tensor, Tensor]:
+        """What enters the last layer at the start, of 4096 training pairs with views that were not trained on.
 
-        Args:
-            one_view: as if both views were one, that is, of a wrong Γ.
-            learning_rate: of steps without momentum, in place of the flow and of the run's own.
-
+        In batches of the training size, (batches, n, m) of either view.
         """
-        h1, h2, weights = self.initial_features()
-        gamma, basis = torch.linalg.eigh(feature_cross_correlation(h1, h1 if one_view else h2))
-        if learning_rate is not None:
-            return LinearBarlowTwins(basis * gamma @ basis.T, weights, learning_rate)
-        rate, momentum = self.optimization()
-        effective = with_momentum(gamma, rate, momentum)
-        # W Γ Wᵀ, the embeddings' C, must stay what it is.
-        ratio = torch.where(effective == 0, 1 - momentum, gamma / effective)  # its limit
-        return LinearBarlowTwins(basis * effective @ basis.T, weights @ basis * ratio.sqrt() @ basis.T)
+        module = self.module.to("cuda" if torch.cuda.is_available() else "cpu")
+        return last_features(module, last_layer(module), unseen_batches(self.data), NUM_PAIRS)
 
-    def panel(self, with_theory: bool = False) -> Panel:
-        """Return how to draw loss and eigenvalues, the steps detected, and perhaps what is :meth:`predicted`."""
+    @cached_property
+    def forecast(self) -> Forecast:
+        """When each mode should be learned, said at the start."""
+        return self.forecast_of(*self.features)
+
+    def forecast_of(self, h1: Tensor, h2: Tensor, **changes: Any) -> Forecast:
+        """Return a forecast of other features than its own (batches, n, m), or of training that is other than its own.
+
+        ``changes`` are of :class:`stepwise_lightning.forecasts.training.Training`.
+        """
+        layer, length = last_layer(self.module), int(self.record.steps[-1])
+        training = replace(Training.of(self.module, 0, length), **changes)
+        return forecast_of_features(training, h1, h2, layer.weight, bias_of(layer), with_rates=False)
+
+    def panel(self, with_forecast: bool = False) -> Panel:
+        """Return how to draw loss and eigenvalues, the steps detected, and perhaps its forecast, as far as it goes."""
         count = self.steps.num_distinct
         theory = None
-        if with_theory:
-            theory = theory_record(self.record, self.predicted().embedding_eigenvalues(self.record.times))
+        if with_forecast:
+            values = self.forecast.promised(self.record.steps)
+            losses = (1 - values).square().sum(1) if self.loss == "barlow_twins" else None
+            theory = SpectrumRecord.of(self.record.times, values, losses, self.method.matrix, self.record.steps)
         title = f"{self.method.title}: {count} distinct step{'s' * (count != 1)}"
         return Panel(self.record, self.method.matrix, title, theory, step_times=self.steps.step_times)
 

@@ -8,6 +8,9 @@ from .encoders import ResNet as ResNet
 from .encoders import scale_last_layer as scale_last_layer
 from .evaluation import OnlineKNN as OnlineKNN
 from .evaluation import OnlineLinearProbe as OnlineLinearProbe
+from .forecasts import Forecast as Forecast
+from .forecasts import ForecastLogger as ForecastLogger
+from .forecasts import forecast as forecast
 from .losses import barlow_twins_loss as barlow_twins_loss
 from .losses import simclr_loss as simclr_loss
 from .losses import vicreg_loss as vicreg_loss

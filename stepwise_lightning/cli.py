@@ -1,4 +1,4 @@
-"""The command line: ``stepwise fit --config configs/barlow_twins_photos.yaml``."""
+"""The command line: ``stepwise fit`` and ``stepwise forecast --config configs/barlow_twins_photos.yaml``."""
 
 from __future__ import annotations
 
@@ -25,8 +25,9 @@ from stepwise_lightning.commands.callbacks import as_configurations, merged
 from stepwise_lightning.commands.configurations import named
 from stepwise_lightning.commands.options import options_of_classes, short_help
 from stepwise_lightning.errors import UserError, condensed, one_line
+from stepwise_lightning.forecasts.command import ForecastingTrainer, as_little_as_a_forecast_needs
 from stepwise_lightning.runs import AtomicCheckpointIO, LastCheckpoint
-from stepwise_lightning.runs.newest import continue_newest
+from stepwise_lightning.runs.newest import continue_newest, newest_checkpoint
 from stepwise_lightning.runs.report import LineProgress, Plan, outcome
 from stepwise_lightning.runs.save_run import SaveRun
 from stepwise_lightning.signals import INTERRUPTED
@@ -85,8 +86,9 @@ class _CLI(LightningCLI):
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
-        """Return those of Lightning's that these modules have: `stepwise embed` takes the place of ``predict``."""
-        return {name: arguments for name, arguments in LightningCLI.subcommands().items() if name in TRAINING}
+        """Return ``forecast``, and those of Lightning's that these modules have: ``predict`` is `stepwise embed`."""
+        lightning = LightningCLI.subcommands() | {"forecast": {"model", "datamodule"}}
+        return {name: lightning[name] for name in TRAINING}
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Parse, and refuse what Lightning would stumble over later."""
@@ -99,7 +101,7 @@ class _CLI(LightningCLI):
                 raise UserError(f"trainer.{name} must be at least {least}, got {config.trainer[name]}")
         if not 0 <= config.seed_everything < 2**32:
             raise UserError(f"seed_everything must be at least 0 and below 2**32, got {config.seed_everything}")
-        if config.weights_only is False:
+        if config.get("weights_only") is False:
             raise UserError("weights_only=false would let a checkpoint run code, and is not accepted: leave it out")
 
     def _parse_ckpt_path(self) -> None:
@@ -109,6 +111,10 @@ class _CLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         config = self.config.get(str(self.subcommand))
+        if self.subcommand == "forecast":
+            if config.ckpt_path == "last":
+                config.ckpt_path = newest_checkpoint(config)
+            as_little_as_a_forecast_needs(config)
         if self.subcommand == "fit" and config.ckpt_path == "last":
             step = continue_newest(config)
             if step is not None:
@@ -129,6 +135,8 @@ class _CLI(LightningCLI):
             print("\n" + "\n".join(lines))
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
+        if self.subcommand == "forecast":
+            return super().instantiate_trainer(**kwargs)
         given = self._get(self.config_init, "trainer")
         callbacks, plugins = (_as_list(given.get(name)) for name in ("callbacks", "plugins"))
         if self.subcommand != "fit":  # it is not another run, and leaves nothing that looks like one
@@ -148,7 +156,8 @@ class _CLI(LightningCLI):
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         # Left alone, Lightning trusts checkpoints from the internet, and torch all of them if the environment says so.
-        return super()._prepare_subcommand_kwargs(subcommand) | {"weights_only": True}
+        safely = {} if subcommand == "forecast" else {"weights_only": True}  # forecast knows no other way
+        return super()._prepare_subcommand_kwargs(subcommand) | safely
 
 
 def _as_list(values: Any) -> list[Any]:
@@ -173,6 +182,7 @@ def main() -> None:
     try:
         _CLI(
             L.LightningModule,
+            trainer_class=ForecastingTrainer,
             save_config_callback=SaveRun,
             parser_class=_Parser,
             parser_kwargs={"prog": "stepwise"},

@@ -7,6 +7,7 @@ from reproduce.figures import (
     conditions,
     cross_loss_alignment,
     embedding_growth,
+    forecast,
     frozen_features,
     hidden_spectra,
     kernel_mlp,
@@ -38,6 +39,7 @@ FIGURES: dict[str, PaperFigure] = {
         embedding_growth,
         kernel_pca,
         kernel_mlp,
+        forecast,
         conditions,
         middle_scale,
     )

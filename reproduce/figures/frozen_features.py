@@ -28,7 +28,7 @@ from reproduce.training import PROFILES
 from stepwise_lightning import BarlowTwins, FixedCropPairs, LinearEncoder, SpectrumLogger, SpectrumRecord
 from stepwise_lightning.plots import Panel, trajectories_figure
 from stepwise_lightning.spectrum import crossing_times, num_crossed
-from stepwise_lightning.theory import feature_cross_correlation
+from stepwise_lightning.theory import LinearBarlowTwins, feature_cross_correlation
 
 PAPER = "Not in the paper: a control of ours for its Fig. 1 C-D."
 MOST_RELATIVE_RATE = 0.25  # 4 × learning rate × γ_1
@@ -116,7 +116,7 @@ def experiment(run: Run, directory: Path) -> Result:
         limit_val_batches=0, log_every_n_steps=50,
     )  # fmt: skip
     trainer.fit(BarlowTwins(encoder, rate, off_diagonal_weight=1.0, normalize=False, center=True), datamodule=pairs)
-    theories = (run.predicted(learning_rate=rate), run.predicted(one_view=True, learning_rate=rate))
+    theories = [LinearBarlowTwins(feature_cross_correlation(h1, view), weights, rate) for view in (h2, h1)]
     predicted = [theory_record(log.record, theory.embedding_eigenvalues(log.record.times)) for theory in theories]
     return Result(run, log.record, *predicted)
 

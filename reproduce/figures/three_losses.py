@@ -37,14 +37,10 @@ def produce(options: argparse.Namespace, directory: Path) -> Outcome:
     kinds = [(loss, variant) for loss, method in METHODS.items() for variant in ("small", method.control)]
     runs = trained_runs(options, kinds)
     figure = trajectories_figure(
-        [
-            run.panel(with_theory=run.loss == "barlow_twins")
-            for run in runs
-            if run.seed == options.seeds[0] and run.variant == "small"
-        ],
+        [run.panel(with_forecast=True) for run in runs if run.seed == options.seeds[0] and run.variant == "small"],
         title="Three losses learn their embeddings one dimension at a time",
-        note=f"ResNet on {data_name(options.data)}, seed {options.seeds[0]}; settings: configs/; dashed, for Barlow "
-        "Twins: theory of the last layer at initialisation",
+        note=f"ResNet on {data_name(options.data)}, seed {options.seeds[0]}; settings: configs/; dashed: forecast "
+        "from initialisation, of VICReg for its first mode",
         log_eigenvalues=True,
         same_axes=False,
     )

@@ -20,11 +20,12 @@ COMMANDS = {
     "export": "write a trained ResNet as weights for torchvision",
     "download": "fetch CIFAR-10 or STL-10",
 }
-# Those of Lightning's.
+# Those of Lightning's command line.
 TRAINING = {
     "fit": "train a model, and measure its spectra",
     "validate": "measure a trained model on its held-out images",
     "test": "the same on its test images",
+    "forecast": "say when each mode will be learned, and up to which learning rate that is stable",
 }
 _HELP = """usage: stepwise COMMAND [options]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from matplotlib.figure import Figure
+from stepwise_lightning.plots.figures import Figure
 from matplotlib.lines import Line2D
 
 from stepwise_lightning.errors import UserError

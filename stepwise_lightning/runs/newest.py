@@ -40,12 +40,8 @@ def continue_newest(config: Any) -> int | None:
         ValueError: the logger cannot be asked where its runs lie, or a checkpoint cannot be read.
 
     """
-    root = Path(config.trainer.default_root_dir or ".").expanduser()
-    loggers = _loggers(config.trainer.logger, root)
-    runs = _runs_of(loggers[0], root) if loggers else _Runs(root / WITHOUT_LOGGER, numbered=True, before=root)
-    run = runs.newest()
-    begun = run is not None and (run / runs.below / CHECKPOINTS).is_dir()
-    place = run / runs.below if run is not None and begun else runs.before
+    root, loggers, runs = _configured_runs(config)
+    run, begun, place = _newest_place(runs)
     saved = None if place is None else _newest_checkpoint(place)
     if saved is None:
         rank_zero_info(f"no checkpoint in {runs} yet: starting anew")
@@ -61,6 +57,21 @@ def continue_newest(config: Any) -> int | None:
         if not config.trainer.fast_dev_run:
             _keep_metrics(loggers, root, step)
     return step
+
+
+def newest_checkpoint(config: Any) -> str:
+    """Return the path of the newest checkpoint of a configuration's newest run, which stays as it is.
+
+    Raises:
+        ValueError: there is none; or as :func:`continue_newest`.
+
+    """
+    runs = _configured_runs(config)[2]
+    place = _newest_place(runs)[2]
+    saved = None if place is None else _newest_checkpoint(place)
+    if saved is None:
+        raise UserError(f"no checkpoint in {runs} yet: train first, or leave --ckpt_path out")
+    return str(saved[1].absolute())
 
 
 @dataclass
@@ -92,6 +103,20 @@ class _Runs:
             return number
         folder = run / self.below / CHECKPOINTS
         return max(path.stat().st_mtime_ns for path in (folder, *folder.glob("[!.]*.ckpt")))
+
+
+def _configured_runs(config: Any) -> tuple[Path, list[Any], _Runs]:
+    root = Path(config.trainer.default_root_dir or ".").expanduser()
+    loggers = _loggers(config.trainer.logger, root)
+    runs = _runs_of(loggers[0], root) if loggers else _Runs(root / WITHOUT_LOGGER, numbered=True, before=root)
+    return root, loggers, runs
+
+
+def _newest_place(runs: _Runs) -> tuple[Path | None, bool, Path | None]:
+    """Return the newest run, whether it has begun, and the folder of its checkpoints."""
+    run = runs.newest()
+    begun = run is not None and (run / runs.below / CHECKPOINTS).is_dir()
+    return run, begun, run / runs.below if run is not None and begun else runs.before
 
 
 def _number(run: Path) -> int | None:

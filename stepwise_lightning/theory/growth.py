@@ -28,7 +28,7 @@ from stepwise_lightning.errors import UserError
 from stepwise_lightning.precision import as_float64
 from stepwise_lightning.theory.moments import FeatureMoments
 
-__all__ = ["expected_steps", "growth_matrix", "heavy_ball_growth", "loss_settings", "with_momentum"]
+__all__ = ["expected_steps", "growth_matrix", "heavy_ball_growth", "loss_settings"]
 
 # A mode has no start of its own where less than this share of it is outside the faster modes.
 _DEPENDENT = 1e-13
@@ -159,28 +159,6 @@ def _excess(drive: Tensor, momentum: float) -> Tensor:
     friction = 1 - momentum
     s = 2 * (1 + momentum) * drive + drive.square()
     return (drive + s / ((friction**2 + s).sqrt() + friction)) / 2
-
-
-def with_momentum(gamma: Tensor, learning_rate: float, momentum: float) -> Tensor:
-    r"""Return the γ′ under whose flow a small mode grows as fast as γ does in steps with momentum.
-
-    Under gradient flow its weights grow as e^{4γt}. Heavy-ball descent multiplies them by r at each step
-    (:func:`heavy_ball_growth` of 4ηγ), once the start has been forgotten, so that γ′ = ln r / 4η. Small steps:
-    γ′ → γ/(1 − β), which is also taken for modes that decay. It is exactly zero where γ is.
-
-    Args:
-        gamma: γ, any shape, float64.
-        learning_rate: η > 0.
-        momentum: β in [0, 1).
-
-    Raises:
-        ValueError: a rate or momentum out of range.
-
-    """
-    if not learning_rate > 0 or not 0 <= momentum < 1:
-        raise UserError(f"learning_rate must be above 0 and momentum in [0, 1), got {learning_rate} and {momentum}")
-    growth = _excess(4 * learning_rate * gamma.clamp(min=0), momentum)
-    return torch.where(gamma > 0, growth.log1p() / (4 * learning_rate), gamma / (1 - momentum))
 
 
 def expected_steps(

@@ -18,10 +18,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize, pad
+from torch.nn.functional import pad
 
 from stepwise_lightning.errors import UserError
 from stepwise_lightning.precision import as_float64
+from stepwise_lightning.spectrum.measures import tangent_coordinates
 from stepwise_lightning.theory.growth import growth_matrix, loss_settings
 from stepwise_lightning.theory.layer_gradients import layer_gradient
 from stepwise_lightning.theory.moments import FeatureMoments, checked_features
@@ -67,6 +68,7 @@ class LastLayer:
             1200 steps; with 64 principal components alone the second and third step of the former are 9 and 16 % late,
             and λ_2 of the latter ends seven times too small. For SimCLR only the first step has been found to survive
             it (0.3 %). To see what it does elsewhere, double it. None: no projection.
+        in_turn: let Barlow Twins and VICReg go through the batches in turn too, one a step.
         settings: the loss's own arguments, with its own defaults.
 
     Attributes:
@@ -87,6 +89,7 @@ class LastLayer:
         weight: Tensor,
         bias: Tensor | None = None,
         num_components: int | None = None,
+        in_turn: bool = False,
         **settings: Any,
     ) -> None:
         self.loss, self.settings = loss, loss_settings(loss, settings)
@@ -107,7 +110,9 @@ class LastLayer:
         self._weight0 = self._joined(weight, bias)
         if not self._weight0.isfinite().all():
             raise UserError("weight and bias must be finite: look at the checkpoint")
-        self._gradient = layer_gradient(loss, self._inputs(h1), self._inputs(h2), len(weight), self.settings)
+        x1, x2 = self._inputs(h1), self._inputs(h2)
+        single = zip(x1.split(1), x2.split(1), strict=True) if in_turn else [(x1, x2)]
+        self._gradients = [layer_gradient(loss, a, b, len(weight), self.settings) for a, b in single]
         self.variance_left_out = 0.0
         if self._basis is not None and (whole := _variance(h1, h2)) > 0:
             self.variance_left_out = max(1 - _variance(h1 @ self._basis, h2 @ self._basis) / whole, 0.0)
@@ -125,7 +130,8 @@ class LastLayer:
         r"""Follow the steps v ← βv + ∇L + ωW, W ← W − ηv of ``torch.optim.SGD``, weights and bias alike.
 
         The eigenvalues are those that a run of this loss is judged by, over all pairs: C for Barlow Twins (centred if
-        the loss is, or normalises), the covariance for VICReg, the normalised covariance for SimCLR.
+        the loss is, or normalises), the covariance for VICReg, the tangent covariance for SimCLR
+        (:func:`stepwise_lightning.spectrum.measures.tangent_coordinates`).
 
         Args:
             learning_rates: η of each step, (T,): ``[0.002] * 600``, or any schedule.
@@ -155,7 +161,7 @@ class LastLayer:
         w, v = self._weight0.clone(), self._start_velocity(velocity)
         measured, weights = set(steps), [self._weight0] if steps[0] == 0 else []
         for step, rate in enumerate(rates.tolist()):
-            v.mul_(momentum).add_(self._gradient(w, step))
+            v.mul_(momentum).add_(self._gradients[step % len(self._gradients)](w, step))
             if weight_decay:
                 v.add_(w, alpha=weight_decay)
             w.sub_(v, alpha=rate)
@@ -197,7 +203,7 @@ class LastLayer:
             return self._weight0.new_zeros(0, len(self._weight0))
         if self.loss == "simclr":
             h = torch.cat([h1, h2])
-            matrices = torch.stack([_covariance(normalize(h @ w.T, dim=1)) for w in weights])
+            matrices = torch.stack([_covariance(tangent_coordinates(h @ w.T)) for w in weights])
         elif self.loss == "vicreg":
             matrices = _products(weights, FeatureMoments.of(h1, h2).pooled)
         else:

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from stepwise_lightning import barlow_twins_loss, simclr_loss, vicreg_loss
-from stepwise_lightning.spectrum import cross_correlation_eigenvalues, embedding_eigenvalues
+from stepwise_lightning.spectrum import cross_correlation_eigenvalues, embedding_eigenvalues, measure
 from stepwise_lightning.theory import LastLayer
 
 LOSSES = {"barlow_twins": barlow_twins_loss, "vicreg": vicreg_loss, "simclr": simclr_loss}
@@ -80,7 +80,7 @@ def test_it_does_what_sgd_does(name):
     expected = {
         "barlow_twins": cross_correlation_eigenvalues(z1, z2, center=settings.get("center", True)),
         "vicreg": embedding_eigenvalues(both),
-        "simclr": embedding_eigenvalues(nn.functional.normalize(both, dim=1)),
+        "simclr": measure("tangent_covariance", [z1, z2])[0],
     }
     torch.testing.assert_close(simulated.eigenvalues[-1], expected[loss], rtol=1e-9, atol=1e-12)
 
@@ -123,8 +123,8 @@ def test_eigenvalues_are_taken_when_and_where_asked():
     assert some.steps.tolist() == [0, 3, 20]
     torch.testing.assert_close(some.eigenvalues, all_steps.eigenvalues[[0, 3, 20]], rtol=1e-12, atol=0)
     elsewhere = layer.simulate([0.01] * 20, 0.9, measured_at=[20], measured_on=(other1, other2))
-    z = torch.cat([other1, other2]) @ all_steps.weight.T + all_steps.bias
-    expected = embedding_eigenvalues(nn.functional.normalize(z, dim=1))
+    z1, z2 = (h @ all_steps.weight.T + all_steps.bias for h in (other1, other2))
+    expected = measure("tangent_covariance", [z1, z2])[0]
     torch.testing.assert_close(elsewhere.eigenvalues[0], expected, rtol=1e-9, atol=1e-12)
 
 
@@ -201,3 +201,16 @@ def test_what_cannot_be_is_refused():
         layer.simulate([0.1] * 3, measured_at=[4])
     with pytest.raises(ValueError, match=r"of shapes \[\(5, 16\), \(5,\)\], got \[\(5, 16\)\]"):
         layer.simulate([0.1], 0.9, velocity=[torch.zeros(5, 16)])
+
+
+@pytest.mark.parametrize("loss", ["barlow_twins", "vicreg"])
+def test_batches_can_be_taken_in_turn(loss):
+    h1, h2 = features(3, 24)
+    layer, settings = linear_layer(0.1), ANALYTICAL if loss == "barlow_twins" else {"eps": 0.1}
+    simulated = LastLayer(loss, h1, h2, layer.weight, layer.bias, in_turn=True, **settings).simulate([0.002] * 40, 0.9)
+    optimizer = torch.optim.SGD(layer.parameters(), 0.002, 0.9)
+    for step in range(40):
+        optimizer.zero_grad()
+        LOSSES[loss](layer(h1[step % 3]), layer(h2[step % 3]), **settings).backward()
+        optimizer.step()
+    assert error(simulated.weight, layer.weight) < 1e-10

@@ -1,0 +1,225 @@
+"""When each mode is learned, said before training and half-way, and what came of it (beyond the paper).
+
+Before training, the last layer is simulated on the features of the untrained network, as ``stepwise forecast`` does:
+once for each run of ``three_losses``, against the steps that were measured. The first mode is forecast well for all
+three losses, later ones of Barlow Twins and SimCLR roughly, those of VICReg not: they are shown faint, and no claim is
+made of them. A network whose features move learns more modes, and some of them earlier, than features that stay allow.
+
+While training goes on, the next mode is forecast from the weights that were kept, as ``ForecastLogger`` does: on the
+probe pairs, of SimCLR on sixteen training batches. Beside it, what a line through the last twenty logarithms of its
+eigenvalue says. The velocity of the last layer is not kept: it is taken from the weights that were kept before. Of
+VICReg the time that remains is overrated, up to twofold, and no claim is made of it.
+
+Controls: pairs of views of different images, training without momentum in place of the run's own, and, for Barlow
+Twins, which is trained without, the growth of another loss.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from reproduce.claims import Claim, seeds_text
+from reproduce.methods import METHODS
+from reproduce.options import data_name
+from reproduce.outputs import Outcome, PaperFigure
+from reproduce.processes import each
+from reproduce.runs import SMALL_STARTS, Run, trained_runs
+from reproduce.training import PROFILES
+from stepwise_lightning.forecasts import Forecast
+from stepwise_lightning.forecasts.forecast import NUM_PAIRS, forecast_of_features, unseen_batches
+from stepwise_lightning.forecasts.training import Training, bias_of, last_features, last_layer
+
+PAPER = "Not in the paper: its theory, made a tool."
+# Median relative errors of steps, before training; later modes of VICReg are not promised.
+MOST_FIRST_ERROR = {"barlow_twins": 0.06, "vicreg": 0.1, "simclr": 0.06}
+MOST_LATER_ERROR = {"barlow_twins": 0.2, "simclr": 0.35}
+# Of the time that remains until the next mode.
+MOST_LIVE_ERROR = {"barlow_twins": 0.4, "simclr": 0.3}
+EXTRAPOLATED = 20  # measurements
+NEAR = 0.12  # share of the time between two modes by which weights that were kept may miss the moment wanted
+LAST_OF_LATER = 5  # modes 2 to 5
+COLUMNS = ["loss", "seed", "forecast", "made at", "mode", "measured", "expected"]
+_LABELS = {"start": "before training", "live": "while training", "line": "line through log λ"}
+
+
+def produce(options: argparse.Namespace, directory: Path) -> Outcome:
+    """Train where that is missing, forecast every run, and compare."""
+    runs = trained_runs(options, SMALL_STARTS)
+    rows = [row for part in each(forecasts, [(run,) for run in runs], "forecasting") for row in part]
+    figure = _figure(rows, options)
+    return Outcome(figure, COLUMNS, rows, _claims(rows, options), _summaries(rows, runs))
+
+
+def forecasts(run: Run) -> list[list[Any]]:
+    """Return rows of ``COLUMNS``: what was said of each measured mode of a run, and when."""
+    measured = (run.steps.step_times / run.optimization()[0]).tolist()
+    rows = []
+    for name, said in {"start": run.forecast, **_controls(run)}.items():
+        for mode, (step, expected) in enumerate(zip(measured, said.step_times.tolist(), strict=True)):
+            if math.isfinite(step):
+                rows.append([run.loss, run.seed, name, 0, mode + 1, step, expected])
+    for mode in range(1, sum(map(math.isfinite, measured))):
+        if not (math.isfinite(measured[mode - 1]) and math.isfinite(measured[mode])):
+            continue
+        for share in (0.0, 0.5, 0.75):
+            gap = measured[mode] - measured[mode - 1]
+            wanted = measured[mode - 1] + share * gap
+            kept = min(run.kept_steps(), key=lambda step: abs(step - wanted), default=0)
+            if abs(kept - wanted) < NEAR * gap and kept < measured[mode]:
+                head = [run.loss, run.seed]
+                rows.append([*head, f"live {share:g}", kept, mode + 1, measured[mode], _live(run, kept, mode)])
+                rows.append([*head, f"line {share:g}", kept, mode + 1, measured[mode], _line(run, kept, mode)])
+    return rows
+
+
+def _controls(run: Run) -> dict[str, Forecast]:
+    h1, h2 = run.features
+    controls = {}
+    if run.loss in MOST_LATER_ERROR:
+        controls["shuffled pairs"] = run.forecast_of(h1, h2.roll(1, 1))
+    if run.optimization()[1]:
+        return controls | {"no momentum": run.forecast_of(h1, h2, momentum=0.0)}
+    other = "vicreg" if run.loss == "barlow_twins" else "barlow_twins"
+    settings = Training.of(METHODS[other].module(run.encoder(), 0.1), 0, 1).settings
+    return controls | {"another loss": run.forecast_of(h1, h2, loss=other, settings=settings)}
+
+
+def _live(run: Run, step: int, mode: int) -> float:
+    """Return when ``mode`` (counted from 0) was due, as said at a step of which weights were kept."""
+    module = run.module
+    start = {name: value.clone() for name, value in module.state_dict().items()}
+    layer, length = last_layer(module), int(run.record.steps[-1])
+    before = max((kept for kept in run.kept_steps() if kept < step), default=0)
+    try:
+        earlier = _weights(run, before, start)
+        module.load_state_dict(_weights(run, step, start))
+        training = Training.of(module, step, length)
+        batches = [run.data.probe_pairs()] if run.loss != "simclr" else islice(unseen_batches(run.data), 16)
+        h1, h2 = last_features(module, layer, batches, NUM_PAIRS)
+        gone = (step - before) * float(training.rates[0])
+        names = {id(value): name for name, value in module.named_parameters()}
+        bias = bias_of(layer)
+        parameters = [layer.weight] if bias is None else [layer.weight, bias]
+        # v moves weights by −ηv a step.
+        velocity = (
+            [(earlier[names[id(p)]].cpu() - p.detach().cpu()) / gone for p in parameters] if training.momentum else None
+        )
+        said = forecast_of_features(training, h1, h2, layer.weight, bias, step, velocity, with_rates=False)
+    finally:
+        module.load_state_dict(start)
+    return float(said.step_times[mode].nan_to_num(nan=step))
+
+
+def _weights(run: Run, step: int, start: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {f"encoder.{k}": v for k, v in run.encoder(step=step).state_dict().items()} if step else start
+
+
+def _line(run: Run, step: int, mode: int) -> float:
+    """Return when a line through the last logarithms of an eigenvalue reaches the threshold."""
+    known = run.record.steps <= step
+    steps = run.record.steps[known][-EXTRAPOLATED:].double()
+    logs = run.eigenvalues()[known][-EXTRAPOLATED:, mode].clamp(min=1e-300).log()
+    if len(steps) < 2:
+        return math.inf
+    slope = ((steps - steps.mean()) * (logs - logs.mean())).sum() / (steps - steps.mean()).square().sum()
+    rest = math.log(run.steps.threshold) - float(logs[-1])
+    return step + max(rest / float(slope), 0.0) if slope > 0 else math.inf
+
+
+def _errors(rows: list[list[Any]], loss: str, name: str, modes: Sequence[int]) -> list[float]:
+    """Return relative errors of the step, or of the time until then; a mode that was not expected is infinitely off."""
+    chosen = [row for row in rows if row[0] == loss and row[2] == name and row[4] in modes]
+    return [abs(expected - measured) / (measured - made) for *_, made, _, measured, expected in chosen]
+
+
+def _median(values: list[float]) -> float:
+    ordered = sorted(math.inf if math.isnan(value) else value for value in values)
+    return ordered[len(ordered) // 2] if ordered else math.nan
+
+
+def _claims(rows: list[list[Any]], options: argparse.Namespace) -> list[Claim]:
+    claims = []
+    later, every = range(2, LAST_OF_LATER + 1), range(1, 1000)
+    for loss, method in METHODS.items():
+
+        def median(name: str, modes: Sequence[int], loss: str = loss) -> float:
+            return _median(_errors(rows, loss, name, modes))
+
+        told = seeds_text(options.seeds)
+        control = "no momentum" if any(row[:3] == [loss, row[1], "no momentum"] for row in rows) else "another loss"
+        claims.append(Claim(
+            f"{loss}_first", f"{method.title}: error of the first mode's step, before training, median of {told}",
+            median("start", [1]), "<=", MOST_FIRST_ERROR[loss], control, median(control, [1]),
+        ))  # fmt: skip
+        if loss in MOST_LATER_ERROR:
+            claims.append(Claim(
+                f"{loss}_later", f"{method.title}: the same of modes 2 to {LAST_OF_LATER}", median("start", later),
+                "<=", MOST_LATER_ERROR[loss], "shuffled pairs", median("shuffled pairs", later),
+            ))  # fmt: skip
+        if loss in MOST_LIVE_ERROR:
+            claims.append(Claim(
+                f"{loss}_live", f"{method.title}: error of the time until the next mode, half-way, median of {told}",
+                median("live 0.5", every), "<=", MOST_LIVE_ERROR[loss], "line through log λ", median("line 0.5", every),
+            ))  # fmt: skip
+    return claims
+
+
+def _summaries(rows: list[list[Any]], runs: list[Run]) -> list[dict[str, Any]]:
+    table = []
+    for loss in dict.fromkeys(run.loss for run in runs):
+        columns = {
+            "mode 1": ("start", [1]), "mode 2": ("start", [2]), "mode 3": ("start", [3]), "modes 4-5": ("start", [4, 5])
+        }  # fmt: skip
+        entry: dict[str, Any] = {"loss": loss} | {k: _median(_errors(rows, loss, *v)) for k, v in columns.items()}
+        for share in (0.0, 0.5, 0.75):
+            for name in ("live", "line"):
+                entry[f"{name} {share:g}"] = _median(_errors(rows, loss, f"{name} {share:g}", range(1, 1000)))
+        table.append(entry)
+    return table
+
+
+def _figure(rows: list[list[Any]], options: argparse.Namespace) -> Figure:
+    """Draw forecast against measured steps, and errors of live forecasts against the time that remained."""
+    figure = Figure(figsize=(12, 7.4), layout="constrained")
+    axes = figure.subplots(2, len(METHODS))
+    for column, (loss, method) in enumerate(METHODS.items()):
+        upper, lower = axes[0, column], axes[1, column]
+        own = [row for row in rows if row[0] == loss]
+        promised = 1 if loss == "vicreg" else math.inf
+        for _, seed, name, _, mode, measured, expected in own:
+            if name == "start" and math.isfinite(expected):
+                alpha = 0.9 if mode <= promised else 0.3
+                upper.plot(measured, expected, "os^"[seed % 3], color=f"C{min(mode - 1, 9)}", alpha=alpha, markersize=6)
+        steps = [row[5] for row in own if row[2] == "start"] or [1.0, 10.0]
+        ends = [0.8 * min(steps), 1.25 * max(steps)]
+        upper.plot(ends, ends, color="0.4", linewidth=1)
+        upper.fill_between(ends, [e / 1.3 for e in ends], [e * 1.3 for e in ends], color="0.5", alpha=0.15, linewidth=0)
+        upper.set(xscale="log", yscale="log", xlabel="measured step", title=method.title)
+        for name, marker, colour in (("live", "o", "C0"), ("line", "x", "0.6")):
+            chosen = [row for row in own if row[2].startswith(name) and math.isfinite(row[6])]
+            remaining = [row[5] - row[3] for row in chosen]
+            # What is far off stays at the edge: a slope of almost zero says never.
+            ratios = [min(max((row[6] - row[3]) / (row[5] - row[3]), 0.2), 5.0) for row in chosen]
+            lower.plot(remaining, ratios, marker, color=colour, markersize=5, label=_LABELS[name])
+        lower.axhline(1, color="0.4", linewidth=1)
+        lower.set(xscale="log", yscale="log", xlabel="steps until the next mode", ylim=(0.18, 5.5), xlim=(1, ends[1]))
+    axes[0, 0].set_ylabel("expected step, before training")
+    axes[1, 0].set_ylabel("expected / measured time until then")
+    axes[1, 0].legend(frameon=False)
+    figure.suptitle("When modes are learned can be said before, and while, they are")
+    figure.supxlabel(
+        f"ResNet on {data_name(options.data)}, {seeds_text(options.seeds)}; a colour is a mode, a marker a seed; "
+        "band: 30 %; faint: not promised", fontsize="small", color="0.3",
+    )  # fmt: skip
+    return figure
+
+
+FIGURE = PaperFigure("forecast", __doc__, PAPER, PROFILES, produce)

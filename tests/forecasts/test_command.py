@@ -1,0 +1,50 @@
+"""``stepwise forecast``: a table, a picture, and one line where it cannot say anything."""
+
+from pathlib import Path
+
+import pytest
+from tiny_runs import changed, refusal, stepwise, write_images
+
+FOUND_NOWHERE = "no checkpoint in runs/lightning_logs yet: train first, or leave --ckpt_path out"
+MISTAKES = {
+    "another model": ({"model.class_path": "lightning.pytorch.demos.boring_classes.BoringModel", "model.init_args": {}},
+                      [], "a forecast understands BarlowTwins, VICReg and SimCLR, not BoringModel"),
+    "no data": ({"data": None}, [], "data is missing"),
+    "no end": ({"trainer.max_steps": -1}, [], "set trainer.max_steps"),
+    "no run": ({}, ["--ckpt_path=last"], FOUND_NOWHERE),
+    "no checkpoint": ({}, ["--ckpt_path=nowhere.ckpt"], "nowhere.ckpt"),
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def _images(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_images(tmp_path)
+
+
+@pytest.mark.parametrize(("changes", "options", "message"), MISTAKES.values(), ids=MISTAKES)
+def test_mistakes_get_one_clear_line(changes, options, message, capsys):
+    assert message in refusal(capsys, "forecast", *options, config=changed(changes))
+
+
+def test_a_table_and_a_picture_before_training_for_whatever_accelerator(capsys):
+    config = changed({"trainer.accelerator": "gpu", "trainer.max_steps": 300, "model.init_args.learning_rate": 0.002})
+    stepwise("forecast", "--pairs=16", config=config)
+    table = capsys.readouterr().out
+    assert "Barlow Twins, learning rate 0.002, momentum 0, 16 pairs, from step 0 to 300" in table
+    assert "16 pairs are few for 48 features" in table and "suggested" in table
+    assert Path("forecast.png").stat().st_size > 5000
+    assert not Path("runs").exists()  # nothing else is written
+
+
+def test_a_forecast_goes_on_from_the_last_checkpoint(capsys):
+    analytical = {"normalize": False, "center": True, "off_diagonal_weight": 1.0, "momentum": 0.9}
+    config = changed({f"model.init_args.{name}": value for name, value in analytical.items()})
+    config["trainer"]["max_steps"] = 30
+    stepwise("fit", config=config)
+    before = {path: path.stat().st_mtime_ns for path in Path("runs").rglob("*")}
+    capsys.readouterr()
+    stepwise("forecast", "--ckpt_path=last", "--trainer.max_steps=500", config=config)
+    assert "from step 30 to 500" in capsys.readouterr().out
+    assert {path: path.stat().st_mtime_ns for path in Path("runs").rglob("*")} == before
+    assert "raise max_steps" in refusal(capsys, "forecast", "--ckpt_path=last", config=config)
