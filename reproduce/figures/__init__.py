@@ -44,4 +44,4 @@ FIGURES: dict[str, PaperFigure] = {
         middle_scale,
     )
 }
-LONG = ("conditions", "middle_scale")
+LONG = ("conditions", "middle_scale", "forecast")

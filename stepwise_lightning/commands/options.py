@@ -62,7 +62,11 @@ def options_of_classes() -> dict[str, list[str]]:
 
 
 def short_help(command: str) -> str:
-    """Return the help of ``fit``, ``validate`` or ``test``."""
+    """Return the help of one of Lightning's commands, or of ``forecast``."""
+    own = ""
+    if command == "forecast":
+        own = f"{_line('pairs', 'how many pairs of views to take features of; at least 8 times as many as features')}\n"
+        own += f"{_line('picture', 'where to draw it (forecast.png)')}\n"
     text = f"""usage: stepwise {command} --config CONFIG [--config CONFIG …] [options]
 
 {TRAINING[command].capitalize()}. CONFIG is a file, or the name of a configuration of the package
@@ -71,7 +75,7 @@ def short_help(command: str) -> str:
 options:
   --config CONFIG
 {_line("ckpt_path", "a checkpoint; for fit, 'last' goes on with the newest run of this name, or begins one")}
-{_line("seed_everything", "of whatever has no seed of its own")}
+{own}{_line("seed_everything", "of whatever has no seed of its own")}
   --print_config              print the whole configuration, with every default, and end
   --model, --data CLASS       of this package, or the dotted path of another
   --model.help, --data.help CLASS
@@ -79,7 +83,7 @@ options:
   --trainer.callbacks+ CLASS  one more callback
 """
     for heading, option, cls, others in _PLACES:
-        if command == "fit" or option in (_MODEL, _ENCODER, _DATA):
+        if command in ("fit", "forecast") or option in (_MODEL, _ENCODER, _DATA):
             text += f"\n{heading}:\n" + _arguments(option, cls, (cls, *others))
     text += "\nTrainer, of Lightning's (every argument of it is an option):\n"
     return text + "".join(f"{_line(f'trainer.{name}', meaning)}\n" for name, meaning in _TRAINER.items())

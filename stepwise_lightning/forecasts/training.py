@@ -50,6 +50,8 @@ class Training:
         if not 0 <= start < max_steps:
             raise UserError(f"there must be steps to come: got start={start} and max_steps={max_steps}")
         own: Mapping[str, Any] = module.hparams if isinstance(module, JointEmbedding) else {}
+        if getattr(module, "optimizer", None) is not None and isinstance(module, JointEmbedding):
+            raise UserError("a forecast is of SGD, but this module has another optimizer: leave that out")
         loss = loss or loss_of(module)
         if settings is None:
             known = loss_settings(loss, {})

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import torch
-from stepwise_lightning.plots.figures import Figure
 
 from stepwise_lightning.forecasts.result import Forecast
+from stepwise_lightning.plots.figures import Figure
 from stepwise_lightning.plots.panels import mode_colours
 
 __all__ = ["forecast_figure"]

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from stepwise_lightning.plots.figures import Figure
 from matplotlib.lines import Line2D
 
 from stepwise_lightning.errors import UserError
+from stepwise_lightning.plots.figures import Figure
 from stepwise_lightning.plots.panels import Panel, draw_panel, first_rise
 from stepwise_lightning.plots.trajectories import trajectories_figure
 from stepwise_lightning.record import SpectrumRecord
