@@ -51,7 +51,7 @@ class ForecastLogger(L.Callback):
     Logged, to every logger: ``forecast/next_mode_step``, at the step at which it was said, if the mode is due before
     training ends. In Lightning's plain progress bar: "mode 4 of 10 learned, next ≈ step 3200".
 
-    Typical errors of the time that remains, of small networks: 30 % for Barlow Twins, 25 % for SimCLR; for VICReg it
+    Typical errors of the time that remains, of small networks: 40 % for Barlow Twins, 30 % for SimCLR; for VICReg it
     is overrated, up to twofold.
 
     Args:

@@ -52,8 +52,9 @@ def stable_rates(
     is where half of all small starts diverge, with the γ_1 of all pairs; what is safe is that with the γ_1 of the batch
     in which it is largest. For VICReg, and for Barlow Twins normalised, training is simulated through the batches in
     turn, from eight starts, at rates that rise by 15 % until half of them diverge; safe is below the first that does.
-    Features that move make networks diverge earlier than that: see ``reproduce/README.md``. Cosine similarity is blind
-    to the length of embeddings, so that training does not diverge: no limit.
+    Features that move make networks diverge earlier than that: the small ResNet with VICReg on photographs, seeds 0, 1,
+    2, within 40 steps at 0.8 to 1.0, 0.6 to 0.7 and 0.95 to 1.1 times this limit, and never at 0.8 times what is safe.
+    Cosine similarity is blind to the length of embeddings, so that training does not diverge: no limit.
 
     Args:
         training: loss and optimiser.
