@@ -21,7 +21,7 @@ from stepwise_lightning.spectrum import cross_correlation_eigenvalues
 from stepwise_lightning.spectrum.capture import capture
 
 CONFIGS = Path(__file__).parent.parent / "configs"
-LOSSES, DATA_SETS = ("barlow_twins", "vicreg", "simclr"), ("photos", "cifar10", "stl10")
+LOSSES, DATA_SETS = ("barlow_twins", "vicreg", "simclr"), ("photos", "cifar10", "cifar10_cpu", "stl10")
 NETWORKS = [f"{loss}_{data}" for loss in LOSSES for data in DATA_SETS]
 COMPLETE = [*NETWORKS, "linear_photos"]
 # Where an overlay can be laid: the linear model has no last layer to start small.
