@@ -138,5 +138,7 @@ def test_torchvision_takes_the_exported_weights(run, tmp_path, capsys):
 
 
 def test_there_is_no_predict(capsys):
-    with pytest.raises(SystemExit, match="unknown command 'predict'; choose from: fit, validate, test, summary"):
+    with pytest.raises(
+        SystemExit, match="unknown command 'predict'; choose from: fit, validate, test, forecast, summary"
+    ):
         command("predict")

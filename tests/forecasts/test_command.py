@@ -37,6 +37,7 @@ def test_a_table_and_a_picture_before_training_for_whatever_accelerator(capsys):
     assert not Path("runs").exists()  # nothing else is written
 
 
+@pytest.mark.slow
 def test_a_forecast_goes_on_from_the_last_checkpoint(capsys):
     analytical = {"normalize": False, "center": True, "off_diagonal_weight": 1.0, "momentum": 0.9}
     config = changed({f"model.init_args.{name}": value for name, value in analytical.items()})

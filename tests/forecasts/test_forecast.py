@@ -141,6 +141,7 @@ def test_the_limits_of_barlow_twins_are_those_of_the_theory(momentum):
     assert said.rates.safe == pytest.approx(min(limits.local, limits.safe) / worst, rel=1e-6)
 
 
+@pytest.mark.slow
 def test_the_limits_of_vicreg_lie_where_its_last_layer_diverges():
     model, data = module(VICReg, momentum=0.9, eps=0.01), batches(4)
     said = forecast(model, data, 100)
@@ -217,6 +218,7 @@ def test_training_is_bit_identical_with_live_forecasts(tmp_path, cls):
     assert not any(part._forward_pre_hooks for part in with_.modules())
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_live_forecasts_come_close_to_what_is_measured(tmp_path):
     live = ForecastLogger(cost=1.0)
