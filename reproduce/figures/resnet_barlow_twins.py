@@ -33,7 +33,7 @@ PAPER = (
 # In the few steps of the smoke profile, with four dimensions and half the batch, less is as it should be.
 MOST_PLATEAU_ERROR = {"smoke": 0.5, "cpu": 0.1, "full": 0.1}
 LATEST = {"smoke": 2.0, "cpu": 1.3, "full": 1.3}
-EARLIEST = 0.8
+EARLIEST = {"smoke": 0.9, "cpu": 0.8, "full": 0.8}
 
 
 def produce(options: argparse.Namespace, directory: Path) -> Outcome:
@@ -62,6 +62,8 @@ def _claims(
     steps, without = ([run.steps.num_distinct for run in runs] for runs in (small, control))
     errors, others = ([_plateau_error(run) for run in runs] for runs in (small, control))
     measured, one_view, half = ([factor[name] for factor in factors] for name in ("theory", "one view", "half"))
+    # Its few modes, of few pairs, do not tell one view from two.
+    alone = () if options.profile == "smoke" else ("Γ of one view alone", one_view)
     sentence = "measured over predicted step time, geometric mean from the second mode on"
     return [
         worst("steps", "distinct steps", steps, ">=", least, seeds, VARIANT_TITLES["no_off_diagonal"], without),
@@ -69,8 +71,8 @@ def _claims(
             "plateaus", "distance of the loss on a plateau from d − learned modes, median of plateaus", errors, "<=",
             MOST_PLATEAU_ERROR[options.profile], seeds, VARIANT_TITLES["no_off_diagonal"], others,
         ),
-        worst("not_late", sentence, measured, "<=", LATEST[options.profile], seeds, "Γ of one view alone", one_view),
-        worst("not_early", sentence, measured, ">=", EARLIEST, seeds, "theory with growth 4γ", half),
+        worst("not_late", sentence, measured, "<=", LATEST[options.profile], seeds, *alone),
+        worst("not_early", sentence, measured, ">=", EARLIEST[options.profile], seeds, "theory with growth 4γ", half),
     ]  # fmt: skip
 
 
