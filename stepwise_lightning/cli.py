@@ -38,7 +38,9 @@ for _name in stepwise_lightning.__all__:
     getattr(stepwise_lightning, _name)
 # The least that the Trainer can do with, and does not check.
 _LEAST = {"accumulate_grad_batches": 1, "check_val_every_n_epoch": 1, "gradient_clip_val": 0, "log_every_n_steps": 0}
-_ADVERTISEMENTS = re.compile(r"^💡 Tip: |^(TPU|HPU) available: |^GPU available: False|^Seed set to ")
+_ADVERTISEMENTS = re.compile(
+    r"^💡 Tip: |^(TPU|HPU) available: |^GPU available: False|^Seed set to |^`Trainer.fit` stopped: "
+)
 _DEPRECATIONS = (
     # Lightning 2.6 with torch 2.15.
     r"`isinstance\(treespec, LeafSpec\)` is deprecated",

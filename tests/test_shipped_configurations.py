@@ -168,11 +168,15 @@ def test_learning_rates_on_gpus_fit_the_features_they_start_from(data):
 
 
 @pytest.mark.slow
-def test_two_processes_log_the_spectra_of_one(tmp_path):
+def test_two_processes_log_the_spectra_of_one_and_say_so_once(tmp_path):
     fit = [sys.executable, "-m", "stepwise_lightning", "fit"]
     command = [*fit, *given("barlow_twins_photos"), "--trainer.max_steps=20"]
     for options in ([], ["--trainer.devices=2", "--trainer.strategy=ddp"]):
-        subprocess.run([*command, *options], cwd=tmp_path, check=True, capture_output=True, timeout=900)
+        done = subprocess.run(
+            [*command, *options], cwd=tmp_path, check=True, capture_output=True, timeout=900, text=True
+        )
+        for line in ("writes to", "run ", "found ", "picture ", "forecast: 0 of 10 modes learned, next ≈ step "):
+            assert [text.startswith(line) for text in done.stdout.splitlines()].count(True) == 1, line
     one, two = (np.load(tmp_path / f"runs/barlow_twins_photos/version_{v}/spectrum.npz") for v in (0, 1))
     with one, two:
         assert one["step"].tolist() == two["step"].tolist()

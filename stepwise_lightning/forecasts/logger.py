@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import lightning as L
 import torch
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from stepwise_lightning.errors import UserError
@@ -18,6 +19,7 @@ from stepwise_lightning.forecasts.forecast import forecast_of_features
 from stepwise_lightning.forecasts.result import MATRICES, Forecast
 from stepwise_lightning.forecasts.training import Training, bias_of, last_layer, loss_of, velocity_of
 from stepwise_lightning.modules import JointEmbedding, SimCLR
+from stepwise_lightning.runs.report import LineProgress
 from stepwise_lightning.spectrum.batches import views_in
 from stepwise_lightning.spectrum.logger import SpectrumLogger
 
@@ -49,7 +51,9 @@ class ForecastLogger(L.Callback):
     without it.
 
     Logged, to every logger: ``forecast/next_mode_step``, at the step at which it was said, if the mode is due before
-    training ends. In Lightning's plain progress bar: "mode 4 of 10 learned, next ≈ step 3200".
+    training ends. Progress says "4 of 10 modes learned, next ≈ step 3200", and the first forecast is a line of its own.
+    In pictures of trajectories the first one of each mode is marked. Without SGD there is nothing to go by, and nothing
+    is said.
 
     Typical errors of the time that remains, of small networks: 40 % for Barlow Twins, 30 % for SimCLR; for VICReg it
     is overrated, up to twofold.
@@ -61,8 +65,7 @@ class ForecastLogger(L.Callback):
         settings: of that loss, named as its arguments.
 
     Raises:
-        UserError: when training starts, there is no SpectrumLogger of two views, or the loss is not known, or its
-            matrix is not measured.
+        UserError: when training starts, the loss is not known, or there is no SpectrumLogger that measures its matrix.
 
     Attributes:
         forecasts: what was said so far, a list of :class:`LiveForecast`.
@@ -87,6 +90,10 @@ class ForecastLogger(L.Callback):
             )
         self._spectrum = next(spectrum for spectrum in spectra if self._matrix in spectrum.matrices and spectrum.output)
         self.forecasts, self._text = [], ""
+        self._stop()
+        if (kind := type(trainer.optimizers[0])) is not torch.optim.SGD:
+            rank_zero_info(f"no forecast of the next mode: that is one of SGD, and this is {kind.__name__}")
+            return
         self._measurements, self._learned, self._next_at = -1, -1, 0.0
         self._began, self._spent = time.perf_counter(), 0.0
         self._entered: list[Tensor] = []
@@ -96,27 +103,34 @@ class ForecastLogger(L.Callback):
         batches = isinstance(pl_module, SimCLR)
 
         def keep(_: Any, given: tuple[Tensor, ...]) -> None:
-            if not layer.training:  # a measurement, or an evaluation, which comes after
+            if layer.training:
+                if batches:
+                    self._trained_on.append(given[0].detach())
+            elif len(self._entered) < 2:  # the measurement; evaluations come after
                 self._entered.append(given[0].detach())
-            elif batches:
-                self._trained_on.append(given[0].detach())
 
-        self._stop()
         self._hook = layer.register_forward_pre_hook(keep)
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Keep what was said in the progress bar, which forgets it at each epoch."""
+        if self._hook is None:
+            return
         self._entered.clear()
-        bar = getattr(trainer.progress_bar_callback, "train_progress_bar", None)
-        if self._text and bar is not None and self._text not in bar.desc:
+        progress = trainer.progress_bar_callback
+        bar = getattr(progress, "train_progress_bar", None)
+        if isinstance(progress, LineProgress):
+            progress.note = self._text
+        elif self._text and bar is not None and self._text not in bar.desc:
             bar.set_description(f"Epoch {trainer.current_epoch}, {self._text}", refresh=False)
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Make a forecast, if there is a new measurement and one is due."""
+        if self._hook is None:
+            return
         record = self._spectrum.record  # empty but in the first process
         if len(record) in (0, self._measurements):
             return
@@ -125,7 +139,7 @@ class ForecastLogger(L.Callback):
         if self._is_due(step) and step < end < math.inf and len(self._entered) >= 2:
             started = time.perf_counter()
             size = len(views_in(batch, self._spectrum.views)[0]) * trainer.world_size
-            self._say(trainer, self._forecast(pl_module, trainer.optimizers[0], size, step, int(end)))
+            self._say(trainer, *self._forecast(pl_module, trainer.optimizers[0], size, step, int(end)))
             self._spent += time.perf_counter() - started
         self._entered.clear()
 
@@ -150,7 +164,7 @@ class ForecastLogger(L.Callback):
 
     def _forecast(
         self, module: L.LightningModule, optimizer: torch.optim.Optimizer, size: int, start: int, end: int
-    ) -> Forecast:
+    ) -> tuple[Forecast, Tensor]:
         group = {} if isinstance(module, JointEmbedding) else optimizer.param_groups[0]
         options = [group.get(name) for name in ("lr", "momentum", "weight_decay")]
         training = Training.of(module, start, end, self.loss, self.settings, *options)
@@ -163,7 +177,7 @@ class ForecastLogger(L.Callback):
             result = forecast_of_features(near, h1, h2, layer.weight, bias_of(layer), start, velocity, False)
             if math.isfinite(result.next_mode[1]):
                 break
-        return result
+        return result, training.rates
 
     def _features(self, size: int | None) -> tuple[Tensor, Tensor]:
         """Return the features to go by, (batches, n, m); of the measured pairs in batches of a size, if it matters."""
@@ -176,13 +190,24 @@ class ForecastLogger(L.Callback):
         h1, h2 = (h[: len(h) // size * size].unflatten(0, (-1, size)) for h in (h1, h2))
         return h1, h2
 
-    def _say(self, trainer: L.Trainer, forecast: Forecast) -> None:
+    def _say(self, trainer: L.Trainer, forecast: Forecast, rates: Tensor) -> None:
         mode, due = forecast.next_mode
         step, dim = forecast.start, forecast.eigenvalues.shape[1]
+        soon, first = math.isfinite(due), not self.forecasts
+        if soon and mode not in {said.num_learned + 1 for said in self.forecasts}:
+            record = self._spectrum.record
+            # From the measurement on, made before the step just taken; the last rate is that of a step begun.
+            ahead = [
+                (step - record.steps[-1]) * rates[0],
+                *rates[: int(due) - step],
+                due % 1 * rates[int(due) - step - 1],
+            ]
+            self._spectrum.due.setdefault(self._matrix, []).append(float(record.times[-1] + sum(ahead)))
         self.forecasts.append(LiveForecast(step, mode - 1, due))
-        soon = math.isfinite(due)
         self._next_at = step + max(((due - step) if soon else step) / 2, _APART * step)
-        self._text = f"mode {mode - 1} of {dim} learned, " + (f"next ≈ step {due:.0f}" if soon else "no other is due")
+        self._text = f"{mode - 1} of {dim} modes learned, " + (f"next ≈ step {due:.0f}" if soon else "no other is due")
         if soon:
             for logger in trainer.loggers:
                 logger.log_metrics({"forecast/next_mode_step": due}, step=step)
+        if first and (progress := trainer.progress_bar_callback) is not None:
+            progress.print(f"forecast: {self._text}")

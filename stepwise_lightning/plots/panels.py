@@ -33,6 +33,7 @@ CLASS_COLOURS = (
 )  # fmt: skip
 _DASHED: dict[str, Any] = {"color": "black", "linewidth": 1.1, "linestyle": "--"}
 _DOTTED: dict[str, Any] = {"linewidth": 1.1, "linestyle": ":"}
+_DUE: dict[str, Any] = {"color": "black", "marker": "v", "markersize": 6, "markerfacecolor": "white", "linestyle": ""}
 
 
 @dataclass
@@ -47,6 +48,7 @@ class Panel:
             where it has one.
         step_times: drawn dotted, one a mode, () for none; None for those that ``detect_steps`` finds in the matrix.
         num_modes: how many of the eigenvalues to show; None for all.
+        due: times at which modes were forecast to be learned, marked at the upper edge.
 
     """
 
@@ -56,6 +58,7 @@ class Panel:
     theory: SpectrumRecord | None = None
     step_times: Tensor | Sequence[float] | None = None
     num_modes: int | None = None
+    due: Sequence[float] = ()
 
     @property
     def name(self) -> str:
@@ -124,6 +127,9 @@ def draw_panel(panel: Panel, loss_axis: Axes | None, eigenvalue_axis: Axes, colo
         if np.isfinite(time):
             for axis in axes:
                 axis.axvline(time, color=colour, zorder=0, **_DOTTED)
+    if panel.due:
+        above = eigenvalue_axis.get_xaxis_transform()
+        eigenvalue_axis.plot(panel.due, np.ones(len(panel.due)), transform=above, clip_on=False, **_DUE)
     eigenvalue_axis.set_xlabel(TIME)
     if loss_axis is not None:
         loss_axis.set_ylim(bottom=0)
@@ -146,6 +152,8 @@ def legend_lines(panels: Sequence[Panel], steps_label: str) -> list[Line2D]:
         lines.append(Line2D([], [], label="theory", **_DASHED))
     if any(np.isfinite(panel.marks()).any() for panel in panels):
         lines.append(Line2D([], [], color="0.35", label=steps_label, **_DOTTED))
+    if any(panel.due for panel in panels):
+        lines.append(Line2D([], [], label="forecast, when the mode before was learned", **_DUE))
     return lines
 
 

@@ -18,20 +18,29 @@ __all__ = ["overlay_figure", "run_figure"]
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 
 
-def run_figure(record: SpectrumRecord, title: str = "", matrices: Sequence[str] | None = None) -> Figure:
+def run_figure(
+    record: SpectrumRecord,
+    title: str = "",
+    matrices: Sequence[str] | None = None,
+    due: Mapping[str, Sequence[float]] | None = None,
+) -> Figure:
     """Draw one run: loss above eigenvalues against log time, one column for each matrix of the module's own embeddings.
 
     Args:
         record: of the run.
         title: of the figure.
         matrices: other ones to draw.
+        due: by matrix, times at which modes were forecast to be learned, which are marked.
 
     Raises:
         ValueError: an unknown matrix (the error lists those that there are), or time that stands still.
 
     """
     _check_time(record)
-    panels = [Panel(record, matrix, _steps_found(record, matrix)) for matrix in matrices or own_matrices(record)]
+    panels = [
+        Panel(record, matrix, _steps_found(record, matrix), due=(due or {}).get(matrix, ()))
+        for matrix in matrices or own_matrices(record)
+    ]
     return trajectories_figure(panels, title=title, same_axes=False)
 
 

@@ -70,6 +70,7 @@ class LineProgress(ProgressBar):
     def __init__(self) -> None:
         super().__init__()
         self._enabled = True
+        self.note = ""  # at the end of each line
 
     def disable(self) -> None:
         """Print nothing, as on all ranks but the first."""
@@ -100,7 +101,8 @@ class LineProgress(ProgressBar):
         left = f", about {_span(gone * (end - step) / (step - self._first_step))} left" if known else ""
         metrics = {name: value for name, value in self.get_metrics(trainer, module).items() if name != "v_num"}
         shown = "".join(f", {name} {_number(float(value))}" for name, value in metrics.items())  # type: ignore[arg-type]
-        return f"step {step}{f' of {int(end)}' if known else ''}{shown}, {_span(gone)}{left}"
+        note = f", {self.note}" if self.note else ""
+        return f"step {step}{f' of {int(end)}' if known else ''}{shown}, {_span(gone)}{left}{note}"
 
 
 def _span(seconds: float) -> str:

@@ -115,6 +115,8 @@ class SpectrumLogger(L.Callback):
         record: what was measured so far, a :class:`stepwise_lightning.SpectrumRecord`.
         directory: where it is written, from the start of training on.
         picture: the file with the trajectories, from the end of training on, None where none is drawn.
+        due: by matrix, times at which modes were forecast to be learned, for pictures to mark
+            (:class:`stepwise_lightning.ForecastLogger` adds them).
 
     """
 
@@ -149,6 +151,7 @@ class SpectrumLogger(L.Callback):
         self.keep_embeddings = keep_embeddings
         self.record = SpectrumRecord()
         self.picture: Path | None = None
+        self.due: dict[str, list[float]] = {}
         self._clock = Clock()
         self._trainer: Any = None  # a reference to the one whose run is recorded
         self._restored = self._late = self._hears_steps = False
@@ -195,7 +198,7 @@ class SpectrumLogger(L.Callback):
         check_watched(pl_module, self.watch)
         if not self._restored and (self._trainer is None or self._trainer() is not trainer):
             self.record, self._clock = SpectrumRecord(), Clock()  # another run, of a callback that is used again
-        self._trainer, self._restored, self._late, self.picture = ref(trainer), False, False, None
+        self._trainer, self._restored, self._late, self.picture, self.due = ref(trainer), False, False, None, {}
         self._batch = self._earlier = self._losses = None
         step = self._step(trainer)
         self._schedule = Schedule(expected_end(trainer), self.num_points)
@@ -269,10 +272,10 @@ class SpectrumLogger(L.Callback):
                 self._measure(trainer, pl_module)
         self._losses, files = None, self._files
         if (charts := self._charts) is not None and len(self.record):
-            charts.end(self.record)
+            charts.end(self.record, self.due)
         self._close(ended=True)
         if files is not None:
-            self.picture = keep_picture(trainer, self.record, files.named("trajectories", ".png"), self.name)
+            self.picture = keep_picture(trainer, self.record, files.named("trajectories", ".png"), self.name, self.due)
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """Keep what has been measured when training is interrupted."""
@@ -327,7 +330,7 @@ class SpectrumLogger(L.Callback):
         self._charts.add(self.record)
         if time.perf_counter() > self._next_figure:
             start = time.perf_counter()
-            self._charts.draw(self.record)
+            self._charts.draw(self.record, self.due)
             self._next_figure = time.perf_counter() + _DRAWING_SHARE * (time.perf_counter() - start)
 
     def _close(self, ended: bool = False) -> None:

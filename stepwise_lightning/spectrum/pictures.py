@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,9 @@ __all__ = ["keep_picture"]
 _LEAST = 10
 
 
-def keep_picture(trainer: L.Trainer, record: SpectrumRecord, path: Path, name: str) -> Path | None:
+def keep_picture(
+    trainer: L.Trainer, record: SpectrumRecord, path: Path, name: str, due: Mapping[str, Sequence[float]]
+) -> Path | None:
     """Draw the trajectories of a run that has ended, write them as PNG, and send them to W&B and MLflow.
 
     Args:
@@ -25,6 +28,7 @@ def keep_picture(trainer: L.Trainer, record: SpectrumRecord, path: Path, name: s
         record: of the run; from less than ten measurements nothing is drawn, since nothing would be seen.
         path: of the file.
         name: of the image in W&B, and of its folder in MLflow.
+        due: by matrix, times at which modes were forecast to be learned, which are marked.
 
     Returns:
         The path, None where nothing is drawn.
@@ -38,7 +42,7 @@ def keep_picture(trainer: L.Trainer, record: SpectrumRecord, path: Path, name: s
     from stepwise_lightning.plots import run_figure
 
     try:
-        figure = run_figure(record, title="/".join(path.parent.parts[-2:]))
+        figure = run_figure(record, title="/".join(path.parent.parts[-2:]), due=due)
     except UserError as error:
         rank_zero_warn(f"no picture is drawn: {error}")
         return None

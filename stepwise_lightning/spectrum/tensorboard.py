@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -125,8 +125,8 @@ class Charts:
         for tag, value in values.items():
             self._theory[folder].add_scalar(tag, value, step)
 
-    def draw(self, record: SpectrumRecord, ended: bool = False) -> None:
-        """Draw the trajectories of each matrix, with the steps found in them, for TensorBoard."""
+    def draw(self, record: SpectrumRecord, due: Mapping[str, Sequence[float]], ended: bool = False) -> None:
+        """Draw the trajectories of each matrix, with steps found and times ``due`` by forecast, for TensorBoard."""
         writers = boards(self._trainer)
         if not writers or len(record) < 3:
             return
@@ -135,7 +135,7 @@ class Charts:
             return
         for matrix in record.matrices:
             try:
-                figure = self._figure(record, matrix, ended)
+                figure = self._figure(record, matrix, ended, due.get(matrix, ()))
             except ValueError:  # measured less than twice, since a run goes on with other settings
                 continue
             leads = matrix == self._lead.matrix
@@ -143,7 +143,7 @@ class Charts:
             for board in writers:
                 board.add_figure(tag, figure, int(record.steps[-1]))
 
-    def end(self, record: SpectrumRecord) -> None:
+    def end(self, record: SpectrumRecord, due: Mapping[str, Sequence[float]]) -> None:
         """Add the number of distinct steps, which can be said of a run that has ended, and draw it."""
         try:
             count = record.detect_steps(self._lead.matrix).num_distinct
@@ -151,7 +151,7 @@ class Charts:
             return
         for logger in self._trainer.loggers:
             logger.log_metrics({distinct(self._name): float(count)}, step=int(record.steps[-1]))
-        self.draw(record, ended=True)
+        self.draw(record, due, ended=True)
 
     def close(self) -> None:
         """Write what is still to be written of the theory."""
@@ -159,7 +159,7 @@ class Charts:
             writer.close()
         self._theory = {}
 
-    def _figure(self, record: SpectrumRecord, matrix: str, ended: bool) -> Any:
+    def _figure(self, record: SpectrumRecord, matrix: str, ended: bool, due: Sequence[float]) -> Any:
         from stepwise_lightning.plots import Panel, eigenvalues_figure
 
         leads, hidden = matrix == self._lead.matrix, "." in matrix
@@ -174,7 +174,7 @@ class Charts:
             title = f"{steps.num_distinct} distinct step{'s' * (steps.num_distinct != 1)}"
         else:
             title = "modes start large: no steps counted"
-        panel = Panel(record, matrix, title, step_times=steps.step_times, num_modes=num_modes)
+        panel = Panel(record, matrix, title, step_times=steps.step_times, num_modes=num_modes, due=due)
         name = self._lead.title if leads else group(matrix)
         figure = eigenvalues_figure([[panel]], [""], title=name)
         # Small, so that letters can be read where TensorBoard makes a thumbnail of it; sharp where it does not.

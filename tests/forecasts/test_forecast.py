@@ -19,6 +19,8 @@ from stepwise_lightning import (
 )
 from stepwise_lightning.forecasts.forecast import forecast_of_features, unseen_batches
 from stepwise_lightning.forecasts.training import Training, last_layer
+from stepwise_lightning.plots import run_figure
+from stepwise_lightning.runs.report import LineProgress
 from stepwise_lightning.spectrum import detect_steps
 from stepwise_lightning.theory import stability_limits
 
@@ -200,7 +202,8 @@ def trained(tmp_path, cls, *callbacks, steps=80, **settings):
     )
     trainer = L.Trainer(
         max_steps=steps, accelerator="cpu", logger=False, callbacks=[*callbacks, spectra], enable_model_summary=False,
-        enable_checkpointing=False, enable_progress_bar=False, default_root_dir=tmp_path,
+        enable_checkpointing=False, enable_progress_bar=any(isinstance(c, LineProgress) for c in callbacks),
+        default_root_dir=tmp_path,
     )  # fmt: skip
     trainer.fit(model, datamodule=Pairs())
     return model, spectra.record
@@ -228,6 +231,25 @@ def test_live_forecasts_come_close_to_what_is_measured(tmp_path):
     assert second and measured[1].isfinite()
     remaining = float(measured[1]) - second[0].step
     assert abs(second[0].due - float(measured[1])) < 0.5 * remaining
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_the_next_mode_is_said_marked_and_not_forecast_without_sgd(tmp_path, capsys):
+    live, progress = ForecastLogger(cost=1.0), LineProgress()
+    _, record = trained(tmp_path, BarlowTwins, live, progress, steps=80)
+    first = live.forecasts[0]
+    assert f"forecast: 0 of {DIM} modes learned, next ≈ step {first.due:.0f}" in capsys.readouterr().out
+    assert f"of {DIM} modes learned, n" in progress.note
+    # Time is learning rate × steps, from the last measurement on.
+    marked = live._spectrum.due["cross_correlation"]
+    assert marked[0] == pytest.approx(first.due * 0.02, rel=1e-6)
+    axis = run_figure(record, due={"cross_correlation": marked}).axes[
+        len(record.matrices)
+    ]  # the first below the losses
+    assert any(list(line.get_xdata()) == marked for line in axis.lines)
+    silent = ForecastLogger()
+    trained(tmp_path, BarlowTwins, silent, steps=3, momentum=0.0, optimizer=torch.optim.AdamW)
+    assert not silent.forecasts
 
 
 def test_live_forecasts_need_measurements(tmp_path):
