@@ -19,6 +19,7 @@ from .modules import SimCLR as SimCLR
 from .modules import VICReg as VICReg
 from .record import SpectrumRecord as SpectrumRecord
 from .runs import LastCheckpoint as LastCheckpoint
+from .spectrum.collapse import CollapseWatch as CollapseWatch
 from .spectrum.logger import SpectrumLogger as SpectrumLogger
 from .trained import load_encoder as load_encoder
 

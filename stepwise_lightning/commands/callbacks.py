@@ -14,6 +14,7 @@ __all__ = ["OPTIONS", "as_configurations", "merged"]
 # What the callbacks of this package are called in options such as --spectrum.num_points.
 OPTIONS = {
     "spectrum": "stepwise_lightning.SpectrumLogger",
+    "forecast": "stepwise_lightning.ForecastLogger",
     "checkpoint": "stepwise_lightning.LastCheckpoint",
     "knn": "stepwise_lightning.OnlineKNN",
     "probe": "stepwise_lightning.OnlineLinearProbe",
