@@ -72,6 +72,6 @@ VARIANTS: dict[str, tuple[list[str], dict[str, Any]]] = {
 }  # fmt: skip
 # On CPUs, what is shorter than the 1200 steps of its configuration. From ordinary initialisation all modes have risen
 # by then, and a staircase has at least three steps in the time of the other controls.
-CPU_STEPS = {"ordinary": 800} | dict.fromkeys(
+CPU_STEPS = {"ordinary": 600} | dict.fromkeys(
     ("wrong_pairs", "noise_images", "no_off_diagonal", "no_covariance", "published_loss"), 400
 )

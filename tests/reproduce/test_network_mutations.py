@@ -1,0 +1,177 @@
+"""Break what stands behind the figures of trained networks in one way, and see that the claim that is named fails.
+
+As ``test_mutations`` does for those without networks. Networks are trained once, by other processes, which a patch does
+not reach: what trains them otherwise is another command line.
+"""
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from reproduce.__main__ import main
+from reproduce.figures import frozen_features, kernel_over_time
+from reproduce.methods import VARIANTS
+from reproduce.runs import Run, Training
+from stepwise_lightning import BarlowTwins, SpectrumRecord
+from stepwise_lightning.spectrum.schedule import Clock
+from stepwise_lightning.theory import LinearBarlowTwins, feature_cross_correlation
+
+SEEDS = ("0", "1")
+
+
+def as_if_small(variant):
+    def mutate(patch):
+        patch.setitem(VARIANTS, "small", VARIANTS[variant])
+
+    mutate.__name__ = f"{variant}_as_small"
+    return mutate
+
+
+ordinary, wrong_pairs, noise_images = map(as_if_small, ("ordinary", "wrong_pairs", "noise_images"))
+ordinary.__doc__ = "Pass an ordinary start off as a small one."
+wrong_pairs.__doc__ = "Train on wrong pairs."
+noise_images.__doc__ = "Train on images of noise."
+
+
+def staircase_as_control(patch):
+    """Train the run that must not have a staircase on right pairs."""
+    patch.setitem(VARIANTS, "wrong_pairs", VARIANTS["small"])
+
+
+def one_run(patch):
+    """Take one run for those of all three losses."""
+
+    def record(run):
+        name = run.directory.parent.name.replace(run.loss, "barlow_twins")
+        return SpectrumRecord.load(run.directory.parent.with_name(name) / run.directory.name)
+
+    patch.setattr(Run, "record", property(record))
+
+
+def permuted_images(patch):
+    """Compare embeddings of images in another order."""
+    embedded = Run.embedded
+
+    def reordered(run, index):
+        z = embedded(run, index)
+        return z.roll(7 * run.seed + len(run.loss), 0)
+
+    patch.setattr(Run, "embedded", reordered)
+
+
+def kernel_of_the_start(patch):
+    """Take the tangent kernel at initialisation for that of the moment."""
+    closed_form, first = kernel_over_time.closed_form, {}
+
+    def of_the_start(encoder, pairs, modes):
+        # The first that is asked for is that of the start.
+        return closed_form(first.setdefault(id(pairs), encoder), pairs, modes)
+
+    patch.setattr(kernel_over_time, "closed_form", of_the_start)
+
+
+def _halved(training):
+    return replace(training, rates=training.rates / 2)
+
+
+def other_growth(patch):
+    """Let modes grow with 4γ instead of 8γ in the forecast."""
+    of = Training.of
+    patch.setattr(Training, "of", lambda *given: _halved(of(*given)))
+
+
+def without_momentum(patch):
+    """Tell the forecast of no momentum."""
+    of = Training.of
+    patch.setattr(Training, "of", lambda *given: replace(of(*given), momentum=0.0))
+
+
+def half_rate(patch):
+    """Let modes grow with 4γ instead of 8γ in theory."""
+    growth = LinearBarlowTwins._log_growth
+    patch.setattr(LinearBarlowTwins, "_log_growth", lambda *arguments: growth(*arguments) / 2)
+
+
+def one_view(patch):
+    """Take Γ of the first views alone."""
+    patch.setattr(frozen_features, "feature_cross_correlation", lambda x1, x2: feature_cross_correlation(x1, x1))
+
+
+def momentum(patch):
+    """Train the last layer with momentum, of which theory is not told."""
+
+    def configure(module):
+        return torch.optim.SGD(module.parameters(), lr=module.hparams["learning_rate"], momentum=0.5)
+
+    patch.setattr(BarlowTwins, "configure_optimizers", configure)
+
+
+def time_without_rate(patch):
+    """Leave the learning rate out of time."""
+    patch.setattr(Clock, "time", property(lambda clock: float(clock.steps)))
+
+
+# (figure, what breaks it, a claim that must fail). reproduce/README.md has the same table.
+MUTATIONS = [
+    ("three_losses", ordinary, "barlow_twins_steps"),
+    ("three_losses", wrong_pairs, "barlow_twins_steps"),
+    ("resnet_barlow_twins", noise_images, "steps"),
+    ("resnet_barlow_twins", other_growth, "not_early"),
+    ("resnet_barlow_twins", without_momentum, "not_early"),
+    ("standard_init", ordinary, "simclr_small"),
+    ("negative_controls", staircase_as_control, "wrong_pairs"),
+    ("cross_loss_alignment", one_run, "differ"),
+    ("cross_loss_alignment", permuted_images, "aligned"),
+    ("kernel_over_time", kernel_of_the_start, "barlow_twins_moved"),
+    ("frozen_features", half_rate, "times"),
+    ("frozen_features", one_view, "deviation"),
+    ("frozen_features", momentum, "times"),
+    ("frozen_features", time_without_rate, "times"),
+]
+FIGURES = list(dict.fromkeys(figure for figure, _, _ in MUTATIONS))
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """Return a folder with all figures unbroken, and the runs behind them."""
+    folder = tmp_path_factory.mktemp("unbroken")
+    for figure in FIGURES:
+        make(figure, folder)
+    return folder
+
+
+def make(figure, folder):
+    main([figure, "--profile", "smoke", "--seeds", *SEEDS, "--out", str(folder), "--resume"])
+
+
+def failing(figure, folder):
+    document = json.loads((folder / figure / "claims.json").read_text(encoding="utf-8"))
+    return {claim["name"] for claim in document["claims"] if not claim["holds"]}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("figure", "mutate", "claim"), MUTATIONS, ids=lambda part: getattr(part, "__name__", part))
+def test_a_broken_experiment_fails_a_claim(figure, mutate, claim, trained, tmp_path, monkeypatch):
+    shutil.copytree(trained / "runs", tmp_path / "runs")
+    for module in (frozen_features, kernel_over_time):  # mutations are of this process: nothing may run in another
+        monkeypatch.setattr(module, "each", lambda function, items, title: [function(*item) for item in items])
+    mutate(monkeypatch)
+    make(figure, tmp_path)
+    assert claim in failing(figure, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("figure", FIGURES)
+def test_what_is_not_broken_fails_none(figure, trained):
+    assert failing(figure, trained) == set()
+
+
+def test_the_table_of_mutations_is_in_the_readme():
+    text = (Path(__file__).parents[2] / "reproduce" / "README.md").read_text(encoding="utf-8")
+    rows = [f"| {mutate.__doc__} | `{figure}` | `{claim}` |" for figure, mutate, claim in MUTATIONS]
+    start = text.index("| the mutation, with networks | figure |")
+    assert text[start:].split("\n\n")[0].splitlines()[2:] == rows
