@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -22,13 +21,10 @@ from stepwise_lightning.record import Measurement, Spectrum, SpectrumRecord
 from stepwise_lightning.spectrum.batches import Views, joined, loss_in, on_device, views_in
 from stepwise_lightning.spectrum.capture import Watched, capture, check_finite, check_watched, label
 from stepwise_lightning.spectrum.measures import MATRICES, measure
-from stepwise_lightning.spectrum.pictures import keep_picture
+from stepwise_lightning.spectrum.outputs import Outputs
 from stepwise_lightning.spectrum.schedule import Clock, Schedule, expected_end
-from stepwise_lightning.spectrum.tensorboard import NAME, Charts, Lead
-from stepwise_lightning.spectrum.writers import SpectrumFiles
+from stepwise_lightning.spectrum.tensorboard import NAME
 
-# Seconds of training per second of drawing: what the figures that are redrawn while a run goes on may cost.
-_DRAWING_SHARE = 500
 _KEY = "stepwise_lightning_spectra"  # in a checkpoint
 
 
@@ -155,8 +151,7 @@ class SpectrumLogger(L.Callback):
         self._clock = Clock()
         self._trainer: Any = None  # a reference to the one whose run is recorded
         self._restored = self._late = self._hears_steps = False
-        self._files: SpectrumFiles | None = None
-        self._charts: Charts | None = None
+        self._outputs: Outputs | None = None  # on rank 0, while training goes on
         self._batch: Any = None
         self._earlier: Any = None  # the one before
         self._measured_at = -1
@@ -203,7 +198,6 @@ class SpectrumLogger(L.Callback):
         step = self._step(trainer)
         self._schedule = Schedule(expected_end(trainer), self.num_points)
         self._schedule.is_due(step - 1)  # what lies before is done
-        self._next_figure = time.perf_counter() + _DRAWING_SHARE
         self._listen(trainer)
         self._probe = self.probe
         if isinstance(self.probe, str):
@@ -215,8 +209,8 @@ class SpectrumLogger(L.Callback):
         self._measured_at = -1
         if self.prediction is not None and "cross_correlation" in self.record.matrices:
             self.record.predict(torch.stack([self._predicted(time) for time in self.record.times]))
-        if trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
-            self._files = SpectrumFiles(self.directory, self.name, self.record, self.num_scalars)
+        if trainer.is_global_zero:
+            self._outputs = Outputs(trainer, pl_module, self.directory, self.name, self.record, self.num_scalars)
 
     def _listen(self, trainer: L.Trainer) -> None:
         optimizer: Any = trainer.optimizers[0] if trainer.optimizers else None
@@ -258,10 +252,8 @@ class SpectrumLogger(L.Callback):
         losses, self._losses = self._losses, None
         if losses and len(self.record):
             self.record.set_loss(sum(losses) / len(losses))
-            if self._charts is not None:
-                self._charts.add_loss(self.record)
-            if self._files is not None:
-                self._files.add(row for row in self.record.rows(-1, 0) if row[3] == "loss")
+            if self._outputs is not None:
+                self._outputs.add_loss(self.record)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Measure the final weights and write the ``.npz`` file, the steps found and the picture."""
@@ -270,17 +262,19 @@ class SpectrumLogger(L.Callback):
             if not self._measure(trainer, pl_module) and self._earlier is not None:
                 self._batch = self._earlier
                 self._measure(trainer, pl_module)
-        self._losses, files = None, self._files
-        if (charts := self._charts) is not None and len(self.record):
-            charts.end(self.record, self.due)
-        self._close(ended=True)
-        if files is not None:
-            self.picture = keep_picture(trainer, self.record, files.named("trajectories", ".png"), self.name, self.due)
+        self._losses = None
+        self._clock.stop()
+        if (outputs := self._outputs) is not None:
+            self.picture = outputs.end(self.record, self.due)
+            self._outputs = None
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """Keep what has been measured when training is interrupted."""
-        with suppress(OSError):  # a second one, of a full disk, would hide what happened
-            self._close()
+        self._clock.stop()
+        if (outputs := self._outputs) is not None:
+            self._outputs = None
+            with suppress(OSError):  # a second one, of a full disk, would hide what happened
+                outputs.close(self.record)
 
     def _measure(self, trainer: L.Trainer, pl_module: L.LightningModule) -> bool:
         """Embed the probe on every rank; on rank 0, measure it, and hand on what was measured.
@@ -299,7 +293,8 @@ class SpectrumLogger(L.Callback):
         self._measured_at, self._losses = step, []
         if trainer.is_global_zero:
             self.record.append(self._measurement(step, captured))
-            self._hand_on(trainer, pl_module)
+            assert self._outputs is not None
+            self._outputs.add(self.record, self.due)
         return True
 
     def _measurement(self, step: int, captured: dict[str, list[Tensor]]) -> Measurement:
@@ -319,25 +314,3 @@ class SpectrumLogger(L.Callback):
         assert self.prediction is not None
         # One by one, also for a run that goes on: together they would be rounded otherwise.
         return as_float64(self.prediction(time[None])[0].detach()).cpu()
-
-    def _hand_on(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Write the last measurement to the table and the loggers, and perhaps draw what there is so far."""
-        if self._files is not None:
-            self._files.add(self.record.rows(-1, self.num_scalars))
-        if self._charts is None:
-            lead = Lead.of(pl_module, self.record.matrices)
-            self._charts = Charts(trainer, lead, self.name, self.num_scalars)
-        self._charts.add(self.record)
-        if time.perf_counter() > self._next_figure:
-            start = time.perf_counter()
-            self._charts.draw(self.record, self.due)
-            self._next_figure = time.perf_counter() + _DRAWING_SHARE * (time.perf_counter() - start)
-
-    def _close(self, ended: bool = False) -> None:
-        self._clock.stop()
-        if self._charts is not None:
-            self._charts.close()
-            self._charts = None
-        if (files := self._files) is not None:
-            self._files = None
-            files.close(self.record, ended)
