@@ -33,7 +33,7 @@ NAMES = [f"{loss}_{data}" for data in ("cifar10", "stl10") for loss in METHODS]
 def main(arguments: list[str] | None = None) -> None:
     """Forecast the configurations that are named, all of them by default, and write the table."""
     parser = argparse.ArgumentParser("python -m reproduce.gpu_configurations", description=__doc__)
-    parser.add_argument("names", nargs="*", default=NAMES, choices=[*NAMES, []], metavar="NAME", help=", ".join(NAMES))
+    parser.add_argument("names", nargs="*", default=[], choices=[*NAMES, []], metavar="NAME", help=", ".join(NAMES))
     parser.add_argument("--data", help="a folder of images in place of the configurations' own data")
     parser.add_argument("--batches", type=int, default=8)
     parser.add_argument("--batch-size", type=int, default=512, help="pairs of a batch")
@@ -41,7 +41,7 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     command = f"python -m reproduce.gpu_configurations {' '.join(sys.argv[1:] if arguments is None else arguments)}"
     rows: list[list[str]] = []
-    for name in options.names:
+    for name in options.names or NAMES:
         start = time.process_time()
         said = forecast_configuration(name, options.data, options.batches, options.batch_size)
         print(f"{name}, {time.process_time() - start:.0f} s of CPU time\n{said}\n", flush=True)
