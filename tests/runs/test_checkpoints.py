@@ -73,7 +73,7 @@ def address(malicious: Path) -> Iterator[str]:
         thread.join()
 
 
-@pytest.mark.parametrize("command", ["fit", "test", *(pytest.param(c, marks=SLOW) for c in ("validate", "predict"))])
+@pytest.mark.parametrize("command", ["fit", "test", pytest.param("validate", marks=SLOW)])
 def test_a_malicious_checkpoint_is_refused_and_runs_nothing(command, malicious, capsys):
     assert "it holds more than tensors and plain values, namely" in refusal(capsys, command, f"--ckpt_path={malicious}")
 
