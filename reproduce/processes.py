@@ -25,11 +25,11 @@ def each(function: Callable[..., Any], items: Sequence[tuple[Any, ...]], title: 
     Function, items and results must be picklable. A single item runs here.
     """
     if len(items) == 1 or os.cpu_count() == 1:
-        return [function(*item) for item in tqdm(items, title, unit="run", disable=len(items) == 1)]
+        return [function(*item) for item in tqdm(items, title, unit="run", disable=len(items) == 1 or None)]
     with ProcessPoolExecutor(min(len(items), os.cpu_count() or 1), warm_context(), _begin_beside_others) as pool:
         futures = [pool.submit(_pickled, function, item) for item in items]
         try:
-            for future in tqdm(as_completed(futures), title, len(futures), unit="run"):
+            for future in tqdm(as_completed(futures), title, len(futures), unit="run", disable=None):
                 future.result()
         except BaseException:
             for process in active_children():  # or the pool would wait for what they do now

@@ -227,7 +227,8 @@ def trained_runs(options: argparse.Namespace, kinds: Iterable[tuple[str, str]] =
         raise UserError(f"no command {runs[0].launcher[0]!r} here to start training with: see --launcher")
     load_image_set(options.data, "val", options.root, options.download)
     missing = [run for run in runs if not (options.resume and run.is_finished())]
-    with tqdm(total=len(runs), initial=len(runs) - len(missing), desc="training networks", unit="run") as bar:
+    done = len(runs) - len(missing)
+    with tqdm(total=len(runs), initial=done, desc="training networks", unit="run", disable=None) as bar:
         _train(missing, options.resume, bar)
     return runs
 
@@ -248,6 +249,8 @@ def _train(runs: list[Run], resume: bool, bar: tqdm) -> None:
             ended.set()
             raise
         bar.update()
+        if bar.disable:  # no terminal: a line now and then
+            print(f"trained {run.name}", flush=True)
 
     with ThreadPoolExecutor(workers) as pool:
         futures = [pool.submit(train, run) for run in runs]

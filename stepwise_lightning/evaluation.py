@@ -261,7 +261,7 @@ class OnlineKNN(_Evaluation):
         loader = trainer.datamodule.labelled_train_dataloader()  # type: ignore[attr-defined]
         features, labels = [], []
         for x, label in tqdm(
-            loader, "embedding training images", leave=False, delay=2, disable=trainer.global_rank > 0
+            loader, "embedding training images", leave=False, delay=2, disable=trainer.global_rank > 0 or None
         ):
             x = trainer.precision_plugin.convert_input(x)  # as Lightning does with its own batches
             features.append(normalize(self._features(pl_module, x.to(pl_module.device))))

@@ -232,4 +232,4 @@ def _reason(error: Exception) -> str:
 def _progress(paths: list[str]) -> Iterable[str]:
     from tqdm import tqdm
 
-    return tqdm(paths, desc="reading images", leave=False, delay=1)
+    return tqdm(paths, desc="reading images", leave=False, delay=1, disable=None)  # None: but on a terminal
