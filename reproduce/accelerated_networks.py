@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from itertools import islice
 from typing import Any
 
@@ -73,22 +74,25 @@ class _Watching(L.Callback):
         self._labelled = [_labelled(loader) for loader in (data.labelled_train_dataloader(), data.val_dataloader())]
         self.path: dict[int, Tensor] = {}
         self.accuracies: dict[int, float] = {}
-        self.embeddings = torch.zeros(0)
+        self.embeddings, self._last = torch.zeros(0), math.inf
 
     def on_train_batch_start(self, trainer: L.Trainer, module: L.LightningModule, *_: Any) -> None:
         if trainer.global_step % EVERY == 0:
-            self._look(trainer.global_step, module)
+            trainer.should_stop = self._look(trainer.global_step, module)
 
     def on_train_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         self._look(trainer.global_step, module)
 
-    def _look(self, step: int, module: L.LightningModule) -> None:
+    def _look(self, step: int, module: L.LightningModule) -> bool:
+        """Measure, and return whether all modes have been learned for half as many steps again."""
         z1, z2 = capture(module, self._pairs, [""])[""]
         self.embeddings = torch.cat([z1 - z1.mean(0), z2 - z2.mean(0)]).double()
         self.path[step] = torch.linalg.eigvalsh(correlation(z1, z2, center=True)).flip(0)
         learned = int((self.path[step] >= LEARNED).sum())
         if learned not in self.accuracies:
             self.accuracies[learned] = self._accuracy(module)
+            self._last = 1.5 * step if learned == len(z1.T) else math.inf
+        return step >= self._last
 
     def _accuracy(self, module: L.LightningModule) -> float:
         """Return the share of held-out images that their neighbours in the hidden representation classify right."""
@@ -109,7 +113,7 @@ def _labelled(loader: Any) -> tuple[Tensor, Tensor]:
 def resnet_descent(
     data: TwoViewDataModule, dim: int, seed: int, setting: Setting, steps: int
 ) -> tuple[Descent, dict[int, float]]:
-    """Train the small ResNet for so many steps on batches of fresh crops; return it, and hidden accuracies.
+    """Train the small ResNet for at most so many steps on batches of fresh crops; return it, and hidden accuracies.
 
     The descent's ``steps`` are those until all modes are learned, NaN where they are not by the end; an accuracy is
     that of k nearest neighbours in the hidden representation when first so many modes were learned.

@@ -110,8 +110,8 @@ class LinearProblem:
     def of(cls, h1: Tensor, h2: Tensor, dimensions: tuple[int, int], init_std: float, seed: int) -> LinearProblem:
         """Return it for features (n, m), with as many dimensions, between two numbers, as have the widest gap behind.
 
-        Where γ_{d+1} is hardly smaller than γ_d, no descent of a usual length tells the two apart, and there is no top-d
-        subspace to be found.
+        Where γ_{d+1} is hardly smaller than γ_d, no descent of a usual length tells the two apart, and there is no
+        top-d subspace to be found.
         """
         gamma, basis = torch.linalg.eigh(feature_cross_correlation(h1, h2))
         gamma, basis = gamma.flip(0), basis.flip(1)
