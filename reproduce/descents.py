@@ -1,7 +1,7 @@
 """Descents of the analytical loss in full view: plain, with momentum, accelerated; and which is the fastest.
 
 A model that is linear in features is descended in the eigenbasis of Γ, in float64, which is training on the pairs. What
-is counted are optimiser steps until all d eigenvalues of C are at ½.
+is counted are optimiser steps until all d eigenvalues of C are at ½, and stay there.
 """
 
 from __future__ import annotations
@@ -19,7 +19,9 @@ from stepwise_lightning.acceleration import gate, lyapunov
 from stepwise_lightning.theory import feature_cross_correlation
 
 LEARNED = 0.5
-STAYS = 1.5  # a descent counts that goes on for half as long again, and has all eigenvalues between ½ and this then
+STAYS = (
+    1.5  # all modes are learned since all eigenvalues lie between ½ and this, as they have to for half as long again
+)
 RULES = ("plain", "momentum", "gate", "lyapunov")
 # The control: features are divided by |Γ|, so that all modes are equally fast.
 FEATURES = "features"
@@ -39,7 +41,7 @@ class Descent:
 
     setting: Setting
     steps: float = math.nan
-    """The first at which all eigenvalues of C are at ½; NaN if they never were, or did not stay."""
+    """Since which all modes are learned; NaN if that has not been."""
     path: dict[int, Tensor] = field(default_factory=dict)
     """Eigenvalues of C by step, (d,) each, where they were kept."""
     final: Tensor = field(default_factory=lambda: torch.zeros(0))
@@ -55,7 +57,7 @@ class Watch:
     """Looks at C before each step, and says when to stop."""
 
     def __init__(self, descent: Descent, most: int) -> None:
-        self.descent, self._most, self._first, self._step = descent, most, math.nan, -1
+        self.descent, self._most, self._since, self._step = descent, most, math.nan, -1
 
     def goes_on(self, c: Tensor) -> bool:
         """Take in C, (d, d), and return whether there is a reason to take another step."""
@@ -64,15 +66,15 @@ class Watch:
             return False
         values = torch.linalg.eigvalsh(c).flip(0)
         self.descent.path[self._step] = values
-        if math.isnan(self._first):
-            if float(values[-1]) >= LEARNED:
-                self._first = self._step
+        if not (float(values[-1]) >= LEARNED and float(values[0]) <= STAYS):
+            self._since = math.nan
+        elif math.isnan(self._since):
+            self._since = self._step
+        if math.isnan(self._since):
             return self._step < self._most
-        if self._step < 1.5 * self._first:
-            return True
-        if float(values[-1]) >= LEARNED and float(values[0]) <= STAYS:
-            self.descent.steps = self._first
-        return False
+        if self._step >= 1.5 * self._since:
+            self.descent.steps = self._since
+        return math.isnan(self.descent.steps)
 
 
 def tuned(run: Callable[[Setting, int], Descent], settings: Iterable[Setting], most: int) -> Descent:
