@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from matplotlib.ticker import NullFormatter
+from matplotlib.ticker import LogFormatterMathtext, LogLocator
 
 from stepwise_lightning.plots.doses import Response, draw_response
 from stepwise_lightning.plots.figures import Figure
@@ -33,14 +33,17 @@ def rules_figure(
     for axis, panel in zip(upper, panels, strict=True):
         draw_panel(panel, None, axis)
         axis.set(title=panel.title, xlabel="steps", xlim=(1, last), ylim=(-0.05, 2))
-        axis.xaxis.set_minor_formatter(NullFormatter())
+        axis.xaxis.set_major_locator(LogLocator(numticks=6))
+        axis.xaxis.set_major_formatter(LogFormatterMathtext())
     upper[0].set_ylabel(panels[0].label)
     left, middle, right = parts[1].subplots(1, 3, width_ratios=[1.15, 1, 1])
     draw_response(left, steps)
+    left.set_title(steps.title, fontsize="medium")
     _draw_alignments(middle, alignments)
     draw_response(right, others)
     right.set_ylim(0, 1)
     right.set_xlabel("learned modes")
+    right.set_title(others.title, fontsize="medium")
     describe(figure, title, note)
     return figure
 
