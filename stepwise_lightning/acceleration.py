@@ -14,17 +14,19 @@ come late because each grows in proportion to its γ. Another P costs products o
 dimensions of the embedding, not features, so that the modes that win are those of the largest γ as before, where what
 preconditions features or weights (natural gradients, Adam) ends in another subspace.
 
-*Gate*: P = 4 Q diag((1 − λ) / (max(λ, 0) + ε)) Qᵀ. A mode grows up to 1/ε times as fast as by gradient descent until it
-is learned, and then moves as by gradient descent, whose learning rate is the gate's too.
+*Gate*: P = 4 Q diag((1 − λ) / (max(λ, 0) + ε)) Qᵀ. A mode grows up to 1/ε times as fast as by gradient descent until
+it is learned, and then moves as by gradient descent, below whose limit, 1/(4γ_1), the learning rate has to stay. Near
+that the first mode may overshoot tenfold on its way.
 
 *Lyapunov*: P S + S P = 2 Q diag((1 − λ) max(\|λ\|, φ‖C‖)) Qᵀ. A step ΔW = ηPG of the last layer changes C by
 η (P S + S P) to first order, so that on features that stay each λ follows dλ/dk = 2η (1 − λ) λ over steps k, whatever
-its γ. The rate has no unit: stable below 1, smooth up to 0.5, slow below 0.1.
+its γ. The rate has no unit: stable below 1 on features that stay, slow below 0.1. A network's other layers move C too,
+so that 0.3 is about as much as small networks take.
 
-Of features that stay and full batches this is what is learned, and how fast. Known failures: batches of 64 fresh pairs,
-whose C and S are too noisy, lose the subspace of the largest γ (256 keep most of it); in a network whose features move,
-S knows of the last layer alone; hidden layers of a network are not better for it, they have had fewer steps. Momentum
-and Adam on top have no equation here.
+This is what is learned, and how fast, with features that stay and full batches (``reproduce/figures/faster_modes.py``
+has numbers). Known failures: C and S of a batch of 64 fresh pairs are so noisy that the subspace of the largest γ is
+lost, and with 256 it is not kept whole; in a network S knows of the last layer alone; hidden layers of a network are
+not better for it, they have had fewer steps. Momentum and Adam on top have no equation here.
 """
 
 from __future__ import annotations
@@ -116,7 +118,8 @@ def accelerated(
     f1, f2 = (as_float64(z.detach(), "embeddings") for z in (z1, z2))
     if center:
         f1, f2 = f1 - f1.mean(0), f2 - f2.mean(0)
-    c = _symmetrised(f1, f2)
+    product = f1.T @ f2 / len(f1)
+    c = (product + product.T) / 2
     if not c.isfinite().all():
         return terms
     if acceleration == "gate":
@@ -194,8 +197,3 @@ def _of_views(inputs: Sequence[Tensor], num_pairs: int) -> list[Tensor]:
             f"of {num_pairs} pairs, what entered its last layer of {[len(h) for h in inputs]}"
         )
     return [as_float64(h, "what enters the last layer") for h in inputs]
-
-
-def _symmetrised(f1: Tensor, f2: Tensor) -> Tensor:
-    product = f1.T @ f2 / len(f1)
-    return (product + product.T) / 2

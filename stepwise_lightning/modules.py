@@ -202,7 +202,7 @@ class BarlowTwins(JointEmbedding):
 
     Args:
         acceleration: of the analytical model (beyond the paper): another gradient than the loss's, with which all modes
-            are learned in fewer steps, ``gate`` at the rate of gradient descent, ``lyapunov`` at one of 0.1 to 0.5. For
+            are learned in fewer steps, ``gate`` at the rate of gradient descent, ``lyapunov`` at one of 0.1 to 0.3. For
             equations and failures see :mod:`stepwise_lightning.acceleration`.
 
     """
