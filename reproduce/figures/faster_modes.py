@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from reproduce.accelerated_networks import features, resnet_descent, wide_descent
-from reproduce.claims import Claim, worst
+from reproduce.claims import Claim, seeds_text, worst
 from reproduce.descents import FEATURES, LEARNED, RULES, Descent, LinearProblem, Setting, tuned
 from reproduce.figures.kernel_mlp import into_their_span
 from reproduce.options import data_name
@@ -289,8 +289,8 @@ def _figure(results: list[Result], first: list[Result], options: argparse.Namesp
             "accuracy of 20 neighbours", "hidden layer of the ResNet",
         ),
         title="All modes in fewer steps, and in the same subspace while batches are large",
-        note=f"{data_name(options.data)}; above: linear model, seed {options.seeds[0]}; below: seeds "
-        f"{', '.join(map(str, options.seeds))}, of the ResNet the first {options.resnet_seeds}",
+        note=f"{data_name(options.data)}; above: linear model, seed {options.seeds[0]}; below: "
+        f"{seeds_text(options.seeds)}, of the ResNet {seeds_text(options.seeds[: options.resnet_seeds])}",
     )  # fmt: skip
 
 
