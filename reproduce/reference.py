@@ -17,6 +17,7 @@ EXPECTED = Path(__file__).parent / "expected"
 # two machines); counts of modes and steps may then differ by one.
 TOLERANCES = {
     "linear_model": (0.05, 1e-3), "start_scale": (0.05, 1e-3), "kernel_pca": (0.0, 1e-3), "kernel_mlp": (0.05, 0.01),
+    "faster_modes": (0.25, 0.01),
 }  # fmt: skip
 RESNET_TOLERANCE = (0.4, 0.1)
 

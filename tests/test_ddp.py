@@ -12,13 +12,23 @@ from stepwise_lightning import BarlowTwins, SimCLR, VICReg
 from stepwise_lightning.collectives import SyncBatchNorm, all_gather_with_grad, check_equal_shards
 
 GLOBAL_BATCH, IMAGE, STEPS = 12, 8, 20
+ANALYTICAL = {"off_diagonal_weight": 1.0, "normalize": False}
 METHODS = {
     "barlow_twins": (BarlowTwins, {}),
-    "barlow_twins_analytical": (BarlowTwins, {"off_diagonal_weight": 1.0, "normalize": False}),
+    "barlow_twins_analytical": (BarlowTwins, ANALYTICAL),
+    "barlow_twins_gate": (BarlowTwins, {**ANALYTICAL, "acceleration": "gate", "center": True}),
+    "barlow_twins_lyapunov": (BarlowTwins, {**ANALYTICAL, "acceleration": "lyapunov"}),
     "simclr": (SimCLR, {}),
     "vicreg": (VICReg, {}),
 }
-RATES = {"barlow_twins": 0.03, "barlow_twins_analytical": 0.03, "simclr": 0.1, "vicreg": 0.01}
+RATES = {
+    "barlow_twins": 0.03,
+    "barlow_twins_analytical": 0.03,
+    "barlow_twins_gate": 0.003,
+    "barlow_twins_lyapunov": 0.03,
+    "simclr": 0.1,
+    "vicreg": 0.01,
+}
 
 
 class Block(nn.Module):

@@ -3,6 +3,7 @@
 from stepwise_lightning.plots.doses import Response, doses_figure
 from stepwise_lightning.plots.embeddings import embedding_figure, growth_animation, growth_figure, principal_components
 from stepwise_lightning.plots.panels import Panel, draw_panel, mode_colours
+from stepwise_lightning.plots.rules import rules_figure
 from stepwise_lightning.plots.runs import overlay_figure, run_figure
 from stepwise_lightning.plots.trajectories import (
     alignment_figure,
@@ -28,6 +29,7 @@ __all__ = [
     "mode_colours",
     "overlay_figure",
     "principal_components",
+    "rules_figure",
     "run_figure",
     "spectra_figure",
     "trajectories_figure",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from matplotlib.ticker import LogFormatterMathtext, LogLocator
@@ -21,6 +21,7 @@ class Response:
         label: of the vertical axis.
         title: above the panel.
         log: whether the vertical axis is logarithmic.
+        bounds: below which a value of a curve of the same name is not, (s, k), NaN for none; drawn as open triangles.
 
     """
 
@@ -29,6 +30,7 @@ class Response:
     label: str
     title: str = ""
     log: bool = False
+    bounds: dict[str, Array] = field(default_factory=dict)
 
 
 def doses_figure(rows: list[list[Panel]], responses: list[Response], title: str, note: str = "") -> Figure:
@@ -48,17 +50,20 @@ def doses_figure(rows: list[list[Panel]], responses: list[Response], title: str,
             axis.xaxis.set_major_formatter(LogFormatterMathtext())
         axes[0].set_ylabel(panels[0].label)
     for axis, response in zip(parts[-1].subplots(1, len(responses), squeeze=False)[0], responses, strict=True):
-        _draw_response(axis, response)
+        draw_response(axis, response)
     describe(figure, title, note, legend_lines([panel for panels in rows for panel in panels], "step"))
     return figure
 
 
-def _draw_response(axis: Any, response: Response) -> None:
+def draw_response(axis: Any, response: Response) -> None:
+    """Draw one: a dot for each repetition, and a line through their means."""
     places = range(len(response.doses))
     for (name, values), colour in zip(response.curves.items(), CLASS_COLOURS, strict=False):
         axis.plot(places, values.mean(0), color=colour, linewidth=2, label=name)
         for repetition in values:
             axis.plot(places, repetition, "o", color=colour, markersize=4, alpha=0.6)
+        for bounds in response.bounds.get(name, ()):
+            axis.plot(places, bounds, "^", color=colour, markersize=7, fillstyle="none")
     axis.set_xticks(places, response.doses)
     axis.set(title=response.title, ylabel=response.label)
     if response.log:

@@ -16,7 +16,7 @@ from reproduce.training import PROFILES
 
 ROOT = Path(__file__).parents[2]
 SCRIPTS = sorted((ROOT / "reproduce" / "slurm").glob("*.sbatch"))
-NO_NETWORKS = ("linear_model", "start_scale", "kernel_pca", "kernel_mlp")
+NO_NETWORKS = ("linear_model", "start_scale", "kernel_pca", "kernel_mlp", "faster_modes")
 
 
 def directives(script: Path) -> dict[str, str]:
@@ -121,7 +121,7 @@ def test_the_array_s_runs_are_those_that_the_figures_look_for(submit, monkeypatc
         ("cpu kernel_mlp", {"DATA": "nowhere"}, "no CIFAR-10 in 'nowhere': get it"),
         ("train", {"SLURM_ARRAY_TASK_ID": ""}, "submit this with sbatch"),
         ("train", {"SLURM_SUBMIT_DIR": "/"}, "submit this from the root of the repository, not from /"),
-        ("cpu", {}, "the name of a figure, not ''; choose from: linear_model start_scale kernel_pca kernel_mlp"),
+        ("cpu", {}, "the name of a figure, not ''; choose from: linear_model start_scale kernel_pca kernel_mlp faster"),
         ("cpu three_losses", {}, "the name of a figure, not 'three_losses'; choose from: linear_model"),
         ("gpu kernel_pca", {}, "the name of a figure, not 'kernel_pca'; choose from: resnet_barlow_twins"),
         ("gpu --seeds 0", {}, "the name of a figure, not '--seeds'; choose from: resnet_barlow_twins"),

@@ -1,0 +1,88 @@
+"""The figure of faster modes: its descents are training by the module, and what counts as learned."""
+
+import math
+from argparse import Namespace
+
+import pytest
+import torch
+
+from reproduce.descents import FEATURES, Descent, LinearProblem, Setting, Watch, tuned
+from reproduce.figures import faster_modes
+from stepwise_lightning import BarlowTwins, FixedCropPairs, LinearEncoder
+from stepwise_lightning.theory import feature_cross_correlation
+
+
+def pairs():
+    data = FixedCropPairs(num_pairs=40, crop_size=6, seed=0)
+    data.setup()
+    return data.x1.flatten(1).double(), data.x2.flatten(1).double()
+
+
+@pytest.mark.parametrize(
+    "setting", [Setting("plain", 0.5), Setting("momentum", 0.4, 0.9), Setting("gate", 0.5), Setting("lyapunov", 0.5)]
+)
+def test_descent_in_the_eigenbasis_is_training_on_the_pairs(setting):
+    x1, x2 = pairs()
+    problem = LinearProblem.of(x1, x2, (3, 3), 1e-3, seed=0)
+    path = problem.descend(setting, 25).path
+    encoder = LinearEncoder(108, 3).double()
+    with torch.no_grad():
+        basis = torch.linalg.eigh(feature_cross_correlation(x1, x2)).eigenvectors.flip(1)
+        encoder.weight.copy_(problem.weights0 @ basis.T)
+    rate = setting.rate if setting.rule == "lyapunov" else setting.rate / (4 * float(problem.gamma[0]))
+    rule = setting.rule if setting.rule in ("gate", "lyapunov") else None
+    module = BarlowTwins(encoder, 1.0, off_diagonal_weight=1.0, normalize=False, acceleration=rule)
+    optimizer = torch.optim.SGD(module.parameters(), lr=rate, momentum=setting.momentum)
+    for step in range(25):
+        z1, z2 = module(x1), module(x2)
+        c = (z1.T @ z2 + z2.T @ z1).detach() / (2 * len(z1))
+        torch.testing.assert_close(path[step], torch.linalg.eigvalsh(c).flip(0), rtol=1e-5, atol=1e-12)
+        optimizer.zero_grad()
+        module.loss(z1, z2).backward()
+        optimizer.step()
+    assert path[25][0] > 100 * path[0][0]  # something has grown
+
+
+def test_modes_are_learned_since_all_stay():
+    def until(levels):
+        watch = Watch(Descent(Setting("plain", 0.1)), most=8)
+        steps = next(k for k, level in enumerate(levels) if not watch.goes_on(level * torch.eye(2)))
+        return steps, watch.descent.steps
+
+    assert until([0.1, 0.1, 0.6, 0.9, 0.9, 0.9]) == (3, 2)
+    assert until([0.1, 0.1, 0.6, 0.4, 0.6, 0.9, 0.9, 0.9]) == (6, 4)  # below again: counted anew
+    assert until([0.1, 0.1, 1.6, 0.9, 0.9, 0.9]) == (5, 3)  # above 1½: not yet
+    steps, learned = until([0.1] * 20)
+    assert steps == 8 and math.isnan(learned)
+    assert until([0.1, 1e9])[0] == 1
+
+
+def test_of_a_grid_the_fastest_counts_and_others_are_cut_short():
+    asked = []
+
+    def run(setting, most):
+        asked.append(most)
+        return Descent(setting, {1: 90.0, 2: math.nan, 3: 40.0, 4: 60.0}[setting.rate])
+
+    best = tuned(run, [Setting("plain", rate) for rate in (2, 1, 3, 4)], most=200)
+    assert best.setting.rate == 3 and asked == [200, 200, 90, 40]
+
+
+def test_dimensions_end_where_gamma_falls_most_and_the_control_loses_their_subspace():
+    x1, x2 = pairs()
+    problem = LinearProblem.of(x1, x2, (5, 8), 1e-6, seed=0)
+    falls = problem.gamma[5:9] / problem.gamma[4:8]
+    assert int(falls.argmin()) == len(problem.weights0) - 5
+    lyapunov, control = (
+        faster_modes._aligned(problem, problem.descend(setting, 200))
+        for setting in (Setting("lyapunov", 0.5), Setting(FEATURES, 0.25))
+    )
+    assert lyapunov > 0.99 and control < 0.9
+
+
+def test_a_wide_network_learns_all_modes_in_fewer_steps_by_the_gate():
+    options = Namespace(
+        data="photos", num_pairs=20, crop_size=6, root=None, download=False, wide_pairs=20, width=32, wide_dim=2
+    )
+    steps = {result.rule: result.descent.steps for result in faster_modes.experiment("wide", 0, "", options)}
+    assert 2 * steps["gate"] < steps["momentum"] < steps["plain"] and steps["lyapunov"] < steps["momentum"]

@@ -1,0 +1,231 @@
+"""Accelerated gradients: against the loss's own, the equation that they solve, and training that they speed up."""
+
+import copy
+import pickle
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.loggers import CSVLogger
+
+from stepwise_lightning import MLP, BarlowTwins, Encoder, LinearEncoder, barlow_twins_loss
+from stepwise_lightning.acceleration import accelerated, gate, last_inputs, lyapunov
+
+ANALYTICAL = {"off_diagonal_weight": 1.0, "normalize": False}
+
+
+def draw(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def symmetric(size, seed=0):
+    a = draw(size, size, seed=seed)
+    return (a + a.T) / 2
+
+
+def views(n=40, m=12):
+    """Return two views (n, m), whose Γ has well separated eigenvalues."""
+    common = draw(n, m, seed=1) * torch.logspace(0, -1.5, m, dtype=torch.float64)
+    return common + 0.05 * draw(n, m, seed=2), common + 0.05 * draw(n, m, seed=3)
+
+
+def gradient(module, x1, x2):
+    module.zero_grad()
+    module.loss(module(x1), module(x2)).backward()
+    return torch.cat([p.grad.flatten() for p in module.parameters()])
+
+
+@pytest.mark.parametrize("center", [False, True])
+def test_with_the_matrix_of_gradient_descent_the_gradient_is_that_of_the_loss(center, monkeypatch):
+    monkeypatch.setattr("stepwise_lightning.acceleration.gate", lambda c: 4 * (torch.eye(len(c)) - c))
+    x1, x2 = (x + 0.3 for x in views())  # means that matter
+    plain = MLP(12, [16], 3, seed=1).double()
+    modules = [
+        BarlowTwins(copy.deepcopy(plain), 0.1, center=center, acceleration=acceleration, **ANALYTICAL)
+        for acceleration in (None, "gate")
+    ]
+    expected, actual = (gradient(module, x1, x2) for module in modules)
+    torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-14)
+
+
+def test_the_gate_is_gradient_descent_where_modes_are_learned_and_faster_where_they_are_not():
+    q = torch.linalg.qr(draw(4, 4)).Q
+    eigenvalues = torch.tensor([1.2, 0.99, 0.5, -0.3], dtype=torch.float64)
+    p = gate((q * eigenvalues) @ q.T, floor=1e-2)
+    expected = [4 * -0.2 / 1.21, 4 * 0.01 / 1.0, 4 * 0.5 / 0.51, 4 * 1.3 / 0.01]
+    torch.testing.assert_close(q.T @ p @ q, torch.diag(torch.tensor(expected, dtype=torch.float64)))
+
+
+@pytest.mark.parametrize("floor", [0.0, 1e-3, 0.5])
+def test_lyapunov_is_the_solution_by_kronecker_products(floor):
+    c, g = 0.5 * symmetric(5), draw(5, 7, seed=4)
+    s, identity = g @ g.T, torch.eye(5, dtype=torch.float64)
+    eigenvalues, q = torch.linalg.eigh(c)
+    top = torch.linalg.matrix_norm(c, 2)
+    wanted = sum(
+        2 * (1 - x) * max(abs(x), floor * top) * torch.outer(v, v) for x, v in zip(eigenvalues, q.T, strict=True)
+    )
+    solution = torch.linalg.solve(torch.kron(s, identity) + torch.kron(identity, s), wanted.flatten()).reshape(5, 5)
+    p = lyapunov(c, s, floor)
+    torch.testing.assert_close(p, solution, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(p @ s + s @ p, wanted, rtol=1e-9, atol=1e-9)
+    assert torch.equal(p, p.T)
+
+
+def test_lyapunov_leaves_alone_what_has_no_gradient():
+    assert not lyapunov(torch.zeros(3, 3), torch.zeros(3, 3)).any()
+    c = torch.diag(torch.tensor([0.5, 0.0]))
+    p = lyapunov(c, torch.diag(torch.tensor([2.0, 0.0])))
+    torch.testing.assert_close(p, torch.diag(torch.tensor([0.125, 0.0], dtype=torch.float64)))
+
+
+def eigenvalues_of_c(module, x1, x2):
+    z1, z2 = module(x1).detach(), module(x2).detach()
+    c = z1.T @ z2 / len(z1)
+    return torch.linalg.eigvalsh((c + c.T) / 2).flip(0)
+
+
+def descend(module, rate, steps, x1, x2):
+    """Return the eigenvalues of C before each step and after the last."""
+    optimizer, path = torch.optim.SGD(module.parameters(), lr=rate), [eigenvalues_of_c(module, x1, x2)]
+    for _ in range(steps):
+        optimizer.zero_grad()
+        module.loss(module(x1), module(x2)).backward()
+        optimizer.step()
+        path.append(eigenvalues_of_c(module, x1, x2))
+    return torch.stack(path)
+
+
+@pytest.mark.parametrize("center", [False, True])
+def test_under_lyapunov_every_mode_of_a_linear_model_grows_at_one_rate(center):
+    x1, x2 = views()
+    x1, x2 = (x1 - x1.mean(0), x2 - x2.mean(0)) if center else (x1, x2)
+    encoder = LinearEncoder(12, 3).double()
+    with torch.no_grad():  # aligned with the eigenvectors of Γ
+        gamma, v = torch.linalg.eigh((x1.T @ x2 + x2.T @ x1) / (2 * len(x1)))
+        encoder.weight.copy_(1e-3 * torch.linalg.qr(draw(3, 3)).Q @ v[:, [-1, -3, -5]].T)
+    assert 500 > gamma[-1] / gamma[-5] > 5
+    module = BarlowTwins(encoder, 1.0, center=center, acceleration="lyapunov", **ANALYTICAL)
+    path = descend(module, 0.05, 60, x1, x2)
+    # λ ← λ (1 + η (1 − λ))², to round-off, where a mode is not below the floor
+    torch.testing.assert_close(path[1:], path[:-1] * (1 + 0.05 * (1 - path[:-1])) ** 2, rtol=1e-6, atol=1e-12)
+
+
+@pytest.mark.parametrize("acceleration", ["gate", "lyapunov"])
+@pytest.mark.parametrize("kind", ["linear", "layer", "mlp"])
+def test_all_modes_are_learned_in_fewer_steps_and_then_stay(acceleration, kind):
+    x1, x2 = views()
+    networks = {"linear": LinearEncoder(12, 4, 1e-3), "layer": torch.nn.Linear(12, 4), "mlp": MLP(12, [64], 4)}
+    network = networks[kind].double()
+    with torch.no_grad():
+        [p.mul_(1e-3) for p in list(network.parameters())[-2:] if kind != "linear"]
+    plain = BarlowTwins(copy.deepcopy(network), 1.0, **ANALYTICAL)
+    fast = BarlowTwins(network, 1.0, acceleration=acceleration, **ANALYTICAL)
+    # A network's other layers move C too, so that Lyapunov's rate is smaller there.
+    rate = 0.1 if acceleration == "gate" else 0.3 if kind == "mlp" else 0.5
+    fast_path = descend(fast, rate, 100, x1, x2)
+    assert (fast_path[-1] > 0.99).all() and (fast_path[-1] < 1.01).all()
+    assert 2.5 * steps_until_learned(fast_path) < steps_until_learned(descend(plain, 0.1, 100, x1, x2))
+
+
+def steps_until_learned(path):
+    """Return the first step at which all eigenvalues are above ½; where there is none, one more than there are."""
+    return (path.min(1).values < 0.5).sum().item()
+
+
+def test_a_bias_is_a_weight_of_a_feature_that_is_one():
+    x1, x2 = views()
+    layer = torch.nn.Linear(12, 3).double()
+    beside_a_one = LinearEncoder(13, 3).double()
+    with torch.no_grad():
+        beside_a_one.weight.copy_(torch.cat([layer.weight, layer.bias[:, None]], 1))
+    with_bias, without = (BarlowTwins(e, 0.1, acceleration="lyapunov", **ANALYTICAL) for e in (layer, beside_a_one))
+    grown = [torch.cat([x, torch.ones(len(x), 1).double()], 1) for x in (x1, x2)]
+    a, b = gradient(with_bias, x1, x2), gradient(without, *grown).reshape(3, 13)
+    torch.testing.assert_close(a, torch.cat([b[:, :-1].flatten(), b[:, -1]]), rtol=1e-9, atol=1e-12)
+
+
+def test_the_value_is_that_of_the_loss_and_copies_have_inputs_of_their_own():
+    x1, x2 = views()
+    module = BarlowTwins(MLP(12, [8], 3).double(), 0.1, acceleration="lyapunov", **ANALYTICAL)
+    z1, z2 = module(x1), module(x2)
+    assert float(module.loss(z1, z2).detach()) == float(barlow_twins_loss(z1, z2, **ANALYTICAL).detach())
+    for other in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
+        other(x1[:5]), other(x2[:5])
+        other.loss(other(x1), other(x2)).backward()
+    module.loss(z1, z2).backward()  # what the copies saw is not taken for what it saw
+
+
+def test_loss_values_that_are_not_finite_are_left_to_whoever_looks_at_the_loss():
+    z = torch.full((4, 2), torch.nan)
+    terms = {"on_diagonal": torch.tensor(torch.nan), "off_diagonal": torch.tensor(0.0)}
+    assert accelerated(terms, z, z, "gate", center=False) is terms
+
+
+@pytest.mark.parametrize("acceleration", ["gate", "lyapunov"])
+def test_a_trainer_logs_the_true_loss_and_checkpoints_keep_the_option(acceleration, tmp_path):
+    x1, x2 = (x.float() for x in views())
+    loader = torch.utils.data.DataLoader([(x1, x2)] * 30, batch_size=None)
+    module = BarlowTwins(MLP(12, [8], 3), 0.01, center=True, acceleration=acceleration, **ANALYTICAL)
+    trainer = L.Trainer(
+        max_steps=30, accelerator="cpu", logger=CSVLogger(tmp_path, name="run"), enable_checkpointing=False,
+        enable_model_summary=False, enable_progress_bar=False, log_every_n_steps=30,
+    )  # fmt: skip
+    before = []
+    module.optimizer_zero_grad = lambda *_: before.append(copy.deepcopy(module.encoder.state_dict()))
+    trainer.fit(module, loader)
+    module.encoder.load_state_dict(before[-1])
+    loss = barlow_twins_loss(module(x1), module(x2), center=True, **ANALYTICAL)
+    assert trainer.logged_metrics["train/loss"].item() == pytest.approx(loss.item(), rel=1e-5)
+    trainer.save_checkpoint(tmp_path / "end.ckpt")
+    again = BarlowTwins.load_from_checkpoint(tmp_path / "end.ckpt", encoder=MLP(12, [8], 3))
+    assert again.hparams["acceleration"] == acceleration
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"acceleration": "newton", **ANALYTICAL}, "must be None, 'gate' or 'lyapunov', got 'newton'"),
+        (
+            {"acceleration": "gate"},
+            "for the analytical loss, got normalize=True and off_diagonal_weight=0.0051: set norm",
+        ),
+        (
+            {"acceleration": "gate", "normalize": False},
+            "for the analytical loss, got normalize=False and off_diagonal_w",
+        ),
+    ],
+)
+def test_other_losses_and_rules_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        BarlowTwins(LinearEncoder(4, 2), 0.1, **settings)
+
+
+def test_lyapunov_refuses_an_encoder_that_does_not_end_in_a_linear_layer():
+    with pytest.raises(
+        ValueError, match="needs what enters the last linear layer, and Flatten has none: choose 'gate'"
+    ):
+        BarlowTwins(torch.nn.Flatten(), 0.1, acceleration="lyapunov", **ANALYTICAL)
+    network = torch.nn.Sequential(torch.nn.Linear(4, 2), torch.nn.Tanh())
+    module = BarlowTwins(network, 0.1, acceleration="lyapunov", **ANALYTICAL)
+    with pytest.raises(
+        ValueError, match="needs an encoder that ends in its last linear layer, and Sequential does not"
+    ):
+        module(torch.ones(3, 4))
+
+
+def test_lyapunov_needs_the_encoder_to_be_called_before_the_loss():
+    module = BarlowTwins(LinearEncoder(4, 2), 0.1, acceleration="lyapunov", **ANALYTICAL)
+    with pytest.raises(
+        ValueError, match=r"on each view before the loss: the embeddings are of 3 pairs, what .* of \[\]"
+    ):
+        module.loss(torch.ones(3, 2), torch.ones(3, 2))
+
+
+def test_what_enters_the_last_layer_of_an_encoder_is_kept():
+    encoder = Encoder(out_features=3, backbone="resnet_small", projector_depth=2, hidden_features=8)
+    inputs = last_inputs(encoder)
+    embeddings = [encoder(torch.rand(4, 3, 16, 16)) for _ in range(3)]
+    last = encoder.projector[-1]
+    for h, z in zip(inputs, embeddings[1:], strict=True):
+        torch.testing.assert_close(h @ torch.cat([last.weight, last.bias[:, None]], 1).T, z)
