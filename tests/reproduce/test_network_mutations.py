@@ -42,7 +42,6 @@ def staircase_as_control(patch):
 
 def one_run(patch):
     """Take one run for those of all three losses."""
-
     embeddings = Run.embeddings
 
     def of_barlow_twins(run, learned):
