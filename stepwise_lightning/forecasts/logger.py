@@ -52,8 +52,8 @@ class ForecastLogger(L.Callback):
 
     Logged, to every logger: ``forecast/next_mode_step``, at the step at which it was said, if the mode is due before
     training ends. Progress says "4 of 10 modes learned, next ≈ step 3200", and the first forecast is a line of its own.
-    In pictures of trajectories the first one of each mode is marked. Without SGD there is nothing to go by, and nothing
-    is said.
+    In pictures of trajectories the first one of each mode is marked. Without SGD, or with an acceleration, nothing is
+    said.
 
     Typical errors of the time that remains, of small networks: 40 % for Barlow Twins, 30 % for SimCLR; for VICReg it
     is overrated, up to twofold.
@@ -91,8 +91,11 @@ class ForecastLogger(L.Callback):
         self._spectrum = next(spectrum for spectrum in spectra if self._matrix in spectrum.matrices and spectrum.output)
         self.forecasts, self._text = [], ""
         self._stop()
-        if (kind := type(trainer.optimizers[0])) is not torch.optim.SGD:
-            rank_zero_info(f"no forecast of the next mode: that is one of SGD, and this is {kind.__name__}")
+        kind, acceleration = type(trainer.optimizers[0]), pl_module.hparams.get("acceleration")
+        if kind is not torch.optim.SGD or acceleration:
+            rank_zero_info(
+                f"no forecast of the next mode: that is one of SGD, and this is {acceleration or kind.__name__}"
+            )
             return
         self._measurements, self._learned, self._next_at = -1, -1, 0.0
         self._began, self._spent = time.perf_counter(), 0.0

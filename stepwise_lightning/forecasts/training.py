@@ -52,6 +52,10 @@ class Training:
         own: Mapping[str, Any] = module.hparams if isinstance(module, JointEmbedding) else {}
         if getattr(module, "optimizer", None) is not None and isinstance(module, JointEmbedding):
             raise UserError("a forecast is of SGD, but this module has another optimizer: leave that out")
+        if own.get("acceleration"):
+            raise UserError(
+                f"a forecast is of SGD, but this module has acceleration={own['acceleration']!r}: leave that out"
+            )
         loss = loss or loss_of(module)
         if settings is None:
             known = loss_settings(loss, {})

@@ -247,9 +247,12 @@ def test_the_next_mode_is_said_marked_and_not_forecast_without_sgd(tmp_path, cap
         len(record.matrices)
     ]  # the first below the losses
     assert any(list(line.get_xdata()) == marked for line in axis.lines)
-    silent = ForecastLogger()
-    trained(tmp_path, BarlowTwins, silent, steps=3, momentum=0.0, optimizer=torch.optim.AdamW)
-    assert not silent.forecasts
+    for other in ({"optimizer": torch.optim.AdamW}, {"acceleration": "gate"}):
+        silent = ForecastLogger()
+        model, _ = trained(tmp_path, BarlowTwins, silent, steps=3, momentum=0.0, **other)
+        assert not silent.forecasts
+        with pytest.raises(ValueError, match="a forecast is of SGD, but this module has"):
+            forecast(model, batches(2), 10)
 
 
 def test_live_forecasts_need_measurements(tmp_path):
