@@ -181,7 +181,8 @@ class Run(TrainingRun):
         if with_forecast:
             values = self.forecast.promised(self.record.steps)
             losses = (1 - values).square().sum(1) if self.loss == "barlow_twins" else None
-            theory = SpectrumRecord.of(self.record.times, values, losses, self.method.matrix, self.record.steps)
+            if values.isfinite().any():  # nothing is promised of modes that start high
+                theory = SpectrumRecord.of(self.record.times, values, losses, self.method.matrix, self.record.steps)
         title = f"{self.method.title}: {count} distinct step{'s' * (count != 1)}"
         return Panel(self.record, self.method.matrix, title, theory, step_times=self.steps.step_times)
 
