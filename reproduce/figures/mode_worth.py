@@ -10,6 +10,9 @@ From small initialisation k modes are learned when ``detect_steps`` says so, and
 weights kept next after that, at most 40 steps later. From ordinary initialisation a mode counts when it is half-way up
 (``detect_rises``), and no weights but the last are kept, so that hidden representations are those of the end.
 
+The hidden representation gains less, since its untrained components are worth more than those of the embedding; with
+Barlow Twins it hardly gains at all (photographs, seeds 0, 1, 2: 0.03, 0.08, 0.05), and nothing is claimed of it.
+
 The classes of the photographs are the eight pictures that tiles are cut from, 41 % of them from one. Held-out tiles
 overlap each other, which flatters k-NN, also of pixels. On CIFAR-10 these small networks and weak crops, with which the
 staircase is as clear, learn modes that tell next to nothing of its classes: ``docs/results.md`` has the numbers.
@@ -47,8 +50,9 @@ COLUMNS = ["loss", "start", "seed", "classifier", "representation", "modes", "st
 # By how much an embedding of all learned modes exceeds others of as many components, for every seed.
 LEAST_GAIN = {"barlow_twins": 0.1, "vicreg": 0.1, "simclr": 0.05}
 LEAST_HIDDEN_GAIN = 0.05
-LEAST_GAIN_SMOKE = 0.0
-OVER_PIXELS = ("barlow_twins", "vicreg")
+HIDDEN_GAINS = ("vicreg", "simclr")
+LEAST_GAIN_SMOKE = 0.05  # of its few steps; SimCLR's are too few
+OVER_PIXELS = ("barlow_twins", "vicreg")  # as many of SimCLR's modes, five or six, are worth about what pixels are
 
 
 def produce(options: argparse.Namespace, directory: Path) -> Outcome:
@@ -165,18 +169,20 @@ def _summary(run: Run, rows: list[list[Any]]) -> dict[str, Any]:
 def _claims(rows: list[list[Any]], options: argparse.Namespace) -> list[Claim]:
     claims, smoke = [], options.profile == "smoke"
     for loss, method in METHODS.items():
+        if smoke and loss not in OVER_PIXELS:
+            continue
         last = [_last(rows, (loss, "small", seed)) for seed in options.seeds]
-        judged = [("untrained", EMBEDDING, UNTRAINED, LEAST_GAIN[loss])]
-        judged += [("hidden", HIDDEN, UNTRAINED_HIDDEN, LEAST_HIDDEN_GAIN)]
-        judged += [("pixels", EMBEDDING, PIXELS, LEAST_GAIN[loss])] * (loss in OVER_PIXELS and not smoke)
+        judged = [("untrained", EMBEDDING, UNTRAINED, LEAST_GAIN_SMOKE if smoke else LEAST_GAIN[loss])]
+        if not smoke:
+            judged += [("hidden", HIDDEN, UNTRAINED_HIDDEN, LEAST_HIDDEN_GAIN)] * (loss in HIDDEN_GAINS)
+            judged += [("pixels", EMBEDDING, PIXELS, LEAST_GAIN[loss])] * (loss in OVER_PIXELS)
         for name, trained, other, least in judged:
             sentence = f"{method.title}, small start: accuracy on all learned modes, {trained}, over {other}"
             gains = [values[trained] - values[other] for values in last]
             nothing = [values[PERMUTED] - values[other] for values in last]
             claims.append(
                 worst(
-                    f"{loss}_{name}", sentence, gains, ">=", LEAST_GAIN_SMOKE if smoke else least, options.seeds,
-                    "labels permuted", nothing,
+                    f"{loss}_{name}", sentence, gains, ">=", least, options.seeds, "labels permuted", nothing,
                 )
             )  # fmt: skip
     return claims

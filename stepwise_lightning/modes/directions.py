@@ -72,11 +72,10 @@ class Modes:
         if matrix == "cross_correlation":
             first, second = (view - view.mean(0) for view in seen)
             product = first.T @ second / len(first)
-            product = (product + product.T) / 2
-        else:
-            centred = torch.cat(seen) - origin
-            product = centred.T @ centred / len(centred)
-        eigenvalues, vectors = (part.flip(-1) for part in torch.linalg.eigh(product))
+            eigenvalues, vectors = (part.flip(-1) for part in torch.linalg.eigh((product + product.T) / 2))
+        else:  # more dimensions than samples, as pixels have, cost no more this way
+            _, lengths, rows = torch.linalg.svd(torch.cat(seen) - origin, full_matrices=False)
+            eigenvalues, vectors = lengths.square() / sum(map(len, seen)), rows.T
         kept = eigenvalues.abs() > _LEAST_SHARE * eigenvalues.abs().max()
         eigenvalues, vectors = eigenvalues[kept], vectors[:, kept]
         signs = vectors.gather(0, vectors.abs().argmax(0, keepdim=True)).sign()

@@ -61,7 +61,6 @@ def worth_figure(rows: list[list[WorthPanel]], labels: list[str], title: str, no
     longest = max(values.shape[1] for panels in rows for panel in panels for values in panel.curves.values())
     for axis in axes[-1]:
         axis.set(xlabel="first k modes, or components", xticks=range(0, longest, 1 if longest < 13 else 5))
-    axes[0, 0].set_ylim(bottom=0)
     lines = [Line2D([], [], label=name, **style) for name, style in zip(names, _STYLES, strict=False)]
     describe(figure, title, note, [*lines, Line2D([], [], color="0.8", linewidth=1.2, label="chance")])
     return figure

@@ -1,0 +1,303 @@
+"""Portraits of a run's learned modes: the images at their ends, and what each mode sees and what it is blind to."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from stepwise_lightning.data.batch_views import BatchViews
+from stepwise_lightning.data.image_files import pixels
+from stepwise_lightning.data.image_sets import ImageSet, load_image_set
+from stepwise_lightning.data.strengths import Strengths
+from stepwise_lightning.data.views import plain_view
+from stepwise_lightning.errors import UserError
+from stepwise_lightning.modes import attributes, variations
+from stepwise_lightning.modes.directions import Modes
+from stepwise_lightning.modes.sensitivity import mean_gradients, occlusion_maps
+from stepwise_lightning.record import SpectrumRecord
+from stepwise_lightning.spectrum.measures import MATRICES
+from stepwise_lightning.trained import all_images, checkpoint_of, configuration_of, input_settings, load_encoder
+
+__all__ = ["ModePortraits", "describe_modes"]
+
+ALL_TOGETHER = "all together"
+NUM_IMAGES = 256
+_LEAST_IMAGES = 4
+_RANDOM_VIEWS = 4
+_SHOWN = 6  # images at each end of a mode and in its middle
+_COVERED = 3  # of those at an end, how many get an occlusion map
+_GRADIENT_IMAGES = 128
+_LARGEST = 3  # a picture is shrunk to so many times the side of a view, or each view of it would cost as much as a photo
+_ROUND_OFF = 1e-10
+
+
+@dataclass(frozen=True)
+class ModePortraits:
+    """What :func:`describe_modes` says of k learned modes on n images; a notebook shows it as the page.
+
+    Attributes:
+        run, data: what was looked at, in words.
+        augmentation: of the run: ``standard`` or ``weak``.
+        modes: the learned ones, of views drawn as in training.
+        shares: of the variance that all modes have, (k,).
+        images: as the network sees them, centre crops, (n, 3, size, size) in [0, 1].
+        coordinates: of these, (n, k), each mode divided by its standard deviation over the images.
+        all_coordinates: of these along all modes, learned or not, (n, ≤ d), as they are.
+        labels: int64, (n,), −1 where unknown.
+        class_names: what the labels stand for.
+        paths: of each image, or set/split/number.
+        class_share: variance between classes, ε², (k,); None without two known classes.
+        attributes: Pearson's r with each of ``attributes.ATTRIBUTES``, by name, (k,); NaN where it is constant.
+        explained: share of variance that all of these explain together, left-out, (k,).
+        unchanged: share of variance that is between images when views differ in one parameter alone, by its name, and
+            in all as in training, ``all together``, (k,): 1 where the mode is blind to it.
+        gradients: mean gradients with respect to pixel values, (k, 3, size, size).
+        ends: the images lowest, in the middle and highest, (k, 3, m), numbers of images.
+        maps: occlusion maps by (mode, image), (size, size) each, in units of the mode's standard deviation.
+
+    """
+
+    run: str
+    data: str
+    augmentation: str
+    modes: Modes
+    shares: Tensor
+    images: Tensor
+    coordinates: Tensor
+    all_coordinates: Tensor
+    labels: Tensor
+    class_names: list[str]
+    paths: list[str]
+    class_share: Tensor | None
+    attributes: dict[str, Tensor]
+    explained: Tensor
+    unchanged: dict[str, Tensor]
+    gradients: Tensor
+    ends: Tensor
+    maps: dict[tuple[int, int], Tensor]
+
+    def html(self) -> str:
+        """Return a page of its own, which needs no other file."""
+        from stepwise_lightning.modes.page import page
+
+        return page(self)
+
+    def _repr_html_(self) -> str:
+        return f'<iframe srcdoc="{escape(self.html())}" style="width: 100%; height: 80vh; border: 0"></iframe>'
+
+
+def describe_modes(
+    run: str | Path,
+    data: str | None = None,
+    root: str = "data",
+    num_images: int = NUM_IMAGES,
+    progress: Callable[..., Any] | None = None,
+) -> ModePortraits:
+    """Return what each learned mode of a run looks like, what it varies with, and what it is blind to.
+
+    Modes are those of the matrix that the run's loss drives, of four views of each image, drawn as in training; as many
+    as the record of the run says are learned, or as have more than a tenth of the largest eigenvalue where there is no
+    record. Batch normalisation uses its running statistics.
+
+    Args:
+        run: the folder of a run, ``runs/<name>/<version>``, or a checkpoint in it; see
+            :func:`stepwise_lightning.load_encoder`. Its data must be a ``TwoViewDataModule``.
+        data: images to look at: a folder, ``photos``, ``cifar10`` or ``stl10``; None for the run's held-out ones.
+        root: where ``cifar10`` and ``stl10`` lie.
+        num_images: how many at the most, evenly spaced; at least 4.
+        progress: put around the work as ``progress(items, desc=…)``, for instance ``tqdm``.
+
+    Raises:
+        ValueError, FileNotFoundError: see :func:`stepwise_lightning.load_encoder` and
+            :func:`stepwise_lightning.data.load_image_set`; fewer than four images; no learned mode.
+
+    """
+    if num_images < _LEAST_IMAGES:
+        raise UserError(f"num_images must be at least {_LEAST_IMAGES}, got {num_images}")
+    around: Callable[..., Any] = progress or (lambda items, desc: items)
+    checkpoint = checkpoint_of(run)
+    encoder, settings = load_encoder(run), input_settings(checkpoint)
+    matrix, count = _learned(checkpoint)
+    pictures, labels, names, paths = _pictures(checkpoint, data, root, num_images)
+    strengths = Strengths.of(settings["augmentation"])
+    inputs, random, varied = _embedded(encoder, pictures, settings, strengths, around)
+    first, second = random[:, : _RANDOM_VIEWS // 2].flatten(0, 1), random[:, _RANDOM_VIEWS // 2 :].flatten(0, 1)
+    everything = Modes.of([first, second], matrix)
+    modes = _kept(everything, count, first, run)
+    with torch.no_grad():
+        plain = torch.cat([encoder(part) for part in inputs.split(64)])
+    coordinates, scale = modes.coordinates(plain), modes.coordinates(plain).std(0).clamp(min=1e-300)
+    coordinates = coordinates / scale
+    described = attributes.image_attributes(_shown(inputs, settings))
+    ends = _ends(coordinates)
+    positive = everything.eigenvalues.clamp(min=0)
+    views = {ALL_TOGETHER: random} | varied
+    unchanged = {
+        name: (variations.shared_by_views if name == ALL_TOGETHER else variations.unchanged_share)(
+            modes.coordinates(z.flatten(0, 1)).unflatten(0, z.shape[:2])
+        )
+        for name, z in views.items()
+    }
+    deviation = torch.tensor(settings["std"], dtype=torch.float64)[:, None, None]
+    return ModePortraits(
+        run="/".join(checkpoint.absolute().parent.parent.parts[-2:]),
+        data=data or f"held-out images of {(configuration_of(checkpoint)['data'].get('init_args') or {}).get('data')}",
+        augmentation=settings["augmentation"],
+        modes=modes,
+        shares=positive[: len(modes)] / positive.sum(),
+        images=_shown(inputs, settings),
+        coordinates=coordinates,
+        all_coordinates=everything.coordinates(plain),
+        labels=labels,
+        class_names=names,
+        paths=paths,
+        class_share=attributes.class_share(coordinates, labels),
+        attributes={name: attributes.correlations(coordinates, values) for name, values in described.items()},
+        explained=attributes.explained_share(coordinates, described),
+        unchanged=unchanged,
+        gradients=mean_gradients(encoder, modes, inputs[:_GRADIENT_IMAGES]) / deviation,
+        ends=ends,
+        maps=_maps(encoder, modes, inputs, ends, scale, around),
+    )
+
+
+def _learned(checkpoint: Path) -> tuple[str, int | None]:
+    """Return the matrix that a run's loss drives, and how many modes its record says are learned; None without one.
+
+    Raises:
+        UserError: nothing has been learned yet.
+
+    """
+    model = configuration_of(checkpoint).get("model") or {}
+    place, _, name = str(model.get("class_path", "")).rpartition(".")
+    try:
+        driven = getattr(getattr(importlib.import_module(place or "stepwise_lightning"), name, None), "driven_matrix", None)
+    except ImportError:
+        driven = None
+    file = checkpoint.parent.parent / "spectrum.npz"
+    if not file.is_file():
+        return driven or "covariance", None
+    record = SpectrumRecord.load(file)
+    own = [name for name in record.matrices if name in MATRICES]
+    matrix = driven if driven in own else (own or [driven or "covariance"])[0]
+    if matrix not in record.matrices or len(record) < 2:
+        return matrix, None
+    values = record.eigenvalues(matrix)
+    start, end = values[0], values[-1]
+    if torch.allclose(start, end, rtol=0.1, atol=0, equal_nan=True):
+        raise UserError(
+            f"no learned modes in {str(file.parent)!r}: no eigenvalue of its {matrix} has changed by a tenth since the "
+            "start; train it longer"
+        )
+    return matrix, int(record.detect_steps(matrix).num_learned[-1])
+
+
+def _kept(modes: Modes, count: int | None, views: Tensor, run: str | Path) -> Modes:
+    """Return the learned ones, which must be more than round-off."""
+    on_sphere = modes.matrix in ("normalized_covariance", "tangent_covariance")
+    size = 1.0 if on_sphere else float(views.double().square().sum(1).mean())
+    real = modes.eigenvalues > _ROUND_OFF * size
+    if count is None and len(modes):
+        count = int((modes.eigenvalues > 0.1 * modes.eigenvalues[0]).sum())
+    count = min(count or 0, int(real.sum()))
+    if not count:
+        raise UserError(
+            f"no learned modes in {str(run)!r}: all of these images have one embedding, or nearly so; train it longer, "
+            "or give other images with --data"
+        )
+    return Modes(modes.matrix, modes.eigenvalues[:count], modes.directions[:, :count], modes.origin, modes.axis)
+
+
+def _pictures(
+    checkpoint: Path, data: str | None, root: str, num_images: int
+) -> tuple[list[Callable[[], Any]], Tensor, list[str], list[str]]:
+    """Return functions that read the chosen images, their labels, the names of these, and what the images are called."""
+    if data is None:
+        own = (configuration_of(checkpoint).get("data") or {}).get("init_args") or {}
+        held_out = load_image_set(own.get("data", "photos"), "val", own.get("root", root))
+        names = held_out.images if isinstance(held_out.images, list) else None
+        sets = [held_out]
+        paths = names or [f"{own.get('data', 'photos')}/val/{index}" for index in range(len(held_out))]
+    else:
+        sets, paths = all_images(data, root)
+    places = [(images, index) for images in sets for index in range(len(images))]
+    if len(places) < _LEAST_IMAGES:
+        raise UserError(f"{len(places)} images are too few to see a mode in: give at least {_LEAST_IMAGES} with --data")
+    chosen = torch.linspace(0, len(places) - 1, min(num_images, len(places))).round().long().unique().tolist()
+
+    def reader(images: ImageSet, index: int) -> Callable[[], Any]:
+        return lambda: images.picture(index)
+
+    labels = torch.tensor([int(places[number][0].labels[places[number][1]]) for number in chosen])
+    return [reader(*places[number]) for number in chosen], labels, sets[0].class_names, [paths[n] for n in chosen]
+
+
+@torch.no_grad()
+def _embedded(
+    encoder: nn.Module,
+    pictures: list[Callable[[], Any]],
+    settings: dict[str, Any],
+    strengths: Strengths,
+    around: Callable[..., Any],
+) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """Return the plain inputs (n, 3, s, s), embeddings of random views (n, views, d), and of varied ones by parameter."""
+    from torchvision.transforms.v2.functional import resize
+
+    size, mean, std = (settings[name] for name in ("image_size", "mean", "std"))
+    plain, drawn = plain_view(size, mean, std), BatchViews(settings["augmentation"], size, mean, std, seed=0)
+    centre, spread = (torch.tensor(values)[:, None, None] for values in (mean, std))
+    inputs, random = [], []
+    varied: dict[str, list[Tensor]] = {}
+    for number, read in enumerate(around(pictures, desc="views of images")):
+        picture = read()
+        inputs.append(plain(picture))
+        if min(picture.size) > _LARGEST * size:
+            picture = resize(picture, [_LARGEST * size])
+        image = pixels(picture)
+        epochs, half = range(_RANDOM_VIEWS // 2), _RANDOM_VIEWS // 2
+        views = {ALL_TOGETHER: torch.cat(drawn(image.expand(half, -1, -1, -1), epochs, [number] * half))}
+        views |= {
+            name: (view - centre) / spread for name, view in variations.varied_views(image, strengths, size).items()
+        }
+        embeddings = encoder(torch.cat(list(views.values())).float()).split([len(view) for view in views.values()])
+        for name, z in zip(views, embeddings, strict=True):
+            (random if name == ALL_TOGETHER else varied.setdefault(name, [])).append(z)
+    return torch.stack(inputs), torch.stack(random), {name: torch.stack(z) for name, z in varied.items()}
+
+
+def _shown(inputs: Tensor, settings: dict[str, Any]) -> Tensor:
+    mean, std = (torch.tensor(settings[name])[:, None, None] for name in ("mean", "std"))
+    return (inputs * std + mean).clamp(0, 1)
+
+
+def _ends(coordinates: Tensor) -> Tensor:
+    """Return which images are lowest, nearest to the median, and highest, ascending, (k, 3, m)."""
+    n = len(coordinates)
+    count = max(1, min(_SHOWN, n // 3))
+    order = coordinates.argsort(0)
+    middle = (n - count) // 2
+    return torch.stack([order[:count], order[middle : middle + count], order[n - count :]]).permute(2, 0, 1)
+
+
+def _maps(
+    encoder: nn.Module, modes: Modes, inputs: Tensor, ends: Tensor, scale: Tensor, around: Callable[..., Any]
+) -> dict[tuple[int, int], Tensor]:
+    wanted = [
+        (mode, image)
+        for mode, (low, _, high) in enumerate(ends.tolist())
+        for image in [*low[:_COVERED], *high[-_COVERED:]]
+    ]
+    images = sorted({image for _, image in wanted})
+
+    def progress(places: Iterable[Any]) -> Any:
+        return around(places, desc="covering parts")
+
+    maps = occlusion_maps(encoder, modes, inputs[images], progress) / scale[:, None, None]
+    return {(mode, image): maps[images.index(image), mode] for mode, image in wanted}
