@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from reproduce.claims import Claim, worst
-from reproduce.methods import METHODS, STARTS, VARIANT_TITLES
+from reproduce.methods import METHODS, STARTS
 from reproduce.options import data_name
 from reproduce.outputs import Outcome, PaperFigure
 from reproduce.processes import each

@@ -1,4 +1,4 @@
-"""The portraits of a run's modes as one HTML page that needs no other file: pictures are in it, and nothing is loaded."""
+"""The portraits of a run's modes as one HTML page that needs no other file: its pictures are in it."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import avg_pool2d, pad
 
 from stepwise_lightning.data.strengths import Strengths
 from stepwise_lightning.modes.attributes import ATTRIBUTES
@@ -34,18 +35,20 @@ _STYLE = """
 :root { color-scheme: light; }
 body { font: 15px/1.5 system-ui, sans-serif; color: #222; background: #fff; max-width: 1180px; margin: 0 auto;
   padding: 0 14px 40px; }
-h1 { font-size: 1.5em; margin: .8em 0 .2em; overflow-wrap: anywhere; } h2 { font-size: 1.2em; margin: 2em 0 .3em; }
+h1 { font-size: 1.5em; margin: .8em 0 .2em; overflow-wrap: anywhere; }
+h2 { font-size: 1.2em; margin: 2em 0 .3em; }
 h3 { font-size: 1em; margin: 1em 0 .3em; } p, li { max-width: 75ch; } .quiet { color: #666; font-size: .9em; }
 .wide { overflow-x: auto; } table { border-collapse: collapse; font-size: .9em; font-variant-numeric: tabular-nums; }
 th, td { padding: 3px 9px; text-align: right; white-space: nowrap; border-bottom: 1px solid #eee; }
 th { font-weight: 600; vertical-align: bottom; } th:first-child, td:first-child { text-align: left; position: sticky;
   left: 0; background: #fff; } a { color: #0072b2; }
 .mode { border-top: 2px solid #ddd; margin-top: 1.6em; }
-.strips { display: grid; grid-template-columns: repeat(auto-fit, minmax(270px, 1fr)); gap: 6px 22px; }
+.strips { display: grid; gap: 6px 22px; grid-template-columns: repeat(auto-fit, minmax(292px, 1fr)); }
 .strip { display: flex; flex-wrap: wrap; gap: 3px; } figure { margin: 0; }
-img { width: 42px; height: 42px; image-rendering: pixelated; display: block; } img.large { width: 126px; height: 126px; }
+img { width: 46px; height: 46px; image-rendering: pixelated; display: block; }
+img.large { width: 126px; height: 126px; }
 .facts { display: flex; flex-wrap: wrap; gap: 4px 40px; } .bars { border: 0; } .bars td { border: 0; padding: 1px 6px; }
-.bars td:first-child { max-width: 150px; overflow: hidden; text-overflow: ellipsis; }
+.bars td:first-child { position: static; max-width: 150px; overflow: hidden; text-overflow: ellipsis; }
 .track { position: relative; width: 150px; height: 12px; background: #f3f3f3; }
 .track i { position: absolute; top: 0; bottom: 0; } .track b { position: absolute; top: -1px; bottom: -1px; width: 1px;
   background: #999; }
@@ -75,9 +78,9 @@ def page(portraits: ModePortraits) -> str:
 
 def _introduction() -> str:
     return (
-        "<p>A mode is a direction of the embedding, and gives each image a number, its coordinate. Below, the images "
-        "with the lowest coordinates stand at the left and those with the highest at the right. Which end is which "
-        "has no meaning; what changes from one to the other is what the mode has learned.</p>"
+        "<p>A mode is a direction of the embedding, and gives each image a number, its coordinate. Below, images from "
+        "the lowest tenth of coordinates stand at the left and images from the highest tenth at the right. Which end "
+        "is which has no meaning; what changes from one to the other is what the mode has learned.</p>"
     )
 
 
@@ -122,9 +125,9 @@ def _mode(portraits: ModePortraits, mode: int) -> str:
         f'<figure><figcaption class="quiet">{name}</figcaption><div class="strip">'
         + "".join(_picture(portraits.images[i], _caption(portraits, mode, i)) for i in images)
         + _covered(portraits, mode, images) + "</div></figure>"
-        for name, images in zip(("lowest", "in the middle", "highest"), ends, strict=True)
+        for name, images in zip(("lowest tenth", "in the middle", "highest tenth"), ends, strict=True)
     )  # fmt: skip
-    gradient = _picture(_pattern(portraits.gradients[mode]), f"mean gradient of mode {mode + 1}", "large")
+    gradient = _picture(_pattern(portraits.gradients[mode]), f"mean gradient of mode {mode + 1}, smoothed", "large")
     bars = _bars("class", _class_means(portraits, mode), 1.0) if portraits.class_share is not None else ""
     correlations = [(name, float(values[mode])) for name, values in portraits.attributes.items()]
     return (
@@ -142,7 +145,8 @@ def _covered(portraits: ModePortraits, mode: int, images: list[int]) -> str:
         for i in images
         if (mode, i) in portraits.maps
     ]
-    return '<div style="flex-basis: 100%; height: 0"></div>' + "".join(maps) if maps else ""
+    note = '<span class="quiet">blue parts raise it, orange ones lower it</span>'
+    return f'<div style="flex-basis: 100%">{note}</div>{"".join(maps)}' if maps else ""
 
 
 def _caption(portraits: ModePortraits, mode: int, image: int) -> str:
@@ -168,8 +172,9 @@ def _bars(title: str, values: list[tuple[str, float]], least: float) -> str:
         known = value == value
         width = 50 * abs(value) / largest if known else 0.0
         left = 50 - width if value < 0 else 50.0
-        bar = f'<i style="left:{left:.1f}%;width:{width:.1f}%;background:rgb({_NEGATIVE if value < 0 else _POSITIVE})"></i>'
-        text = f"{value:+.2f}" if known else "–"
+        colour = _NEGATIVE if value < 0 else _POSITIVE
+        bar = f'<i style="left:{left:.1f}%;width:{width:.1f}%;background:rgb({colour})"></i>'
+        text = f"{value:+.2f}".replace("-", "−") if known else "–"
         rows.append(
             f'<tr><td title="{escape(name)}">{escape(name)}</td><td><div class="track"><b style="left:50%"></b>{bar}'
             f"</div></td><td>{text}</td></tr>"
@@ -184,18 +189,20 @@ def _definitions(portraits: ModePortraits) -> str:
     return (
         '<section class="mode"><h2>Definitions</h2><p>Coordinates are of centre crops, in units of their standard '
         "deviation; class bars are class means. <b>What raises it</b>: the mean gradient with respect to the pixels, "
-        "gray where there is none; a small step of all images into that pattern raises the mode most. <b>Maps</b>, under "
-        "the images at the ends: a quarter of the side is covered with the mean colour, everywhere in turn; blue parts "
-        "raise the mode, and orange ones lower it. Class shares are ε², which is 0 in the mean without a relation, and "
-        f"shares of attributes are of images that were left out of the fit; both may be below 0.</p><ul>{listed}</ul>"
-        "</section>"
+        "smoothed, gray where there is none; a small step of all images into that pattern raises the mode. "
+        "<b>Maps</b>, under the images at the ends: a square of a quarter of the side is covered with the mean colour, "
+        "everywhere in turn; blue parts raise the mode, and orange ones lower it. Class shares are ε², which is 0 in "
+        "the mean without a relation, and shares of attributes are of images left out of the fit; both may be below 0. "
+        "Shares of variance are on these images, with the running statistics of batch normalisation.</p>"
+        f"<ul>{listed}</ul></section>"
     )
 
 
 def _table(head: list[str], rows: Iterable[list[str]]) -> str:
     top = "".join(f"<th>{escape(name)}</th>" for name in head)
     body = "".join(
-        "<tr>" + "".join(cell if cell.startswith("<td") else f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows
+        "<tr>" + "".join(cell if cell.startswith("<td") else f"<td>{cell}</td>" for cell in row) + "</tr>"
+        for row in rows
     )
     return f"<table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table>"
 
@@ -215,7 +222,9 @@ def _signed(value: float) -> str:
 def _cell(value: float, colour: str, text: Callable[[float], str]) -> str:
     if value != value:
         return "<td>–</td>"
-    return f'<td style="background:rgba({colour},{min(1.0, abs(value)) * 0.5:.2f})">{text(value).replace("-", "−")}</td>'
+    return (
+        f'<td style="background:rgba({colour},{min(1.0, abs(value)) * 0.5:.2f})">{text(value).replace("-", "−")}</td>'
+    )
 
 
 def _picture(image: Tensor, text: str, kind: str = "") -> str:
@@ -233,7 +242,10 @@ def _picture(image: Tensor, text: str, kind: str = "") -> str:
 
 
 def _pattern(values: Tensor) -> Tensor:
-    """Return a pattern of both signs (3, h, w) as an image: gray where it is zero."""
+    """Return a pattern of both signs (3, h, w) as an image: gray where it is zero, smoothed, or single pixels rule."""
+    reach = max(1, min(values.shape[1:]) // 12)
+    padded = pad(values[None], [reach] * 4, mode="replicate")
+    values = avg_pool2d(avg_pool2d(pad(padded, [reach] * 4, mode="replicate"), 2 * reach + 1, 1), 2 * reach + 1, 1)[0]
     return (0.5 + 0.5 * values / values.abs().max().clamp(min=1e-300)).clamp(0, 1)
 
 

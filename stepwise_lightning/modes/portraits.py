@@ -34,7 +34,9 @@ _RANDOM_VIEWS = 4
 _SHOWN = 6  # images at each end of a mode and in its middle
 _COVERED = 3  # of those at an end, how many get an occlusion map
 _GRADIENT_IMAGES = 128
-_LARGEST = 3  # a picture is shrunk to so many times the side of a view, or each view of it would cost as much as a photo
+_LARGEST = (
+    3  # a picture is shrunk to so many times the side of a view, or each view of it would cost as much as a photo
+)
 _ROUND_OFF = 1e-10
 
 
@@ -59,7 +61,7 @@ class ModePortraits:
         unchanged: share of variance that is between images when views differ in one parameter alone, by its name, and
             in all as in training, ``all together``, (k,): 1 where the mode is blind to it.
         gradients: mean gradients with respect to pixel values, (k, 3, size, size).
-        ends: the images lowest, in the middle and highest, (k, 3, m), numbers of images.
+        ends: images of the lowest tenth, around the median and of the highest tenth, (k, 3, m), their numbers.
         maps: occlusion maps by (mode, image), (size, size) each, in units of the mode's standard deviation.
 
     """
@@ -104,7 +106,8 @@ def describe_modes(
 
     Modes are those of the matrix that the run's loss drives, of four views of each image, drawn as in training; as many
     as the record of the run says are learned, or as have more than a tenth of the largest eigenvalue where there is no
-    record. Batch normalisation uses its running statistics.
+    record. Batch normalisation uses its running statistics, as in ``stepwise embed``, so that variances on images of
+    another kind than the training ones may be far from those in the record, which are of whole batches.
 
     Args:
         run: the folder of a run, ``runs/<name>/<version>``, or a checkpoint in it; see
@@ -178,7 +181,9 @@ def _learned(checkpoint: Path) -> tuple[str, int | None]:
     model = configuration_of(checkpoint).get("model") or {}
     place, _, name = str(model.get("class_path", "")).rpartition(".")
     try:
-        driven = getattr(getattr(importlib.import_module(place or "stepwise_lightning"), name, None), "driven_matrix", None)
+        driven = getattr(
+            getattr(importlib.import_module(place or "stepwise_lightning"), name, None), "driven_matrix", None
+        )
     except ImportError:
         driven = None
     file = checkpoint.parent.parent / "spectrum.npz"
@@ -218,7 +223,7 @@ def _kept(modes: Modes, count: int | None, views: Tensor, run: str | Path) -> Mo
 def _pictures(
     checkpoint: Path, data: str | None, root: str, num_images: int
 ) -> tuple[list[Callable[[], Any]], Tensor, list[str], list[str]]:
-    """Return functions that read the chosen images, their labels, the names of these, and what the images are called."""
+    """Return functions that read the chosen images, their labels, what these stand for, and the images' names."""
     if data is None:
         own = (configuration_of(checkpoint).get("data") or {}).get("init_args") or {}
         held_out = load_image_set(own.get("data", "photos"), "val", own.get("root", root))
@@ -247,7 +252,7 @@ def _embedded(
     strengths: Strengths,
     around: Callable[..., Any],
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """Return the plain inputs (n, 3, s, s), embeddings of random views (n, views, d), and of varied ones by parameter."""
+    """Return plain inputs (n, 3, s, s), embeddings of random views (n, views, d), and of varied ones by parameter."""
     from torchvision.transforms.v2.functional import resize
 
     size, mean, std = (settings[name] for name in ("image_size", "mean", "std"))
@@ -278,12 +283,15 @@ def _shown(inputs: Tensor, settings: dict[str, Any]) -> Tensor:
 
 
 def _ends(coordinates: Tensor) -> Tensor:
-    """Return which images are lowest, nearest to the median, and highest, ascending, (k, 3, m)."""
+    """Return images of the lowest tenth, around the median, and of the highest tenth, ascending, (k, 3, m).
+
+    Evenly spaced within each tenth: neighbours in rank are often nearly the same image.
+    """
     n = len(coordinates)
-    count = max(1, min(_SHOWN, n // 3))
+    tenth = max(n // 10, min(_SHOWN, n // 3), 1)
+    ranks = torch.linspace(0, tenth - 1, min(_SHOWN, tenth)).round().long()
     order = coordinates.argsort(0)
-    middle = (n - count) // 2
-    return torch.stack([order[:count], order[middle : middle + count], order[n - count :]]).permute(2, 0, 1)
+    return torch.stack([order[start + ranks] for start in (0, (n - tenth) // 2, n - tenth)]).permute(2, 0, 1)
 
 
 def _maps(

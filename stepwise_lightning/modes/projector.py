@@ -48,7 +48,7 @@ def write_projector(portraits: ModePortraits, folder: Path) -> None:
 
 
 def _thumbnails(images: Tensor) -> Tensor:
-    per_row = -(-len(images) ** 0.5 // 1)
+    per_row = -(-(len(images) ** 0.5) // 1)
     side = max(1, min(_SIDE, images.shape[-1], int(_SPRITE // per_row)))
     if side == images.shape[-1]:
         return images.float()

@@ -41,8 +41,8 @@ def parameters(strengths: Strengths) -> dict[str, str]:
 def varied_views(image: Tensor, strengths: Strengths, size: int) -> dict[str, Tensor]:
     """Return views of one image by the parameter in which they differ, all else being that of the middle crop.
 
-    The middle crop is square, of the mean area that the augmentation draws. Parameters take fixed values, at the middles
-    of equal parts of their range.
+    The middle crop is square, of the mean area that the augmentation draws. Parameters take fixed values, at the
+    middles of equal parts of their range.
 
     Args:
         image: uint8, (3, h, w).
@@ -55,7 +55,9 @@ def varied_views(image: Tensor, strengths: Strengths, size: int) -> dict[str, Te
     """
     crops = _crops(strengths, *image.shape[1:])
     tops, lefts, heights, widths = torch.tensor([box for boxes in crops.values() for box in boxes]).T
-    flips = torch.tensor([name == "flip" and index == 1 for name, boxes in crops.items() for index in range(len(boxes))])
+    flips = torch.tensor(
+        [name == "flip" and index == 1 for name, boxes in crops.items() for index in range(len(boxes))]
+    )
     rows = operations.Taps.of_crops(tops, heights, image.shape[1], size, factor=1 / 255)
     columns = operations.Taps.of_crops(lefts, widths, image.shape[2], size, flip=flips)
     planes = operations.resized_crops(image.expand(len(tops), -1, -1, -1), rows, columns)

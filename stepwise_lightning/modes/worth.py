@@ -29,7 +29,7 @@ def mode_worth(
     penalty: float = 0.01,
     neighbours: int = 10,
 ) -> Tensor:
-    """Return the accuracy of a classifier that sees the first k modes of a representation, for k = 0, 1, …
+    """Return the accuracy of a classifier that sees the first k modes of a representation, for each k.
 
     The modes are those of :class:`stepwise_lightning.modes.Modes`, found without labels. Each coordinate is divided by
     its standard deviation, since a small start gives embeddings of any size. Then, with the N known views as rows of X
