@@ -255,4 +255,5 @@ def _overlay(image: Tensor, values: Tensor) -> Tensor:
     colours = [torch.tensor([float(c) for c in name.split(",")], dtype=torch.float64)[:, None, None] / 255
                for name in (_POSITIVE, _NEGATIVE)]  # fmt: skip
     weight = values.abs().clamp(0, 1).sqrt() * 0.75
-    return gray * (1 - weight) + torch.where(values > 0, *colours) * weight
+    colour: Tensor = torch.where(values > 0, *colours)
+    return gray * (1 - weight) + colour * weight

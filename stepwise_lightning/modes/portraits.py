@@ -258,8 +258,7 @@ def _embedded(
     size, mean, std = (settings[name] for name in ("image_size", "mean", "std"))
     plain, drawn = plain_view(size, mean, std), BatchViews(settings["augmentation"], size, mean, std, seed=0)
     centre, spread = (torch.tensor(values)[:, None, None] for values in (mean, std))
-    inputs, random = [], []
-    varied: dict[str, list[Tensor]] = {}
+    inputs, random, varied = list[Tensor](), list[Tensor](), dict[str, list[Tensor]]()
     for number, read in enumerate(around(pictures, desc="views of images")):
         picture = read()
         inputs.append(plain(picture))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from matplotlib.lines import Line2D
@@ -12,7 +13,7 @@ from stepwise_lightning.plots.figures import Figure
 from stepwise_lightning.plots.panels import CLASS_COLOURS, Array, describe
 
 # The first is what the figure is about; the last ones are what it has to be told from.
-_STYLES = (
+_STYLES: tuple[dict[str, Any], ...] = (
     {"color": CLASS_COLOURS[0], "linewidth": 2.6},
     {"color": CLASS_COLOURS[5], "linewidth": 2.0},
     {"color": "0.45", "linewidth": 1.6, "linestyle": "--"},
