@@ -9,6 +9,7 @@ __all__ = ["ATTRIBUTES", "class_share", "correlations", "explained_share", "imag
 
 _GRAY = (0.2989, 0.587, 0.114)  # weights of red, green and blue, as in the augmentation
 _FINE = 0.125  # cycles per pixel: a quarter of what a pixel grid can show
+_CONSTANT = 1e-6  # what differs by less between images is round-off
 # What each is, for readers.
 ATTRIBUTES = {
     "brightness": "mean of the gray image",
@@ -45,7 +46,7 @@ def image_attributes(images: Tensor) -> dict[str, Tensor]:
 def correlations(coordinates: Tensor, attribute: Tensor) -> Tensor:
     """Return Pearson's r of each mode, (n, k), with an attribute, (n,): (k,), NaN where either is constant."""
     c, a = coordinates - coordinates.mean(0), attribute - attribute.mean()
-    if a.abs().max() < 1e-9:  # as colour is in grayscale images
+    if a.abs().max() < _CONSTANT:  # as colour is in grayscale images
         return torch.full((c.shape[1],), torch.nan, dtype=torch.float64)
     return (a @ c) / (a.norm() * c.norm(dim=0))
 
@@ -56,7 +57,7 @@ def explained_share(coordinates: Tensor, attributes: dict[str, Tensor]) -> Tenso
     That is 1 − Σ(left-out residual)² / Σ(c − c̄)²: each image is predicted by the others, so that attributes that say
     nothing explain nothing however few the images are, but for chance, which may make it negative.
     """
-    known = [values for values in attributes.values() if values.std() > 1e-9]
+    known = [values for values in attributes.values() if values.std() > _CONSTANT]
     centred = coordinates - coordinates.mean(0)
     x = torch.stack([torch.ones_like(coordinates[:, 0]), *((v - v.mean()) / v.std() for v in known)], 1)
     hat = x @ torch.linalg.pinv(x)

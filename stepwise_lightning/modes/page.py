@@ -252,8 +252,9 @@ def _pattern(values: Tensor) -> Tensor:
 def _overlay(image: Tensor, values: Tensor) -> Tensor:
     """Return an image in gray with values (h, w) in [−1, 1] over it, blue where positive, orange where negative."""
     gray = image.double().mean(0).expand(3, -1, -1)
-    colours = [torch.tensor([float(c) for c in name.split(",")], dtype=torch.float64)[:, None, None] / 255
-               for name in (_POSITIVE, _NEGATIVE)]  # fmt: skip
+    blue, orange = (
+        torch.tensor([float(level) / 255 for level in name.split(",")], dtype=torch.float64)[:, None, None]
+        for name in (_POSITIVE, _NEGATIVE)
+    )
     weight = values.abs().clamp(0, 1).sqrt() * 0.75
-    colour: Tensor = torch.where(values > 0, *colours)
-    return gray * (1 - weight) + colour * weight
+    return gray * (1 - weight) + torch.where(values > 0, blue, orange) * weight

@@ -37,7 +37,7 @@ _GRADIENT_IMAGES = 128
 _LARGEST = (
     3  # a picture is shrunk to so many times the side of a view, or each view of it would cost as much as a photo
 )
-_ROUND_OFF = 1e-10
+_ROUND_OFF = 1e-5  # of the size of embeddings, which are float32
 
 
 @dataclass(frozen=True)
@@ -133,11 +133,11 @@ def describe_modes(
     inputs, random, varied = _embedded(encoder, pictures, settings, strengths, around)
     first, second = random[:, : _RANDOM_VIEWS // 2].flatten(0, 1), random[:, _RANDOM_VIEWS // 2 :].flatten(0, 1)
     everything = Modes.of([first, second], matrix)
-    modes = _kept(everything, count, first, run)
     with torch.no_grad():
         plain = torch.cat([encoder(part) for part in inputs.split(64)])
-    coordinates, scale = modes.coordinates(plain), modes.coordinates(plain).std(0).clamp(min=1e-300)
-    coordinates = coordinates / scale
+    modes = _kept(everything, count, plain, run)
+    scale = modes.coordinates(plain).std(0)
+    coordinates = modes.coordinates(plain) / scale
     described = attributes.image_attributes(_shown(inputs, settings))
     ends = _ends(coordinates)
     positive = everything.eigenvalues.clamp(min=0)
@@ -204,14 +204,14 @@ def _learned(checkpoint: Path) -> tuple[str, int | None]:
     return matrix, int(record.detect_steps(matrix).num_learned[-1])
 
 
-def _kept(modes: Modes, count: int | None, views: Tensor, run: str | Path) -> Modes:
-    """Return the learned ones, which must be more than round-off."""
+def _kept(modes: Modes, count: int | None, plain: Tensor, run: str | Path) -> Modes:
+    """Return the learned ones, in which images must differ by more than round-off."""
     on_sphere = modes.matrix in ("normalized_covariance", "tangent_covariance")
-    size = 1.0 if on_sphere else float(views.double().square().sum(1).mean())
-    real = modes.eigenvalues > _ROUND_OFF * size
+    size = 1.0 if on_sphere else float(plain.double().square().sum(1).mean().sqrt())
+    real = (modes.eigenvalues > 0) & (modes.coordinates(plain).std(0) > _ROUND_OFF * size)
     if count is None and len(modes):
         count = int((modes.eigenvalues > 0.1 * modes.eigenvalues[0]).sum())
-    count = min(count or 0, int(real.sum()))
+    count = int(real[: count or 0].long().cumprod(0).sum())
     if not count:
         raise UserError(
             f"no learned modes in {str(run)!r}: all of these images have one embedding, or nearly so; train it longer, "

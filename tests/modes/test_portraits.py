@@ -126,7 +126,7 @@ def test_the_page_is_whole_and_loads_nothing(portraits):
     page = Page(portraits.html())
     count = len(portraits.modes)
     assert page.open == [] and page.loaded == [] and page.ids == [f"mode-{mode + 1}" for mode in range(count)]
-    assert len(page.images) == count * (3 * 3 + 2 * 3 + 1)
+    assert len(page.images) == count * (3 * 6 + 2 * 3 + 1)
     for image in page.images:
         kind, data = image["src"].split(",", 1)
         assert kind == "data:image/png;base64" and image["alt"]
@@ -145,7 +145,8 @@ def test_the_command_writes_page_and_projector_and_overwrites_nothing(run, portr
     assert np.loadtxt(place / "tensors.tsv").shape == (9, 3)
     head, *rows = (place / "metadata.tsv").read_text(encoding="utf-8").splitlines()
     assert head == "class\tpath\tbrightness" and len(rows) == 9 and rows[0].startswith("class_0\t")
-    assert Image.open(place / "sprite.png").size == (3 * SIZE, 3 * SIZE)
+    with Image.open(place / "sprite.png") as sprite:
+        assert sprite.size == (3 * SIZE, 3 * SIZE)
     assert "single_image_dim: 8" in (run / "modes/projector/projector_config.pbtxt").read_text()
     command(run, "--images", 9)
     assert (run / "modes-v1/modes.html").exists() and (run / "modes/modes.html").read_bytes() == first
