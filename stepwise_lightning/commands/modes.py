@@ -18,7 +18,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("run", metavar="RUN", help="the folder of a run, runs/NAME/version_N, or a checkpoint in it")
     parser.add_argument("--data", metavar="FOLDER",
                         help="images: a folder, photos, cifar10 or stl10 (the run's held-out images)")  # fmt: skip
-    parser.add_argument("--root", default="data", help="where cifar10 and stl10 lie (%(default)s)")
+    parser.add_argument("--root", help="where cifar10 and stl10 lie (as for the run, or data)")
     parser.add_argument("--images", type=int, default=256, help="how many images at the most (%(default)s)")
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="where to write; must not exist (RUN/modes)")
     options = parser.parse_args(arguments)

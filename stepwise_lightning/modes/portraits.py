@@ -98,7 +98,7 @@ class ModePortraits:
 def describe_modes(
     run: str | Path,
     data: str | None = None,
-    root: str = "data",
+    root: str | None = None,
     num_images: int = NUM_IMAGES,
     progress: Callable[..., Any] | None = None,
 ) -> ModePortraits:
@@ -113,7 +113,7 @@ def describe_modes(
         run: the folder of a run, ``runs/<name>/<version>``, or a checkpoint in it; see
             :func:`stepwise_lightning.load_encoder`. Its data must be a ``TwoViewDataModule``.
         data: images to look at: a folder, ``photos``, ``cifar10`` or ``stl10``; None for the run's held-out ones.
-        root: where ``cifar10`` and ``stl10`` lie.
+        root: where ``cifar10`` and ``stl10`` lie; None for where they lay for the run, or ``data``.
         num_images: how many at the most, evenly spaced; at least 4.
         progress: put around the work as ``progress(items, desc=…)``, for instance ``tqdm``.
 
@@ -221,17 +221,17 @@ def _kept(modes: Modes, count: int | None, plain: Tensor, run: str | Path) -> Mo
 
 
 def _pictures(
-    checkpoint: Path, data: str | None, root: str, num_images: int
+    checkpoint: Path, data: str | None, root: str | None, num_images: int
 ) -> tuple[list[Callable[[], Any]], Tensor, list[str], list[str]]:
     """Return functions that read the chosen images, their labels, what these stand for, and the images' names."""
     if data is None:
         own = (configuration_of(checkpoint).get("data") or {}).get("init_args") or {}
-        held_out = load_image_set(own.get("data", "photos"), "val", own.get("root", root))
+        held_out = load_image_set(own.get("data", "photos"), "val", root or own.get("root", "data"))
         names = held_out.images if isinstance(held_out.images, list) else None
         sets = [held_out]
         paths = names or [f"{own.get('data', 'photos')}/val/{index}" for index in range(len(held_out))]
     else:
-        sets, paths = all_images(data, root)
+        sets, paths = all_images(data, root or "data")
     places = [(images, index) for images in sets for index in range(len(images))]
     if len(places) < _LEAST_IMAGES:
         raise UserError(f"{len(places)} images are too few to see a mode in: give at least {_LEAST_IMAGES} with --data")
