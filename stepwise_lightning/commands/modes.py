@@ -24,8 +24,6 @@ def main(arguments: list[str]) -> None:
     options = parser.parse_args(arguments)
     if options.out is not None and options.out.exists():
         parser.error(f"--out {options.out} exists: name a new folder")
-    if options.images < 4:
-        parser.error(f"--images must be at least 4, got {options.images}")
 
     from tqdm import tqdm
 

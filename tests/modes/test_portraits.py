@@ -176,7 +176,7 @@ def test_what_cannot_be_described_is_said_in_one_line(run, tmp_path, capsys):
     assert "no images in" in refusal(capsys, run, "--data", tmp_path / "empty")
     write_image(tmp_path / "few/0.png", levels(3))
     assert "1 images are too few" in refusal(capsys, run, "--data", tmp_path / "few")
-    assert "--images must be at least 4" in refusal(capsys, run, "--images", 3)
+    assert "num_images must be at least 4, got 3" in refusal(capsys, run, "--images", 3)
     foreign = tmp_path / "foreign"
     shutil.copytree(run / "checkpoints", foreign / "checkpoints")
     assert "no config.yaml in" in refusal(capsys, foreign, "--data", tmp_path / "few")
