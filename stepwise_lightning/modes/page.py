@@ -212,14 +212,14 @@ def _link(mode: int) -> str:
 
 
 def _share(value: float) -> str:
-    return _cell(value, _SHARE, lambda v: f"{100 * v:.0f} %")
+    return _cell(value, max(value, 0.0), _SHARE, lambda v: f"{round(100 * v)} %")
 
 
 def _signed(value: float) -> str:
-    return _cell(value, _NEGATIVE if value < 0 else _POSITIVE, lambda v: f"{v:+.2f}")
+    return _cell(value, abs(value), _NEGATIVE if value < 0 else _POSITIVE, lambda v: f"{v:+.2f}")
 
 
-def _cell(value: float, colour: str, text: Callable[[float], str]) -> str:
+def _cell(value: float, strength: float, colour: str, text: Callable[[float], str]) -> str:
     if value != value:
         return "<td>–</td>"
     return (
