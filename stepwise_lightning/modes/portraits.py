@@ -12,25 +12,25 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stepwise_lightning.data.batch_views import BatchViews
-from stepwise_lightning.data.image_files import pixels
-from stepwise_lightning.data.image_sets import ImageSet, load_image_set
 from stepwise_lightning.data.strengths import Strengths
-from stepwise_lightning.data.views import plain_view
 from stepwise_lightning.errors import UserError
 from stepwise_lightning.modes import attributes, variations
 from stepwise_lightning.modes.directions import Modes
+from stepwise_lightning.modes.looked_at import (
+    ALL_TOGETHER,
+    LEAST_IMAGES,
+    RANDOM_VIEWS,
+    chosen_pictures,
+    embedded_views,
+)
 from stepwise_lightning.modes.sensitivity import mean_gradients, occlusion_maps
 from stepwise_lightning.record import SpectrumRecord
 from stepwise_lightning.spectrum.measures import MATRICES
-from stepwise_lightning.trained import all_images, checkpoint_of, configuration_of, input_settings, load_encoder
+from stepwise_lightning.trained import checkpoint_of, configuration_of, input_settings, load_encoder
 
 __all__ = ["ModePortraits", "describe_modes"]
 
-ALL_TOGETHER = "all together"
 NUM_IMAGES = 256
-_LEAST_IMAGES = 4
-_RANDOM_VIEWS = 4
 _SHOWN = 6  # images at each end of a mode and in its middle
 _COVERED = 3  # of those at an end, how many get an occlusion map
 _GRADIENT_IMAGES = 128
@@ -122,16 +122,16 @@ def describe_modes(
             :func:`stepwise_lightning.data.load_image_set`; fewer than four images; no learned mode.
 
     """
-    if num_images < _LEAST_IMAGES:
-        raise UserError(f"num_images must be at least {_LEAST_IMAGES}, got {num_images}")
+    if num_images < LEAST_IMAGES:
+        raise UserError(f"num_images must be at least {LEAST_IMAGES}, got {num_images}")
     around: Callable[..., Any] = progress or (lambda items, desc: items)
     checkpoint = checkpoint_of(run)
     encoder, settings = load_encoder(run), input_settings(checkpoint)
     matrix, count = _learned(checkpoint)
-    pictures, labels, names, paths = _pictures(checkpoint, data, root, num_images)
+    pictures, labels, names, paths = chosen_pictures(checkpoint, data, root, num_images)
     strengths = Strengths.of(settings["augmentation"])
-    inputs, random, varied = _embedded(encoder, pictures, settings, strengths, around)
-    first, second = random[:, : _RANDOM_VIEWS // 2].flatten(0, 1), random[:, _RANDOM_VIEWS // 2 :].flatten(0, 1)
+    inputs, random, varied = embedded_views(encoder, pictures, settings, strengths, around)
+    first, second = random[:, : RANDOM_VIEWS // 2].flatten(0, 1), random[:, RANDOM_VIEWS // 2 :].flatten(0, 1)
     everything = Modes.of([first, second], matrix)
     with torch.no_grad():
         plain = torch.cat([encoder(part) for part in inputs.split(64)])
@@ -218,62 +218,6 @@ def _kept(modes: Modes, count: int | None, plain: Tensor, run: str | Path) -> Mo
             "or give other images with --data"
         )
     return Modes(modes.matrix, modes.eigenvalues[:count], modes.directions[:, :count], modes.origin, modes.axis)
-
-
-def _pictures(
-    checkpoint: Path, data: str | None, root: str | None, num_images: int
-) -> tuple[list[Callable[[], Any]], Tensor, list[str], list[str]]:
-    """Return functions that read the chosen images, their labels, what these stand for, and the images' names."""
-    if data is None:
-        own = (configuration_of(checkpoint).get("data") or {}).get("init_args") or {}
-        held_out = load_image_set(own.get("data", "photos"), "val", root or own.get("root", "data"))
-        names = held_out.images if isinstance(held_out.images, list) else None
-        sets = [held_out]
-        paths = names or [f"{own.get('data', 'photos')}/val/{index}" for index in range(len(held_out))]
-    else:
-        sets, paths = all_images(data, root or "data")
-    places = [(images, index) for images in sets for index in range(len(images))]
-    if len(places) < _LEAST_IMAGES:
-        raise UserError(f"{len(places)} images are too few to see a mode in: give at least {_LEAST_IMAGES} with --data")
-    chosen = torch.linspace(0, len(places) - 1, min(num_images, len(places))).round().long().unique().tolist()
-
-    def reader(images: ImageSet, index: int) -> Callable[[], Any]:
-        return lambda: images.picture(index)
-
-    labels = torch.tensor([int(places[number][0].labels[places[number][1]]) for number in chosen])
-    return [reader(*places[number]) for number in chosen], labels, sets[0].class_names, [paths[n] for n in chosen]
-
-
-@torch.no_grad()
-def _embedded(
-    encoder: nn.Module,
-    pictures: list[Callable[[], Any]],
-    settings: dict[str, Any],
-    strengths: Strengths,
-    around: Callable[..., Any],
-) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """Return plain inputs (n, 3, s, s), embeddings of random views (n, views, d), and of varied ones by parameter."""
-    from torchvision.transforms.v2.functional import resize
-
-    size, mean, std = (settings[name] for name in ("image_size", "mean", "std"))
-    plain, drawn = plain_view(size, mean, std), BatchViews(settings["augmentation"], size, mean, std, seed=0)
-    centre, spread = (torch.tensor(values)[:, None, None] for values in (mean, std))
-    inputs, random, varied = list[Tensor](), list[Tensor](), dict[str, list[Tensor]]()
-    for number, read in enumerate(around(pictures, desc="views of images")):
-        picture = read()
-        inputs.append(plain(picture))
-        if min(picture.size) > _LARGEST * size:
-            picture = resize(picture, [_LARGEST * size])
-        image = pixels(picture)
-        epochs, half = range(_RANDOM_VIEWS // 2), _RANDOM_VIEWS // 2
-        views = {ALL_TOGETHER: torch.cat(drawn(image.expand(half, -1, -1, -1), epochs, [number] * half))}
-        views |= {
-            name: (view - centre) / spread for name, view in variations.varied_views(image, strengths, size).items()
-        }
-        embeddings = encoder(torch.cat(list(views.values())).float()).split([len(view) for view in views.values()])
-        for name, z in zip(views, embeddings, strict=True):
-            (random if name == ALL_TOGETHER else varied.setdefault(name, [])).append(z)
-    return torch.stack(inputs), torch.stack(random), {name: torch.stack(z) for name, z in varied.items()}
 
 
 def _shown(inputs: Tensor, settings: dict[str, Any]) -> Tensor:
