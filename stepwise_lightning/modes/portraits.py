@@ -141,17 +141,10 @@ def describe_modes(
     described = attributes.image_attributes(_shown(inputs, settings))
     ends = _ends(coordinates)
     positive = everything.eigenvalues.clamp(min=0)
-    views = {ALL_TOGETHER: random} | varied
-    unchanged = {
-        name: (variations.shared_by_views if name == ALL_TOGETHER else variations.unchanged_share)(
-            modes.coordinates(z.flatten(0, 1)).unflatten(0, z.shape[:2])
-        )
-        for name, z in views.items()
-    }
     deviation = torch.tensor(settings["std"], dtype=torch.float64)[:, None, None]
     return ModePortraits(
         run="/".join(checkpoint.absolute().parent.parent.parts[-2:]),
-        data=data or f"held-out images of {(configuration_of(checkpoint)['data'].get('init_args') or {}).get('data')}",
+        data=data or "held-out images of the run",
         augmentation=settings["augmentation"],
         modes=modes,
         shares=positive[: len(modes)] / positive.sum(),
@@ -164,11 +157,20 @@ def describe_modes(
         class_share=attributes.class_share(coordinates, labels),
         attributes={name: attributes.correlations(coordinates, values) for name, values in described.items()},
         explained=attributes.explained_share(coordinates, described),
-        unchanged=unchanged,
+        unchanged=_unchanged(modes, {ALL_TOGETHER: random} | varied),
         gradients=mean_gradients(encoder, modes, inputs[:_GRADIENT_IMAGES]) / deviation,
         ends=ends,
         maps=_maps(encoder, modes, inputs, ends, scale, around),
     )
+
+
+def _unchanged(modes: Modes, views: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the shares of variance between images, (k,), from embeddings (n, views, d) by what these differ in."""
+    coordinates = {name: modes.coordinates(z.flatten(0, 1)).unflatten(0, z.shape[:2]) for name, z in views.items()}
+    return {
+        name: (variations.shared_by_views if name == ALL_TOGETHER else variations.unchanged_share)(values)
+        for name, values in coordinates.items()
+    }
 
 
 def _learned(checkpoint: Path) -> tuple[str, int | None]:
