@@ -42,7 +42,7 @@ def load_encoder(run: str | Path) -> nn.Module:
         ValueError: the configuration has no encoder, or one that the checkpoint does not fit; damaged files.
 
     """
-    path = _checkpoint_of(run)
+    path = checkpoint_of(run)
     encoder = configured_encoder(path)
     weights = _saved(path).get("state_dict", {})
     own = {name.removeprefix(_PREFIX): values for name, values in weights.items() if name.startswith(_PREFIX)}
@@ -64,7 +64,7 @@ def configured_encoder(checkpoint: str | Path) -> nn.Module:
         ValueError: it cannot be read, or configures no encoder.
 
     """
-    model = _configuration(Path(checkpoint)).get("model") or {}
+    model = configuration_of(Path(checkpoint)).get("model") or {}
     settings = model.get("init_args") if isinstance(model, dict) else None
     if not isinstance(settings, dict) or "encoder" not in settings:
         name = model.get("class_path") if isinstance(model, dict) else model
@@ -100,8 +100,9 @@ def embed_images(
         ValueError, FileNotFoundError: see :func:`load_encoder` and :func:`load_image_set`; no images.
 
     """
-    encoder, view = load_encoder(run), _view_of(_checkpoint_of(run))
-    sets, paths = _all_images(data, root)
+    encoder, settings = load_encoder(run), input_settings(checkpoint_of(run))
+    view = plain_view(settings["image_size"], settings["mean"], settings["std"])
+    sets, paths = all_images(data, root)
     loader: DataLoader[Any] = DataLoader(ConcatDataset([PlainImages(images, view) for images in sets]), batch_size)
     embeddings, hidden, labels = [], [], []
     backbone = getattr(encoder, "backbone", None)
@@ -140,7 +141,7 @@ def torchvision_weights(run: str | Path) -> dict[str, Tensor]:
     return {name: values.contiguous() for name, values in backbone.network.state_dict().items()}
 
 
-def _checkpoint_of(run: str | Path) -> Path:
+def checkpoint_of(run: str | Path) -> Path:
     """Return the newest checkpoint of a run's folder; a checkpoint itself as it is."""
     path = Path(run)
     if path.is_file():
@@ -165,7 +166,7 @@ def _saved(checkpoint: Path) -> dict[str, Any]:
     return saved
 
 
-def _configuration(checkpoint: Path) -> dict[str, Any]:
+def configuration_of(checkpoint: Path) -> dict[str, Any]:
     """Return the configuration beside a checkpoint: of ``last-v1.ckpt`` ``config-v1.yaml``, where there is one."""
     folder = checkpoint.absolute().parent.parent
     suffix = checkpoint.stem.removeprefix("last")
@@ -197,9 +198,16 @@ def _built(kind: type, settings: Any) -> Any:
         raise UserError(f"the configuration of the run cannot be rebuilt: {condensed(str(error))}") from error
 
 
-def _view_of(checkpoint: Path) -> Any:
-    """Return what makes an image into the input of the run's encoder."""
-    settings = _configuration(checkpoint).get("data") or {}
+def input_settings(checkpoint: Path) -> dict[str, Any]:
+    """Return what makes an image into the input of a run's encoder: ``image_size``, and ``mean``, ``std`` of channels.
+
+    And ``augmentation``, which made it into views.
+
+    Raises:
+        ValueError: the run's data do not say it.
+
+    """
+    settings = configuration_of(checkpoint).get("data") or {}
     name = settings.get("class_path", "none") if isinstance(settings, dict) else "none"
     state = _saved(checkpoint).get(name.rpartition(".")[2])
     if not state:  # of a version that kept none: measured again
@@ -211,10 +219,11 @@ def _view_of(checkpoint: Path) -> Any:
             )
         data.setup("fit")
         state = data.state_dict()
-    return plain_view(state["image_size"], state["mean"], state["std"])
+    augmentation = (settings.get("init_args") or {}).get("augmentation", "standard")
+    return {name: state[name] for name in ("image_size", "mean", "std")} | {"augmentation": augmentation}
 
 
-def _all_images(data: str, root: str) -> tuple[list[ImageSet], list[str]]:
+def all_images(data: str, root: str) -> tuple[list[ImageSet], list[str]]:
     """Return all images of a folder or a data set, and what each is called."""
     if data in DATA_SETS:
         sets = [load_image_set(data, split, root) for split in ("train", "val")]

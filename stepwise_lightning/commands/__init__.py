@@ -17,6 +17,7 @@ COMMANDS = {
     "summary": "print what finished runs have learned, as a table",
     "plot": "draw the trajectories of one finished run, or of several over each other",
     "embed": "write what a trained encoder makes of a folder of images",
+    "modes": "show what each mode of a trained run looks like, and what it is blind to",
     "export": "write a trained ResNet as weights for torchvision",
     "download": "fetch CIFAR-10 or STL-10",
 }

@@ -1,0 +1,48 @@
+"""``stepwise modes RUN [--data FOLDER]``."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+
+from stepwise_lightning.commands.parser import Parser
+
+__all__ = ["main"]
+
+
+def main(arguments: list[str]) -> None:
+    """Write what the learned modes of a run look like."""
+    parser = Parser("modes", "Show what each learned mode of a run is: the images at its ends, what it varies with, "
+                    "what it is blind to, what raises it. Writes a page (HTML, one file) and the embedding for "
+                    "TensorBoard's projector.")  # fmt: skip
+    parser.add_argument("run", metavar="RUN", help="the folder of a run, runs/NAME/version_N, or a checkpoint in it")
+    parser.add_argument("--data", metavar="FOLDER",
+                        help="images: a folder, photos, cifar10 or stl10 (the run's held-out images)")  # fmt: skip
+    parser.add_argument("--root", help="where cifar10 and stl10 lie (as for the run, or data)")
+    parser.add_argument("--images", type=int, default=256, help="how many images at the most (%(default)s)")
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="where to write; must not exist (RUN/modes)")
+    options = parser.parse_args(arguments)
+    if options.out is not None and options.out.exists():
+        parser.error(f"--out {options.out} exists: name a new folder")
+
+    from tqdm import tqdm
+
+    from stepwise_lightning.errors import cannot_write
+    from stepwise_lightning.files import atomic_write_text
+    from stepwise_lightning.loggers import free_name
+    from stepwise_lightning.modes import describe_modes, write_projector
+    from stepwise_lightning.trained import checkpoint_of
+
+    bar = partial(tqdm, leave=False, disable=None)
+    portraits = describe_modes(options.run, options.data, options.root, options.images, bar)
+    home = checkpoint_of(options.run).parent.parent
+    out = options.out or home / free_name("modes", lambda name: (home / name).exists())
+    atomic_write_text(out / "modes.html", portraits.html())
+    try:
+        write_projector(portraits, out / "projector")
+    except OSError as error:
+        raise cannot_write(out / "projector", error) from error
+    count = len(portraits.modes)
+    print(f"found      {count} learned mode{'s' * (count != 1)}, looked at with {len(portraits.images)} images")
+    print(f"page       {out / 'modes.html'}")
+    print(f"projector  tensorboard --logdir {out / 'projector'}")

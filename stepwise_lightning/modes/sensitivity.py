@@ -1,0 +1,68 @@
+"""What in an input raises a mode: the mean gradient, and what happens when a part of an image is covered."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from stepwise_lightning.modes.directions import Modes
+
+__all__ = ["mean_gradients", "occlusion_maps"]
+
+_BATCH = 64
+
+
+def mean_gradients(encoder: nn.Module, modes: Modes, inputs: Tensor) -> Tensor:
+    """Return the gradient of each mode's coordinate with respect to the input, the mean over inputs, (k, *input).
+
+    To first order it is the change of all inputs, by the same small pattern, that raises the mode most. Of a linear
+    encoder it is the mode itself.
+
+    Args:
+        encoder: in evaluation mode; its output is (n, d).
+        modes: of its embeddings.
+        inputs: (n, …), float32.
+
+    """
+    total = torch.zeros(len(modes), *inputs.shape[1:], dtype=torch.float64)
+    for part in inputs.split(_BATCH):
+        x = part.clone().requires_grad_()
+        with torch.enable_grad():
+            sums = modes.coordinates(encoder(x)).sum(0)
+            for mode, value in enumerate(sums):
+                total[mode] += torch.autograd.grad(value, x, retain_graph=True)[0].sum(0)
+    return total / len(inputs)
+
+
+@torch.no_grad()
+def occlusion_maps(
+    encoder: nn.Module, modes: Modes, images: Tensor, progress: Callable[[Iterable[Any]], Iterable[Any]] = iter
+) -> Tensor:
+    """Return by how much each place of an image raises each mode, (n, k, h, w), float64.
+
+    A square of a quarter of the image's side is covered with the mean colour of the training images, at every half
+    square; what the coordinate loses by that is shared out evenly to all squares over a pixel (Zeiler and Fergus 2014).
+
+    Args:
+        encoder: in evaluation mode; its output is (n, d).
+        modes: of its embeddings.
+        images: normalised, (n, c, h, w), so that 0 is the mean colour.
+        progress: put around the places, for instance ``tqdm``.
+
+    """
+    height, width = images.shape[2:]
+    side = max(1, round(min(height, width) / 4))
+    tops, lefts = (sorted({*range(0, extent - side, max(1, side // 2)), extent - side}) for extent in (height, width))
+    whole = torch.cat([modes.coordinates(encoder(part)) for part in images.split(_BATCH)])
+    lost, covers = torch.zeros(*whole.shape, height, width, dtype=torch.float64), torch.zeros(height, width)
+    for top, left in progress([(top, left) for top in tops for left in lefts]):
+        place = slice(top, top + side), slice(left, left + side)
+        covered = images.clone()
+        covered[:, :, place[0], place[1]] = 0
+        coordinates = torch.cat([modes.coordinates(encoder(part)) for part in covered.split(_BATCH)])
+        lost[:, :, place[0], place[1]] += (whole - coordinates)[..., None, None]
+        covers[place] += 1
+    return lost / covers
