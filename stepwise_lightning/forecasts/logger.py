@@ -145,6 +145,7 @@ class ForecastLogger(L.Callback):
             self._say(trainer, *self._forecast(pl_module, trainer.optimizers[0], size, step, int(end)))
             self._spent += time.perf_counter() - started
         self._entered.clear()
+        self._text = self._told(step)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Listen no more."""
@@ -193,9 +194,22 @@ class ForecastLogger(L.Callback):
         h1, h2 = (h[: len(h) // size * size].unflatten(0, (-1, size)) for h in (h1, h2))
         return h1, h2
 
+    def _told(self, step: int) -> str:
+        """Return what is known now: of a mode that has come since the last forecast, only that."""
+        if not self.forecasts:
+            return ""
+        said = self.forecasts[-1]
+        count, dim = max(self._learned, said.num_learned), self._spectrum.record.eigenvalues(self._matrix).shape[1]
+        text = f"{count} of {dim} modes learned"
+        if said.num_learned < count:
+            return text
+        if not math.isfinite(said.due):
+            return f"{text}, no other is due"
+        return f"{text}, next ≈ step {said.due:.0f}" if said.due > step else f"{text}, next is overdue"
+
     def _say(self, trainer: L.Trainer, forecast: Forecast, rates: Tensor) -> None:
         mode, due = forecast.next_mode
-        step, dim = forecast.start, forecast.eigenvalues.shape[1]
+        step = forecast.start
         soon, first = math.isfinite(due), not self.forecasts
         if soon and mode not in {said.num_learned + 1 for said in self.forecasts}:
             record = self._spectrum.record
@@ -208,9 +222,8 @@ class ForecastLogger(L.Callback):
             self._spectrum.due.setdefault(self._matrix, []).append(float(record.times[-1] + sum(ahead)))
         self.forecasts.append(LiveForecast(step, mode - 1, due))
         self._next_at = step + max(((due - step) if soon else step) / 2, _APART * step)
-        self._text = f"{mode - 1} of {dim} modes learned, " + (f"next ≈ step {due:.0f}" if soon else "no other is due")
         if soon:
             for logger in trainer.loggers:
                 logger.log_metrics({"forecast/next_mode_step": due}, step=step)
         if first and (progress := trainer.progress_bar_callback) is not None:
-            progress.print(f"forecast: {self._text}")
+            progress.print(f"forecast: {self._told(step)}")

@@ -239,7 +239,7 @@ def test_the_next_mode_is_said_marked_and_not_forecast_without_sgd(tmp_path, cap
     _, record = trained(tmp_path, BarlowTwins, live, progress, steps=80)
     first = live.forecasts[0]
     assert f"forecast: 0 of {DIM} modes learned, next ≈ step {first.due:.0f}" in capsys.readouterr().out
-    assert f"of {DIM} modes learned, n" in progress.note
+    assert f"of {DIM} modes learned" in progress.note
     # Time is learning rate × steps, from the last measurement on.
     marked = live._spectrum.due["cross_correlation"]
     assert marked[0] == pytest.approx(first.due * 0.02, rel=1e-6)
