@@ -33,6 +33,7 @@ CLASS_COLOURS = (
 )  # fmt: skip
 _DASHED: dict[str, Any] = {"color": "black", "linewidth": 1.1, "linestyle": "--"}
 _DOTTED: dict[str, Any] = {"linewidth": 1.1, "linestyle": ":"}
+_WIDE = 6.0  # inches: a figure that has room for a legend in one row
 _DUE: dict[str, Any] = {"color": "black", "marker": "v", "markersize": 6, "markerfacecolor": "white", "linestyle": ""}
 
 
@@ -153,7 +154,7 @@ def legend_lines(panels: Sequence[Panel], steps_label: str) -> list[Line2D]:
     if any(np.isfinite(panel.marks()).any() for panel in panels):
         lines.append(Line2D([], [], color="0.35", label=steps_label, **_DOTTED))
     if any(panel.due for panel in panels):
-        lines.append(Line2D([], [], label="forecast, when the mode before was learned", **_DUE))
+        lines.append(Line2D([], [], label="forecast at the step before", **_DUE))
     return lines
 
 
@@ -168,7 +169,8 @@ def describe(figure: Figure, title: str, note: str, lines: Sequence[Line2D] = ()
     """Put a title above a figure, and below it a note and one legend for all panels."""
     figure.suptitle(title)
     if lines:  # the note is the legend's title, or one would lie over the other
-        placed: dict[str, Any] = {"loc": "outside lower center", "ncols": len(lines), "frameon": False}
+        columns = len(lines) if figure.get_figwidth() > _WIDE else 2
+        placed: dict[str, Any] = {"loc": "outside lower center", "ncols": columns, "frameon": False}
         legend = figure.legend(handles=lines, fontsize="small", title=note or None, title_fontsize="small", **placed)
         legend.get_title().set_color("0.3")
     elif note:

@@ -12,7 +12,7 @@ from stepwise_lightning.errors import UserError
 from stepwise_lightning.record import SpectrumRecord
 from stepwise_lightning.spectrum.logger import SpectrumLogger
 from stepwise_lightning.spectrum.measures import effective_rank
-from stepwise_lightning.spectrum.tensorboard import Lead, glance
+from stepwise_lightning.spectrum.tensorboard import NAME, Lead
 
 __all__ = ["Collapse", "CollapseWatch", "find_collapse"]
 
@@ -109,7 +109,7 @@ class CollapseWatch(L.Callback):
     :func:`stepwise_lightning.spectrum.collapse.find_collapse` says what is called a collapse, and
     ``tests/spectrum/test_collapse.py`` has a run that provokes each kind.
 
-    Logged, to every logger, at each measurement: ``At a glance/collapse``, 0 for none, 1 for a mode that has died, 2
+    Logged, to every logger, at each measurement: ``collapse/level``, 0 for none, 1 for a mode that has died, 2
     for a dimensional collapse, 3 for a complete one.
 
     Raises:
@@ -144,9 +144,9 @@ class CollapseWatch(L.Callback):
         if matrix == "tangent_covariance" and _NORMALISED in record.matrices:  # it has no scale that could vanish
             whole = find_collapse(record, _NORMALISED)
             self.found, matrix = (whole, _NORMALISED) if whole.kind == "complete collapse" else (self.found, matrix)
-        step = int(record.steps[-1])
+        step, prefix = int(record.steps[-1]), "" if self._spectrum.name == NAME else f"{self._spectrum.name}/"
         for logger in trainer.loggers:
-            logger.log_metrics({glance("collapse", self._spectrum.name): float(LEVELS[self.found.kind])}, step=step)
+            logger.log_metrics({f"{prefix}collapse/level": float(LEVELS[self.found.kind])}, step=step)
         if self.found.kind not in self._warned:
             self._warned.add(self.found.kind)
             rank_zero_warn(f"step {step}, {matrix}: {self.found.kind}: {self.found.reading}")
