@@ -61,7 +61,8 @@ class MLFlow:
         return [(metric.step, metric.value) for metric in history]
 
 
-OTHERS = {"wandb_resume.json"}  # of a callback of stable-pretraining, where that is installed
+# Of a callback of stable-pretraining, where that is installed, and what W&B itself says of its service, later.
+OTHERS = {"wandb_resume.json", "debug-internal.log"}
 LOGGERS = {"csv": Csv, "tensorboard": TensorBoard, "wandb": Wandb, "mlflow": MLFlow}
 
 

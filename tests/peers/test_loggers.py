@@ -82,6 +82,8 @@ LOGGERS = {
 @pytest.mark.parametrize("kind", LOGGERS)
 def test_a_run_ends_with_its_folder_and_how_to_watch_it(kind, folder, capsys):
     pytest.importorskip(kind)
+    if kind == "wandb":
+        sys.modules["wandb"].teardown()  # or its service would go on in the folder of an earlier test
     path, arguments, watch = LOGGERS[kind]
     train(12, path, **arguments)
     lines = [line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines() if line]
