@@ -40,6 +40,7 @@ def produce(options: argparse.Namespace, directory: Path) -> Outcome:
             [first[kind] for kind in (("simclr", "ordinary"), ("vicreg", "small"), ("vicreg", "ordinary"))],
         ],
         ["", "", ""],
+        same_time=False,
         title="Where a staircase is seen, and where it is not",
         note=f"ResNet on {data_name(options.data)}, seed {options.seeds[0]}",
     )

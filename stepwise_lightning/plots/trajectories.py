@@ -66,11 +66,20 @@ def _panel(item: SpectrumRecord | Panel) -> Panel:
 
 
 def eigenvalues_figure(
-    rows: list[list[Panel]], labels: list[str], title: str, note: str = "", steps_label: str = "detected step"
+    rows: list[list[Panel]],
+    labels: list[str],
+    title: str,
+    note: str = "",
+    steps_label: str = "detected step",
+    same_time: bool = True,
 ) -> Figure:
-    """Draw eigenvalues against log time: rows of panels, named by labels; a column is one experiment."""
+    """Draw eigenvalues against log time: rows of panels, named by labels.
+
+    With ``same_time`` a column is one experiment, whose panels share their time; without, each panel has its own.
+    """
     figure = Figure(figsize=(1.6 + 3.6 * len(rows[0]), 1.2 + 2.7 * len(rows)), layout="constrained")
-    axes = figure.subplots(len(rows), len(rows[0]), sharex="col", squeeze=False)
+    sharex: Any = "col" if same_time else "none"
+    axes = figure.subplots(len(rows), len(rows[0]), sharex=sharex, squeeze=False)
     for i, (panels, label) in enumerate(zip(rows, labels, strict=True)):
         for j, panel in enumerate(panels):
             axis = axes[i, j]
@@ -78,8 +87,11 @@ def eigenvalues_figure(
             log_scale(axis, panel.eigenvalues)
             axis.set(title=panel.title, ylabel=panel.label, xlabel=TIME if i == len(rows) - 1 else "")
         axes[i, 0].set_ylabel(f"{label}\n{panels[0].label}" if label else panels[0].label)
-    for j, panel in enumerate(rows[0]):  # where the first row's first mode begins to rise; hidden ones start large
-        axes[0, j].set_xlim(first_rise(panel), panel.times[-1])
+        for axis in axes[i, len(panels) :]:
+            axis.set_axis_off()
+    if same_time:
+        for j, panel in enumerate(rows[0]):  # where the first row's first mode begins to rise; hidden ones start large
+            axes[0, j].set_xlim(first_rise(panel), panel.times[-1])
     panels = [panel for row in rows for panel in row]
     describe(figure, title, note, legend_lines(panels, steps_label) + gap_line(panels))
     return figure
