@@ -17,7 +17,15 @@ copyright = author
 release = importlib.metadata.version("stepwise_lightning")
 
 root_doc = "docs/index"
-include_patterns = ["docs/**.md", "README.md", "reproduce/README.md", "CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md"]
+include_patterns = [
+    "docs/**.md",
+    "README.md",
+    "reproduce/README.md",
+    "reproduce/gpu_configurations.md",
+    "CHANGELOG.md",
+    "CONTRIBUTING.md",
+    "SECURITY.md",
+]
 exclude_patterns = [".*", "runs", "results", "data", "build", "tests", "stepwise_lightning"]
 extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode", "sphinx_copybutton"]
 
