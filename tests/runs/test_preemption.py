@@ -121,6 +121,7 @@ def test_from_outside_with_workers(number, to_all, images, tmp_path):
     assert saved_step(tmp_path / "run") > 0
 
 
+@pytest.mark.slow
 def test_a_killed_process_ends_the_other_with_one_clear_line(images, tmp_path):
     config = write_config(tmp_path / "config.yaml", images, "VICReg", 0, **DDP)
     jobs = [job(tmp_path / f"{rank}", config, "backward:16", ranks=[rank], processes=2) for rank in (0, 1)]
