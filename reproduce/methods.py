@@ -70,8 +70,8 @@ VARIANTS: dict[str, tuple[list[str], dict[str, Any]]] = {
         "model.init_args.eps": 0.01,
     }),
 }  # fmt: skip
-# On CPUs, what is shorter than the 1200 steps of its configuration, and how many it has. From ordinary initialisation all
-# modes have risen by then, and the staircase of every seed so far has three steps: on CIFAR-10 not before step 395.
+# On CPUs, what is shorter than the 1200 steps of its configuration. From ordinary initialisation all modes have risen
+# by then, and the staircase of every seed so far has three steps: one of CIFAR-10 not before step 395.
 CPU_STEPS = dict.fromkeys(
     ("ordinary", "wrong_pairs", "noise_images", "no_off_diagonal", "no_covariance", "published_loss"), 600
 )
