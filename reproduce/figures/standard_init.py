@@ -31,7 +31,9 @@ PAPER = (
     "and the steps of the loss are hard to see."
 )
 # Four dimensions are further apart than ten, also from ordinary initialisation.
-LEAST_SEPARATION = {"smoke": 2.0, "cpu": 1.0, "full": 1.0}
+# Of Barlow Twins with ten, photographs and CIFAR-10, seeds 0, 1, 2: small starts 1.9 to 7.5, ordinary ones 0.5 to 1.1.
+_MEASURED = {"barlow_twins": 1.5, "vicreg": 1.0, "simclr": 1.0}
+LEAST_SEPARATION = {"smoke": dict.fromkeys(METHODS, 2.0), "cpu": _MEASURED, "full": _MEASURED}
 # Loss, start, and the control that must not rise apart.
 JUDGED = (
     ("barlow_twins", "small", "ordinary"),
@@ -74,7 +76,7 @@ def _claims(runs: list[Run], options: argparse.Namespace) -> list[Claim]:
         sentence = (
             f"{METHODS[loss].title}, {VARIANT_TITLES[start]}: time between modes over rise width, median of modes"
         )
-        least, beside = LEAST_SEPARATION[options.profile], (VARIANT_TITLES[control], separations[loss, control])
+        least, beside = LEAST_SEPARATION[options.profile][loss], (VARIANT_TITLES[control], separations[loss, control])
         claims.append(worst(f"{loss}_{start}", sentence, separations[loss, start], ">=", least, options.seeds, *beside))
     return claims
 
