@@ -37,7 +37,9 @@ def test_a_killed_call_leaves_no_process_behind(tmp_path):
     path.write_text(script)
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(Path(__file__).parent)])}
     with subprocess.Popen([sys.executable, path], env=environment, stderr=subprocess.DEVNULL) as call:
-        assert until(lambda: len(list(tmp_path.iterdir())) == min(2, os.cpu_count() or 1))
-        call.kill()
+        try:
+            assert until(lambda: len(list(tmp_path.iterdir())) == min(2, os.cpu_count() or 1), 240)
+        finally:
+            call.kill()
     workers = [int(mark.name) for mark in tmp_path.iterdir()]
     assert until(lambda: not any(map(is_running, workers)), 20)
