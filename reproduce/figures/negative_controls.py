@@ -37,6 +37,7 @@ def produce(options: argparse.Namespace, directory: Path) -> Outcome:
         [panels[:3], panels[3:]],
         ["", ""],
         title="A staircase needs pairs, images, decorrelation and a small start",
+        same_time=False,
         note=f"Barlow Twins, ResNet on {data_name(options.data)}, seed {options.seeds[0]}",
     )
     rows = (row for run in runs for row in run.rows())
