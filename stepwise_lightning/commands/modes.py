@@ -19,7 +19,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--data", metavar="FOLDER",
                         help="images: a folder, photos, cifar10 or stl10 (the run's held-out images)")  # fmt: skip
     parser.add_argument("--root", help="where cifar10 and stl10 lie (as for the run, or data)")
-    parser.add_argument("--images", type=int, default=256, help="how many images at the most (%(default)s)")
+    parser.add_argument("--images", type=int, help="how many images at the most (256)")
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="where to write; must not exist (RUN/modes)")
     options = parser.parse_args(arguments)
     if options.out is not None and options.out.exists():
@@ -34,7 +34,8 @@ def main(arguments: list[str]) -> None:
     from stepwise_lightning.trained import checkpoint_of
 
     bar = partial(tqdm, leave=False, disable=None)
-    portraits = describe_modes(options.run, options.data, options.root, options.images, bar)
+    number = {} if options.images is None else {"num_images": options.images}
+    portraits = describe_modes(options.run, options.data, options.root, **number, progress=bar)
     home = checkpoint_of(options.run).parent.parent
     out = options.out or home / free_name("modes", lambda name: (home / name).exists())
     atomic_write_text(out / "modes.html", portraits.html())

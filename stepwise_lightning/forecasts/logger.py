@@ -39,6 +39,13 @@ class LiveForecast(NamedTuple):
     """The optimiser step at which the next mode is due; infinite for not before training ends."""
 
 
+def _descent(trainer: L.Trainer, module: L.LightningModule) -> str:
+    """Return what a module is trained by."""
+    if isinstance(module, JointEmbedding) and (acceleration := module.hparams.get("acceleration")):
+        return str(acceleration)
+    return type(trainer.optimizers[0]).__name__ if trainer.optimizers else "none"
+
+
 class ForecastLogger(L.Callback):
     """Say while a module trains at which optimiser step its next mode is due.
 
@@ -91,11 +98,8 @@ class ForecastLogger(L.Callback):
         self._spectrum = next(spectrum for spectrum in spectra if self._matrix in spectrum.matrices and spectrum.output)
         self.forecasts, self._text = [], ""
         self._stop()
-        kind, acceleration = type(trainer.optimizers[0]), pl_module.hparams.get("acceleration")
-        if kind is not torch.optim.SGD or acceleration:
-            rank_zero_info(
-                f"no forecast of the next mode: that is one of SGD, and this is {acceleration or kind.__name__}"
-            )
+        if (descent := _descent(trainer, pl_module)) != "SGD":
+            rank_zero_info(f"no forecast of the next mode: that is one of SGD, and this is {descent}")
             return
         self._measurements, self._learned, self._next_at = -1, -1, 0.0
         self._began, self._spent = time.perf_counter(), 0.0

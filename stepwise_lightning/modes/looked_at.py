@@ -23,9 +23,8 @@ __all__ = ["ALL_TOGETHER", "LEAST_IMAGES", "RANDOM_VIEWS", "chosen_pictures", "e
 ALL_TOGETHER = "all together"
 LEAST_IMAGES = 4
 RANDOM_VIEWS = 4
-_LARGEST = (
-    3  # a picture is shrunk to so many times the side of a view, or each view of it would cost as much as a photo
-)
+# A picture is shrunk to so many times the side of a view, or each view of it would cost as much as a photo.
+_LARGEST = 3
 
 
 def chosen_pictures(

@@ -34,9 +34,6 @@ NUM_IMAGES = 256
 _SHOWN = 6  # images at each end of a mode and in its middle
 _COVERED = 3  # of those at an end, how many get an occlusion map
 _GRADIENT_IMAGES = 128
-_LARGEST = (
-    3  # a picture is shrunk to so many times the side of a view, or each view of it would cost as much as a photo
-)
 _ROUND_OFF = 1e-5  # of the size of embeddings, which are float32
 
 

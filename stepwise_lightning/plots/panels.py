@@ -154,7 +154,7 @@ def legend_lines(panels: Sequence[Panel], steps_label: str) -> list[Line2D]:
     if any(np.isfinite(panel.marks()).any() for panel in panels):
         lines.append(Line2D([], [], color="0.35", label=steps_label, **_DOTTED))
     if any(panel.due for panel in panels):
-        lines.append(Line2D([], [], label="forecast at the step before", **_DUE))
+        lines.append(Line2D([], [], label="forecast, one mode ahead", **_DUE))
     return lines
 
 

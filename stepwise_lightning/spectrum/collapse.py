@@ -62,9 +62,9 @@ def find_collapse(record: SpectrumRecord, matrix: str = "cross_correlation", due
     values = record.eigenvalues(matrix)
     known = values.isfinite().all(1)
     values, steps, times = values[known].clamp(min=0), record.steps[known], record.times[known]
-    largest = values[:, 0]
-    if len(values) <= _SUSTAINED or not largest.max() > 0:
+    if len(values) <= _SUSTAINED or not values.any():
         return Collapse("", "")
+    largest = values[:, 0]
     if (largest[-_SUSTAINED:] < _GONE * largest.max()).all():
         return Collapse("complete collapse", f"the largest eigenvalue is {_ratio(largest[-1], largest.max())} it was")
     counts = (values > _LARGE * largest[:, None]).sum(1)
@@ -77,7 +77,7 @@ def find_collapse(record: SpectrumRecord, matrix: str = "cross_correlation", due
     long = times[-1] > times[begin] + _OVERDUE * (min(expected) - times[begin]) if expected else True
     long &= bool(steps[-1] >= max(1 if expected else _LONG * began, began + _LEAST))
     stands = (plateau[-_SUSTAINED:].max(0).values <= _GROWS * plateau[0]).all()
-    grown = int(record.measure("num_grown", matrix)[known].max())
+    grown = int(record.measure("num_grown", matrix)[known].nan_to_num(0.0).max())  # NaN: of another size than at first
     happened = grown or count < counts[0]  # at the start of a run, everything stands still
     if count < dim / 2 and happened and long and stands and len(values) - begin > 2 * _SUSTAINED:
         rank = float(effective_rank(values[-1]))

@@ -14,6 +14,8 @@ from same_runs import assert_same
 from skimage import data
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from stepwise_lightning import CollapseWatch
+
 PACKAGES = {"lightning": lightning, "pytorch_lightning": pytorch_lightning}
 # What pytorch_lightning warns of, as pyproject.toml has it for lightning.
 QUIET = [
@@ -67,7 +69,9 @@ def check(package, build, loader, folder, attached, last_step, views=None, froze
     for loggers in ([], [logger for logger, _ in attached]):
         lightning.seed_everything(1, verbose=False)
         module, latest = build(), LastBatch()
-        trainer = train(package, module, loader() if callable(loader) else loader, folder, latest, *loggers, **options)
+        watches = [CollapseWatch()] if loggers else []  # an alarm would be a warning, which fails the test
+        callbacks = [latest, *watches, *loggers]
+        trainer = train(package, module, loader() if callable(loader) else loader, folder, *callbacks, **options)
         traces.append(copy.deepcopy(trace(trainer, module)))
     assert_same(*traces)
     assert trainer.global_step in (last_step, 0)  # 0: Lightning does not count what a module steps by itself

@@ -177,6 +177,14 @@ def test_nothing_is_said_before_anything_has_happened():
     assert find_collapse(flat).kind == ""
 
 
+def test_a_run_that_goes_on_with_another_dimension_is_judged_from_there():
+    record = two_modes(lambda steps: 0 * steps + 1e-6)
+    for step in range(1020, 1200, 20):
+        values = torch.full((12,), 0.1, dtype=torch.float64)
+        record.append(Measurement(step, 0.01 * step, spectra={"cross_correlation": Spectrum(values)}))
+    assert find_collapse(record).kind == ""
+
+
 def test_it_needs_measurements(tmp_path):
     trainer = L.Trainer(
         max_steps=1, accelerator="cpu", logger=False, callbacks=[CollapseWatch()], enable_checkpointing=False,

@@ -1,0 +1,65 @@
+"""What the modes of the middle-scale networks are worth on CIFAR-10: ``python -m reproduce.middle_worth OUT``.
+
+OUT is where ``python -m reproduce middle_scale --out OUT`` has left its runs. Each of their networks embeds held-out
+images, evenly spaced. A table says how often a ridge classifier that sees k of their modes is right, each image left
+out in turn (:func:`stepwise_lightning.modes.mode_worth`): modes of the covariance of the embedding, and of the hidden
+representation, beside those of the untrained network and of pixels. Batch normalisation uses its running statistics,
+of the untrained network those of these images.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from reproduce.methods import METHODS
+from stepwise_lightning.data.views import plain_view
+from stepwise_lightning.modes import mode_worth
+from stepwise_lightning.modes.looked_at import chosen_pictures
+from stepwise_lightning.spectrum.capture import capture
+from stepwise_lightning.trained import checkpoint_of, configured_encoder, input_settings, load_encoder
+
+HIDDEN = "backbone"
+NUM_MODES = (0, 1, 3, 6, 10, 100)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser("python -m reproduce.middle_worth", description=__doc__)
+    parser.add_argument("out", type=Path, metavar="OUT", help="the folder with the runs of middle_scale")
+    parser.add_argument("--images", type=int, default=1000, help="how many of the held-out ones (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of the runs (%(default)s)")
+    options = parser.parse_args(arguments)
+    runs = {loss: options.out / "runs" / f"{loss}_small_seed{options.seed}" / "version_0" for loss in METHODS}
+    checkpoint = checkpoint_of(runs["barlow_twins"])
+    settings = input_settings(checkpoint)
+    view = plain_view(settings["image_size"], settings["mean"], settings["std"])
+    pictures, labels, _, _ = chosen_pictures(checkpoint, None, None, options.images)
+    x = torch.stack([view(read()) for read in pictures])
+    print("| accuracy on k components |", " | ".join(f"{k}" for k in NUM_MODES), "|")
+    print("|---" * (len(NUM_MODES) + 1) + "|")
+    for loss, run in runs.items():
+        for name, z in _representations(load_encoder(run), x).items():
+            print(_row(f"{METHODS[loss].title}, {name}", z, labels), flush=True)
+    for name, z in _representations(configured_encoder(checkpoint).train(), x).items():
+        print(_row(f"untrained, {name}", z, labels), flush=True)
+    print(_row("pixels", x.flatten(1), labels))
+
+
+def _representations(encoder: nn.Module, x: Tensor) -> dict[str, Tensor]:
+    with torch.no_grad():
+        captured = capture(encoder, [x], ["", HIDDEN])
+    return {"embedding": captured[""][0], "hidden representation": captured[HIDDEN][0]}
+
+
+def _row(name: str, z: Tensor, labels: Tensor) -> str:
+    accuracies = mode_worth(z, labels, num_modes=max(NUM_MODES))
+    cells = [f"{float(accuracies[k]):.2f}" if k < len(accuracies) else "" for k in NUM_MODES]
+    return " | ".join(["| " + name, *cells, ""]).rstrip()
+
+
+if __name__ == "__main__":
+    main()
