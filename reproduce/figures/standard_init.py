@@ -52,6 +52,7 @@ def produce(options: argparse.Namespace, directory: Path) -> Outcome:
         [[_panel(run) for run in row] for row in shown],
         [VARIANT_TITLES[start] for start in STARTS],
         title="From ordinary initialisation, modes rise together, but for VICReg's",
+        same_time=False,
         note=f"ResNet on {data_name(options.data)}, seed {options.seeds[0]}",
         steps_label="mode half-way up",
     )

@@ -200,9 +200,10 @@ def first_rise(panel: Panel) -> float:
 
 
 def log_scale(axis: Axes, eigenvalues: Array) -> None:
-    """Give an axis of eigenvalues a logarithmic scale, ten orders of magnitude at the most."""
+    """Give an axis of eigenvalues a logarithmic scale, ten orders of magnitude at the most, of what is above these."""
     if (eigenvalues > 0).any():  # a collapsed embedding has nothing that a logarithm could show
         axis.set_yscale("log", nonpositive="mask")
-        bottom = max(axis.get_ylim()[0], 1e-10 * np.nanmax(eigenvalues))
-        top = axis.dataLim.y1  # of all that is drawn; the margin is of what is shown, of which round-off is no part
-        axis.set_ylim(bottom, top * (top / bottom) ** 0.05)
+        bottom = eigenvalues[eigenvalues > 1e-10 * np.nanmax(eigenvalues)].min()  # below that is round-off
+        top = axis.dataLim.y1  # of all that is drawn
+        margin = (top / bottom) ** 0.05
+        axis.set_ylim(bottom / margin, top * margin)

@@ -68,6 +68,25 @@ def test_runs_of_different_losses_keep_their_own_axes():
     assert figure.axes[3].get_ylabel() == "eigenvalues of\nthe covariance"
 
 
+def test_round_off_stretches_no_logarithmic_axis():
+    times = torch.linspace(1, 10, 20)
+    modes = torch.stack([torch.linspace(1e-4, 1, 20), torch.full((20,), 1e-17)], dim=1)
+    theory = SpectrumRecord.of(times, modes * torch.tensor([1.0, 1e-290]))
+    axis = trajectories_figure([Panel(SpectrumRecord.of(times, modes), theory=theory)], log_eigenvalues=True).axes[1]
+    low, high = axis.get_ylim()
+    assert 1e-5 < low < 1e-4 and 1 < high < 10
+
+
+def test_panels_have_a_time_of_their_own_where_they_are_different_experiments():
+    records = [SpectrumRecord.of(torch.linspace(1, end, 20), torch.linspace(0.1, 1, 20)[:, None]) for end in (2, 50)]
+    rows = [[Panel(records[0])], [Panel(records[1])]]
+    ends = {
+        same: [axis.get_xlim()[1] for axis in eigenvalues_figure(rows, ["", ""], "", same_time=same).axes]
+        for same in (True, False)
+    }
+    assert ends == {True: [2, 2], False: [2, 50]}
+
+
 def test_spectra_are_those_nearest_to_the_chosen_times():
     run = growth([8.0, 4, 2])
     figure = spectra_figure(run, [0.0, 5.03, 99], title="spectrum")
