@@ -234,7 +234,7 @@ def worker(rank: int, meeting_point: str, options: argparse.Namespace) -> None:
     pairs = 400 if options.smoke else 4000
     ok = [
         speed("held", pairs, HELD, options.rounds),
-        speed("recomputed", pairs // 2, RECOMPUTED, options.rounds),
+        speed("recomputed", pairs, RECOMPUTED, options.rounds),
         exponents(options.smoke),
         scaling(pairs // 4),
     ]

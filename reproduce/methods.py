@@ -51,6 +51,7 @@ VARIANT_TITLES = {
     "alpha0.1": "start a hundred times as large",
     "standard_augmentation": "standard augmentation",
     "weight_decay": "weight decay 1e-4",
+    "schedule": "warm-up and cosine",
 }
 # By what a run differs from its shipped configuration: files laid over that, and settings of the command line.
 VARIANTS: dict[str, tuple[list[str], dict[str, Any]]] = {
@@ -60,6 +61,9 @@ VARIANTS: dict[str, tuple[list[str], dict[str, Any]]] = {
     "alpha0.1": ([], {"model.init_args.encoder.init_args.alpha": 0.1}),
     "standard_augmentation": ([], {"data.init_args.augmentation": "standard"}),
     "weight_decay": ([], {"model.init_args.weight_decay": 1e-4}),
+    "schedule": ([], {
+        "model.init_args.warmup_steps": 100, "model.init_args.cosine": "true", "trainer.max_steps": 800,
+    }),
     "wrong_pairs": ([], {"data.class_path": "reproduce.control_data.WrongPairs"}),
     "noise_images": ([], {"data.class_path": "reproduce.control_data.NoiseImages"}),
     "no_off_diagonal": ([], {"model.init_args.off_diagonal_weight": 0.0}),

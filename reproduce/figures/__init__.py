@@ -19,6 +19,7 @@ from reproduce.figures import (
     mode_worth,
     negative_controls,
     resnet_barlow_twins,
+    stable_rates,
     standard_init,
     start_scale,
     three_losses,
@@ -44,8 +45,9 @@ FIGURES: dict[str, PaperFigure] = {
         kernel_mlp,
         faster_modes,
         forecast,
+        stable_rates,
         conditions,
         middle_scale,
     )
 }
-LONG = ("conditions", "middle_scale", "forecast")
+LONG = ("conditions", "middle_scale", "forecast", "stable_rates")

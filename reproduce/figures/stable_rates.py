@@ -1,0 +1,165 @@
+"""Up to which learning rate a network trains: what is said of it before training, and how long training lasted.
+
+Before training, two rates are said of a network: below *safe* no small start diverges on any batch, above the *limit*
+at least half of them do, on features that stay. Small ResNets are trained for 100 steps at multiples of the
+limit, and at 0.8 times what is safe: Barlow Twins as it is shipped, without momentum, and with momentum 0.9; VICReg
+with its own. Training has diverged where the loss is not finite, or has grown a thousandfold. Features that move let
+some networks diverge below the limit: what lies between the two rates is shown, and no claim is made of it.
+
+SimCLR with cosine similarity does not diverge: no limit is said of it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from matplotlib.figure import Figure
+
+from reproduce.claims import Claim, seeds_text, worst
+from reproduce.methods import METHODS
+from reproduce.options import data_name
+from reproduce.outputs import Outcome, PaperFigure
+from reproduce.processes import each
+from reproduce.runs import Run, trained_runs
+from reproduce.training import PROFILES
+from stepwise_lightning.errors import DivergedError
+from stepwise_lightning.forecasts import forecast
+from stepwise_lightning.forecasts.forecast import unseen_batches
+from stepwise_lightning.modules import JointEmbedding
+
+PAPER = "Not in the paper: its theory, made a tool."
+# What is trained, with the momentum of its configuration or another.
+KINDS = {
+    "barlow_twins": ("Barlow Twins", "barlow_twins", None),
+    "barlow_twins_momentum": ("Barlow Twins, momentum 0.9", "barlow_twins", 0.9),
+    "vicreg": ("VICReg", "vicreg", None),
+}
+SAFE, BEYOND = 0.8, 1.25  # times what is safe, which must train; times the limit, which must not
+OF_LIMIT = (0.5, 0.64, 0.8, 1.0, BEYOND, 1.6)
+STEPS = 100
+GROWN = 1e3  # times the first loss
+COLUMNS = ["kind", "seed", "momentum", "safe", "limit", "learning_rate", "of_safe", "of_limit", "steps", "loss"]
+
+
+def produce(options: argparse.Namespace, directory: Path) -> Outcome:
+    """Say both rates of every network, train it at multiples of them, and compare."""
+    runs = {
+        (run.loss, run.seed): run for run in trained_runs(options, [("barlow_twins", "small"), ("vicreg", "small")])
+    }
+    items = [(kind, runs[loss, seed]) for kind, (_, loss, _) in KINDS.items() for seed in options.seeds]
+    rows = [row for part in each(lasting, items, "training at many rates") for row in part]
+    return Outcome(_figure(rows, options), COLUMNS, rows, _claims(rows, options), _summaries(rows))
+
+
+def lasting(kind: str, run: Run) -> list[list[Any]]:
+    """Return rows of ``COLUMNS``: how many steps training lasted at each rate."""
+    module = _module(kind, run, None)
+    stable = forecast(module, unseen_batches(run.data), STEPS).rates
+    rows = []
+    for rate in (SAFE * stable.safe, *(share * stable.limit for share in OF_LIMIT)):
+        steps, loss = _trained(_module(kind, run, rate), run)
+        rows.append([
+            kind, run.seed, module.hparams["momentum"], stable.safe, stable.limit, rate, round(rate / stable.safe, 4),
+            round(rate / stable.limit, 4), steps, loss,
+        ])  # fmt: skip
+    return rows
+
+
+def _module(kind: str, run: Run, rate: float | None) -> JointEmbedding:
+    """Return the network as it was before its training, with its own learning rate or another."""
+    _, loss, momentum = KINDS[kind]
+    changes = {"learning_rate": rate, "momentum": momentum}
+    settings = {name: value for name, value in run.module.hparams.items() if name != "encoder"}
+    settings |= {name: value for name, value in changes.items() if value is not None}
+    return METHODS[loss].module(run.encoder(), **settings)
+
+
+class _Watch(L.Callback):
+    """Stops training whose loss has grown a thousandfold."""
+
+    def __init__(self) -> None:
+        self.first = self.last = math.nan
+
+    def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, *_: Any) -> None:
+        self.last = float(outputs["loss"])
+        self.first = self.last if math.isnan(self.first) else self.first
+        trainer.should_stop = self.diverged
+
+    @property
+    def diverged(self) -> bool:
+        return not self.last <= GROWN * self.first
+
+
+def _trained(module: JointEmbedding, run: Run) -> tuple[int, float]:
+    """Return how many steps training lasted before it diverged, ``STEPS`` if it did not, and the last loss."""
+    watch = _Watch()
+    trainer = L.Trainer(
+        max_steps=STEPS, accelerator="cpu", callbacks=[watch], logger=False, enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False, limit_val_batches=0, num_sanity_val_steps=0,
+    )  # fmt: skip
+    try:
+        trainer.fit(module, datamodule=run.data)
+    except DivergedError:
+        return trainer.global_step, math.inf
+    return (trainer.global_step - 1 if watch.diverged else STEPS), watch.last
+
+
+def _claims(rows: list[list[Any]], options: argparse.Namespace) -> list[Claim]:
+    claims = []
+    for kind, (title, *_) in KINDS.items():
+        lasted = {
+            name: [row[8] for row in rows if row[0] == kind and math.isclose(row[column], share, rel_tol=1e-3)]
+            for name, column, share in (("safe", 6, SAFE), ("beyond", 7, BEYOND))
+        }
+        claims.append(worst(
+            kind, f"{title}: steps of {STEPS} trained at {SAFE} times the safe rate", lasted["safe"], ">=", STEPS,
+            options.seeds, f"at {BEYOND} times the limit", lasted["beyond"],
+        ))  # fmt: skip
+    return claims
+
+
+def _summaries(rows: list[list[Any]]) -> list[dict[str, Any]]:
+    """Return, for each kind and share of the limit, how many seeds trained to the end."""
+    table = []
+    for kind in KINDS:
+        own = [row for row in rows if row[0] == kind]
+        entry: dict[str, Any] = {"kind": kind, "seeds": len({row[1] for row in own})}
+        entry["safe / limit"] = ", ".join(f"{row[3] / row[4]:.2f}" for row in own if math.isclose(row[7], BEYOND))
+        entry[f"trained at {SAFE} safe"] = sum(row[8] == STEPS for row in own if math.isclose(row[6], SAFE))
+        for share in OF_LIMIT:
+            entry[f"at {share:g} limit"] = sum(row[8] == STEPS for row in own if math.isclose(row[7], share))
+        table.append(entry)
+    return table
+
+
+def _figure(rows: list[list[Any]], options: argparse.Namespace) -> Figure:
+    """Draw how long training lasted against the learning rate in units of the limit."""
+    figure = Figure(figsize=(12, 3.9), layout="constrained")
+    axes = figure.subplots(1, len(KINDS), sharey=True)
+    for ax, (kind, (title, *_)) in zip(axes, KINDS.items(), strict=True):
+        for index, seed in enumerate(options.seeds):
+            own = sorted((row for row in rows if row[:2] == [kind, seed]), key=lambda row: row[5])
+            x, lasted = [row[7] for row in own], [max(row[8], 1) for row in own]
+            ax.plot(x, lasted, marker="os^Dv*"[index % 6], color=f"C{index}", linewidth=1, label=f"seed {seed}")
+            ax.axvline(own[0][3] / own[0][4], color=f"C{index}", linewidth=1, linestyle=":")
+        ax.axvline(1, color="0.4", linewidth=1)
+        ax.set(xscale="log", yscale="log", xlabel="learning rate / limit", title=title, ylim=(0.9, 1.3 * STEPS))
+        ticks = [0.1, 0.2, 0.5, 1, 1.6]
+        ax.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+        ax.minorticks_off()
+        ax.set_yticks([1, 10, STEPS], ["1", "10", f"{STEPS}, or more"])
+    axes[0].set_ylabel("steps before training diverges")
+    axes[0].legend(frameon=False, loc="lower left")
+    figure.suptitle("Up to which learning rate a network trains can be said before it does")
+    figure.supxlabel(
+        f"ResNet on {data_name(options.data)}, {seeds_text(options.seeds)}; line: the limit, above which half of small "
+        "starts diverge where features stay; dotted: what is safe for each seed", fontsize="small", color="0.3",
+    )  # fmt: skip
+    return figure
+
+
+FIGURE = PaperFigure("stable_rates", __doc__, PAPER, PROFILES, produce)
