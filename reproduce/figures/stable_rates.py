@@ -1,10 +1,11 @@
 """Up to which learning rate a network trains: what is said of it before training, and how long training lasted.
 
-Before training, two rates are said of a network: below *safe* no small start diverges on any batch, above the *limit*
-at least half of them do, on features that stay. Small ResNets are trained for 100 steps at multiples of the
-limit, and at 0.8 times what is safe: Barlow Twins as it is shipped, without momentum, and with momentum 0.9; VICReg
-with its own. Training has diverged where the loss is not finite, or has grown a thousandfold. Features that move let
-some networks diverge below the limit: what lies between the two rates is shown, and no claim is made of it.
+Before training, two rates are said of a network, which ``stepwise forecast`` prints: above the *limit* at least half of
+all small starts diverge where features stay; what is *safe* is half of the rate below which none does, on any batch,
+because features move. Small ResNets are trained for 100 steps at multiples of the limit, and at 0.8 times what is safe:
+Barlow Twins as it is shipped, without momentum, and with momentum 0.9; VICReg with its own. Training has diverged where
+the loss is not finite, or has grown a thousandfold. What lies between the two rates is shown, and no claim is made of
+it.
 
 SimCLR with cosine similarity does not diverge: no limit is said of it.
 """
@@ -148,7 +149,7 @@ def _figure(rows: list[list[Any]], options: argparse.Namespace) -> Figure:
             ax.axvline(own[0][3] / own[0][4], color=f"C{index}", linewidth=1, linestyle=":")
         ax.axvline(1, color="0.4", linewidth=1)
         ax.set(xscale="log", yscale="log", xlabel="learning rate / limit", title=title, ylim=(0.9, 1.3 * STEPS))
-        ticks = [0.1, 0.2, 0.5, 1, 1.6]
+        ticks = [0.1, 0.2, 0.5, 1]
         ax.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
         ax.minorticks_off()
         ax.set_yticks([1, 10, STEPS], ["1", "10", f"{STEPS}, or more"])
@@ -157,7 +158,7 @@ def _figure(rows: list[list[Any]], options: argparse.Namespace) -> Figure:
     figure.suptitle("Up to which learning rate a network trains can be said before it does")
     figure.supxlabel(
         f"ResNet on {data_name(options.data)}, {seeds_text(options.seeds)}; line: the limit, above which half of small "
-        "starts diverge where features stay; dotted: what is safe for each seed", fontsize="small", color="0.3",
+        "starts diverge where features stay; dotted: what is safe, for each seed", fontsize="small", color="0.3",
     )  # fmt: skip
     return figure
 

@@ -180,8 +180,10 @@ def _warned(result: Forecast, num_features: int, decay: float, share_of_bias: fl
         said.append("no separated steps: the first mode starts too high; scale the last layer's weights down")
     if result.learning_rate > result.rates.limit:
         said.append(f"the learning rate {result.learning_rate:.3g} is above the limit {result.rates.limit:.3g}")
-    elif result.learning_rate > result.rates.limit / 2:
-        said.append(f"the learning rate {result.learning_rate:.3g} is near the limit {result.rates.limit:.3g}")
+    elif result.learning_rate > result.rates.safe:
+        said.append(
+            f"the learning rate {result.learning_rate:.3g} is above {result.rates.safe:.3g}, below which it is safe"
+        )
     starved = (10 * decay > result.growth_rates).nonzero().flatten()
     if decay > 0 and len(starved):
         said.append(

@@ -126,7 +126,9 @@ def test_warnings_say_what_may_be_wrong():
     assert not forecast(module(), batches(4), 200).warnings
     limit = forecast(module(), batches(4), 200).largest_learning_rate
     assert any("above the limit" in text for text in forecast(module(rate=1.1 * limit), batches(4), 200).warnings)
-    assert any("near the limit" in text for text in forecast(module(rate=0.7 * limit), batches(4), 200).warnings)
+    assert any(
+        "below which it is safe" in text for text in forecast(module(rate=0.7 * limit), batches(4), 200).warnings
+    )
     starved = forecast(module(weight_decay=0.3), batches(4), 200).warnings
     assert any("weight decay 0.3 is not small" in text for text in starved)
     assert any("no small start" in text for text in forecast(module(SimCLR, alpha=1.0), batches(4), 50).warnings)
@@ -140,7 +142,7 @@ def test_the_limits_of_barlow_twins_are_those_of_the_theory(momentum):
     assert said.suggested_learning_rate < said.rates.safe < said.largest_learning_rate
     single = [forecast(module(momentum=momentum), [batch], 50) for batch in data]
     worst = max(float(one.growth_rates[0]) for one in single)
-    assert said.rates.safe == pytest.approx(min(limits.local, limits.safe) / worst, rel=1e-6)
+    assert said.rates.safe == pytest.approx(0.5 * min(limits.local, limits.safe) / worst, rel=1e-6)
 
 
 @pytest.mark.slow
@@ -148,7 +150,7 @@ def test_the_limits_of_vicreg_lie_where_its_last_layer_diverges():
     model, data = module(VICReg, momentum=0.9, eps=0.01), batches(4)
     said = forecast(model, data, 100)
     assert 0 < said.suggested_learning_rate < said.rates.safe <= said.largest_learning_rate < math.inf
-    fates = [forecast(model, data, 300, learning_rate=rate) for rate in (0.7 * said.rates.safe, 3 * said.rates.limit)]
+    fates = [forecast(model, data, 300, learning_rate=rate) for rate in (1.4 * said.rates.safe, 3 * said.rates.limit)]
     assert [bool(fate.eigenvalues.isinf().any()) for fate in fates] == [False, True]
     assert any("diverges" in text for text in fates[1].warnings)
 
