@@ -165,7 +165,7 @@ def least(use: Callable[[], Any], clock: Callable[[], float] = time.process_time
 
 def constants() -> Machine:
     """Return this machine's, of one thread; the network is that between its two processes."""
-    size, few, many = 1024, 192, 3072
+    size, few, many = 1024, 384, 1536
     tiles = [torch.randn(512, 512).double() for _ in range(100)]  # more than caches hold
     vectors = torch.randn(512, VECTORS).double()
     multiply = least(lambda: [(tile @ vectors, tile.T @ vectors) for tile in tiles]) / len(tiles) / 512**2
