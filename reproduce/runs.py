@@ -31,10 +31,11 @@ from reproduce.training import CONFIGS, TrainingRun
 from reproduce.warm import warm_up
 from stepwise_lightning import Encoder, SpectrumRecord, TwoViewDataModule
 from stepwise_lightning.data import load_image_set
+from stepwise_lightning.encoders import bias_of
 from stepwise_lightning.errors import NotFoundError, UserError, reason
 from stepwise_lightning.forecasts import Forecast
 from stepwise_lightning.forecasts.forecast import NUM_PAIRS, forecast_of_features, unseen_batches
-from stepwise_lightning.forecasts.training import Training, bias_of, last_features, last_layer
+from stepwise_lightning.forecasts.training import Training, last_features, last_layer
 from stepwise_lightning.modules import JointEmbedding
 from stepwise_lightning.plots import Panel
 from stepwise_lightning.spectrum import Rises, Steps, detect_rises

@@ -39,7 +39,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from stepwise_lightning.encoders import LinearEncoder
+from stepwise_lightning.encoders import last_linear
 from stepwise_lightning.errors import UserError
 from stepwise_lightning.precision import as_float64
 
@@ -162,15 +162,15 @@ def last_inputs(encoder: nn.Module) -> deque[Tensor]:
         ValueError: there is no linear layer; when the encoder is called, it does not end in the last one.
 
     """
-    layers = [part for part in encoder.modules() if isinstance(part, (nn.Linear, LinearEncoder))]
-    if not layers:
+    layer = last_linear(encoder)
+    if layer is None:
         raise UserError(
             f"acceleration='lyapunov' needs what enters the last linear layer, and {type(encoder).__name__} has none: "
             "choose 'gate', or an encoder that ends in a linear layer"
         )
     inputs: deque[Tensor] = deque(maxlen=2)
     outputs: deque[Tensor] = deque(maxlen=1)
-    layers[-1].register_forward_hook(partial(_keep, inputs, outputs))
+    layer.register_forward_hook(partial(_keep, inputs, outputs))
     encoder.register_forward_hook(partial(_check_last, outputs))
     return inputs
 

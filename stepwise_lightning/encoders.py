@@ -258,21 +258,32 @@ def scale_last_layer(module: nn.Module, alpha: float, bias_norm: float | None = 
         ValueError: no linear layer, α not positive and finite, or ``bias_norm`` for a layer without a bias.
 
     """
-    layers = [layer for layer in module.modules() if isinstance(layer, nn.Linear)]
-    if not layers:
+    last = last_linear(module)
+    if last is None:
         raise UserError(f"{type(module).__name__} has no linear layer to scale")
     if not 0 < alpha < float("inf"):
         raise UserError(f"alpha must be positive and finite, got {alpha}")
-    last = layers[-1]
+    bias = bias_of(last)
+    if bias_norm is not None and (bias is None or not 0 <= bias_norm < float("inf")):
+        raise UserError(f"bias_norm={bias_norm} needs a last layer with a bias, and a finite norm of at least 0")
     last.weight.mul_(alpha)
-    if bias_norm is not None:
-        if last.bias is None or not 0 <= bias_norm < float("inf"):
-            raise UserError(f"bias_norm={bias_norm} needs a last layer with a bias, and a finite norm of at least 0")
-        direction = torch.randn(last.bias.shape, generator=torch.Generator().manual_seed(checked_seed(seed)))
-        last.bias.copy_(direction * bias_norm / direction.norm())
-    elif last.bias is not None:
-        last.bias.mul_(alpha)
+    if bias is not None and bias_norm is not None:
+        direction = torch.randn(bias.shape, generator=torch.Generator().manual_seed(checked_seed(seed)))
+        bias.copy_(direction * bias_norm / direction.norm())
+    elif bias is not None:
+        bias.mul_(alpha)
     return module
+
+
+def last_linear(module: nn.Module) -> nn.Linear | LinearEncoder | None:
+    """Return the linear layer of a module that was registered last; None if there is none."""
+    layers = [layer for layer in module.modules() if isinstance(layer, (nn.Linear, LinearEncoder))]
+    return layers[-1] if layers else None
+
+
+def bias_of(layer: nn.Linear | LinearEncoder) -> Tensor | None:
+    """Return the bias of a layer, None if it has none."""
+    return getattr(layer, "bias", None)
 
 
 def _check_inputs(x: Tensor, in_features: int) -> None:

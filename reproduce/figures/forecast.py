@@ -37,9 +37,10 @@ from reproduce.outputs import Outcome, PaperFigure
 from reproduce.processes import each
 from reproduce.runs import SMALL_STARTS, Run, trained_runs
 from reproduce.training import PROFILES
+from stepwise_lightning.encoders import bias_of
 from stepwise_lightning.forecasts import Forecast
 from stepwise_lightning.forecasts.forecast import NUM_PAIRS, forecast_of_features, unseen_batches
-from stepwise_lightning.forecasts.training import Training, bias_of, last_features, last_layer
+from stepwise_lightning.forecasts.training import Training, last_features, last_layer
 
 PAPER = "Not in the paper: its theory, made a tool."
 # Median relative errors of steps, before training; later modes of VICReg are not promised.

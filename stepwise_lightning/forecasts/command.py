@@ -8,11 +8,12 @@ from typing import Any
 import lightning as L
 import torch
 
+from stepwise_lightning.encoders import bias_of
 from stepwise_lightning.errors import NotFoundError, UserError, reason
 from stepwise_lightning.files import atomic_write
 from stepwise_lightning.forecasts.forecast import NUM_PAIRS, forecast, unseen_batches
 from stepwise_lightning.forecasts.result import Forecast
-from stepwise_lightning.forecasts.training import bias_of, last_layer
+from stepwise_lightning.forecasts.training import last_layer
 from stepwise_lightning.modules import BarlowTwins, SimCLR, VICReg
 
 __all__ = ["ForecastingTrainer", "as_little_as_a_forecast_needs"]

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stepwise_lightning.encoders import LinearEncoder
+from stepwise_lightning.encoders import LinearEncoder, bias_of
 from stepwise_lightning.errors import UserError
 from stepwise_lightning.forecasts.result import Forecast, crossings
 from stepwise_lightning.forecasts.stable import StableRates, stable_rates
-from stepwise_lightning.forecasts.training import Training, bias_of, last_features, last_layer
+from stepwise_lightning.forecasts.training import Training, last_features, last_layer
 from stepwise_lightning.spectrum.batches import Views
 from stepwise_lightning.spectrum.schedule import log_spaced_steps
 from stepwise_lightning.theory.growth import growth_matrix, heavy_ball_growth

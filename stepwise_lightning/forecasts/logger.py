@@ -14,10 +14,11 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
+from stepwise_lightning.encoders import bias_of
 from stepwise_lightning.errors import UserError
 from stepwise_lightning.forecasts.forecast import forecast_of_features
 from stepwise_lightning.forecasts.result import MATRICES, Forecast
-from stepwise_lightning.forecasts.training import Training, bias_of, last_layer, loss_of, velocity_of
+from stepwise_lightning.forecasts.training import Training, last_layer, loss_of, velocity_of
 from stepwise_lightning.modules import JointEmbedding, SimCLR
 from stepwise_lightning.runs.report import LineProgress
 from stepwise_lightning.spectrum.batches import views_in

@@ -10,14 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stepwise_lightning.encoders import LinearEncoder
+from stepwise_lightning.encoders import LinearEncoder, bias_of, last_linear
 from stepwise_lightning.errors import UserError
 from stepwise_lightning.modules import BarlowTwins, JointEmbedding, SimCLR, VICReg, rate_factor
 from stepwise_lightning.spectrum.batches import Views, on_device, views_in
 from stepwise_lightning.spectrum.capture import capture
 from stepwise_lightning.theory.growth import loss_settings
 
-__all__ = ["Training", "bias_of", "last_features", "last_layer", "loss_of", "velocity_of"]
+__all__ = ["Training", "last_features", "last_layer", "loss_of", "velocity_of"]
 
 _LOSSES: dict[type[JointEmbedding], str] = {BarlowTwins: "barlow_twins", VICReg: "vicreg", SimCLR: "simclr"}
 
@@ -95,16 +95,11 @@ def loss_of(module: nn.Module) -> str:
 
 
 def last_layer(module: nn.Module) -> nn.Linear | LinearEncoder:
-    """Return the last linear layer of a module: that which was registered last."""
-    layers = [part for part in module.modules() if isinstance(part, (nn.Linear, LinearEncoder))]
-    if not layers:
+    """Return the last linear layer of a module: that which was registered last, of ours in its encoder."""
+    layer = last_linear(module.encoder if isinstance(module, JointEmbedding) else module)
+    if layer is None:
         raise UserError(f"{type(module).__name__} has no linear layer: a forecast is one of a last linear layer")
-    return layers[-1]
-
-
-def bias_of(layer: nn.Linear | LinearEncoder) -> Tensor | None:
-    """Return the bias of a layer, None if it has none."""
-    return getattr(layer, "bias", None)
+    return layer
 
 
 def velocity_of(layer: nn.Linear | LinearEncoder, optimizer: torch.optim.Optimizer) -> list[Tensor] | None:

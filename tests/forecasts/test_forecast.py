@@ -65,6 +65,13 @@ def test_nothing_of_the_module_is_changed():
     assert not any(part._forward_hooks or part._forward_pre_hooks for part in model.modules())
 
 
+def test_a_classifier_beside_the_encoder_is_not_its_last_layer():
+    model = module()
+    said = forecast(model, batches(2), 50)
+    model.classifier = nn.Linear(DIM, 3)
+    assert torch.equal(forecast(model, batches(2), 50).step_times, said.step_times)
+
+
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
 def test_step_times_are_those_of_training_the_last_layer_alone(momentum):
     model, data, rate = module(momentum=momentum), batches(3), 0.004 if momentum else 0.02
