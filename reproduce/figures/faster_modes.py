@@ -247,8 +247,8 @@ def _claims(results: list[Result], options: argparse.Namespace) -> list[Claim]:
     def alignments(model: str, *rules: str) -> list[float]:
         return [r.alignment for r in results if r.model == model and r.rule in rules]
 
-    # The kernel machine's modes are closer to each other, so that gradient descent itself ends at 0.997.
-    for model, bound in (("linear", 0.99), ("kernel", 0.95)):
+    # The kernel machine's modes are closer to each other: descent itself ends at 0.98, and with tuned momentum at 0.92.
+    for model, bound in (("linear", 0.99), ("kernel", 0.9)):
         sentence = f"{MODELS[model]}: alignment of the embedding, gate and Lyapunov, with the closed form"
         values, control = alignments(model, "gate", "lyapunov"), alignments(model, FEATURES)
         claims.append(
