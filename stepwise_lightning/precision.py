@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import numpy as np
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from stepwise_lightning.errors import UserError
 
-__all__ = ["as_float64", "check_real", "on_float64_device", "without_autocast"]
+__all__ = ["as_float64", "check_real", "in_one_thread", "on_float64_device", "without_autocast"]
 
 # Types of device that have no float64: what is to be float64 is moved to the CPU first.
 _WITHOUT_FLOAT64 = ("mps",)
@@ -53,6 +54,21 @@ def as_float64(values: Tensor | ArrayLike, name: str = "the input") -> Tensor:
     tensor = values if isinstance(values, Tensor) else torch.tensor(np.asarray(values))
     check_real(tensor, name)
     return on_float64_device(tensor).double()
+
+
+@contextmanager
+def in_one_thread() -> Iterator[None]:
+    """Compute in one thread, which is for many small operations.
+
+    Several would wait for each other at each of them: for nothing on a machine that is quiet, and on one that does other
+    work for as long as that keeps one of them waiting.
+    """
+    number = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(number)
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[object]:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from stepwise_lightning.errors import UserError
-from stepwise_lightning.precision import as_float64
+from stepwise_lightning.precision import as_float64, in_one_thread
 from stepwise_lightning.spectrum import (
     alpha_req,
     cross_correlation_eigenvalues,
@@ -247,3 +247,15 @@ def test_python_numbers_keep_their_digits():
     torch.testing.assert_close(steps.step_times, expected.step_times, rtol=0, atol=0, equal_nan=True)
     with pytest.raises(UserError, match="t must be real, got torch.complex128"):
         model.singular_values(1j)
+
+
+def test_one_thread_and_then_as_many_as_before():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        with pytest.raises(ZeroDivisionError), in_one_thread():
+            assert torch.get_num_threads() == 1
+            raise ZeroDivisionError
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from stepwise_lightning.forecasts.training import Training
+from stepwise_lightning.precision import in_one_thread
 from stepwise_lightning.theory.last_layer import LastLayer
 from stepwise_lightning.theory.stability import stability_limits
 
@@ -89,6 +90,7 @@ def stable_rates(
     return StableRates(limit, safe, min(_DRIVE / fastest, _SHARE * safe))
 
 
+@in_one_thread()
 def largest_gammas(h1: Tensor, h2: Tensor, center: bool) -> list[float]:
     """Return the largest eigenvalue of Γ of each batch, by a hundred power iterations."""
     h1, h2 = (h.double() - (h.double().mean(1, keepdim=True) if center else 0.0) for h in (h1, h2))
