@@ -60,8 +60,8 @@ def as_float64(values: Tensor | ArrayLike, name: str = "the input") -> Tensor:
 def in_one_thread() -> Iterator[None]:
     """Compute in one thread, which is for many small operations.
 
-    Several would wait for each other at each of them: for nothing on a machine that is quiet, and on one that does other
-    work for as long as that keeps one of them waiting.
+    Several would wait for each other at each of them, and where a machine does other work for as long as that keeps one
+    of them waiting.
     """
     number = torch.get_num_threads()
     torch.set_num_threads(1)
