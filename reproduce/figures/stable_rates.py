@@ -154,7 +154,7 @@ def _figure(rows: list[list[Any]], options: argparse.Namespace) -> Figure:
         ax.minorticks_off()
         ax.set_yticks([1, 10, STEPS], ["1", "10", f"{STEPS}, or more"])
     axes[0].set_ylabel("steps before training diverges")
-    axes[0].legend(frameon=False, loc="lower left")
+    axes[-1].legend(frameon=False, loc="lower left")
     figure.suptitle("Up to which learning rate a network trains can be said before it does")
     figure.supxlabel(
         f"ResNet on {data_name(options.data)}, {seeds_text(options.seeds)}; line: the limit, above which half of small "
