@@ -208,7 +208,9 @@ def _silence_libraries() -> None:
     def is_of_interest(record: logging.LogRecord) -> bool:
         return not _ADVERTISEMENTS.search(record.getMessage())
 
-    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.seed"):
+    # the second speaks for the first where another library has imported the package of that name
+    names = ("lightning.pytorch.utilities.rank_zero", "pytorch_lightning.utilities.rank_zero")
+    for name in (*names, "lightning.fabric.utilities.seed"):
         logging.getLogger(name).addFilter(is_of_interest)
     for message in _DEPRECATIONS:
         warnings.filterwarnings("ignore", message)
