@@ -56,8 +56,8 @@ def stable_rates(
     it is largest none does. For VICReg, and for Barlow Twins normalised, training is simulated through the batches in
     turn, from eight starts, at rates that rise by 15 % until half of them diverge; none does below the first that does.
     Features that move make networks diverge earlier, from a third of the limit on. So ``safe`` is half of where no
-    start diverges: at 0.8 times that small ResNets train, and at 1.25 times the limit hardly one does (``python -m reproduce
-    stable_rates``); in between it is network and start that decide.
+    start diverges: at 0.8 times that small ResNets train, and at 1.25 times the limit hardly one
+    does (``python -m reproduce stable_rates``); in between it is network and start that decide.
     Cosine similarity is blind to the length of embeddings, so that training does not diverge: no limit.
 
     Args:
