@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import torch
 from matplotlib.figure import Figure
 
 from reproduce.claims import Claim, seeds_text, worst
@@ -99,8 +100,9 @@ def _trained(module: JointEmbedding, run: Run) -> tuple[int, float]:
     """Return how many steps training lasted before it diverged, ``STEPS`` if it did not, and the last loss."""
     watch = _Watch()
     trainer = L.Trainer(
-        max_steps=STEPS, accelerator="cpu", callbacks=[watch], logger=False, enable_checkpointing=False,
-        enable_progress_bar=False, enable_model_summary=False, limit_val_batches=0, num_sanity_val_steps=0,
+        max_steps=STEPS, accelerator="cuda" if torch.cuda.is_available() else "cpu", devices=1, callbacks=[watch],
+        logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+        limit_val_batches=0, num_sanity_val_steps=0,
     )  # fmt: skip
     try:
         trainer.fit(module, datamodule=run.data)
