@@ -28,7 +28,7 @@ from reproduce.outputs import Outcome, PaperFigure
 from reproduce.processes import each
 from reproduce.runs import Run, trained_runs
 from reproduce.training import PROFILES
-from stepwise_lightning.errors import DivergedError
+from stepwise_lightning.errors import DivergedError, UserError
 from stepwise_lightning.forecasts import forecast
 from stepwise_lightning.forecasts.forecast import unseen_batches
 from stepwise_lightning.modules import JointEmbedding
@@ -61,6 +61,11 @@ def lasting(kind: str, run: Run) -> list[list[Any]]:
     """Return rows of ``COLUMNS``: how many steps training lasted at each rate."""
     module = _module(kind, run, None)
     stable = forecast(module, unseen_batches(run.data), STEPS).rates
+    if not math.isfinite(stable.limit):
+        raise UserError(
+            f"no limit is said of {KINDS[kind][0]}, seed {run.seed}: fewer than half of its starts diverged at every "
+            "rate that was simulated; choose other seeds or data"
+        )
     rows = []
     for rate in (SAFE * stable.safe, *(share * stable.limit for share in OF_LIMIT)):
         steps, loss = _trained(_module(kind, run, rate), run)
