@@ -14,10 +14,10 @@ figures: $(VENV)/.installed  ## every figure with its verdict, and results/repor
 	$(BIN)/python -m reproduce all
 
 test: $(VENV)/.installed-test  ## the default test suite
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 test-slow: $(VENV)/.installed-test  ## what the default suite leaves out
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m slow
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m slow
 
 test-peers: $(VENV)/.installed-test $(VENV)/.installed-peers  ## the losses and modules of other libraries, and other loggers
 	$(BIN)/python -m pytest tests/peers

@@ -1,7 +1,7 @@
 """What the kernel theory costs, as ratios measured in one run: ``make benchmark``.
 
 1. ContrastiveKernelPCA, 2000 pairs of 20×20 crops, RBF, 10 modes, against the dense route (matrix square root and full
-   eigendecomposition): at least 40 times as fast, eigenvalues within 1e-10; and against its own kernel products (limit
+   eigendecomposition): at least 30 times as fast, eigenvalues within 1e-10; and against its own kernel products (limit
    1.5).
 2. 8000 pairs of 16×16 crops: peak memory when half of the kernel matrix is held (limit 0.7 of the whole) and when it is
    streamed (limit 1 GB), with the same eigenvalues.
@@ -156,7 +156,7 @@ def speed() -> bool:
     eigenvalues = dense_route(x1, x2, kernel)
     dense = time.perf_counter() - start
     print(f"\n2000 pairs of 20×20 crops, RBF, 10 modes: {ours:.2f} s (median of 5), dense route {dense:.0f} s")
-    ok = within("dense route / ours", dense / ours, 40, least=True)
+    ok = within("dense route / ours", dense / ours, 30, least=True)
     ok &= within("ours / its own kernel products", share, 1.5)
     difference = (model.eigenvalues_ - eigenvalues).abs().max() / eigenvalues[0]
     return ok & within("largest difference of an eigenvalue / largest eigenvalue", float(difference), 1e-10)

@@ -125,6 +125,7 @@ def test_a_checkpoint_carries_the_probe_to_validation_and_on(run, folder: str, t
         assert torch.equal(ours, theirs)
 
 
+@pytest.mark.slow
 def test_two_processes_get_the_result_of_one(folder: str, tmp_path: Path) -> None:
     script = f"""
 import sys, warnings, torch

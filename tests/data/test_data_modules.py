@@ -181,6 +181,7 @@ def test_the_global_batch_is_the_same_for_every_number_of_ranks(num_replicas: in
         assert all(len(sampler) == 96 // num_replicas for sampler in ranks)
 
 
+@pytest.mark.slow
 def test_two_processes_of_a_trainer_share_the_batches_of_one(folder: str, tmp_path: Path) -> None:
     script = f"""
 import sys, torch

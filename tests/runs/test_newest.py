@@ -94,7 +94,7 @@ PLACES = {
 
 
 # One of each kind by default.
-USUAL = ("home", "a variable", "a folder below", "csv", "left out", "false", "a list")
+USUAL = ("home", "left out", "false", "a list")
 CASES = [pytest.param(*case, id=name, marks=() if name in USUAL else pytest.mark.slow) for name, case in PLACES.items()]
 
 
@@ -109,7 +109,9 @@ def test_the_same_command_continues_in_the_run_s_own_folder(logger, place, home,
     assert {"config.yaml", "config_step_2.yaml", "config_step_4.yaml"} <= set(os.listdir(home / place))
 
 
-@pytest.mark.parametrize("name", ["Named", "Pathed", "Homeless"])
+@pytest.mark.parametrize(
+    "name", ["Named", pytest.param("Pathed", marks=pytest.mark.slow), pytest.param("Homeless", marks=pytest.mark.slow)]
+)
 def test_a_logger_of_ones_own_whose_version_can_be_set(name, home):
     own = logger(
         f"own_loggers.{name}", **({} if name == "Homeless" else {"save_dir": "~/runs" if name == "Pathed" else "runs"})
