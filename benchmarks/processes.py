@@ -1,8 +1,9 @@
 """What sharing a kernel fit among processes gains, and what it costs: ``python benchmarks/processes.py``.
 
 1. ContrastiveKernelPCA on two processes of one thread each (gloo) against one: at least 1.7 times as fast, with the
-   kernel matrix held (8000 pairs) and recomputed (4000), eigenvalues within 1e-12. On a machine that does other work too, processor time of
-   the busier process stands for time, the least of the rounds, and time is judged only where the load is below ½.
+   kernel matrix held (8000 pairs) and recomputed (4000), eigenvalues within 1e-12. On a machine that does other work
+   too, processor time of the busier process stands for time, the least of the rounds, and time is judged only where
+   the load is below ½.
 2. Scaling exponents of processor time: in pairs at most 2.1, in features and in modes at most 1.
 3. The time of a product with the kernel matrix as a formula, its constants measured here, against products of one
    process; and what it gives for 10⁵ and 10⁶ pairs on 1, 8 and 64 GPUs. Nothing is run on a GPU for that: it is an
