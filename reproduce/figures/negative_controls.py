@@ -4,7 +4,7 @@ Barlow Twins is trained as in ``resnet_barlow_twins``, and in five ways that lea
 of other images, images of noise, no term that keeps dimensions apart, the published loss with its small weight and its
 normalisation, and ordinary initialisation. All are compared over as many training steps as the shortest run has, 600
 on CPUs. Four must show fewer distinct steps than any run of the staircase. The published loss shows about as many as
-that in this time; but its first mode does not wait: it must be learned in a tenth of the time that the second takes.
+that in this time; but its first mode does not wait: it must be learned in three hundredths of this time.
 
 The paper has no such figure: the controls are ours. Wrong pairs have no Γ, so that no mode grows. Noise has the small Γ
 that overlapping crops of it share, whose first modes are all but equal. Without the off-diagonal term every dimension
@@ -15,6 +15,7 @@ mode, however small the start.
 from __future__ import annotations
 
 import argparse
+import math
 from pathlib import Path
 
 from reproduce.claims import Claim, worst
@@ -30,7 +31,7 @@ PAPER = "Not in the paper: controls of ours for its Fig. 1 C-D."
 WITHOUT_STEPS = ("wrong_pairs", "noise_images", "no_off_diagonal", "ordinary")
 CONTROLS = (*WITHOUT_STEPS, "published_loss")
 MOST_STEPS = 2
-MOST_WAIT = 0.1  # until the first mode is learned, over that until the second
+MOST_WAIT = 0.03  # until the first mode is learned, as a share of the training steps
 
 
 def produce(options: argparse.Namespace, directory: Path) -> Outcome:
@@ -62,11 +63,9 @@ def _steps(run: Run, steps: int) -> Steps:
 
 
 def _wait(run: Run, steps: int) -> float:
-    """Return the time until the first mode is learned over that until the second, or until the end."""
-    learned = _steps(run, steps).step_times
-    end = float(run.record.times[run.record.steps <= steps][-1])
-    first, second = sorted([*learned[learned.isfinite()].tolist(), end, end])[:2]
-    return first / second
+    """Return the share of so many training steps until the first mode is learned; 1 if none is."""
+    times = _steps(run, steps).step_times.nan_to_num(nan=math.inf, posinf=math.inf)
+    return min(float(times.min() / run.record.times[run.record.steps <= steps][-1]), 1.0)
 
 
 def _claims(runs: list[Run], steps: int, options: argparse.Namespace) -> list[Claim]:
@@ -77,7 +76,7 @@ def _claims(runs: list[Run], steps: int, options: argparse.Namespace) -> list[Cl
         sentence = f"{VARIANT_TITLES[variant]}: distinct steps ({', '.join(map(str, counts[variant]))})"
         beside = ("the staircase", counts["small"])
         claims.append(worst(variant, sentence, counts[variant], "<=", MOST_STEPS, options.seeds, *beside))
-    sentence = "the published loss: time until the first mode is learned, over that until the second"
+    sentence = "the published loss: share of the steps until the first mode is learned"
     waits, of_staircase = ([_wait(run, steps) for run in by_variant[name]] for name in ("published_loss", "small"))
     waiting = worst(
         "published_loss", sentence, waits, "<=", MOST_WAIT, options.seeds, "the staircase", of_staircase
