@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -26,6 +26,7 @@ from stepwise_lightning.sharing import ranks
 from stepwise_lightning.theory.krylov import KernelProducts, top_modes
 from stepwise_lightning.theory.linear import LinearBarlowTwins
 from stepwise_lightning.theory.parameters import Parametrised, name_of
+from stepwise_lightning.theory.saved import read_fitted
 
 Kernel = Callable[[Tensor, Tensor], Tensor]
 # Eigenvalues below this share of the largest cannot be told from zero.
@@ -240,15 +241,7 @@ class ContrastiveKernelPCA(Parametrised):
             ValueError: it is damaged, or something else; nothing in it is run.
 
         """
-        try:
-            fitted = torch.load(path, weights_only=True)
-        except OSError:
-            raise
-        except Exception as error:  # torch and its unpickler raise whatever they come across
-            kind = f"{type(error).__name__}: {error}".splitlines()[0]
-            raise UserError(f"{str(path)!r} cannot be read as a saved model ({kind}): fit and save it again") from error
-        if not _is_fitted(fitted):
-            raise UserError(f"{str(path)!r} does not hold a fitted ContrastiveKernelPCA: fit and save it again")
+        fitted = read_fitted(path)
         model = cls(kernel, len(fitted["eigenvalues"]))
         model.eigenvalues_, model.coefficients_ = fitted["eigenvalues"], fitted["coefficients"]
         model.residuals_, model._views = fitted["residuals"], fitted["views"]
@@ -284,25 +277,6 @@ class ContrastiveKernelPCA(Parametrised):
         check_real(x, "the points")
         x, views = _in_one_type(on_float64_device(x).to(views.device), views)
         return as_float64(self.kernel(x, views), "the kernel").to(self.coefficients_.device)
-
-
-def _is_fitted(saved: Any) -> bool:
-    """Whether ``saved`` is what ``ContrastiveKernelPCA.save`` writes."""
-    names = ("eigenvalues", "coefficients", "residuals", "views")
-    if not isinstance(saved, dict) or not all(isinstance(saved.get(name), Tensor) for name in names):
-        return False
-    eigenvalues, coefficients, residuals, views = (saved[name] for name in names)
-    return (
-        eigenvalues.ndim == 1
-        and len(eigenvalues) > 0
-        and eigenvalues.shape == residuals.shape
-        and views.ndim > 1
-        and len(views) % 2 == 0
-        and coefficients.shape == (len(views), len(eigenvalues))
-        and all(not saved[name].is_complex() and bool(saved[name].isfinite().all()) for name in names)
-        and all(saved[name].dtype == torch.float64 for name in names[:3])
-        and bool((eigenvalues > 0).all())
-    )
 
 
 def _checked_views(x1: Tensor, x2: Tensor) -> tuple[Tensor, Tensor]:
