@@ -10,8 +10,8 @@ from stepwise_lightning.theory.contrastive import ContrastiveKernelPCA
 from stepwise_lightning.theory.growth import expected_steps, growth_matrix, heavy_ball_growth
 from stepwise_lightning.theory.kernels import laplace_kernel, linear_kernel, rbf_kernel, relu_ntk
 from stepwise_lightning.theory.last_layer import LastLayer
-from stepwise_lightning.theory.linear import LinearBarlowTwins, feature_cross_correlation
-from stepwise_lightning.theory.moments import FeatureMoments
+from stepwise_lightning.theory.linear import LinearBarlowTwins
+from stepwise_lightning.theory.moments import FeatureMoments, feature_cross_correlation
 from stepwise_lightning.theory.ntk import EmpiricalNTK
 from stepwise_lightning.theory.stability import stability_limits
 

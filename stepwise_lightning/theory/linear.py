@@ -35,43 +35,6 @@ _FOREVER = 1e280
 _MAX_ELEMENTS = 2**22
 
 
-def feature_cross_correlation(x1: Tensor, x2: Tensor) -> Tensor:
-    """Return Γ = (1/2n) Σ_i (x_i x'_iᵀ + x'_i x_iᵀ), the features' cross-correlation between two views.
-
-    Γ is symmetric, not centred, and may have negative eigenvalues: it equals shared content
-    minus augmentation noise, (1/n) Σ_i (μ_i μ_iᵀ − δ_i δ_iᵀ) with μ = (x + x')/2 and δ = (x − x')/2.
-
-    Args:
-        x1: first views, (n, …); everything after the first dimension is flattened to m features.
-        x2: second views, of the same shape.
-
-    Returns:
-        Γ, (m, m), float64, on the device of ``x1``, or on the CPU where that has no float64.
-
-    Example:
-        >>> import torch
-        >>> from stepwise_lightning.theory import feature_cross_correlation
-        >>> x = torch.tensor([[1.0, 0.0], [0.0, 2.0]])
-        >>> feature_cross_correlation(x, x)
-        tensor([[0.5000, 0.0000],
-                [0.0000, 2.0000]], dtype=torch.float64)
-
-    Raises:
-        ValueError: the views differ in shape, are empty or complex, or hold non-finite values.
-
-    """
-    if x1.shape != x2.shape:
-        raise UserError(f"the two views must have one shape, got {tuple(x1.shape)} and {tuple(x2.shape)}")
-    if x1.ndim < 2 or x1.numel() == 0:
-        raise UserError(f"views must have shape (pairs, features…) and not be empty, got {tuple(x1.shape)}")
-    a = as_float64(x1.flatten(1), "the first views")
-    b = as_float64(x2.flatten(1), "the second views").to(a.device)
-    product = a.T @ b / len(a)
-    if not product.isfinite().all():
-        raise UserError("the views hold NaN or infinite values (or overflow when multiplied): clean or rescale them")
-    return (product + product.T) / 2
-
-
 class LinearBarlowTwins:
     r"""The training trajectory of linear Barlow Twins, in closed form.
 
