@@ -9,7 +9,7 @@ are measured on unseen training pairs, and beside forecasts that let that platea
 do not (``features that stay``).
 
 While training goes on, the next mode is forecast from the weights that were kept, as ``ForecastLogger`` does: on the
-probe pairs, of SimCLR on sixteen training batches. Beside it, what a line through the last twenty logarithms of its
+probe pairs, of SimCLR on 4096 training pairs. Beside it, what a line through the last twenty logarithms of its
 eigenvalue says. The velocity of the last layer is not kept: it is taken from the weights that were kept before. Of
 VICReg the time that remains is overrated, up to twofold, and no claim is made of it.
 
@@ -26,7 +26,6 @@ import argparse
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -164,7 +163,7 @@ def _live(run: Run, step: int, mode: int) -> float:
     with _weights_of(run, step) as start:
         earlier = _weights(run, before, start)
         training = Training.of(module, step, length)
-        batches = [run.data.probe_pairs()] if run.loss != "simclr" else islice(unseen_batches(run.data), 16)
+        batches = [run.data.probe_pairs()] if run.loss != "simclr" else unseen_batches(run.data)
         h1, h2 = last_features(module, layer, batches, NUM_PAIRS)
         gone = (step - before) * float(training.rates[0])
         names = {id(value): name for name, value in module.named_parameters()}

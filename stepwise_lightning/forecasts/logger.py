@@ -16,7 +16,7 @@ from torch import Tensor
 
 from stepwise_lightning.encoders import bias_of
 from stepwise_lightning.errors import UserError
-from stepwise_lightning.forecasts.forecast import forecast_of_features
+from stepwise_lightning.forecasts.forecast import NUM_PAIRS, forecast_of_features
 from stepwise_lightning.forecasts.result import MATRICES, Forecast
 from stepwise_lightning.forecasts.training import Training, last_layer, loss_of, velocity_of
 from stepwise_lightning.modules import JointEmbedding, SimCLR
@@ -26,7 +26,6 @@ from stepwise_lightning.spectrum.logger import SpectrumLogger
 
 __all__ = ["ForecastLogger", "LiveForecast"]
 
-_BATCHES = 16
 _NEAR = 4  # the part of what remains that is simulated first
 _APART = 0.02  # of the steps so far, between two forecasts
 
@@ -52,7 +51,7 @@ class ForecastLogger(L.Callback):
 
     It goes by the measurements of the :class:`stepwise_lightning.SpectrumLogger` that must stand beside it in the
     Trainer, and takes what enters the last linear layer in them, or for SimCLR, which overrates what a few pairs share,
-    in the last sixteen training batches: nothing is run twice. From there, with the layer's
+    in the last training batches, as many as have 4096 pairs: nothing is run twice. From there, with the layer's
     weights and the optimiser's momentum as they are, training of that layer is simulated to the end
     (:func:`stepwise_lightning.forecasts.forecast.forecast_of_features`): at the start, when a mode has just been
     learned, half-way to the next one, at half of what then remains, and so on. Training is bit-identical with and
@@ -105,7 +104,7 @@ class ForecastLogger(L.Callback):
         self._measurements, self._learned, self._next_at = -1, -1, 0.0
         self._began, self._spent = time.perf_counter(), 0.0
         self._entered: list[Tensor] = []
-        self._trained_on: deque[Tensor] = deque(maxlen=2 * _BATCHES)
+        self._trained_on: deque[Tensor] = deque()
         layer = last_layer(pl_module)
         # Of other modules it is not known how views enter: perhaps both at once.
         batches = isinstance(pl_module, SimCLR)
@@ -114,6 +113,8 @@ class ForecastLogger(L.Callback):
             if layer.training:
                 if batches:
                     self._trained_on.append(given[0].detach())
+                    while len(self._trained_on) > 2 * math.ceil(NUM_PAIRS / len(given[0])):
+                        self._trained_on.popleft()
             elif len(self._entered) < 2:  # the measurement; evaluations come after
                 self._entered.append(given[0].detach())
 

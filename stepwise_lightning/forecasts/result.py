@@ -16,7 +16,7 @@ __all__ = ["MATRICES", "Forecast", "crossings"]
 MATRICES = {"barlow_twins": "cross_correlation", "vicreg": "covariance", "simclr": "tangent_covariance"}
 _TITLES = {"barlow_twins": "Barlow Twins", "vicreg": "VICReg", "simclr": "SimCLR"}
 # Typical relative error of the first mode's step and of later ones', before training; NaN is not promised.
-_ERRORS = {"barlow_twins": (0.06, 0.2), "simclr": (0.06, 0.3), "vicreg": (0.07, math.nan)}
+_ERRORS = {"barlow_twins": (0.06, 0.15), "simclr": (0.06, 0.2), "vicreg": (0.07, math.nan)}
 # Of the time that remains until the next mode, while training goes on.
 _LIVE_ERRORS = {"barlow_twins": 0.4, "simclr": 0.3, "vicreg": math.nan}
 
