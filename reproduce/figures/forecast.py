@@ -4,9 +4,6 @@ Before training, the last layer is simulated on the features of the untrained ne
 once for each run of ``three_losses``, against the steps that were measured. The first mode is forecast well for all
 three losses, later ones of Barlow Twins and SimCLR roughly, those of VICReg not: they are shown faint, and no claim is
 made of them. A network whose features move learns more modes, and some of them earlier, than features that stay allow.
-The plateau after the first mode lasts longer: features turn to what has been learned. Half-way through it γ_1 and γ_2
-are measured on unseen training pairs, and beside forecasts that let that plateau last 1.3 times as long are those that
-do not (``features that stay``).
 
 While training goes on, the next mode is forecast from the weights that were kept, as ``ForecastLogger`` does: on the
 probe pairs, of SimCLR on 4096 training pairs. Beside it, what a line through the last twenty logarithms of its
@@ -24,13 +21,11 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
@@ -45,7 +40,6 @@ from stepwise_lightning.encoders import bias_of
 from stepwise_lightning.forecasts import Forecast
 from stepwise_lightning.forecasts.forecast import NUM_PAIRS, forecast_of_features, unseen_batches
 from stepwise_lightning.forecasts.training import Training, last_features, last_layer
-from stepwise_lightning.theory import feature_cross_correlation
 
 PAPER = "Not in the paper: its theory, made a tool."
 # Median relative errors of steps, before training; later modes of VICReg are not promised.
@@ -56,7 +50,6 @@ MOST_LIVE_ERROR = {"barlow_twins": 0.4, "simclr": 0.3}
 EXTRAPOLATED = 20  # measurements
 NEAR = 0.12  # share of the time between two modes by which weights that were kept may miss the moment wanted
 LAST_OF_LATER = 5  # modes 2 to 5
-# Of γ measured and expected are its values then and at the start.
 COLUMNS = ["loss", "seed", "forecast", "made at", "mode", "measured", "expected"]
 _LABELS = {"start": "before training", "live": "while training", "line": "line through log λ"}
 
@@ -74,7 +67,7 @@ def forecasts(run: Run) -> list[list[Any]]:
     measured = _measured(run)
     if run.variant == "schedule":
         return _scheduled(run, measured[0])
-    rows = _gammas_between(run, *measured[:2])
+    rows = []
     for name, said in {"start": run.forecast, **_controls(run)}.items():
         for mode, (step, expected) in enumerate(zip(measured, said.step_times.tolist(), strict=True)):
             if math.isfinite(step):
@@ -119,7 +112,6 @@ def _controls(run: Run) -> dict[str, Forecast]:
     controls = {}
     if run.loss in MOST_LATER_ERROR:
         controls["shuffled pairs"] = run.forecast_of(h1, h2.roll(1, 1))
-        controls["features that stay"] = run.forecast_of(h1, h2, slowdown=1.0)
     if run.optimization()[1]:
         return controls | {"no momentum": run.forecast_of(h1, h2, momentum=0.0)}
     other = "vicreg" if run.loss == "barlow_twins" else "barlow_twins"
@@ -127,41 +119,15 @@ def _controls(run: Run) -> dict[str, Forecast]:
     return controls | {"another loss": run.forecast_of(h1, h2, loss=other, settings=settings)}
 
 
-@contextmanager
-def _weights_of(run: Run, step: int) -> Iterator[dict[str, Tensor]]:
-    """Let the module of a run have the weights of a step that were kept; yield those of the start."""
-    start = {name: value.clone() for name, value in run.module.state_dict().items()}
-    try:
-        run.module.load_state_dict(_weights(run, step, start))
-        yield start
-    finally:
-        run.module.load_state_dict(start)
-
-
-def _gammas_between(run: Run, first: float, second: float) -> list[list[Any]]:
-    """Return rows of γ_1 and γ_2 half-way between the first two modes; none if weights were not kept between them."""
-    if not (math.isfinite(first) and math.isfinite(second)):
-        return []
-    kept = min(run.kept_steps(), key=lambda step: abs(step - (first + second) / 2), default=0)
-    if not first < kept < second:
-        return []
-    gammas = []
-    for step in (kept, 0):
-        with _weights_of(run, step):
-            pairs = last_features(run.module, last_layer(run.module), unseen_batches(run.data), NUM_PAIRS // 4)
-        h1, h2 = (h.double().flatten(0, 1) for h in pairs)
-        gamma = feature_cross_correlation(h1 - h1.mean(0), h2 - h2.mean(0))
-        gammas.append(torch.linalg.eigvalsh(gamma).flip(0)[:2].tolist())
-    return [[run.loss, run.seed, "γ", kept, mode + 1, gammas[0][mode], gammas[1][mode]] for mode in (0, 1)]
-
-
 def _live(run: Run, step: int, mode: int) -> float:
     """Return when ``mode`` (counted from 0) was due, as said at a step of which weights were kept."""
     module = run.module
+    start = {name: value.clone() for name, value in module.state_dict().items()}
     layer, length = last_layer(module), int(run.record.steps[-1])
     before = max((kept for kept in run.kept_steps() if kept < step), default=0)
-    with _weights_of(run, step) as start:
+    try:
         earlier = _weights(run, before, start)
+        module.load_state_dict(_weights(run, step, start))
         training = Training.of(module, step, length)
         batches = [run.data.probe_pairs()] if run.loss != "simclr" else unseen_batches(run.data)
         h1, h2 = last_features(module, layer, batches, NUM_PAIRS)
@@ -174,6 +140,8 @@ def _live(run: Run, step: int, mode: int) -> float:
             [(earlier[names[id(p)]].cpu() - p.detach().cpu()) / gone for p in parameters] if training.momentum else None
         )
         said = forecast_of_features(training, h1, h2, layer.weight, bias, step, velocity, with_rates=False)
+    finally:
+        module.load_state_dict(start)
     return float(said.step_times[mode].nan_to_num(nan=step))
 
 
@@ -243,12 +211,8 @@ def _summaries(rows: list[list[Any]], runs: list[Run]) -> list[dict[str, Any]]:
         columns = {
             "mode 1": ("start", [1]), "scheduled": ("schedule", [1]), "mode 2": ("start", [2]),
             "mode 3": ("start", [3]), "modes 4-5": ("start", [4, 5]), "modes 2-5": ("start", range(2, 6)),
-            "if features stayed": ("features that stay", range(2, 6)),
         }  # fmt: skip
         entry: dict[str, Any] = {"loss": loss} | {k: _median(_errors(rows, loss, *v)) for k, v in columns.items()}
-        for mode in (1, 2):
-            grown = [row[5] / row[6] for row in rows if row[0] == loss and row[2] == "γ" and row[4] == mode]
-            entry[f"γ_{mode} grown"] = _median(grown)
         for share in (0.0, 0.5, 0.75):
             for name in ("live", "line"):
                 entry[f"{name} {share:g}"] = _median(_errors(rows, loss, f"{name} {share:g}", range(1, 1000)))

@@ -50,11 +50,9 @@ def forecast(
     """Return when each mode will be learned, and up to which learning rate training is stable.
 
     The last linear layer is simulated (:class:`stepwise_lightning.theory.LastLayer`) on the features that enter it
-    now, from its weights as they are now. What it does not see is that features move while the network trains; but
-    before training, of Barlow Twins and SimCLR, it lets the plateau after the first mode last 1.3 times as long, which
-    is what that does to small ResNets (:attr:`Training.slowdown`). So it is good for the first mode of all three
-    losses, roughly for later ones of Barlow Twins and SimCLR, and not for those of VICReg: :attr:`Forecast.errors`.
-    More modes may be learned than it says, because features grow.
+    now, from its weights as they are now. What it does not see is that features move while the network trains. So it is
+    good for the first mode of all three losses, roughly for later ones of Barlow Twins and SimCLR, and not for those of
+    VICReg: :attr:`Forecast.errors`. More modes may be learned than it says, because features grow.
 
     The module, its buffers, modes and all random numbers are left as they were; batch normalisation uses the statistics
     of each batch's view, as in training. SimCLR is simulated with at most 128 pairs a step, and features of more than
@@ -84,8 +82,8 @@ def forecast(
             batches without two views; features or weights that are not finite.
 
     """
+    training = Training.of(module, start, max_steps, loss, settings, learning_rate, momentum, weight_decay)
     layer = layer or last_layer(module)
-    training = Training.of(module, start, max_steps, loss, settings, learning_rate, momentum, weight_decay, layer)
     h1, h2 = last_features(module, layer, batches, num_pairs, views)
     return forecast_of_features(training, h1, h2, layer.weight, bias_of(layer), start, velocity)
 
@@ -118,9 +116,6 @@ def forecast_of_features(
     points = log_spaced_steps(num_steps, _NUM_POINTS)
     trajectory = layer.simulate(training.rates, training.momentum, training.weight_decay, velocity, points)
     threshold = _threshold(layer, training, trajectory, float(growth[0]))
-    if training.slowdown != 1:
-        rates = _slowed(training, trajectory, threshold)
-        trajectory = layer.simulate(rates, training.momentum, training.weight_decay, velocity, points)
     steps = trajectory.steps + start
     times = torch.full((d,), math.inf, dtype=torch.float64)
     if threshold > 0 and not trajectory.eigenvalues.isinf().any():
@@ -136,24 +131,6 @@ def forecast_of_features(
     )  # fmt: skip
     spread = float((h1.flatten(0, 1).double() @ weight.double().T).std(0).norm())
     return _warned(result, m, training.weight_decay, spread / norm if norm else math.inf)
-
-
-def _slowed(training: Training, trajectory: LayerTrajectory, threshold: float) -> Tensor:
-    """Return learning rates that are lower from half of the first rise until the second mode is learned.
-
-    Lower rates are slower time: what the second mode needs between the two is reached ``slowdown`` times as late.
-    """
-    if not threshold > 0:
-        return training.rates
-    half = crossings(trajectory.steps, trajectory.eigenvalues[:, :1], 5 * threshold)
-    learned = crossings(trajectory.steps, trajectory.eigenvalues[:, 1:2], threshold)
-    clock = training.rates.cumsum(0)
-    begin, end = (float(when[0]) if len(when) else math.inf for when in (half, learned))
-    if not begin < end:
-        return training.rates
-    needed = clock[math.ceil(end) - 1] - clock[math.ceil(begin) - 1] if math.isfinite(end) else math.inf
-    slowed = (torch.arange(len(clock)) >= begin) & (clock < clock[math.ceil(begin) - 1] + training.slowdown * needed)
-    return torch.where(slowed, training.rates / training.slowdown, training.rates)
 
 
 def _in_few(h: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ _LIVE_ERRORS = {"barlow_twins": 0.4, "simclr": 0.3, "vicreg": math.nan}
 
 @dataclass(frozen=True)
 class Forecast:
-    """When each mode of an embedding will be learned: see :func:`forecast` for how that is known.
+    """When each mode of an embedding will be learned, were the features before its last layer to stay.
 
     ``str()`` of it is a table. Steps are optimiser steps since the beginning of training.
     """

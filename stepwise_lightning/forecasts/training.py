@@ -20,8 +20,6 @@ from stepwise_lightning.theory.growth import loss_settings
 __all__ = ["Training", "last_features", "last_layer", "loss_of", "velocity_of"]
 
 _LOSSES: dict[type[JointEmbedding], str] = {BarlowTwins: "barlow_twins", VICReg: "vicreg", SimCLR: "simclr"}
-# Features turn to the first mode, at the expense of those to come; measured, see Training.slowdown.
-_SLOWDOWN = {"barlow_twins": 1.3, "vicreg": 1.0, "simclr": 1.3}
 
 
 @dataclass(frozen=True)
@@ -35,13 +33,6 @@ class Training:
     """(T,), the learning rate of each step to come."""
     momentum: float
     weight_decay: float
-    slowdown: float = 1.0
-    """How many times as long the plateau after the first mode lasts, because features move.
-
-    What a network has learned takes up more of its features, of which batch normalisation keeps the variance: while λ_1
-    rises, γ_1 of small ResNets grows by half or more, and γ_2 falls by about a quarter until its own turn comes. Theory
-    of features that stay does not know that; the number is measured, not derived (``python -m reproduce forecast``).
-    """
 
     @classmethod
     def of(
@@ -54,12 +45,8 @@ class Training:
         learning_rate: float | Sequence[float] | Tensor | None = None,
         momentum: float | None = None,
         weight_decay: float | None = None,
-        layer: nn.Module | None = None,
     ) -> Training:
-        """Return how ``module`` is trained from step ``start`` to ``max_steps``; what is given goes before its own.
-
-        ``layer`` is its last linear layer, None for that which was registered last.
-        """
+        """Return how ``module`` is trained from step ``start`` to ``max_steps``; what is given goes before its own."""
         if not 0 <= start < max_steps:
             raise UserError(f"there must be steps to come: got start={start} and max_steps={max_steps}")
         own: Mapping[str, Any] = module.hparams if isinstance(module, JointEmbedding) else {}
@@ -93,14 +80,7 @@ class Training:
             rates,
             own.get("momentum", 0.0) if momentum is None else momentum,
             own.get("weight_decay", 0.0) if weight_decay is None else weight_decay,
-            1.0 if start or not _features_move(module, layer or last_layer(module)) else _SLOWDOWN[loss],
         )
-
-
-def _features_move(module: nn.Module, layer: nn.Module) -> bool:
-    """Whether anything before the last layer is trained."""
-    own = {id(parameter) for parameter in layer.parameters()}
-    return any(parameter.requires_grad and id(parameter) not in own for parameter in module.parameters())
 
 
 def loss_of(module: nn.Module) -> str:
