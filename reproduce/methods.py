@@ -29,7 +29,7 @@ class Method:
 METHODS = {
     # Drives the eigenvalues of C from 0 to 1.
     "barlow_twins": Method(
-        "Barlow Twins", BarlowTwins, "cross_correlation", 0.003, {"smoke": 3, "cpu": 6, "full": 6}, "no_off_diagonal"
+        "Barlow Twins", BarlowTwins, "cross_correlation", 0.003, {"smoke": 3, "cpu": 5, "full": 5}, "no_off_diagonal"
     ),
     # Knows no scale but that of its variance.
     "vicreg": Method("VICReg", VICReg, "covariance", 0.001, {"smoke": 2, "cpu": 4, "full": 4}, "no_covariance"),
