@@ -62,8 +62,8 @@ class ForecastLogger(L.Callback):
     In pictures of trajectories the first one of each mode is marked. Without SGD, or with an acceleration, nothing is
     said.
 
-    Typical errors of the time that remains, of small networks: 40 % for Barlow Twins, 30 % for SimCLR; for VICReg it
-    is overrated, up to twofold.
+    Typical errors of the time that remains, of small networks: 10 to 40 % for Barlow Twins and SimCLR; for VICReg it is
+    overrated, up to twofold.
 
     Args:
         cost: share of training time that forecasts may take. Those that would exceed it wait.
