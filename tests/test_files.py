@@ -144,8 +144,10 @@ def test_on_a_full_disk_each_file_stays_what_it_was(tmp_path):
 @pytest.mark.parametrize(
     "disk",
     [
-        pytest.param("full", marks=pytest.mark.skipif(not ROOT, reason="only root can mount a small disk")),
-        pytest.param("limit", marks=pytest.mark.slow if ROOT else ()),
+        pytest.param(
+            "full", marks=[pytest.mark.slow, pytest.mark.skipif(not ROOT, reason="only root can mount a small disk")]
+        ),
+        pytest.param("limit", marks=pytest.mark.slow),
     ],
 )
 def test_a_run_on_a_full_disk_says_so_and_goes_on_when_there_is_room(disk, tmp_path):

@@ -219,7 +219,7 @@ def trained(tmp_path, cls, *callbacks, steps=80, **settings):
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
-@pytest.mark.parametrize("cls", [BarlowTwins, VICReg, SimCLR])
+@pytest.mark.parametrize("cls", [pytest.param(BarlowTwins, marks=pytest.mark.slow), VICReg, SimCLR])
 def test_training_is_bit_identical_with_live_forecasts(tmp_path, cls):
     live = ForecastLogger(cost=1.0)
     (with_, record), (without, other) = (trained(tmp_path, cls, *callbacks) for callbacks in ([live], []))

@@ -94,7 +94,7 @@ PLACES = {
 
 
 # One of each kind by default.
-USUAL = ("home", "left out", "false", "a list")
+USUAL = ("home", "left out", "a list")
 CASES = [pytest.param(*case, id=name, marks=() if name in USUAL else pytest.mark.slow) for name, case in PLACES.items()]
 
 

@@ -57,6 +57,7 @@ def test_installed_inside_somebody_s_repository(place, tmp_path):
     assert ours is None and working == theirs + ("" if ignored else " (with uncommitted changes)")
 
 
+@pytest.mark.slow
 def test_a_clone_used_from_somebody_s_repository(tmp_path):
     theirs = repository(tmp_path / "theirs")
     repository(tmp_path / "clone")
