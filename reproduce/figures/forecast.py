@@ -245,6 +245,8 @@ def _figure(rows: list[list[Any]], options: argparse.Namespace) -> Figure:
             lower.plot(remaining, ratios, marker, color=colour, markersize=5, label=_LABELS[name])
         lower.axhline(1, color="0.4", linewidth=1)
         lower.set(xscale="log", yscale="log", xlabel="steps until the next mode", ylim=(0.18, 5.5), xlim=(1, ends[1]))
+        lower.minorticks_off()
+        lower.set_yticks(ticks := [0.2, 0.5, 1, 2, 5], [f"{tick:g}" for tick in ticks])
     axes[0, 0].set_ylabel("expected step, before training")
     axes[1, 0].set_ylabel("expected / measured time until then")
     axes[1, 0].legend(frameon=False)
