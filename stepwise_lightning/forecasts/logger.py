@@ -112,9 +112,7 @@ class ForecastLogger(L.Callback):
         def keep(_: Any, given: tuple[Tensor, ...]) -> None:
             if layer.training:
                 if batches:
-                    self._trained_on.append(given[0].detach())
-                    while len(self._trained_on) > 2 * math.ceil(NUM_PAIRS / len(given[0])):
-                        self._trained_on.popleft()
+                    self._keep_trained_on(given[0].detach())
             elif len(self._entered) < 2:  # the measurement; evaluations come after
                 self._entered.append(given[0].detach())
 
@@ -165,6 +163,17 @@ class ForecastLogger(L.Callback):
         if self._hook is not None:
             self._hook.remove()
             self._hook = None
+
+    def _keep_trained_on(self, view: Tensor) -> None:
+        """Keep a view of the last batches, all of one size: without the rest of an epoch, which may be smaller."""
+        kept = self._trained_on
+        if kept and len(view) < len(kept[-1]):
+            return
+        if kept and len(view) > len(kept[-1]):
+            kept.clear()
+        kept.append(view)
+        while len(kept) > 2 * math.ceil(NUM_PAIRS / len(view)):
+            kept.popleft()
 
     def _is_due(self, step: int) -> bool:
         learned = int(self._spectrum.record.measure("num_grown", self._matrix)[-1])

@@ -196,14 +196,22 @@ def test_a_forecast_goes_on_from_a_running_optimiser():
 class Pairs(L.LightningDataModule):
     """The same training batches each epoch, and pairs to measure on."""
 
+    rest = 0
+
     def train_dataloader(self):
-        return DataLoader(batches(8), batch_size=None)
+        return DataLoader(batches(8) + ([pairs(self.rest)] if self.rest else []), batch_size=None)
 
     def probe_pairs(self):
         return pairs(128, seed=1000)
 
 
-def trained(tmp_path, cls, *callbacks, steps=80, **settings):
+class WithRest(Pairs):
+    """An epoch ends with a smaller batch."""
+
+    rest = 10
+
+
+def trained(tmp_path, cls, *callbacks, steps=80, data=Pairs, **settings):
     torch.manual_seed(0)
     model = module(cls, **settings)
     spectra = SpectrumLogger(
@@ -214,7 +222,7 @@ def trained(tmp_path, cls, *callbacks, steps=80, **settings):
         enable_checkpointing=False, enable_progress_bar=any(isinstance(c, LineProgress) for c in callbacks),
         default_root_dir=tmp_path,
     )  # fmt: skip
-    trainer.fit(model, datamodule=Pairs())
+    trainer.fit(model, datamodule=data())
     return model, spectra.record
 
 
@@ -228,6 +236,15 @@ def test_training_is_bit_identical_with_live_forecasts(tmp_path, cls):
     assert torch.equal(record.eigenvalues(), other.eigenvalues())
     assert len(live.forecasts) >= 3
     assert not any(part._forward_pre_hooks for part in with_.modules())
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_simclr_goes_by_the_last_whole_batches(tmp_path):
+    live = ForecastLogger(cost=1.0)
+    trained(tmp_path, SimCLR, live, steps=80, data=WithRest)
+    h1, h2 = live._features(64)
+    assert h1.shape == h2.shape == (64, 64, 16)  # 4096 pairs, none of the rest of an epoch
+    assert live.forecasts
 
 
 @pytest.mark.slow
