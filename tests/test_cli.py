@@ -165,6 +165,12 @@ def test_modules_in_the_working_directory_are_found(script):
     module = ["--model=own_things.Mine", f"--data={BORING}BoringDataModule", "--trainer.max_steps=2"]
     done = script("fit", *module)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.slow
+def test_and_so_are_those_of_a_checkpoint_but_not_on_a_safe_path(script):
+    module = ["--model=own_things.Mine", f"--data={BORING}BoringDataModule", "--trainer.max_steps=2"]
+    assert script("fit", *module).returncode == 0
     done = script("fit", *module, "--model.width=4", "--ckpt_path=last")
     assert done.returncode == 1 and "the checkpoint was trained with width=3, not 4" in last_line(done)
     assert script("fit", *module, PYTHONSAFEPATH="1").returncode == 2  # as python -m would not find it

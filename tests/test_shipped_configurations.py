@@ -3,6 +3,8 @@
 import csv
 import subprocess
 import sys
+from collections.abc import Callable, Sequence
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +26,22 @@ CONFIGS = Path(__file__).parent.parent / "configs"
 LOSSES, DATA_SETS = ("barlow_twins", "vicreg", "simclr"), ("photos", "cifar10", "cifar10_cpu", "stl10")
 NETWORKS = [f"{loss}_{data}" for loss in LOSSES for data in DATA_SETS]
 COMPLETE = [*NETWORKS, "linear_photos"]
+# Those of photographs, and one for each other data set and each loss; make test-slow tries all.
+USUAL = {name for name in COMPLETE if name.endswith("photos")}
+USUAL |= {"barlow_twins_cifar10", "simclr_cifar10_cpu", "vicreg_stl10"}
 # Where an overlay can be laid: the linear model has no last layer to start small.
 OVERLAYS = {"ordinary": NETWORKS, "two_nodes": COMPLETE}
 ENCODER, LOGGER = "model.init_args.encoder.init_args", "trainer.logger.init_args"
 START = {f"{ENCODER}.alpha": 1.0, f"{LOGGER}.save_dir": "runs/ordinary"}
 NODES = {"trainer.num_nodes": 2, "trainer.devices": 4, "trainer.strategy": "ddp"}
 COMPOSED = [(name, overlay) for overlay, names in OVERLAYS.items() for name in names]
+
+
+def usual(cases: list[Any], name: Callable[[Any], str]) -> list[Any]:
+    """Mark as slow what is not of a usual configuration."""
+    return [pytest.param(case, marks=() if name(case) in USUAL else pytest.mark.slow) for case in cases]
+
+
 # What a machine without GPUs, and a data set of a few images, must have otherwise.
 TINY = [
     "--trainer.accelerator=cpu",
@@ -71,7 +83,7 @@ def test_there_is_a_complete_configuration_for_every_loss_and_data_set():
         assert trainer["max_steps"] >= 5 * saving["init_args"]["every_n_train_steps"]
 
 
-@pytest.mark.parametrize("name", COMPLETE)
+@pytest.mark.parametrize("name", usual(COMPLETE, str))
 def test_a_complete_configuration_trains_two_steps(name, tmp_path, monkeypatch):
     smaller = NARROW if "photos" not in name else []
     run = two_steps(name, [name], tmp_path / "runs", tmp_path, monkeypatch, *smaller)
@@ -136,9 +148,10 @@ def test_a_configuration_becomes_objects_alone_and_under_every_overlay(names, tm
         assert load(names[0])["data"]["init_args"].get("global_batch_size", 8) % 8 == 0
 
 
-@pytest.mark.parametrize(("name", "overlay"), COMPOSED)
-def test_an_overlay_changes_what_it_says_and_no_more(name, overlay, monkeypatch, capsys):
-    before, after = (flat(whole(names, monkeypatch, capsys)) for names in ([name], [name, overlay]))
+@pytest.mark.parametrize("names", usual(COMPOSED, itemgetter(0)), ids="+".join)
+def test_an_overlay_changes_what_it_says_and_no_more(names, monkeypatch, capsys):
+    name, overlay = names
+    before, after = (flat(whole(files, monkeypatch, capsys)) for files in ([name], names))
     changes = {key: after.get(key) for key in before.keys() | after.keys() if before.get(key) != after.get(key)}
     if overlay == "ordinary":
         assert before[f"{ENCODER}.alpha"] < 0.01
@@ -155,7 +168,7 @@ def test_overlays_can_be_laid_over_each_other(monkeypatch, capsys):
     assert after == before | START | NODES
 
 
-def whole(names: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
+def whole(names: Sequence[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
     """Return the whole configuration that the command line reads from some files, defaults included."""
     monkeypatch.setattr(sys, "argv", ["stepwise", "fit", *given(*names), "--print_config"])
     with pytest.raises(SystemExit, match="0"):

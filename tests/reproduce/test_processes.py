@@ -6,6 +6,8 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -28,6 +30,7 @@ def until(condition, seconds: int = 60) -> bool:
     return condition()
 
 
+@pytest.mark.slow
 def test_a_killed_call_leaves_no_process_behind(tmp_path):
     script = (
         "from reproduce.processes import each\nfrom test_processes import note_and_wait\n"

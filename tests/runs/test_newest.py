@@ -94,7 +94,7 @@ PLACES = {
 
 
 # One of each kind by default.
-USUAL = ("home", "left out", "a list")
+USUAL = ("home", "left out")
 CASES = [pytest.param(*case, id=name, marks=() if name in USUAL else pytest.mark.slow) for name, case in PLACES.items()]
 
 
@@ -130,6 +130,7 @@ def test_a_logger_whose_version_cannot_be_set_gets_a_new_folder_and_one_line_say
     assert sum("in a new folder" in record.message for record in caplog.records) == 2
 
 
+@pytest.mark.slow
 def test_the_default_root_is_where_the_default_logger_writes(home):
     for steps in (2, 4):
         train(steps, True, default_root_dir="~/root")
@@ -178,6 +179,7 @@ def test_evaluations_leave_nothing_that_a_run_could_be_taken_for(home):
     assert checkpoints(home) == {"work/stepwise_runs/version_0": 3}
 
 
+@pytest.mark.slow
 def test_runs_of_the_version_before_which_wrote_to_a_common_folder(home, caplog):
     for own, folder in ((False, "checkpoints"), (logger("own_loggers.Named", save_dir="runs"), "runs/checkpoints")):
         train(2, logger(CSV, save_dir="elsewhere"))
@@ -189,6 +191,7 @@ def test_runs_of_the_version_before_which_wrote_to_a_common_folder(home, caplog)
     assert sum(record.message.endswith(" from step 4") for record in caplog.records) == 2
 
 
+@pytest.mark.slow
 def test_what_was_saved_last_by_several_runs_in_one_folder(home):
     """Each writes a file of its own."""
     named = logger(TENSORBOARD, save_dir="runs", version="mine")

@@ -39,10 +39,11 @@ def samples(directory):
     ("moments", "signal"),
     [
         (("backward:11", "backward:22"), TERM),
-        pytest.param(("batch_start:10", "saved:14"), TERM, marks=pytest.mark.slow),
-        pytest.param(("backward:11", "batch_start:24"), KILL, marks=pytest.mark.slow),
+        (("batch_start:10", "saved:14"), TERM),
+        (("backward:11", "batch_start:24"), KILL),
     ],
 )
+@pytest.mark.slow
 def test_one_process_then_two_then_one(moments, signal, tmp_path):
     images = write_images(tmp_path / "images")
     one, two = write(tmp_path / "one.yaml", images), write(tmp_path / "two.yaml", images, **DDP)

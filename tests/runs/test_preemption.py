@@ -101,11 +101,12 @@ def started(directory, config, *options):
 @pytest.mark.parametrize(
     ("number", "to_all"),
     [
-        pytest.param(TERM, False, id="the first process, which has started the other", marks=pytest.mark.slow),
-        pytest.param(TERM, True, id="all processes", marks=pytest.mark.slow),
+        pytest.param(TERM, False, id="the first process, which has started the other"),
+        pytest.param(TERM, True, id="all processes"),
         pytest.param(INT, True, id="Ctrl-C, to all processes"),
     ],
 )
+@pytest.mark.slow
 def test_from_outside_with_workers(number, to_all, images, tmp_path):
     """Lightning starts the second process; a scheduler's signal may reach the processes that load data too."""
     workers, more = (2, {}) if to_all else (0, DDP)

@@ -438,6 +438,7 @@ def test_a_short_last_batch_is_kept_and_one_of_a_single_sample_passed_over(tmp_p
         assert saved["embeddings"].shape == (3, 1, 20, 3)
 
 
+@pytest.mark.slow
 def test_processes_with_unequal_last_batches_are_measured_on_what_there_is(tmp_path):
     """Rank 0 ends with 3 samples, rank 1 with one, which it leaves out; plain DDP training goes through."""
     (tmp_path / "run.py").write_text(f"""
