@@ -213,6 +213,7 @@ def test_what_cannot_work_is_said_before_training(options, message, monkeypatch,
     assert not list(tmp_path.rglob("*.ckpt"))
 
 
+@pytest.mark.slow
 def test_a_taken_port_is_named(script):
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))

@@ -150,6 +150,7 @@ def test_every_logger_of_a_list_goes_on_in_its_own_folder(home):
     assert len(kept.splitlines()) > 1
 
 
+@pytest.mark.slow
 def test_the_newest_run_by_number_and_one_that_has_not_been_saved(home):
     train(2, True)
     for number in (2, 10):
@@ -161,6 +162,7 @@ def test_the_newest_run_by_number_and_one_that_has_not_been_saved(home):
     assert (home / "work/lightning_logs/version_2/config_step_2.yaml").is_file()
 
 
+@pytest.mark.slow
 def test_a_run_that_is_started_again_before_it_was_saved_is_not_refused(home):
     named = logger(TENSORBOARD, save_dir="runs", version="mine")
     train(2, named)
@@ -170,6 +172,7 @@ def test_a_run_that_is_started_again_before_it_was_saved_is_not_refused(home):
     assert {"config.yaml", "config-v1.yaml", "provenance-v1.json"} <= set(os.listdir("runs/lightning_logs/mine"))
 
 
+@pytest.mark.slow
 def test_evaluations_leave_nothing_that_a_run_could_be_taken_for(home):
     train(2, False)
     for _ in range(2):

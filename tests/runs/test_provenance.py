@@ -47,7 +47,8 @@ def recorded(packages, directory, **environment):
     return record["commit"], record["working_directory_commit"]
 
 
-@pytest.mark.parametrize("place", [".venv/lib/site-packages", pytest.param("lib", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("place", [".venv/lib/site-packages", "lib"])
 def test_installed_inside_somebody_s_repository(place, tmp_path):
     theirs = repository(tmp_path / "theirs")
     packages = tmp_path / "theirs" / place

@@ -55,6 +55,7 @@ def assert_complete(run):
     assert steps == sorted({int(row[0]) for row in rows}) and steps[-1] == STEPS and steps[0] == 0
 
 
+@pytest.mark.slow
 def test_killed_runs_end_as_if_they_had_not_been(images, tmp_path):
     """Just after a checkpoint, before Lightning logs."""
     (whole,) = assert_survive(tmp_path, images, {("VICReg", 2): ["saved:14"]})
