@@ -39,6 +39,7 @@ from reproduce.training import PROFILES
 from stepwise_lightning.encoders import bias_of
 from stepwise_lightning.forecasts import Forecast
 from stepwise_lightning.forecasts.forecast import NUM_PAIRS, forecast_of_features, unseen_batches
+from stepwise_lightning.forecasts.result import quickened
 from stepwise_lightning.forecasts.training import Training, last_features, last_layer
 
 PAPER = "Not in the paper: its theory, made a tool."
@@ -142,7 +143,8 @@ def _live(run: Run, step: int, mode: int) -> float:
         said = forecast_of_features(training, h1, h2, layer.weight, bias, step, velocity, with_rates=False)
     finally:
         module.load_state_dict(start)
-    return float(said.step_times[mode].nan_to_num(nan=step))
+    learned_at = _measured(run)[mode - 1]
+    return quickened(run.loss, learned_at, step, float(said.step_times[mode].nan_to_num(nan=step)))
 
 
 def _weights(run: Run, step: int, start: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -18,6 +18,7 @@ from stepwise_lightning import (
     forecast,
 )
 from stepwise_lightning.forecasts.forecast import forecast_of_features, unseen_batches
+from stepwise_lightning.forecasts.result import quickened
 from stepwise_lightning.forecasts.training import Training, last_layer
 from stepwise_lightning.plots import run_figure
 from stepwise_lightning.runs.report import LineProgress
@@ -193,6 +194,19 @@ def test_a_forecast_goes_on_from_a_running_optimiser():
     assert later.next_mode[1] == pytest.approx(float(whole.step_times[1]), abs=1.0)
 
 
+def test_what_remains_of_barlow_twins_shortens_along_a_plateau():
+    assert quickened("barlow_twins", 100, 100, 200) == 200  # just learned
+    assert quickened("barlow_twins", 100, 150, 200) == pytest.approx(150 + 50 * (1 - 0.3 / 2))
+    assert quickened("barlow_twins", 100, 199, 200) == pytest.approx(199.7, abs=0.01)
+    for loss, learned_at, step, due in (
+        ("vicreg", 100, 150, 200),
+        ("simclr", 100, 150, 200),
+        ("barlow_twins", 100, 150, math.inf),
+        ("barlow_twins", 100, 150, 150),
+    ):
+        assert quickened(loss, learned_at, step, due) == due
+
+
 class Pairs(L.LightningDataModule):
     """The same training batches each epoch, and pairs to measure on."""
 
@@ -257,6 +271,20 @@ def test_live_forecasts_come_close_to_what_is_measured(tmp_path):
     assert second and measured[1].isfinite()
     remaining = float(measured[1]) - second[0].step
     assert abs(second[0].due - float(measured[1])) < 0.5 * remaining
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_live_forecasts_reckon_with_features_that_move(tmp_path, monkeypatch):
+    moving = ForecastLogger(cost=1.0)
+    trained(tmp_path, BarlowTwins, moving, steps=150)
+    monkeypatch.setattr("stepwise_lightning.forecasts.result._QUICKENING", {})
+    staying = ForecastLogger(cost=1.0)
+    trained(tmp_path, BarlowTwins, staying, steps=150)
+    later = {(said.step, said.num_learned): said.due for said in staying.forecasts}
+    both = [(said, later[said[:2]]) for said in moving.forecasts if said[:2] in later and math.isfinite(said.due)]
+    assert {said.num_learned for said, _ in both} >= {0, 1}
+    for said, due in both:
+        assert said.due == due if said.num_learned == 0 else said.due < due
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
