@@ -97,10 +97,12 @@ def forecast_of_features(
     start: int = 0,
     velocity: Sequence[Tensor] | None = None,
     with_rates: bool = True,
+    num_points: int = _NUM_POINTS,
 ) -> Forecast:
     """Return :func:`forecast` of features (batches, n, m), and of the weights and bias of the layer that they enter.
 
-    Without rates, whose search takes longer than the rest, stable learning rates are NaN.
+    Without rates, whose search takes longer than the rest, stable learning rates are NaN. The trajectory has at most
+    ``num_points`` log-spaced samples.
     """
     weight, bias = weight.detach().cpu(), None if bias is None else bias.detach().cpu()
     d, m = weight.shape
@@ -113,7 +115,7 @@ def forecast_of_features(
     if training.loss != "simclr" or norm > 0:
         growth = _growth_rates(training, h1, h2, d, norm or 1.0)
     num_steps = len(training.rates)
-    points = log_spaced_steps(num_steps, _NUM_POINTS)
+    points = log_spaced_steps(num_steps, num_points)
     trajectory = layer.simulate(training.rates, training.momentum, training.weight_decay, velocity, points)
     threshold = _threshold(layer, training, trajectory, float(growth[0]))
     steps = trajectory.steps + start

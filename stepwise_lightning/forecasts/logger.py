@@ -6,7 +6,6 @@ import math
 import time
 from collections import deque
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import lightning as L
@@ -26,7 +25,7 @@ from stepwise_lightning.spectrum.logger import SpectrumLogger
 
 __all__ = ["ForecastLogger", "LiveForecast"]
 
-_NEAR = 4  # the part of what remains that is simulated first
+_NUM_POINTS = 60  # a step is interpolated between them; of SimCLR they cost more than the steps
 _APART = 0.02  # of the steps so far, between two forecasts
 
 
@@ -191,12 +190,10 @@ class ForecastLogger(L.Callback):
         layer = last_layer(module)
         h1, h2 = self._features(size if training.loss == "simclr" else None)
         velocity = velocity_of(layer, optimizer)
-        # Mostly the next mode is due soon, and what comes after it need not be known.
-        for length in (len(training.rates) // _NEAR, len(training.rates)):
-            near = replace(training, rates=training.rates[: max(length, 1)])
-            result = forecast_of_features(near, h1, h2, layer.weight, bias_of(layer), start, velocity, False)
-            if math.isfinite(result.next_mode[1]):
-                break
+        # To the end, though the next mode may be due soon: there is the plateau by which modes are called learned.
+        result = forecast_of_features(
+            training, h1, h2, layer.weight, bias_of(layer), start, velocity, with_rates=False, num_points=_NUM_POINTS
+        )
         return result, training.rates
 
     def _features(self, size: int | None) -> tuple[Tensor, Tensor]:

@@ -255,10 +255,14 @@ def test_training_is_bit_identical_with_live_forecasts(tmp_path, cls):
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_simclr_goes_by_the_last_whole_batches(tmp_path):
     live = ForecastLogger(cost=1.0)
-    trained(tmp_path, SimCLR, live, steps=80, data=WithRest)
+    model, _ = trained(tmp_path, SimCLR, live, steps=80, data=WithRest)
     h1, h2 = live._features(64)
     assert h1.shape == h2.shape == (64, 64, 16)  # 4096 pairs, none of the rest of an epoch
     assert live.forecasts
+    # By the plateau at the end of training, also where the next mode is due long before.
+    optimizer = torch.optim.SGD(model.parameters(), 0.02)
+    said, rates = live._forecast(model, optimizer, 64, 20, 80)
+    assert (said.start, said.max_steps, len(rates)) == (20, 80, 60) and said.steps[-1] == 80
 
 
 @pytest.mark.slow
