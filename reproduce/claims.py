@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import statistics
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -66,6 +67,28 @@ def worst(
     choose, word, nearest = (max, "most", min) if relation == "<=" else (min, "least", max)
     sentence = f"{description}, {word} of {seeds_text(seeds)}"
     return Claim(name, sentence, choose(values), relation, bound, control, nearest(control_values, default=None))
+
+
+def average(
+    name: str,
+    description: str,
+    values: Sequence[float],
+    relation: str,
+    bound: float,
+    seeds: Sequence[int],
+    control: str = "",
+    control_values: Sequence[float] = (),
+    mean: Callable[[Iterable[float]], float] = statistics.fmean,
+) -> Claim:
+    """Return the claim about the mean over seeds, with the values that it is of, where one seed says too little.
+
+    Of factors it is ``statistics.geometric_mean``. The control's is its own.
+    """
+    each = f" ({', '.join(f'{value:.3g}' for value in values)})" * (len(values) > 1)
+    beside = mean(control_values) if control_values else None
+    return Claim(
+        name, f"{description}, mean of {seeds_text(seeds)}{each}", mean(values), relation, bound, control, beside
+    )
 
 
 def seeds_text(seeds: Sequence[int]) -> str:

@@ -18,7 +18,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from reproduce.claims import Claim, worst
+from reproduce.claims import Claim, average
 from reproduce.methods import METHODS, STARTS, VARIANT_TITLES
 from reproduce.options import data_name
 from reproduce.outputs import Outcome, PaperFigure
@@ -31,7 +31,8 @@ PAPER = (
     "and the steps of the loss are hard to see."
 )
 # Four dimensions are further apart than ten, also from ordinary initialisation.
-# Of Barlow Twins with ten, photographs and CIFAR-10, seeds 0, 1, 2: small starts 1.9 to 7.5, ordinary ones 0.5 to 1.1.
+# Of three seeds in the mean, photographs and CIFAR-10: small starts 2.5 to 6.5, ordinary ones of VICReg 1.2 to 2.1 (of
+# one seed 0.97 to 2.6), of Barlow Twins 0.69 to 0.81 (0.5 to 1.1), of SimCLR 0.33 to 0.69.
 _MEASURED = {"barlow_twins": 1.5, "vicreg": 1.0, "simclr": 1.0}
 LEAST_SEPARATION = {"smoke": dict.fromkeys(METHODS, 2.0), "cpu": _MEASURED, "full": _MEASURED}
 # Loss, start, and the control that must not rise apart.
@@ -78,7 +79,9 @@ def _claims(runs: list[Run], options: argparse.Namespace) -> list[Claim]:
             f"{METHODS[loss].title}, {VARIANT_TITLES[start]}: time between modes over rise width, median of modes"
         )
         least, beside = LEAST_SEPARATION[options.profile][loss], (VARIANT_TITLES[control], separations[loss, control])
-        claims.append(worst(f"{loss}_{start}", sentence, separations[loss, start], ">=", least, options.seeds, *beside))
+        claims.append(
+            average(f"{loss}_{start}", sentence, separations[loss, start], ">=", least, options.seeds, *beside)
+        )
     return claims
 
 

@@ -4,12 +4,13 @@ import json
 import math
 import os
 from dataclasses import asdict
+from statistics import geometric_mean
 
 import pytest
 from matplotlib.figure import Figure
 
 from reproduce.__main__ import main
-from reproduce.claims import Claim, claims_table, read_claim, worst
+from reproduce.claims import Claim, average, claims_table, read_claim, worst
 from reproduce.outputs import FILES, Outcome, PaperFigure, run_figure
 
 MADE = "the figure is made again"
@@ -106,6 +107,16 @@ def test_a_claim_over_seeds_is_about_the_worst_seed_and_the_best_control(relatio
     claim = worst("name", "text", [0.1, 0.2], relation, 0.5, [0, 1], "wrong pairs", [0.9, 0.7])
     assert (claim.measured, claim.control_value) == (measured, control)
     assert worst("name", "text", [0.1, 0.2], relation, 0.5, [0, 1]).control_value is None
+
+
+def test_a_claim_of_a_mean_says_of_what_and_judges_the_control_by_its_own():
+    claim = average("name", "text", [0.5, 2.0], "<=", 1.1, [3, 4], "wrong pairs", [1.0, 4.0], geometric_mean)
+    assert claim.measured == pytest.approx(1.0) and claim.control_value == pytest.approx(2.0) and claim.holds
+    assert claim.description == "text, mean of seeds 3, 4 (0.5, 2)"
+    assert not average("name", "text", [0.5, 2.0], "<=", 1.1, [3, 4], "wrong pairs", [1.0, 4.0]).holds  # 1.25
+    assert not average("name", "text", [1.0, float("nan")], "<=", 1.1, [3, 4]).holds
+    alone = average("name", "text", [0.5], "<=", 1.1, [3])
+    assert alone.control_value is None and alone.description == "text, mean of seed 3"
 
 
 def test_claims_of_before_there_were_controls_are_read():
