@@ -5,7 +5,7 @@ embeddings of held-out pairs are aligned, as subspaces, with the closed form fro
 it is then, and with that from the kernel at initialisation. Each loss is compared with its own network.
 
 Features move while these networks learn. The kernel of the start foretells the first mode as well as that of the moment
-does, of SimCLR at times better; from the third on it falls behind, and that of the moment keeps up. An alignment says
+does, at times better; from the third on it falls behind, and that of the moment keeps up. An alignment says
 nothing alone: beside it are the untrained network's with the final kernel, and what is left when the images are
 permuted against each other.
 
