@@ -34,7 +34,9 @@ PAPER = (
 # Of three seeds in the mean, photographs and CIFAR-10: small starts 2.5 to 6.5, ordinary ones of VICReg 1.2 to 2.1 (of
 # one seed 0.97 to 2.6), of Barlow Twins 0.69 to 0.81 (0.5 to 1.1), of SimCLR 0.33 to 0.69.
 _MEASURED = {"barlow_twins": 1.5, "vicreg": 1.0, "simclr": 1.0}
-LEAST_SEPARATION = {"smoke": dict.fromkeys(METHODS, 2.0), "cpu": _MEASURED, "full": _MEASURED}
+LEAST_SEPARATION = {
+    "smoke": {"barlow_twins": 2.0, "vicreg": 1.0, "simclr": 2.0}, "cpu": _MEASURED, "full": _MEASURED,
+}  # fmt: skip
 # Loss, start, and the control that must not rise apart.
 JUDGED = (
     ("barlow_twins", "small", "ordinary"),
