@@ -62,7 +62,7 @@ class ForecastLogger(L.Callback):
     In pictures of trajectories the first one of each mode is marked. Without SGD, or with an acceleration, nothing is
     said.
 
-    Typical errors of the time that remains, of small networks: 10 to 40 % for Barlow Twins and SimCLR; for VICReg it is
+    Typical errors of the time that remains, of small networks: 8 to 43 % for Barlow Twins and SimCLR; for VICReg it is
     overrated, up to twofold.
 
     Args:
