@@ -14,7 +14,7 @@ figures: $(VENV)/.installed  ## every figure with its verdict, and results/repor
 	$(BIN)/python -m reproduce all
 
 test: $(VENV)/.installed-test  ## the default test suite
-	$(BIN)/python -m pytest -n 2 --dist worksteal
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-slow: $(VENV)/.installed-test  ## what the default suite leaves out
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m slow
@@ -53,6 +53,6 @@ $(VENV)/.installed: pyproject.toml $(CONSTRAINTS) | $(VENV)/bin/python
 	$(BIN)/python -m pip install --disable-pip-version-check -c $(CONSTRAINTS) -e .
 	@touch $@
 
-$(VENV)/.installed-%: pyproject.toml $(CONSTRAINTS) $(VENV)/.installed
+$(VENV)/.installed-%: pyproject.toml $(CONSTRAINTS) | $(VENV)/bin/python
 	$(BIN)/python -m pip install --disable-pip-version-check -c $(CONSTRAINTS) -e '.[$*]'
-	@touch $@
+	@touch $(VENV)/.installed $@

@@ -15,6 +15,7 @@ from stepwise_lightning.forecasts.forecast import NUM_PAIRS, forecast, unseen_ba
 from stepwise_lightning.forecasts.result import Forecast
 from stepwise_lightning.forecasts.training import last_layer
 from stepwise_lightning.modules import BarlowTwins, SimCLR, VICReg
+from stepwise_lightning.spectrum.logger import recorded
 
 __all__ = ["ForecastingTrainer", "as_little_as_a_forecast_needs"]
 
@@ -61,6 +62,8 @@ class ForecastingTrainer(L.Trainer):
             model, unseen_batches(datamodule), max_steps, start=start, num_pairs=pairs,
             velocity=_velocity(model, checkpoint),
         )  # fmt: skip
+        if records := [record for record in recorded(checkpoint) if result.matrix in record.matrices]:
+            result = result.after(records[0])
         print(result)
         if start and result.next_mode[1] < max_steps:
             print("mode {} is due at step {:.0f}".format(*result.next_mode))

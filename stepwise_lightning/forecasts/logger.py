@@ -16,7 +16,7 @@ from torch import Tensor
 from stepwise_lightning.encoders import bias_of
 from stepwise_lightning.errors import UserError
 from stepwise_lightning.forecasts.forecast import NUM_PAIRS, forecast_of_features
-from stepwise_lightning.forecasts.result import MATRICES, Forecast, crossings, quickened
+from stepwise_lightning.forecasts.result import MATRICES, Forecast
 from stepwise_lightning.forecasts.training import Training, last_layer, loss_of, velocity_of
 from stepwise_lightning.modules import JointEmbedding, SimCLR
 from stepwise_lightning.runs.report import LineProgress
@@ -54,7 +54,7 @@ class ForecastLogger(L.Callback):
     weights and the optimiser's momentum as they are, training of that layer is simulated to the end
     (:func:`stepwise_lightning.forecasts.forecast.forecast_of_features`): at the start, when a mode has just been
     learned, half-way to the next one, at half of what then remains, and so on. That features move, which shortens what
-    remains, is reckoned in as measured (:func:`stepwise_lightning.forecasts.result.quickened`). Training is
+    remains, is reckoned in as measured (:meth:`stepwise_lightning.forecasts.result.Forecast.after`). Training is
     bit-identical with and without it.
 
     Logged, to every logger: ``forecast/next_mode_step``, at the step at which it was said, if the mode is due before
@@ -207,18 +207,6 @@ class ForecastLogger(L.Callback):
         h1, h2 = (h[: len(h) // size * size].unflatten(0, (-1, size)) for h in (h1, h2))
         return h1, h2
 
-    def _next_mode(self, forecast: Forecast) -> tuple[int, float]:
-        """Return the next mode, and when it is due after the last one, where that has been seen to be learned."""
-        mode, due = forecast.next_mode
-        record = self._spectrum.record
-        if mode == 1 or len(record) < 2:
-            return mode, due
-        last = record.eigenvalues(self._matrix)[:, mode - 2 : mode - 1]
-        learned_at = float(crossings(record.steps, last, forecast.threshold))
-        if not math.isfinite(learned_at):
-            return mode, due
-        return mode, quickened(forecast.loss, learned_at, forecast.start, due)
-
     def _told(self, step: int) -> str:
         """Return what is known now: of a mode that has come since the last forecast, only that."""
         if not self.forecasts:
@@ -233,7 +221,7 @@ class ForecastLogger(L.Callback):
         return f"{text}, next ≈ step {said.due:.0f}" if said.due > step else f"{text}, next is overdue"
 
     def _say(self, trainer: L.Trainer, forecast: Forecast, rates: Tensor) -> None:
-        step, (mode, due) = forecast.start, self._next_mode(forecast)
+        step, (mode, due) = forecast.start, forecast.after(self._spectrum.record).next_mode
         soon, first = math.isfinite(due), not self.forecasts
         if soon and mode not in {said.num_learned + 1 for said in self.forecasts}:
             record = self._spectrum.record

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from stepwise_lightning.forecasts.stable import StableRates
+from stepwise_lightning.record import SpectrumRecord
 
 __all__ = ["MATRICES", "Forecast", "crossings", "quickened"]
 
@@ -84,6 +85,22 @@ class Forecast:
         """The next mode to be learned, counted from 1, and the step at which it is due; infinite for not any more."""
         mode = self.num_learned
         return mode + 1, float(self.step_times[mode]) if mode < len(self.step_times) else math.inf
+
+    def after(self, record: SpectrumRecord) -> Forecast:
+        """Return it with the next mode as due as the measurements until ``start`` let it be: see :func:`quickened`.
+
+        It stays as it is where they do not show when the last mode was learned.
+        """
+        mode, due = self.next_mode
+        if mode == 1 or mode > len(self.step_times) or self.matrix not in record.matrices or len(record) < 2:
+            return self
+        last = record.eigenvalues(self.matrix)[:, mode - 2 : mode - 1]
+        learned_at = float(crossings(record.steps, last, self.threshold))
+        if not math.isfinite(learned_at):
+            return self
+        times = self.step_times.clone()
+        times[mode - 1] = quickened(self.loss, learned_at, self.start, due)
+        return replace(self, step_times=times)
 
     @property
     def errors(self) -> Tensor:

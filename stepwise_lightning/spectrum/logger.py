@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -314,3 +314,8 @@ class SpectrumLogger(L.Callback):
         assert self.prediction is not None
         # One by one, also for a run that goes on: together they would be rounded otherwise.
         return as_float64(self.prediction(time[None])[0].detach()).cpu()
+
+
+def recorded(checkpoint: Mapping[str, Any]) -> list[SpectrumRecord]:
+    """Return what each SpectrumLogger had measured when a checkpoint was written; nothing where there was none."""
+    return [SpectrumRecord.from_arrays(state["record"]) for state in checkpoint.get(_KEY, {}).values()]

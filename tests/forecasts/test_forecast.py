@@ -13,12 +13,14 @@ from stepwise_lightning import (
     ForecastLogger,
     SimCLR,
     SpectrumLogger,
+    SpectrumRecord,
     TwoViewDataModule,
     VICReg,
     forecast,
 )
 from stepwise_lightning.forecasts.forecast import forecast_of_features, unseen_batches
-from stepwise_lightning.forecasts.result import quickened
+from stepwise_lightning.forecasts.result import Forecast, quickened
+from stepwise_lightning.forecasts.stable import StableRates
 from stepwise_lightning.forecasts.training import Training, last_layer
 from stepwise_lightning.plots import run_figure
 from stepwise_lightning.runs.report import LineProgress
@@ -205,6 +207,25 @@ def test_what_remains_of_barlow_twins_shortens_along_a_plateau():
         ("barlow_twins", 100, 150, 150),
     ):
         assert quickened(loss, learned_at, step, due) == due
+
+
+def test_measurements_shorten_what_remains_after_the_last_mode_was_learned():
+    steps = torch.tensor([0, 50, 100, 101, 102, 150])
+    said = Forecast(
+        "barlow_twins", 150, 1000, 0.1, 0.0, 64, torch.tensor([math.nan, 200.0, math.inf], dtype=torch.float64),
+        torch.tensor([150, 1000]), torch.tensor([[1.0, 1e-4, 1e-6], [1.0, 1.0, 1e-5]], dtype=torch.float64), 0.1,
+        torch.zeros(3), StableRates(1.0, 1.0, 1.0), (),
+    )  # fmt: skip
+    values = torch.full((6, 3), 1e-6, dtype=torch.float64)
+    values[2:, 0] = 0.1 + 1e-12  # from step 100 on
+    due = quickened("barlow_twins", 100, 150, 200)
+    assert due < 199
+    known = said.after(SpectrumRecord.of(steps, values, steps=steps))
+    assert known.next_mode == (2, pytest.approx(due, abs=1e-6)) and known.step_times[2] == math.inf
+    unknown = SpectrumRecord.of(steps, values, matrix="covariance", steps=steps)
+    learned_before = SpectrumRecord.of(steps[2:], values[2:], steps=steps[2:])
+    for record in (unknown, learned_before, SpectrumRecord()):
+        assert said.after(record) is said
 
 
 class Pairs(L.LightningDataModule):
