@@ -45,6 +45,8 @@ from stepwise_lightning.forecasts.training import Training, last_features, last_
 PAPER = "Not in the paper: its theory, made a tool."
 # Median relative errors of steps, before training; later modes of VICReg are not promised.
 MOST_FIRST_ERROR = {"barlow_twins": 0.06, "vicreg": 0.15, "simclr": 0.06}
+# With a schedule that of SimCLR is less, at most 0.017 in the median, and sums of rates are 0.033 and 0.1 off.
+MOST_SCHEDULED_ERROR = MOST_FIRST_ERROR | {"simclr": 0.025}
 MOST_LATER_ERROR = {"barlow_twins": 0.25, "simclr": 0.35}
 # Of the time that remains until the next mode, when one has just been learned, half-way and at three quarters.
 SHARES = (0.0, 0.5, 0.75)
@@ -173,6 +175,13 @@ def _errors(rows: list[list[Any]], loss: str, name: str, modes: Sequence[int]) -
     return [abs(expected - measured) / (measured - made) for *_, made, _, measured, expected in chosen]
 
 
+def _within(rows: list[list[Any]], loss: str, name: str, factor: float = 1.5) -> str:
+    """Return how many of the times until the next mode were told within a factor, of how many."""
+    chosen = [row for row in rows if row[0] == loss and row[2].split()[0] == name]
+    ratios = [(expected - made) / (measured - made) for *_, made, _, measured, expected in chosen]
+    return f"{sum(1 / factor <= ratio <= factor for ratio in ratios)} of {len(ratios)}"
+
+
 def _median(values: list[float]) -> float:
     ordered = sorted(math.inf if math.isnan(value) else value for value in values)
     return ordered[len(ordered) // 2] if ordered else math.nan
@@ -196,7 +205,7 @@ def _claims(rows: list[list[Any]], options: argparse.Namespace) -> list[Claim]:
         other = "sum of rates" if control == "no momentum" else "constant rate"
         claims.append(Claim(
             f"{loss}_schedule", f"{method.title}: the same of the first mode, with warm-up and cosine",
-            median("schedule", [1]), "<=", MOST_FIRST_ERROR[loss], other, median(other, [1]),
+            median("schedule", [1]), "<=", MOST_SCHEDULED_ERROR[loss], other, median(other, [1]),
         ))  # fmt: skip
         if loss in MOST_LATER_ERROR:
             claims.append(Claim(
@@ -222,7 +231,7 @@ def _summaries(rows: list[list[Any]], runs: list[Run]) -> list[dict[str, Any]]:
         for share in SHARES:
             for name in ("live", "line"):
                 entry[f"{name} {share:g}"] = _median(_errors(rows, loss, f"{name} {share:g}", range(1, 1000)))
-        table.append(entry)
+        table.append(entry | {f"{name} within 1.5": _within(rows, loss, name) for name in ("live", "line")})
     return table
 
 
