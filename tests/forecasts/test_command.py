@@ -1,5 +1,6 @@
 """``stepwise forecast``: a table, a picture, and one line where it cannot say anything."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -49,3 +50,23 @@ def test_a_forecast_goes_on_from_the_last_checkpoint(capsys):
     assert "from step 30 to 500" in capsys.readouterr().out
     assert {path: path.stat().st_mtime_ns for path in Path("runs").rglob("*")} == before
     assert "raise max_steps" in refusal(capsys, "forecast", "--ckpt_path=last", config=config)
+
+
+@pytest.mark.slow
+def test_a_forecast_from_a_checkpoint_reckons_with_the_plateau(capsys, monkeypatch):
+    analytical = {"normalize": False, "center": True, "off_diagonal_weight": 1.0, "learning_rate": 0.005}
+    config = changed({f"model.init_args.{name}": value for name, value in analytical.items()})
+    config["trainer"]["max_steps"] = 330
+    config["trainer"]["callbacks"][0]["init_args"] = {"center": True, "probe": "batch"}
+    stepwise("fit", config=config)
+
+    def due():
+        capsys.readouterr()
+        stepwise("forecast", "--ckpt_path=last", "--trainer.max_steps=2000", "--pairs=400", config=config)
+        mode, step = re.search(r"mode (\d) is due at step (\d+)", capsys.readouterr().out).groups()
+        return int(mode), int(step)
+
+    mode, step = due()
+    assert mode > 1
+    monkeypatch.setattr("stepwise_lightning.forecasts.result._QUICKENING", {})
+    assert due()[0] == mode and due()[1] > step
