@@ -25,7 +25,7 @@ import yaml
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from reproduce.methods import METHODS, Method
+from reproduce.methods import CPU_STEPS, METHODS, Method
 from reproduce.records import data_rows
 from reproduce.training import CONFIGS, TrainingRun
 from reproduce.warm import warm_up
@@ -229,6 +229,7 @@ def trained_runs(options: argparse.Namespace, kinds: Iterable[tuple[str, str]] =
         raise UserError(f"no command {runs[0].launcher[0]!r} here to start training with: see --launcher")
     load_image_set(options.data, "val", options.root, options.download)
     missing = [run for run in runs if not (options.resume and run.is_finished())]
+    missing.sort(key=lambda run: run.variant in CPU_STEPS)  # a long one begun last would run alone for long
     done = len(runs) - len(missing)
     with tqdm(total=len(runs), initial=done, desc="training networks", unit="run", disable=None) as bar:
         _train(missing, options.resume, bar)
