@@ -25,6 +25,7 @@ from reproduce.options import data_name
 from reproduce.outputs import Outcome, PaperFigure
 from reproduce.runs import ROW_COLUMNS, Run, trained_runs
 from reproduce.training import PROFILES
+from stepwise_lightning import SpectrumRecord
 from stepwise_lightning.plots import Panel, eigenvalues_figure
 from stepwise_lightning.spectrum import Steps, detect_steps
 
@@ -45,16 +46,19 @@ def produce(options: argparse.Namespace, directory: Path) -> Outcome:
         ["", ""],
         title="A staircase needs pairs, images, decorrelation and a small start",
         same_time=False,
-        note=f"Barlow Twins, ResNet on {data_name(options.data)}, seed {options.seeds[0]}",
+        note=f"Barlow Twins, ResNet on {data_name(options.data)}, seed {options.seeds[0]}, {steps} steps",
     )
     rows = (row for run in runs for row in run.rows())
     return Outcome(figure, ROW_COLUMNS, rows, _claims(runs, steps, options), [run.summary() for run in runs])
 
 
 def _panel(run: Run, steps: int) -> Panel:
-    panel = run.panel()
-    panel.title = f"{VARIANT_TITLES[run.variant]}: {_steps(run, steps).num_distinct} distinct"
-    return panel
+    """Return what is compared: the first so many training steps."""
+    within = run.record.steps <= steps
+    record = SpectrumRecord.of(run.record.times[within], run.eigenvalues()[within], matrix=run.method.matrix)
+    found = _steps(run, steps)
+    title = f"{VARIANT_TITLES[run.variant]}: {found.num_distinct} distinct"
+    return Panel(record, run.method.matrix, title, step_times=found.step_times)
 
 
 def _steps(run: Run, steps: int) -> Steps:
