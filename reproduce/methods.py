@@ -76,7 +76,7 @@ VARIANTS: dict[str, tuple[list[str], dict[str, Any]]] = {
 }  # fmt: skip
 # On CPUs, what is shorter than the 1200 steps of its configuration. From ordinary initialisation all modes have risen
 # by then, and the staircase of every seed so far has three steps: one of CIFAR-10 not before step 395. After 400 or 600
-# steps every claim of seeds 3 to 5, both data sets, and 31 to 33 is as after these.
+# steps every claim of seeds 3 to 5 (both data sets) and 31 to 33 (photographs) is as after these.
 CPU_STEPS = dict.fromkeys(
     ("ordinary", "wrong_pairs", "noise_images", "no_off_diagonal", "no_covariance", "published_loss"), 450
 )
