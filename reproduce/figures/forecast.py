@@ -45,7 +45,7 @@ from stepwise_lightning.forecasts.training import Training, last_features, last_
 PAPER = "Not in the paper: its theory, made a tool."
 # Median relative errors of steps, before training; later modes of VICReg are not promised.
 MOST_FIRST_ERROR = {"barlow_twins": 0.06, "vicreg": 0.15, "simclr": 0.06}
-# With a schedule that of SimCLR is less: of four times three seeds 0.012 to 0.017, where sums of rates are 0.033 to 0.1 off.
+# With a schedule that of SimCLR is less: of four times three seeds 0.012 to 0.017. Sums of rates are 0.033 to 0.1 off.
 MOST_SCHEDULED_ERROR = MOST_FIRST_ERROR | {"simclr": 0.025}
 MOST_LATER_ERROR = {"barlow_twins": 0.25, "simclr": 0.35}
 # Of the time that remains until the next mode, when one has just been learned, half-way and at three quarters.
