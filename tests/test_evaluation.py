@@ -255,6 +255,7 @@ def test_a_checkpoint_of_other_classes_is_refused(tmp_path: Path) -> None:
 
 
 # Lightning, of the ModelCheckpoint in a run's configuration when that run is evaluated.
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The dirpath has changed from")
 def test_the_command_line_trains_and_then_evaluates(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -68,6 +68,7 @@ def numbers_in(folder):
     return [values.pop() for values in numbers]
 
 
+@pytest.mark.slow
 def test_killed_fifty_times_while_writing(tmp_path):
     write_all(tmp_path, 0)
     start = time.monotonic()
