@@ -3,9 +3,9 @@
 Barlow Twins is trained as in ``resnet_barlow_twins``, and in five ways that leave out what theory needs: second views
 of other images, images of noise, no term that keeps dimensions apart, the published loss with its small weight and its
 normalisation, and ordinary initialisation. All are compared over as many training steps as the shortest run has, 450
-on CPUs. Four must show fewer distinct steps than any run of the staircase. The published loss shows up to three in this
-time, which a count does not tell from a short staircase; but its first mode does not wait: it must be learned in three
-hundredths of this time.
+on CPUs. Four must show fewer distinct steps than any run of the staircase. The published loss showed up to three in
+600 steps, which a count does not tell from a short staircase; but its first mode does not wait: it must be learned in
+three hundredths of this time.
 
 The paper has no such figure: the controls are ours. Wrong pairs have no Γ, so that no mode grows. Noise has the small Γ
 that overlapping crops of it share, whose first modes are all but equal. Without the off-diagonal term every dimension

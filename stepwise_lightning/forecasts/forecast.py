@@ -52,7 +52,8 @@ def forecast(
     The last linear layer is simulated (:class:`stepwise_lightning.theory.LastLayer`) on the features that enter it
     now, from its weights as they are now. What it does not see is that features move while the network trains. So it is
     good for the first mode of all three losses, roughly for later ones of Barlow Twins and SimCLR, and not for those of
-    VICReg: :attr:`Forecast.errors`. More modes may be learned than it says, because features grow.
+    VICReg: :attr:`Forecast.errors`. More modes may be learned than it says, because features grow. From the middle of a
+    run, :meth:`Forecast.after` takes the run's record, and reckons with the plateau that has passed.
 
     The module, its buffers, modes and all random numbers are left as they were; batch normalisation uses the statistics
     of each batch's view, as in training. SimCLR is simulated with at most 128 pairs a step, and features of more than

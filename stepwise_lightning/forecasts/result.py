@@ -90,6 +90,10 @@ class Forecast:
         """Return it with the next mode as due as the measurements until ``start`` let it be: see :func:`quickened`.
 
         It stays as it is where they do not show when the last mode was learned.
+
+        Args:
+            record: of the run until then, in optimiser steps.
+
         """
         mode, due = self.next_mode
         if mode == 1 or mode > len(self.step_times) or self.matrix not in record.matrices or len(record) < 2:
