@@ -34,7 +34,7 @@ from torch import Tensor
 
 from stepwise_lightning import MLP, Encoder, FixedCropPairs
 from stepwise_lightning.theory import ContrastiveKernelPCA, EmpiricalNTK, rbf_kernel
-from stepwise_lightning.theory.krylov import KernelProducts
+from stepwise_lightning.theory.block_lanczos import KernelProducts
 
 # About the median distance between such crops, in units of standard deviations per pixel.
 LENGTH_SCALE_PER_PIXEL = 0.6

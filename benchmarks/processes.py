@@ -40,9 +40,9 @@ from kernel import TimedProducts, crops
 from timing import ratio, within
 from torch import Tensor
 
-from stepwise_lightning.sharing import one_process
 from stepwise_lightning.theory import ContrastiveKernelPCA, rbf_kernel
-from stepwise_lightning.theory.krylov import KernelProducts
+from stepwise_lightning.theory.block_lanczos import KernelProducts
+from stepwise_lightning.theory.process_group import one_process
 
 MODES, VECTORS = 10, 24
 # Collectives in one step of the iteration.

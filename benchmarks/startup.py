@@ -24,7 +24,7 @@ THEORY = "from stepwise_lightning import barlow_twins_loss, simclr_loss, vicreg_
 
 def fit(folder: str) -> None:
     """Train for two steps, and print the processor time of this process since it began."""
-    from stepwise_lightning.cli import main as stepwise
+    from stepwise_lightning.__main__ import main as stepwise
 
     settings = {"max_steps": 2, "enable_progress_bar": "false", "logger.init_args.save_dir": folder}
     config = ROOT / "configs" / "barlow_twins_photos.yaml"
@@ -48,7 +48,7 @@ def imported(statement: str) -> float:
 def warm(folder: str) -> float:
     """Return the processor time of :func:`fit` in a process forked from a warm one."""
     sys.path.append(str(ROOT))
-    from reproduce.warm import WarmProcess
+    from reproduce.forkserver import WarmProcess
 
     log = Path(folder, "log.txt")
     with log.open("w") as file:

@@ -34,7 +34,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from stepwise_lightning import BarlowTwins, Encoder, SpectrumLogger, TwoViewDataModule
 from stepwise_lightning.data.image_sets import ImageSet
-from stepwise_lightning.spectrum.capture import capture
+from stepwise_lightning.features import capture
 from stepwise_lightning.spectrum.schedule import log_spaced_steps
 
 RUN_STEPS, RUN_PAIRS, BATCH = 5000, 512, 64

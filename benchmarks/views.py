@@ -26,8 +26,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from stepwise_lightning import BarlowTwins, Encoder, TwoViewDataModule
+from stepwise_lightning.data.augmentation import AugmentationParameters
 from stepwise_lightning.data.image_sets import ImageSet
-from stepwise_lightning.data.strengths import Strengths
 from stepwise_lightning.data.views import TwoViews, random_view
 
 # augmentation, size of images and of views: least ratio to lightly's, largest ratio of steps
@@ -69,7 +69,7 @@ def their_loader(data: TwoViewDataModule, augmentation: str, size: int, batch: i
     """Return lightly's pipeline with the strengths of our augmentation."""
     from lightly.transforms import SimCLRTransform
 
-    ours = Strengths.of(augmentation)
+    ours = AugmentationParameters.of(augmentation)
     bright, contrast, saturation, hue = ours.jitter or (0.0, 0.0, 0.0, 0.0)
     transform = SimCLRTransform(
         input_size=size, cj_prob=ours.jitter_probability, cj_strength=1.0, cj_bright=bright, cj_contrast=contrast,

@@ -6,11 +6,11 @@ import sys
 import traceback
 from pathlib import Path
 
+from reproduce.figure import run_figure
 from reproduce.figures import FIGURES, LONG
+from reproduce.networks.training import PROFILES
 from reproduce.options import check_writable, new_parser, refusal
-from reproduce.outputs import run_figure
 from reproduce.report import verdict_table, write_report
-from reproduce.training import PROFILES
 
 USAGE = """usage: python -m reproduce FIGURE [FIGURE ...] [options]
        python -m reproduce all [options]      all but those that take long

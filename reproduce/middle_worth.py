@@ -15,12 +15,13 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from reproduce.methods import METHODS
+from reproduce.networks.variants import METHODS
 from stepwise_lightning.data.views import plain_view
+from stepwise_lightning.features import capture
 from stepwise_lightning.modes import mode_worth
-from stepwise_lightning.modes.looked_at import chosen_pictures
-from stepwise_lightning.spectrum.capture import capture
-from stepwise_lightning.trained import checkpoint_of, configured_encoder, input_settings, load_encoder
+from stepwise_lightning.modes.images import chosen_pictures
+from stepwise_lightning.runs.saved import checkpoint_of, configured_encoder
+from stepwise_lightning.trained import input_settings, load_encoder
 
 HIDDEN = "backbone"
 NUM_MODES = (0, 1, 3, 6, 10, 100)

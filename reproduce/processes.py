@@ -16,7 +16,7 @@ import torch
 from lightning.pytorch.callbacks import TQDMProgressBar
 from tqdm import tqdm
 
-from reproduce.warm import warm_context
+from reproduce.forkserver import warm_context
 
 
 def each(function: Callable[..., Any], items: Sequence[tuple[Any, ...]], title: str) -> list[Any]:

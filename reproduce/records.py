@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from stepwise_lightning import SpectrumRecord
-from stepwise_lightning.spectrum.tensorboard import scalars
+from stepwise_lightning.callbacks.tensorboard import scalars
 
 
 def theory_record(record: SpectrumRecord, eigenvalues: Tensor) -> SpectrumRecord:

@@ -9,10 +9,10 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from reproduce.methods import METHODS, VARIANTS
+from reproduce.networks.runs import trained_runs
+from reproduce.networks.training import MIDDLE, PROFILES
+from reproduce.networks.variants import METHODS, VARIANTS
 from reproduce.options import check_writable, interrupted, new_parser, parse, refusal
-from reproduce.runs import trained_runs
-from reproduce.training import MIDDLE, PROFILES
 
 
 def main(arguments: list[str] | None = None) -> int:

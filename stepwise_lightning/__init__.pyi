@@ -1,3 +1,7 @@
+from .callbacks.collapse_monitor import CollapseWatch as CollapseWatch
+from .callbacks.online_evaluation import OnlineKNN as OnlineKNN
+from .callbacks.online_evaluation import OnlineLinearProbe as OnlineLinearProbe
+from .callbacks.spectrum_logger import SpectrumLogger as SpectrumLogger
 from .data import FixedCropPairs as FixedCropPairs
 from .data import TwoViewDataModule as TwoViewDataModule
 from .encoders import MLP as MLP
@@ -6,8 +10,6 @@ from .encoders import LinearEncoder as LinearEncoder
 from .encoders import Projector as Projector
 from .encoders import ResNet as ResNet
 from .encoders import scale_last_layer as scale_last_layer
-from .evaluation import OnlineKNN as OnlineKNN
-from .evaluation import OnlineLinearProbe as OnlineLinearProbe
 from .forecasts import Forecast as Forecast
 from .forecasts import ForecastLogger as ForecastLogger
 from .forecasts import forecast as forecast
@@ -19,10 +21,8 @@ from .modes import mode_worth as mode_worth
 from .modules import BarlowTwins as BarlowTwins
 from .modules import SimCLR as SimCLR
 from .modules import VICReg as VICReg
-from .record import SpectrumRecord as SpectrumRecord
 from .runs import LastCheckpoint as LastCheckpoint
-from .spectrum.collapse import CollapseWatch as CollapseWatch
-from .spectrum.logger import SpectrumLogger as SpectrumLogger
+from .spectrum.record import SpectrumRecord as SpectrumRecord
 from .trained import load_encoder as load_encoder
 
 __all__: list[str]

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from stepwise_lightning.errors import UserError
-from stepwise_lightning.seeding import checked_seed, own_randomness
+from stepwise_lightning.seeding import checked_seed, isolated_rng
 
 __all__ = ["Encoder", "LinearEncoder", "MLP", "Projector", "ResNet", "scale_last_layer"]
 
@@ -81,7 +81,7 @@ class MLP(nn.Sequential):
                 f"every layer of an MLP needs a width of at least 1, got {widths} (in_features, hidden, out_features)"
             )
         layers: list[nn.Module] = [nn.Flatten()]
-        with own_randomness(checked_seed(seed)):
+        with isolated_rng(checked_seed(seed)):
             for narrow, wide in pairwise(widths):
                 layers += [nn.Linear(narrow, wide, bias=bias), nn.ReLU()]
         super().__init__(*layers[:-1])
@@ -121,7 +121,7 @@ class ResNet(nn.Module):
         super().__init__()
         if name not in self.NAMES:
             raise UserError(f"unknown ResNet {name!r}; choose from: {', '.join(self.NAMES)}")
-        with own_randomness(checked_seed(seed)):
+        with isolated_rng(checked_seed(seed)):
             network: Any = _small_resnet() if name == "resnet_small" else getattr(models, name)(weights=None)
             if small_images:
                 channels = network.conv1.out_channels
@@ -173,7 +173,7 @@ class Projector(nn.Sequential):
         if norm not in ("batch", "none"):
             raise UserError(f"norm must be 'batch' or 'none', got {norm!r}")
         layers: list[nn.Module] = []
-        with own_randomness(checked_seed(seed)):
+        with isolated_rng(checked_seed(seed)):
             for index in range(depth - 1):
                 layers.append(nn.Linear(in_features if index == 0 else hidden_features, hidden_features))
                 layers += [nn.BatchNorm1d(hidden_features)] if norm == "batch" else []

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from stepwise_lightning import losses
 from stepwise_lightning.acceleration import Acceleration, accelerated, last_inputs, refuse_others
-from stepwise_lightning.collectives import all_gather_with_grad, check_equal_shards
+from stepwise_lightning.distributed import all_gather_with_grad, check_equal_shards
 from stepwise_lightning.errors import DivergedError, UserError
-from stepwise_lightning.trained import configured_encoder
+from stepwise_lightning.runs.saved import configured_encoder
 
 __all__ = ["BarlowTwins", "JointEmbedding", "SimCLR", "VICReg", "rate_factor"]
 
@@ -26,7 +26,7 @@ class JointEmbedding(L.LightningModule):
     A batch is a sequence whose first two items are the two views, (n, …) each. On several ranks each holds an equal
     shard, and the loss is that of the *global* batch: training follows exactly the path of one process on the joined
     batches. An encoder with batch normalisation needs ``Trainer(sync_batchnorm=True)`` for that, or, on CPUs,
-    ``plugins=[SyncBatchNorm()]`` from :mod:`stepwise_lightning.collectives`.
+    ``plugins=[SyncBatchNorm()]`` from :mod:`stepwise_lightning.distributed`.
 
     **Step k** means, everywhere in this package, the weights after exactly k optimiser steps: ``train/loss`` at step k
     is the loss of those weights on the batch that is about to change them, and a spectrum at step k is theirs too.

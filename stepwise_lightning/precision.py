@@ -12,7 +12,7 @@ from torch import Tensor
 
 from stepwise_lightning.errors import UserError
 
-__all__ = ["as_float64", "check_real", "in_one_thread", "on_float64_device", "without_autocast"]
+__all__ = ["as_float64", "check_real", "single_threaded", "on_float64_device", "without_autocast"]
 
 # Types of device that have no float64: what is to be float64 is moved to the CPU first.
 _WITHOUT_FLOAT64 = ("mps",)
@@ -57,7 +57,7 @@ def as_float64(values: Tensor | ArrayLike, name: str = "the input") -> Tensor:
 
 
 @contextmanager
-def in_one_thread() -> Iterator[None]:
+def single_threaded() -> Iterator[None]:
     """Compute in one thread, which is for many small operations.
 
     Several would wait for each other at each of them, and where a machine does other work for as long as that keeps one

@@ -10,7 +10,7 @@ import torch
 
 from stepwise_lightning.errors import UserError
 
-__all__ = ["checked_seed", "hashed_seed", "own_randomness"]
+__all__ = ["checked_seed", "hashed_seed", "isolated_rng"]
 
 
 def hashed_seed(*key: int | str) -> int:
@@ -26,7 +26,7 @@ def checked_seed(seed: int) -> int:
 
 
 @contextmanager
-def own_randomness(seed: int) -> Iterator[None]:
+def isolated_rng(seed: int) -> Iterator[None]:
     """Let what torch draws within come from ``seed``, and leave its global generator as it was."""
     with torch.random.fork_rng(devices=[]):
         # Not torch.manual_seed, which takes 0.2 ms to seed accelerators too.

@@ -32,7 +32,7 @@ from lightning.pytorch.callbacks import Checkpoint
 from PIL import Image
 from torch import nn
 
-from stepwise_lightning.cli import main
+from stepwise_lightning.__main__ import main
 
 STEPS, EVERY, BATCHES = 33, 7, 5  # optimiser steps, between two checkpoints, in an epoch
 RATES = {"BarlowTwins": 3e-2, "VICReg": 1e-3, "SimCLR": 1e-1}
@@ -134,8 +134,8 @@ def write_config(path: Path, images: Path, loss: str, workers: int, **trainer) -
     callbacks = [
         {"class_path": "survival.Moments"},
         {"class_path": "stepwise_lightning.SpectrumLogger", "init_args": spectra},
-        {"class_path": "stepwise_lightning.evaluation.OnlineLinearProbe"},
-        {"class_path": "stepwise_lightning.evaluation.OnlineKNN", "init_args": {"k": 5}},
+        {"class_path": "stepwise_lightning.callbacks.online_evaluation.OnlineLinearProbe"},
+        {"class_path": "stepwise_lightning.callbacks.online_evaluation.OnlineKNN", "init_args": {"k": 5}},
         {"class_path": "stepwise_lightning.LastCheckpoint", "init_args": {"every_n_train_steps": EVERY}},
         {"class_path": "survival.LateMoments"},
     ]

@@ -12,7 +12,7 @@ import torch
 import yaml
 
 from stepwise_lightning import LastCheckpoint
-from stepwise_lightning.cli import main
+from stepwise_lightning.__main__ import main
 
 CONFIG = Path(__file__).parent.parent / "configs" / "vicreg_photos.yaml"
 
@@ -144,7 +144,7 @@ class Mine(BoringModel):
 def script(tmp_path):
     """Return a function that runs the command as a console script does: with its own folder on the path, not ours."""
     (tmp_path / "bin").mkdir()
-    (tmp_path / "bin/stepwise").write_text("from stepwise_lightning.cli import main\n\nmain()\n")
+    (tmp_path / "bin/stepwise").write_text("from stepwise_lightning.__main__ import main\n\nmain()\n")
     (tmp_path / "work").mkdir()
     (tmp_path / "work/own_things.py").write_text(OWN)
 

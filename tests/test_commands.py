@@ -9,9 +9,9 @@ from matplotlib.image import imread
 from tiny_runs import changed, stepwise, write_images
 
 from stepwise_lightning import SpectrumRecord
-from stepwise_lightning.commands import main
+from stepwise_lightning.__main__ import main
+from stepwise_lightning.callbacks import progress as report
 from stepwise_lightning.plots import overlay_figure, run_figure
-from stepwise_lightning.runs import report
 
 BOARD = {"class_path": "lightning.pytorch.loggers.TensorBoardLogger", "init_args": {"save_dir": "runs", "name": "tiny"}}
 

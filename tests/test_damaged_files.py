@@ -13,11 +13,11 @@ from matplotlib.figure import Figure
 from tiny_sets import Touch, damaged
 
 from reproduce.claims import Claim, read_claim
+from reproduce.figure import Outcome, finished_claims, report, write_outputs
+from reproduce.networks.runs import Run
+from reproduce.networks.training import PROFILES
 from reproduce.options import new_parser
-from reproduce.outputs import Outcome, finished_claims, report, write_outputs
 from reproduce.report import write_report
-from reproduce.runs import Run
-from reproduce.training import PROFILES
 from stepwise_lightning import SpectrumRecord
 from stepwise_lightning.theory import ContrastiveKernelPCA, linear_kernel
 

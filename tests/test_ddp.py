@@ -10,7 +10,8 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from stepwise_lightning import BarlowTwins, SimCLR, VICReg
-from stepwise_lightning.collectives import SyncBatchNorm, all_gather_with_grad, check_equal_shards
+from stepwise_lightning.distributed import all_gather_with_grad, check_equal_shards
+from stepwise_lightning.sync_batchnorm import SyncBatchNorm
 
 GLOBAL_BATCH, IMAGE, STEPS = 12, 8, 20
 ANALYTICAL = {"off_diagonal_weight": 1.0, "normalize": False}

@@ -11,10 +11,10 @@ import torch
 from PIL import Image
 
 from stepwise_lightning import TwoViewDataModule, VICReg
+from stepwise_lightning.__main__ import main
+from stepwise_lightning.callbacks.online_evaluation import OnlineKNN, OnlineLinearProbe
 from stepwise_lightning.classifiers import LinearProbe, knn_scores
-from stepwise_lightning.cli import main
 from stepwise_lightning.encoders import MLP, Encoder
-from stepwise_lightning.evaluation import OnlineKNN, OnlineLinearProbe
 
 
 @pytest.fixture(scope="module")
@@ -131,7 +131,7 @@ def test_two_processes_get_the_result_of_one(folder: str, tmp_path: Path) -> Non
 import sys, warnings, torch
 sys.path.insert(0, {str(Path(__file__).parent)!r})
 from test_evaluation import OnlineKNN, OnlineLinearProbe, fit
-from stepwise_lightning.collectives import SyncBatchNorm
+from stepwise_lightning.sync_batchnorm import SyncBatchNorm
 torch.set_num_threads(1)
 probe = OnlineLinearProbe(learning_rate=0.05)
 settings = dict(strategy="ddp", devices=2, plugins=[SyncBatchNorm()])
@@ -262,8 +262,8 @@ def test_the_command_line_trains_and_then_evaluates(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     callbacks = [
-        "stepwise_lightning.evaluation.OnlineLinearProbe",
-        "stepwise_lightning.evaluation.OnlineKNN",
+        "stepwise_lightning.callbacks.online_evaluation.OnlineLinearProbe",
+        "stepwise_lightning.callbacks.online_evaluation.OnlineKNN",
         "stepwise_lightning.LastCheckpoint",
     ]
     lines = "".join(f"    - class_path: {name}\n" for name in callbacks)

@@ -16,12 +16,12 @@ from same_runs import assert_same_run
 from survival import job, log_of, newest, run_jobs, write_config, write_images
 
 from reproduce.claims import Claim
-from reproduce.outputs import Outcome, write_outputs
+from reproduce.figure import Outcome, write_outputs
 from reproduce.report import write_report
 from stepwise_lightning import SpectrumRecord
+from stepwise_lightning.callbacks.writers import SpectrumTable
 from stepwise_lightning.files import atomic_write, atomic_write_text
 from stepwise_lightning.runs import AtomicCheckpointIO
-from stepwise_lightning.spectrum.writers import SpectrumTable
 
 KILLS = 50
 ROOT = os.geteuid() == 0

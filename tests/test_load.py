@@ -12,8 +12,8 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from stepwise_lightning import BarlowTwins, FixedCropPairs, LinearEncoder, SpectrumLogger, TwoViewDataModule
+from stepwise_lightning.callbacks.writers import SpectrumTable
 from stepwise_lightning.spectrum.schedule import log_spaced_steps
-from stepwise_lightning.spectrum.writers import SpectrumTable
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")]
 MEGABYTE = 2**20

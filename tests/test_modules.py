@@ -11,8 +11,8 @@ from lightning.pytorch.loggers import CSVLogger
 from tiny_runs import stepwise, write_images
 
 from stepwise_lightning import BarlowTwins, SimCLR, VICReg
-from stepwise_lightning.collectives import SyncBatchNorm
 from stepwise_lightning.modules import rate_factor
+from stepwise_lightning.sync_batchnorm import SyncBatchNorm
 
 TERMS = {
     BarlowTwins: {"on_diagonal", "off_diagonal"},

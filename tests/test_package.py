@@ -61,6 +61,6 @@ def test_command_line_helps(command):
 
 
 def test_front_door_opens_without_lightning():
-    code = "import sys; sys.argv = ['stepwise', '--help']; from stepwise_lightning.commands import main; main()"
+    code = "import sys; sys.argv = ['stepwise', '--help']; from stepwise_lightning.__main__ import main; main()"
     code += "; assert 'lightning' not in sys.modules and 'torch' not in sys.modules"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0

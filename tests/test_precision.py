@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from stepwise_lightning.errors import UserError
-from stepwise_lightning.precision import as_float64, in_one_thread
+from stepwise_lightning.precision import as_float64, single_threaded
 from stepwise_lightning.spectrum import (
     alpha_req,
     cross_correlation_eigenvalues,
@@ -18,7 +18,7 @@ from stepwise_lightning.spectrum import (
     rankme,
 )
 from stepwise_lightning.spectrum.measures import MATRICES, measure
-from stepwise_lightning.steps import crossing_times, detect_steps, num_crossed, num_grown
+from stepwise_lightning.spectrum.steps import crossing_times, detect_steps, num_crossed, num_grown
 from stepwise_lightning.theory import (
     ContrastiveKernelPCA,
     EmpiricalNTK,
@@ -253,7 +253,7 @@ def test_one_thread_and_then_as_many_as_before():
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
-        with pytest.raises(ZeroDivisionError), in_one_thread():
+        with pytest.raises(ZeroDivisionError), single_threaded():
             assert torch.get_num_threads() == 1
             raise ZeroDivisionError
         assert torch.get_num_threads() == 2

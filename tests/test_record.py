@@ -10,8 +10,8 @@ import torch
 from tiny_runs import stepwise
 
 from stepwise_lightning import SpectrumRecord
-from stepwise_lightning.record import Measurement, Spectrum
 from stepwise_lightning.spectrum import detect_steps
+from stepwise_lightning.spectrum.record import Measurement, Spectrum
 
 OLD = Path(__file__).parent / "files" / "version_0_1"
 

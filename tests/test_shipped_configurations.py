@@ -17,10 +17,10 @@ from lightning.pytorch.cli import LightningCLI
 from tiny_sets import write_cifar10, write_stl10
 
 from stepwise_lightning import SpectrumLogger, TwoViewDataModule
-from stepwise_lightning.cli import main
+from stepwise_lightning.__main__ import main
 from stepwise_lightning.encoders import Encoder
+from stepwise_lightning.features import capture
 from stepwise_lightning.spectrum import cross_correlation_eigenvalues
-from stepwise_lightning.spectrum.capture import capture
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 LOSSES, DATA_SETS = ("barlow_twins", "vicreg", "simclr"), ("photos", "cifar10", "cifar10_cpu", "stl10")

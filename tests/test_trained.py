@@ -10,7 +10,7 @@ from tiny_runs import changed, stepwise, write_images
 from torchvision.models import resnet18
 
 from stepwise_lightning import BarlowTwins, ResNet, TwoViewDataModule, VICReg, load_encoder
-from stepwise_lightning.commands import main
+from stepwise_lightning.__main__ import main
 from stepwise_lightning.spectrum import embedding_eigenvalues
 from stepwise_lightning.trained import embed_images, torchvision_weights
 

@@ -10,7 +10,7 @@ import yaml
 from PIL import Image
 from tiny_sets import noise
 
-from stepwise_lightning.cli import main
+from stepwise_lightning.__main__ import main
 
 CONFIG: dict[str, Any] = {
     "model": {

@@ -3,6 +3,7 @@
 ``LONG`` ones take more than minutes, and are made when they are asked for by name.
 """
 
+from reproduce.figure import PaperFigure
 from reproduce.figures import (
     conditions,
     cross_loss_alignment,
@@ -24,7 +25,6 @@ from reproduce.figures import (
     start_scale,
     three_losses,
 )
-from reproduce.outputs import PaperFigure
 
 FIGURES: dict[str, PaperFigure] = {
     module.FIGURE.name: module.FIGURE

@@ -25,11 +25,11 @@ from torch import Tensor
 
 from reproduce.claims import Claim, seeds_text, worst
 from reproduce.controls import permuted_alignment
-from reproduce.methods import METHODS
+from reproduce.figure import Outcome, PaperFigure
+from reproduce.networks.runs import Run, trained_runs
+from reproduce.networks.training import PROFILES
+from reproduce.networks.variants import METHODS
 from reproduce.options import data_name
-from reproduce.outputs import Outcome, PaperFigure
-from reproduce.runs import Run, trained_runs
-from reproduce.training import PROFILES
 from stepwise_lightning.plots import alignments_figure
 from stepwise_lightning.theory import subspace_alignment
 

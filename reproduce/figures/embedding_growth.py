@@ -16,10 +16,10 @@ import numpy as np
 import torch
 
 from reproduce.claims import Claim, worst
+from reproduce.figure import Outcome, PaperFigure
+from reproduce.networks.runs import Run, trained_runs
+from reproduce.networks.training import PROFILES
 from reproduce.options import data_name
-from reproduce.outputs import Outcome, PaperFigure
-from reproduce.runs import Run, trained_runs
-from reproduce.training import PROFILES
 from stepwise_lightning.errors import UserError
 from stepwise_lightning.files import atomic_write
 from stepwise_lightning.plots import growth_animation, growth_figure, principal_components

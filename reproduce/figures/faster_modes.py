@@ -28,12 +28,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from reproduce.accelerated_networks import features, resnet_descent, wide_descent
 from reproduce.claims import Claim, seeds_text, worst
-from reproduce.descents import FEATURES, LEARNED, RULES, Descent, LinearProblem, Setting, tuned
+from reproduce.figure import Outcome, PaperFigure
+from reproduce.figures.acceleration.descent import FEATURES, LEARNED, RULES, Descent, LinearProblem, Setting, tuned
+from reproduce.figures.acceleration.networks import features, resnet_descent, wide_descent
 from reproduce.figures.kernel_mlp import into_their_span
 from reproduce.options import data_name
-from reproduce.outputs import Outcome, PaperFigure
 from reproduce.processes import each
 from stepwise_lightning import MLP, FixedCropPairs, TwoViewDataModule, scale_last_layer
 from stepwise_lightning.plots import Panel, Response, rules_figure

@@ -30,17 +30,17 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from reproduce.claims import Claim, seeds_text
-from reproduce.methods import METHODS
+from reproduce.figure import Outcome, PaperFigure
+from reproduce.networks.runs import SMALL_STARTS, Run, trained_runs
+from reproduce.networks.training import PROFILES
+from reproduce.networks.variants import METHODS
 from reproduce.options import data_name
-from reproduce.outputs import Outcome, PaperFigure
 from reproduce.processes import each
-from reproduce.runs import SMALL_STARTS, Run, trained_runs
-from reproduce.training import PROFILES
 from stepwise_lightning.encoders import bias_of
 from stepwise_lightning.forecasts import Forecast
-from stepwise_lightning.forecasts.forecast import NUM_PAIRS, forecast_of_features, unseen_batches
-from stepwise_lightning.forecasts.result import quickened
-from stepwise_lightning.forecasts.training import Training, last_features, last_layer
+from stepwise_lightning.forecasts.forecast import quickened
+from stepwise_lightning.forecasts.sgd import Training, last_features, last_layer
+from stepwise_lightning.forecasts.simulate import NUM_PAIRS, forecast_of_features, unseen_batches
 
 PAPER = "Not in the paper: its theory, made a tool."
 # Median relative errors of steps, before training; later modes of VICReg are not promised.

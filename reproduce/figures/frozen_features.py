@@ -19,12 +19,12 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 
 from reproduce.claims import Claim, worst
+from reproduce.figure import Outcome, PaperFigure
+from reproduce.networks.runs import Run, trained_runs
+from reproduce.networks.training import PROFILES
 from reproduce.options import data_name
-from reproduce.outputs import Outcome, PaperFigure
 from reproduce.processes import each
 from reproduce.records import data_rows, theory_record
-from reproduce.runs import Run, trained_runs
-from reproduce.training import PROFILES
 from stepwise_lightning import BarlowTwins, FixedCropPairs, LinearEncoder, SpectrumLogger, SpectrumRecord
 from stepwise_lightning.plots import Panel, trajectories_figure
 from stepwise_lightning.spectrum import crossing_times, num_crossed

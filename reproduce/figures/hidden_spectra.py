@@ -18,11 +18,11 @@ from statistics import geometric_mean
 import numpy as np
 
 from reproduce.claims import average, worst
-from reproduce.methods import METHODS
+from reproduce.figure import Outcome, PaperFigure
+from reproduce.networks.runs import ROW_COLUMNS, Run, trained_runs
+from reproduce.networks.training import PROFILES
+from reproduce.networks.variants import METHODS
 from reproduce.options import data_name
-from reproduce.outputs import Outcome, PaperFigure
-from reproduce.runs import ROW_COLUMNS, Run, trained_runs
-from reproduce.training import PROFILES
 from stepwise_lightning.plots import Panel, eigenvalues_figure
 
 PAPER = (

@@ -28,8 +28,8 @@ from torch import Tensor, nn
 
 from reproduce.claims import Claim, average, worst
 from reproduce.controls import ordinary_kernel_pca, permuted_alignment
+from reproduce.figure import Outcome, PaperFigure
 from reproduce.options import data_name
-from reproduce.outputs import Outcome, PaperFigure
 from reproduce.processes import each, is_alone, progress_bar
 from reproduce.records import data_rows
 from stepwise_lightning import MLP, BarlowTwins, FixedCropPairs, SpectrumLogger, SpectrumRecord, scale_last_layer

@@ -27,8 +27,8 @@ from tqdm import trange
 
 from reproduce.claims import Claim, worst
 from reproduce.controls import ordinary_kernel_pca, permuted_alignment
+from reproduce.figure import Outcome, PaperFigure
 from reproduce.options import data_name
-from reproduce.outputs import Outcome, PaperFigure
 from reproduce.processes import each, is_alone
 from reproduce.records import data_rows, theory_record, write_events
 from stepwise_lightning import SpectrumRecord

@@ -23,8 +23,8 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 
 from reproduce.claims import Claim, worst
+from reproduce.figure import Outcome, PaperFigure
 from reproduce.options import data_name
-from reproduce.outputs import Outcome, PaperFigure
 from reproduce.processes import each, is_alone, progress_bar
 from reproduce.records import data_rows, theory_record, write_events
 from stepwise_lightning import BarlowTwins, FixedCropPairs, LinearEncoder, SpectrumLogger, SpectrumRecord

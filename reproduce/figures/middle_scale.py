@@ -13,11 +13,11 @@ import argparse
 from pathlib import Path
 
 from reproduce.claims import Claim, worst
-from reproduce.methods import METHODS, VARIANT_TITLES
+from reproduce.figure import Outcome, PaperFigure
+from reproduce.networks.runs import ROW_COLUMNS, SMALL_STARTS, Run, trained_runs
+from reproduce.networks.training import MIDDLE
+from reproduce.networks.variants import METHODS, VARIANT_TITLES
 from reproduce.options import data_name
-from reproduce.outputs import Outcome, PaperFigure
-from reproduce.runs import ROW_COLUMNS, SMALL_STARTS, Run, trained_runs
-from reproduce.training import MIDDLE
 from stepwise_lightning.plots import Panel, trajectories_figure
 
 PAPER = "Not in the paper: its main experiment, at a size between a laptop's and its own."

@@ -31,15 +31,15 @@ import torch
 from torch import Tensor
 
 from reproduce.claims import Claim, worst
-from reproduce.methods import METHODS, STARTS
+from reproduce.figure import Outcome, PaperFigure
+from reproduce.networks.runs import Run, trained_runs
+from reproduce.networks.training import PROFILES
+from reproduce.networks.variants import METHODS, STARTS
 from reproduce.options import data_name
-from reproduce.outputs import Outcome, PaperFigure
 from reproduce.processes import each
-from reproduce.runs import Run, trained_runs
-from reproduce.training import PROFILES
 from stepwise_lightning import mode_worth
+from stepwise_lightning.features import capture
 from stepwise_lightning.plots.worth import WorthPanel, worth_figure
-from stepwise_lightning.spectrum.capture import capture
 
 PAPER = "Not in the paper, which leaves open what the learned modes are worth downstream."
 EMBEDDING, HIDDEN, UNTRAINED, UNTRAINED_HIDDEN, PIXELS, PERMUTED = (

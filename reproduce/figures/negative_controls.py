@@ -20,11 +20,11 @@ import math
 from pathlib import Path
 
 from reproduce.claims import Claim, worst
-from reproduce.methods import VARIANT_TITLES
+from reproduce.figure import Outcome, PaperFigure
+from reproduce.networks.runs import ROW_COLUMNS, Run, trained_runs
+from reproduce.networks.training import PROFILES
+from reproduce.networks.variants import VARIANT_TITLES
 from reproduce.options import data_name
-from reproduce.outputs import Outcome, PaperFigure
-from reproduce.runs import ROW_COLUMNS, Run, trained_runs
-from reproduce.training import PROFILES
 from stepwise_lightning import SpectrumRecord
 from stepwise_lightning.plots import Panel, eigenvalues_figure
 from stepwise_lightning.spectrum import Steps, detect_steps

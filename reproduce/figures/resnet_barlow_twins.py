@@ -18,12 +18,12 @@ from statistics import geometric_mean
 import numpy as np
 
 from reproduce.claims import Claim, average, worst
-from reproduce.methods import METHODS, VARIANT_TITLES
+from reproduce.figure import Outcome, PaperFigure
+from reproduce.networks.runs import ROW_COLUMNS, Run, trained_runs
+from reproduce.networks.training import PROFILES
+from reproduce.networks.variants import METHODS, VARIANT_TITLES
 from reproduce.options import data_name
-from reproduce.outputs import Outcome, PaperFigure
-from reproduce.runs import ROW_COLUMNS, Run, trained_runs
-from reproduce.training import PROFILES
-from stepwise_lightning.forecasts.training import Training
+from stepwise_lightning.forecasts.sgd import Training
 from stepwise_lightning.plots import trajectories_figure
 
 PAPER = (

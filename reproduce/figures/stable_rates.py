@@ -22,15 +22,15 @@ import torch
 from matplotlib.figure import Figure
 
 from reproduce.claims import Claim, seeds_text, worst
-from reproduce.methods import METHODS
+from reproduce.figure import Outcome, PaperFigure
+from reproduce.networks.runs import Run, trained_runs
+from reproduce.networks.training import PROFILES
+from reproduce.networks.variants import METHODS
 from reproduce.options import data_name
-from reproduce.outputs import Outcome, PaperFigure
 from reproduce.processes import each
-from reproduce.runs import Run, trained_runs
-from reproduce.training import PROFILES
 from stepwise_lightning.errors import DivergedError, UserError
 from stepwise_lightning.forecasts import forecast
-from stepwise_lightning.forecasts.forecast import unseen_batches
+from stepwise_lightning.forecasts.simulate import unseen_batches
 from stepwise_lightning.modules import JointEmbedding
 
 PAPER = "Not in the paper: its theory, made a tool."

@@ -19,11 +19,11 @@ import argparse
 from pathlib import Path
 
 from reproduce.claims import Claim, average
-from reproduce.methods import METHODS, STARTS, VARIANT_TITLES
+from reproduce.figure import Outcome, PaperFigure
+from reproduce.networks.runs import ROW_COLUMNS, Run, trained_runs
+from reproduce.networks.training import PROFILES
+from reproduce.networks.variants import METHODS, STARTS, VARIANT_TITLES
 from reproduce.options import data_name
-from reproduce.outputs import Outcome, PaperFigure
-from reproduce.runs import ROW_COLUMNS, Run, trained_runs
-from reproduce.training import PROFILES
 from stepwise_lightning.plots import Panel, eigenvalues_figure
 
 PAPER = (

@@ -19,8 +19,8 @@ import numpy as np
 import torch
 
 from reproduce.claims import Claim, worst
+from reproduce.figure import Outcome, PaperFigure
 from reproduce.options import data_name
-from reproduce.outputs import Outcome, PaperFigure
 from reproduce.processes import each
 from reproduce.records import data_rows, theory_record
 from stepwise_lightning import FixedCropPairs, LinearEncoder, SpectrumRecord

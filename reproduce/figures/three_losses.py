@@ -19,11 +19,11 @@ import argparse
 from pathlib import Path
 
 from reproduce.claims import worst
-from reproduce.methods import METHODS, VARIANT_TITLES
+from reproduce.figure import Outcome, PaperFigure
+from reproduce.networks.runs import ROW_COLUMNS, trained_runs
+from reproduce.networks.training import PROFILES
+from reproduce.networks.variants import METHODS, VARIANT_TITLES
 from reproduce.options import data_name
-from reproduce.outputs import Outcome, PaperFigure
-from reproduce.runs import ROW_COLUMNS, trained_runs
-from reproduce.training import PROFILES
 from stepwise_lightning.plots import trajectories_figure
 
 PAPER = (

@@ -29,9 +29,9 @@ def main(arguments: list[str]) -> None:
 
     from stepwise_lightning.errors import cannot_write
     from stepwise_lightning.files import atomic_write_text
-    from stepwise_lightning.loggers import free_name
     from stepwise_lightning.modes import describe_modes, write_projector
-    from stepwise_lightning.trained import checkpoint_of
+    from stepwise_lightning.runs.folders import free_name
+    from stepwise_lightning.runs.saved import checkpoint_of
 
     bar = partial(tqdm, leave=False, disable=None)
     number = {} if options.images is None else {"num_images": options.images}

@@ -10,14 +10,14 @@ from typing import Any
 import lightning as L
 import yaml
 
+from stepwise_lightning.callbacks.online_evaluation import OnlineKNN, OnlineLinearProbe
+from stepwise_lightning.callbacks.spectrum_logger import SpectrumLogger
 from stepwise_lightning.commands import TRAINING
 from stepwise_lightning.data import FixedCropPairs, TwoViewDataModule
 from stepwise_lightning.encoders import MLP, Encoder, LinearEncoder, Projector, ResNet
-from stepwise_lightning.evaluation import OnlineKNN, OnlineLinearProbe
 from stepwise_lightning.losses import barlow_twins_loss, simclr_loss, vicreg_loss
 from stepwise_lightning.modules import BarlowTwins, JointEmbedding, SimCLR, VICReg
 from stepwise_lightning.runs import LastCheckpoint
-from stepwise_lightning.spectrum.logger import SpectrumLogger
 
 __all__ = ["options_of_classes", "short_help"]
 

@@ -28,7 +28,7 @@ def main(arguments: list[str]) -> None:
 
     from stepwise_lightning.files import atomic_write
     from stepwise_lightning.plots import overlay_figure, run_figure
-    from stepwise_lightning.record import SpectrumRecord
+    from stepwise_lightning.spectrum.record import SpectrumRecord
 
     runs = dict(zip(_names(options.runs), map(SpectrumRecord.load, options.runs), strict=True))
     if len(runs) == 1:

@@ -1,8 +1,8 @@
 """Images, views of them, and the data modules that make batches of these."""
 
-from stepwise_lightning.data.fixed_pairs import FixedCropPairs
+from stepwise_lightning.data.fixed_crop_pairs import FixedCropPairs
 from stepwise_lightning.data.image_sets import ImageSet, download_images, load_image_set, load_images
-from stepwise_lightning.data.modules import TwoViewDataModule
+from stepwise_lightning.data.two_view_datamodule import TwoViewDataModule
 from stepwise_lightning.data.views import crop_pairs
 
 __all__ = [

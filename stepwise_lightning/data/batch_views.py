@@ -9,9 +9,9 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from stepwise_lightning.data import batch_operations as operations
-from stepwise_lightning.data.draws import uniforms
+from stepwise_lightning.data.augmentation import AugmentationParameters
+from stepwise_lightning.data.counter_rng import uniforms
 from stepwise_lightning.data.image_sets import ImageSet
-from stepwise_lightning.data.strengths import Strengths
 
 __all__ = ["BatchTwoViews", "BatchViews", "drawn_crops"]
 
@@ -45,7 +45,7 @@ class BatchViews:
     def __init__(
         self, augmentation: str, image_size: int, mean: Sequence[float], std: Sequence[float], seed: int
     ) -> None:
-        self.strengths, self.image_size, self.seed = Strengths.of(augmentation), image_size, seed
+        self.strengths, self.image_size, self.seed = AugmentationParameters.of(augmentation), image_size, seed
         self.mean, self.std = (torch.tensor(values, dtype=torch.float32) for values in (mean, std))
 
     @torch.no_grad()
@@ -89,7 +89,7 @@ class _Draws:
 
     COUNT = 2 * _TRIES + 15
 
-    def __init__(self, uniform: Tensor, strengths: Strengths) -> None:
+    def __init__(self, uniform: Tensor, strengths: AugmentationParameters) -> None:
         self.strengths = strengths
         turns = uniform[:, 8:12].argsort(1)
         place_of_hue = (turns == operations.HUE).long().argmax(1)
@@ -125,7 +125,9 @@ class _Draws:
         return planes
 
 
-def drawn_crops(tries: Tensor, place: Tensor, strengths: Strengths, image_shape: Sequence[int]) -> tuple[Tensor, ...]:
+def drawn_crops(
+    tries: Tensor, place: Tensor, strengths: AugmentationParameters, image_shape: Sequence[int]
+) -> tuple[Tensor, ...]:
     """Return top, left, height and width, int64, (n,) each, of torchvision's RandomResizedCrop.
 
     The first of ten draws of area and log-ratio that fits the image counts.

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from stepwise_lightning.data.augmentation import AugmentationParameters
 from stepwise_lightning.data.image_sets import ImageSet, channel_statistics
-from stepwise_lightning.data.strengths import Strengths
 from stepwise_lightning.errors import UserError
 from stepwise_lightning.seeding import hashed_seed
 
@@ -63,7 +63,7 @@ def random_view(augmentation: str, image_size: int, mean: Sequence[float], std: 
     """Return a transform from one PIL image to one random view, float32, (3, image_size, image_size).
 
     Random resized crop and flip, for ``standard`` also colour jitter, grayscale and blur, with the ranges and
-    probabilities of :class:`stepwise_lightning.data.strengths.Strengths`; then normalisation. To be called on one image
+    probabilities of :class:`.AugmentationParameters`; then normalisation. To be called on one image
     at a time: a batch would get one crop.
 
     Raises:
@@ -72,7 +72,7 @@ def random_view(augmentation: str, image_size: int, mean: Sequence[float], std: 
     """
     from torchvision.transforms import v2
 
-    strengths = Strengths.of(augmentation)
+    strengths = AugmentationParameters.of(augmentation)
     crop = v2.RandomResizedCrop(image_size, scale=strengths.crop_scale, ratio=strengths.crop_ratio)
     steps: list[Any] = [crop, v2.RandomHorizontalFlip()]
     if strengths.jitter:

@@ -1,218 +1,211 @@
-"""From a network and its data to expected steps: the last layer's training, simulated on the network's features."""
+"""What a forecast says, and how sure it is of it."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from stepwise_lightning.encoders import LinearEncoder, bias_of
-from stepwise_lightning.errors import UserError
-from stepwise_lightning.forecasts.result import Forecast, crossings
-from stepwise_lightning.forecasts.stable import StableRates, stable_rates
-from stepwise_lightning.forecasts.training import Training, last_features, last_layer
-from stepwise_lightning.spectrum.batches import Views
-from stepwise_lightning.spectrum.schedule import log_spaced_steps
-from stepwise_lightning.theory.growth import growth_matrix, heavy_ball_growth
-from stepwise_lightning.theory.last_layer import LastLayer, LayerTrajectory
+from stepwise_lightning.forecasts.learning_rates import StableRates
+from stepwise_lightning.spectrum.record import SpectrumRecord
 
-__all__ = ["NUM_PAIRS", "forecast", "forecast_of_features", "unseen_batches"]
+__all__ = ["MATRICES", "Forecast", "crossings", "quickened"]
 
-NUM_PAIRS = 4096
-_NUM_POINTS = 200  # as many as SpectrumLogger's
-# Wider features are projected: a step of Barlow Twins takes O(d m²).
-_WIDE, _COMPONENTS = 512, 128
-# Negatives that a simulated step of SimCLR looks at: its growth does not depend on their number, its cost does.
-_SIMCLR_PAIRS = 128
-_PAIRS_PER_FEATURE = 8
-_MODERATE, _PLATEAU = 0.1, 600  # x = ηρ_1, and how many steps of that lead beyond the first mode
+# In which matrix the steps of each loss are counted.
+MATRICES = {"barlow_twins": "cross_correlation", "vicreg": "covariance", "simclr": "tangent_covariance"}
+_TITLES = {"barlow_twins": "Barlow Twins", "vicreg": "VICReg", "simclr": "SimCLR"}
+# Typical relative error of the first mode's step and of later ones', before training; NaN is not promised.
+_ERRORS = {"barlow_twins": (0.06, 0.15), "simclr": (0.06, 0.2), "vicreg": (0.07, math.nan)}
+# Of the time that remains until the next mode, while training goes on.
+_LIVE_ERRORS = {"barlow_twins": 0.2, "simclr": 0.3, "vicreg": math.nan}
+# By which share features that move towards a rising mode shorten what remains at the end of a plateau; SimCLR's and
+# VICReg's showed nothing as regular.
+_QUICKENING = {"barlow_twins": 0.3}
 
 
-def forecast(
-    module: nn.Module,
-    batches: Iterable[Any],
-    max_steps: int,
-    *,
-    start: int = 0,
-    loss: str | None = None,
-    settings: Mapping[str, Any] | None = None,
-    layer: nn.Linear | LinearEncoder | None = None,
-    learning_rate: float | Sequence[float] | Tensor | None = None,
-    momentum: float | None = None,
-    weight_decay: float | None = None,
-    velocity: Sequence[Tensor] | None = None,
-    num_pairs: int = NUM_PAIRS,
-    views: Views | None = None,
-) -> Forecast:
-    """Return when each mode will be learned, and up to which learning rate training is stable.
+@dataclass(frozen=True)
+class Forecast:
+    """When each mode of an embedding will be learned, were the features before its last layer to stay.
 
-    The last linear layer is simulated (:class:`stepwise_lightning.theory.LastLayer`) on the features that enter it
-    now, from its weights as they are now. What it does not see is that features move while the network trains. So it is
-    good for the first mode of all three losses, roughly for later ones of Barlow Twins and SimCLR, and not for those of
-    VICReg: :attr:`Forecast.errors`. More modes may be learned than it says, because features grow. From the middle of a
-    run, :meth:`Forecast.after` takes the run's record, and reckons with the plateau that has passed.
+    ``str()`` of it is a table. Steps are optimiser steps since the beginning of training.
+    """
 
-    The module, its buffers, modes and all random numbers are left as they were; batch normalisation uses the statistics
-    of each batch's view, as in training. SimCLR is simulated with at most 128 pairs a step, and features of more than
-    512 dimensions are projected on 128 (or 2d), see :class:`stepwise_lightning.theory.LastLayer`.
+    loss: str
+    """``barlow_twins``, ``vicreg`` or ``simclr``."""
+    start: int
+    """The step at which it was made; 0 before training."""
+    max_steps: int
+    """Where training ends."""
+    learning_rate: float
+    """The largest to come."""
+    momentum: float
+    num_pairs: int
+    """On how many pairs it rests."""
+    step_times: Tensor
+    """(d,): when each mode is learned; infinite if not before ``max_steps``, NaN if it was before ``start``, or starts
+    too high to make a step."""
+    steps: Tensor
+    """(K,), of the trajectory."""
+    eigenvalues: Tensor
+    """(K, d), descending, of the matrix in which steps of this loss are counted, see ``matrix``; infinite where
+    training diverges."""
+    threshold: float
+    """θ, above which an eigenvalue is learned: a tenth of the largest at the end."""
+    growth_rates: Tensor
+    """ρ of each mode from a small start, (d,), :func:`stepwise_lightning.theory.growth_matrix`; NaN for none."""
+    rates: StableRates
+    """The learning rate above which training diverges, a safe one, and the suggested one; NaN where not known."""
+    warnings: tuple[str, ...]
+    """Why it may be wrong, or training may fail."""
+
+    @property
+    def matrix(self) -> str:
+        """In which matrix the steps of this loss are counted."""
+        return MATRICES[self.loss]
+
+    @property
+    def largest_learning_rate(self) -> float:
+        """Above it training diverges; NaN where no limit is known (SimCLR has none)."""
+        return self.rates.limit
+
+    @property
+    def suggested_learning_rate(self) -> float:
+        """One that is as large as has been found to train well."""
+        return self.rates.suggested
+
+    @property
+    def num_learned(self) -> int:
+        """Modes above the threshold at the start."""
+        return int((self.eigenvalues[0] > self.threshold).sum())
+
+    @property
+    def next_mode(self) -> tuple[int, float]:
+        """The next mode to be learned, counted from 1, and the step at which it is due; infinite for not any more."""
+        mode = self.num_learned
+        return mode + 1, float(self.step_times[mode]) if mode < len(self.step_times) else math.inf
+
+    def after(self, record: SpectrumRecord) -> Forecast:
+        """Return it with the next mode as due as the measurements until ``start`` let it be: see :func:`quickened`.
+
+        It stays as it is where they do not show when the last mode was learned.
+
+        Args:
+            record: of the run until then, in optimiser steps.
+
+        """
+        mode, due = self.next_mode
+        if mode == 1 or mode > len(self.step_times) or self.matrix not in record.matrices or len(record) < 2:
+            return self
+        last = record.eigenvalues(self.matrix)[:, mode - 2 : mode - 1]
+        learned_at = float(crossings(record.steps, last, self.threshold))
+        if not math.isfinite(learned_at):
+            return self
+        times = self.step_times.clone()
+        times[mode - 1] = quickened(self.loss, learned_at, self.start, due)
+        return replace(self, step_times=times)
+
+    @property
+    def errors(self) -> Tensor:
+        """Typical relative error of each step time (of the time until then, during training), (d,); NaN: no promise.
+
+        Medians over runs of small networks: see ``reproduce/figures/forecast.py``.
+        """
+        first, later = _ERRORS[self.loss]
+        if self.start:
+            first, later = _LIVE_ERRORS[self.loss], math.nan
+        errors = torch.full((len(self.step_times),), later, dtype=torch.float64)
+        errors[self.num_learned : self.num_learned + 1] = first
+        return errors
+
+    def at(self, steps: Tensor) -> Tensor:
+        """Return the eigenvalues at some steps, (T,) to (T, d), interpolated in their logarithm; NaN outside."""
+        tiny = torch.finfo(torch.float64).tiny
+        known, logs = self.steps.double(), self.eigenvalues.clamp(min=tiny).log()
+        after = torch.searchsorted(known, steps.double()).clamp(1, len(known) - 1)
+        share = ((steps - known[after - 1]) / (known[after] - known[after - 1]))[:, None]
+        values = (logs[after - 1] + share * (logs[after] - logs[after - 1])).exp()
+        outside = (steps < known[0]) | (steps > known[-1])
+        return values.masked_fill(outside[:, None], math.nan)
+
+    def promised(self, steps: Tensor) -> Tensor:
+        """Return the eigenvalues at some steps, (T,) to (T, k), as far as they are promised.
+
+        That is of the modes that are, k of them, and until the first of the others is due; then NaN.
+        """
+        count = int(self.errors.isfinite().sum())
+        later = self.step_times[count : count + 1]
+        past = (steps[:, None] > later.nan_to_num(nan=-1.0, posinf=math.inf)).any(1)
+        return self.at(steps)[:, :count].masked_fill(past[:, None], math.nan)
+
+    def __str__(self) -> str:
+        lines = [
+            f"{_TITLES[self.loss]}, learning rate {self.learning_rate:.3g}, momentum {self.momentum:g}, "
+            f"{self.num_pairs} pairs, from step {self.start} to {self.max_steps}",
+            "mode  learned at step       typical range   share of the steps",
+        ]
+        for mode, (step, error) in enumerate(zip(self.step_times.tolist(), self.errors.tolist(), strict=True)):
+            if math.isnan(step):
+                text = "learned" if mode < self.num_learned and self.start else "starts too high to make a step"
+                lines.append(f"{mode + 1:4d}  {text}")
+            elif math.isinf(step):
+                lines.append(f"{mode + 1:4d}  after step {self.max_steps}, or never: the network may learn more modes")
+                break
+            else:
+                low, high = (self.start + (step - self.start) * (1 + sign * error) for sign in (-1, 1))
+                span = "not promised" if math.isnan(error) else f"{low:.0f} to {high:.0f}"
+                lines.append(f"{mode + 1:4d}  {step:15.0f}  {span:>18}   {step / self.max_steps:18.1%}")
+        lines.append(self._told_rates())
+        return "\n".join([*lines, *(f"warning: {warning}" for warning in self.warnings)])
+
+    def _told_rates(self) -> str:
+        if math.isnan(self.rates.suggested):
+            return "learning rate: no mode grows from a small start, so that no limit is known"
+        if math.isnan(self.rates.limit):
+            limit = "no limit: cosine similarity does not see the length of embeddings"
+        elif math.isinf(self.rates.limit):
+            limit = "no limit found"
+        else:
+            limit = f"diverges above {self.rates.limit:.2g}, safe below {self.rates.safe:.2g}"
+        return f"learning rate: {limit}; suggested {self.rates.suggested:.2g}"
+
+
+def quickened(loss: str, learned_at: float, step: float, due: float) -> float:
+    """Return when the next mode is due, where ``due`` is what features that stay allow.
+
+    They do not stay: while a mode rises, they move towards it, and it grows faster than at first. Of Barlow Twins the
+    time that remains is shorter by 0.3 times the share of the plateau that has passed. This is measured, not derived:
+    see docs/results.md.
 
     Args:
-        module: a :class:`BarlowTwins`, :class:`VICReg` or :class:`SimCLR` of this package, from which all else is read;
-            or any module from views (n, …) to embeddings (n, d) that ends in a linear layer, with ``loss``,
-            ``settings`` and ``learning_rate``.
-        batches: of two views, as in training and of its size, but drawn apart from it. Taken until there are
-            ``num_pairs``.
-        max_steps: optimiser steps of training, from its beginning.
-        start: the step at which the module is; 0 before training.
-        loss: ``barlow_twins``, ``vicreg`` or ``simclr`` (with cosine similarity); None for the module's own.
-        settings: of the loss, named as its arguments; None for the module's own, or the loss's defaults.
-        layer: the last layer; None for the module's linear layer that was registered last.
-        learning_rate: one for all steps to come, or one for each, (max_steps − start,). None for the module's own, with
-            its warm-up and cosine.
-        momentum: of SGD; None for the module's own, or 0.
-        weight_decay: of SGD; None for the module's own, or 0.
-        velocity: the optimiser's momentum buffers of the layer's weights and, where there is one, bias; None for zero.
-        num_pairs: how many pairs to take features of; at least eight times as many as there are features.
-        views: a function from a batch to its two views, where they are not found by themselves.
-
-    Raises:
-        ValueError: a module that does not end in a linear layer, or whose loss is not known; settings out of range;
-            batches without two views; features or weights that are not finite.
+        loss: of the module.
+        learned_at: the step at which the last mode was learned.
+        step: the step at which this is said.
+        due: the step at which a simulation of the last layer learns the next one; perhaps infinite.
 
     """
-    training = Training.of(module, start, max_steps, loss, settings, learning_rate, momentum, weight_decay)
-    layer = layer or last_layer(module)
-    h1, h2 = last_features(module, layer, batches, num_pairs, views)
-    return forecast_of_features(training, h1, h2, layer.weight, bias_of(layer), start, velocity)
+    passed, remaining = max(step - learned_at, 0.0), due - step
+    if not 0 < remaining < math.inf:
+        return due
+    return step + remaining * (1 - _QUICKENING.get(loss, 0.0) * passed / (passed + remaining))
 
 
-def forecast_of_features(
-    training: Training,
-    h1: Tensor,
-    h2: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    start: int = 0,
-    velocity: Sequence[Tensor] | None = None,
-    with_rates: bool = True,
-    num_points: int = _NUM_POINTS,
-) -> Forecast:
-    """Return :func:`forecast` of features (batches, n, m), and of the weights and bias of the layer that they enter.
+def crossings(steps: Tensor, eigenvalues: Tensor, threshold: float) -> Tensor:
+    """Return when each eigenvalue, (K, d), passes a threshold for three samples, (d,), linear in its logarithm.
 
-    Without rates, whose search takes longer than the rest, stable learning rates are NaN. The trajectory has at most
-    ``num_points`` log-spaced samples.
+    NaN for those that are above it at the first sample, infinite for those that never are.
     """
-    weight, bias = weight.detach().cpu(), None if bias is None else bias.detach().cpu()
-    d, m = weight.shape
-    x1, x2 = (_in_few(h) if training.loss == "simclr" else h for h in (h1, h2))
-    components = min(m, max(_COMPONENTS, 2 * d)) if m > _WIDE else None
-    layer = LastLayer(training.loss, x1, x2, weight, bias, components, **training.settings)
-
-    norm = 0.0 if bias is None else float(bias.norm())
-    growth = torch.full((d,), math.nan, dtype=torch.float64)
-    if training.loss != "simclr" or norm > 0:
-        growth = _growth_rates(training, h1, h2, d, norm or 1.0)
-    num_steps = len(training.rates)
-    points = log_spaced_steps(num_steps, num_points)
-    trajectory = layer.simulate(training.rates, training.momentum, training.weight_decay, velocity, points)
-    threshold = _threshold(layer, training, trajectory, float(growth[0]))
-    steps = trajectory.steps + start
-    times = torch.full((d,), math.inf, dtype=torch.float64)
-    if threshold > 0 and not trajectory.eigenvalues.isinf().any():
-        times = crossings(steps, trajectory.eigenvalues, threshold)
-        if not start:
-            times = torch.where(trajectory.eigenvalues[0] > threshold / 10, math.nan, times)
-    stable = StableRates(math.nan, math.nan, math.nan)
-    if with_rates:
-        stable = stable_rates(training, h1, h2, weight, bias, components, float(growth[0]))
-    result = Forecast(
-        training.loss, start, start + num_steps, float(training.rates.max()), training.momentum,
-        h1.shape[0] * h1.shape[1], times, steps, trajectory.eigenvalues, threshold, growth, stable, (),
-    )  # fmt: skip
-    spread = float((h1.flatten(0, 1).double() @ weight.double().T).std(0).norm())
-    return _warned(result, m, training.weight_decay, spread / norm if norm else math.inf)
-
-
-def _in_few(h: Tensor) -> Tensor:
-    """Return batches (batches, n, m) in parts of a size that SimCLR is simulated with."""
-    parts = math.ceil(h.shape[1] / _SIMCLR_PAIRS)
-    size = h.shape[1] // parts
-    return h[:, : parts * size].reshape(-1, size, h.shape[2])
-
-
-def _growth_rates(training: Training, h1: Tensor, h2: Tensor, d: int, bias_norm: float) -> Tensor:
-    matrix = growth_matrix(training.loss, h1, h2, d, bias_norm, **training.settings)
-    rates = torch.linalg.eigvalsh(matrix).flip(0)[:d].cpu()
-    return torch.nn.functional.pad(rates, (0, d - len(rates)))
-
-
-def _threshold(layer: LastLayer, training: Training, trajectory: LayerTrajectory, fastest: float) -> float:
-    """Return a tenth of the largest eigenvalue at the end.
-
-    Where that still grows then, as it does at first, by r² each step, there is no plateau yet by which modes could be
-    called learned: then it is that of training which goes on at a moderate rate until there is.
-    """
-    top = trajectory.eigenvalues[:, 0]
-    tail = slice(-max(2, math.ceil(len(top) / 10)), None)
-    first, last = trajectory.steps[tail][[0, -1]].tolist()
-    if fastest > 0:
-        root, _ = heavy_ball_growth(fastest * training.rates[first:last], training.momentum)
-        if float((top[tail][-1] / top[tail][0]).log()) > float(root.log().sum()):  # half of r²
-            rates = [_MODERATE / fastest] * _PLATEAU
-            late = range(_PLATEAU - 20, _PLATEAU + 1)
-            top = layer.simulate(rates, training.momentum, measured_at=late).eigenvalues[:, 0]
-            tail = slice(None)
-    return 0.1 * float(top[tail].median())
-
-
-def _warned(result: Forecast, num_features: int, decay: float, share_of_bias: float) -> Forecast:
-    """Return a forecast with its warnings."""
-    said = []
-    if result.num_pairs < _PAIRS_PER_FEATURE * num_features:
-        said.append(
-            f"{result.num_pairs} pairs are few for {num_features} features: they seem to share more than they do, and "
-            f"later modes come out early; give {_PAIRS_PER_FEATURE * num_features}"
-        )
-    if result.eigenvalues.isinf().any():
-        first = int(result.steps[result.eigenvalues.isinf().any(1)][0])
-        said.append(f"training diverges, at step {first} or before: take a lower learning rate")
-    elif not result.start and result.eigenvalues[0, 0] > result.threshold / 10:
-        said.append("no separated steps: the first mode starts too high; scale the last layer's weights down")
-    if result.learning_rate > result.rates.limit:
-        said.append(f"the learning rate {result.learning_rate:.3g} is above the limit {result.rates.limit:.3g}")
-    elif result.learning_rate > result.rates.safe:
-        said.append(
-            f"the learning rate {result.learning_rate:.3g} is above {result.rates.safe:.3g}, below which it is safe"
-        )
-    starved = (10 * decay > result.growth_rates).nonzero().flatten()
-    if decay > 0 and len(starved):
-        said.append(
-            f"weight decay {decay:g} is not small against the growth of mode {int(starved[0]) + 1} and later: they may "
-            "never be learned, which features that stay do not show"
-        )
-    if not result.start and result.loss == "simclr" and share_of_bias > 0.1:
-        said.append(
-            "SimCLR has no small start: its bias is not long against what the weights put out; set bias_norm, or a "
-            "smaller alpha"
-        )
-    return Forecast(**(vars(result) | {"warnings": tuple(said)}))
-
-
-def unseen_batches(datamodule: Any) -> Iterable[Any]:
-    """Yield training batches of a data module without end, with views that training never draws where it can tell."""
-    loader = datamodule.train_dataloader()
-    set_epoch = getattr(getattr(loader, "sampler", None), "set_epoch", None)
-    epoch = -1  # the probe pairs' own
-    while True:
-        epoch -= 1
-        if set_epoch is not None:
-            set_epoch(epoch)
-        empty = True
-        for batch in loader:
-            empty = False
-            yield batch
-        if empty:
-            raise UserError("the data has no training batches")
+    above = torch.nn.functional.pad(eigenvalues > threshold, (0, 0, 0, 2), value=True)
+    sustained = above[:-2] & above[1:-1] & above[2:]
+    logs = eigenvalues.clamp(min=torch.finfo(torch.float64).tiny).log() - math.log(threshold)
+    times = torch.full((eigenvalues.shape[1],), math.inf, dtype=torch.float64)
+    for mode in range(eigenvalues.shape[1]):
+        if bool(eigenvalues[0, mode] > threshold):
+            times[mode] = math.nan
+        elif bool(sustained[:, mode].any()):
+            index = int(sustained[:, mode].long().argmax())
+            before, after = logs[index - 1, mode], logs[index, mode]
+            start, end = steps[index - 1 : index + 1].tolist()
+            times[mode] = start + (end - start) * float(-before / (after - before))
+    return times

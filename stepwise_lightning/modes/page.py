@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import avg_pool2d, pad
 
-from stepwise_lightning.data.strengths import Strengths
+from stepwise_lightning.data.augmentation import AugmentationParameters
 from stepwise_lightning.modes.attributes import ATTRIBUTES
 from stepwise_lightning.modes.variations import parameters
 
@@ -183,7 +183,7 @@ def _bars(title: str, values: list[tuple[str, float]], least: float) -> str:
 
 
 def _definitions(portraits: ModePortraits) -> str:
-    varied = parameters(Strengths.of(portraits.augmentation))
+    varied = parameters(AugmentationParameters.of(portraits.augmentation))
     words = {**ATTRIBUTES, **{f"{name} (of a view)": text for name, text in varied.items()}}
     listed = "".join(f"<li><b>{escape(name)}</b>: {escape(text)}</li>" for name, text in words.items())
     return (

@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stepwise_lightning.data.strengths import Strengths
+from stepwise_lightning.data.augmentation import AugmentationParameters
 from stepwise_lightning.errors import UserError
 from stepwise_lightning.modes import attributes, variations
 from stepwise_lightning.modes.directions import Modes
-from stepwise_lightning.modes.looked_at import (
+from stepwise_lightning.modes.images import (
     ALL_TOGETHER,
     LEAST_IMAGES,
     RANDOM_VIEWS,
@@ -24,9 +24,10 @@ from stepwise_lightning.modes.looked_at import (
     embedded_views,
 )
 from stepwise_lightning.modes.sensitivity import mean_gradients, occlusion_maps
-from stepwise_lightning.record import SpectrumRecord
+from stepwise_lightning.runs.saved import checkpoint_of, configuration_of
 from stepwise_lightning.spectrum.measures import MATRICES
-from stepwise_lightning.trained import checkpoint_of, configuration_of, input_settings, load_encoder
+from stepwise_lightning.spectrum.record import SpectrumRecord
+from stepwise_lightning.trained import input_settings, load_encoder
 
 __all__ = ["ModePortraits", "describe_modes"]
 
@@ -126,7 +127,7 @@ def describe_modes(
     encoder, settings = load_encoder(run), input_settings(checkpoint)
     matrix, count = _learned(checkpoint)
     pictures, labels, names, paths = chosen_pictures(checkpoint, data, root, num_images)
-    strengths = Strengths.of(settings["augmentation"])
+    strengths = AugmentationParameters.of(settings["augmentation"])
     inputs, random, varied = embedded_views(encoder, pictures, settings, strengths, around)
     first, second = random[:, : RANDOM_VIEWS // 2].flatten(0, 1), random[:, RANDOM_VIEWS // 2 :].flatten(0, 1)
     everything = Modes.of([first, second], matrix)

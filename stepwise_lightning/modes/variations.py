@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from stepwise_lightning.data import batch_operations as operations
-from stepwise_lightning.data.strengths import Strengths
+from stepwise_lightning.data.augmentation import AugmentationParameters
 
 __all__ = ["parameters", "shared_by_views", "unchanged_share", "varied_views"]
 
@@ -16,7 +16,7 @@ _GRID = 4  # levels of a crop's place and size
 _LEVELS = 3  # of the other parameters: at the middles of the thirds of their range
 
 
-def parameters(strengths: Strengths) -> dict[str, str]:
+def parameters(strengths: AugmentationParameters) -> dict[str, str]:
     """Return the parameters that an augmentation draws, and what each is varied over."""
     low, high = strengths.crop_scale
     names = {
@@ -38,7 +38,7 @@ def parameters(strengths: Strengths) -> dict[str, str]:
     return names
 
 
-def varied_views(image: Tensor, strengths: Strengths, size: int) -> dict[str, Tensor]:
+def varied_views(image: Tensor, strengths: AugmentationParameters, size: int) -> dict[str, Tensor]:
     """Return views of one image by the parameter in which they differ, all else being that of the middle crop.
 
     The middle crop is square, of the mean area that the augmentation draws. Parameters take fixed values, at the
@@ -67,7 +67,7 @@ def varied_views(image: Tensor, strengths: Strengths, size: int) -> dict[str, Te
     return views
 
 
-def _crops(strengths: Strengths, height: int, width: int) -> dict[str, list[tuple[int, int, int, int]]]:
+def _crops(strengths: AugmentationParameters, height: int, width: int) -> dict[str, list[tuple[int, int, int, int]]]:
     """Return boxes (top, left, height, width) by the parameter of the crop in which they differ."""
     low, high = strengths.crop_scale
     mean = (low + high) / 2 * height * width
@@ -92,7 +92,7 @@ def _middles(levels: int) -> list[float]:
     return [(level + 0.5) / levels for level in range(levels)]
 
 
-def _recoloured(view: Tensor, strengths: Strengths) -> dict[str, Tensor]:
+def _recoloured(view: Tensor, strengths: AugmentationParameters) -> dict[str, Tensor]:
     """Return views of other colours or sharpness of a view (1, 3, size, size)."""
     assert strengths.jitter is not None
     order = torch.arange(4).expand(_LEVELS, 4)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from stepwise_lightning.forecasts.result import Forecast
+from stepwise_lightning.forecasts.forecast import Forecast
 from stepwise_lightning.plots.figures import Figure
 from stepwise_lightning.plots.panels import mode_colours
 

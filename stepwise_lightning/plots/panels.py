@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from stepwise_lightning.plots.figures import Figure
-from stepwise_lightning.record import SpectrumRecord
+from stepwise_lightning.spectrum.record import SpectrumRecord
 
 Array = NDArray[np.float64]
 TIME = "time  (learning rate × step)"

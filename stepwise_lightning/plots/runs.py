@@ -10,7 +10,7 @@ from stepwise_lightning.errors import UserError
 from stepwise_lightning.plots.figures import Figure
 from stepwise_lightning.plots.panels import Panel, draw_panel, first_rise
 from stepwise_lightning.plots.trajectories import trajectories_figure
-from stepwise_lightning.record import SpectrumRecord
+from stepwise_lightning.spectrum.record import SpectrumRecord
 
 __all__ = ["overlay_figure", "run_figure"]
 

@@ -23,7 +23,7 @@ from stepwise_lightning.plots.panels import (
     log_scale,
     mode_colours,
 )
-from stepwise_lightning.record import SpectrumRecord
+from stepwise_lightning.spectrum.record import SpectrumRecord
 
 
 def trajectories_figure(

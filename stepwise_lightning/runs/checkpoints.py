@@ -17,11 +17,10 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.utilities import rank_zero_info
 
-from stepwise_lightning.collectives import all_gather_objects
+from stepwise_lightning.distributed import all_gather_objects
 from stepwise_lightning.errors import UserError
 from stepwise_lightning.files import atomic_write
-from stepwise_lightning.loggers import CHECKPOINTS, free_name, run_folder
-from stepwise_lightning.runs.folders import begin_folder, is_behind
+from stepwise_lightning.runs.folders import CHECKPOINTS, begin_folder, free_name, is_behind, run_folder
 from stepwise_lightning.runs.resume import (
     begin_epoch,
     continue_events,

@@ -11,7 +11,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
-from stepwise_lightning.loggers import boards
+from stepwise_lightning.runs.loggers import tensorboard_writers
 from stepwise_lightning.seeding import hashed_seed
 
 
@@ -125,7 +125,7 @@ def continue_events(trainer: L.Trainer, unwritten: dict[str, float]) -> None:
     from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 
     step = trainer.global_step
-    for board in boards(trainer):
+    for board in tensorboard_writers(trainer):
         board.flush()
         if unwritten:
             earlier = EventAccumulator(board.log_dir, size_guidance={"scalars": 0, "tensors": 1, "images": 1}).Reload()

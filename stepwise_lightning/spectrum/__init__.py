@@ -10,7 +10,15 @@ from stepwise_lightning.spectrum.measures import (
     participation_ratio,
     rankme,
 )
-from stepwise_lightning.steps import Rises, Steps, crossing_times, detect_rises, detect_steps, num_crossed, num_grown
+from stepwise_lightning.spectrum.steps import (
+    Rises,
+    Steps,
+    crossing_times,
+    detect_rises,
+    detect_steps,
+    num_crossed,
+    num_grown,
+)
 
 __all__ = [
     "Rises",

@@ -12,7 +12,7 @@ from stepwise_lightning.theory.kernels import laplace_kernel, linear_kernel, rbf
 from stepwise_lightning.theory.last_layer import LastLayer
 from stepwise_lightning.theory.linear import LinearBarlowTwins
 from stepwise_lightning.theory.moments import FeatureMoments, feature_cross_correlation
-from stepwise_lightning.theory.ntk import EmpiricalNTK
+from stepwise_lightning.theory.ntk.empirical_ntk import EmpiricalNTK
 from stepwise_lightning.theory.stability import stability_limits
 
 __all__ = [

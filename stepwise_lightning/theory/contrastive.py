@@ -15,18 +15,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 
 from stepwise_lightning.errors import UserError
 from stepwise_lightning.precision import as_float64, check_real, on_float64_device
-from stepwise_lightning.sharing import ranks
-from stepwise_lightning.theory.krylov import KernelProducts, top_modes
+from stepwise_lightning.theory.block_lanczos import KernelProducts, top_modes
+from stepwise_lightning.theory.estimator import Parametrised, name_of
 from stepwise_lightning.theory.linear import LinearBarlowTwins
-from stepwise_lightning.theory.parameters import Parametrised, name_of
-from stepwise_lightning.theory.saved import read_fitted
+from stepwise_lightning.theory.process_group import ranks
 
 Kernel = Callable[[Tensor, Tensor], Tensor]
 # Eigenvalues below this share of the largest cannot be told from zero.
@@ -61,7 +60,7 @@ class ContrastiveKernelPCA(Parametrised):
 
     Once ``torch.distributed`` is initialised, the ranks share ``fit`` and all that embeds: they call it together
     with the same arguments, and get the model of one process. What one calls alone stands in ``with one_process():``
-    (:mod:`stepwise_lightning.sharing`).
+    (:mod:`stepwise_lightning.theory.process_group`).
 
     Everything is float64 on the device of the views, or on the CPU where that has no float64. The kernel gets views as
     they are, also integers, where all are of one type; where types differ it gets float64.
@@ -295,3 +294,42 @@ def _checked_views(x1: Tensor, x2: Tensor) -> tuple[Tensor, Tensor]:
 def _in_one_type(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     """Return both as they are if they are of one type, else as float64: no type of the two holds all of both."""
     return (x, y) if x.dtype == y.dtype else (x.double(), y.double())
+
+
+def read_fitted(path: str | Path) -> dict[str, Tensor]:
+    """Return what ``ContrastiveKernelPCA.save`` has written; nothing in the file is run.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is damaged, or something else.
+
+    """
+    try:
+        fitted = torch.load(path, weights_only=True)
+    except OSError:
+        raise
+    except Exception as error:  # torch and its unpickler raise whatever they come across
+        kind = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise UserError(f"{str(path)!r} cannot be read as a saved model ({kind}): fit and save it again") from error
+    if not _is_fitted(fitted):
+        raise UserError(f"{str(path)!r} does not hold a fitted ContrastiveKernelPCA: fit and save it again")
+    return fitted
+
+
+def _is_fitted(saved: Any) -> bool:
+    """Whether ``saved`` is what ``ContrastiveKernelPCA.save`` writes."""
+    names = ("eigenvalues", "coefficients", "residuals", "views")
+    if not isinstance(saved, dict) or not all(isinstance(saved.get(name), Tensor) for name in names):
+        return False
+    eigenvalues, coefficients, residuals, views = (saved[name] for name in names)
+    return (
+        eigenvalues.ndim == 1
+        and len(eigenvalues) > 0
+        and eigenvalues.shape == residuals.shape
+        and views.ndim > 1
+        and len(views) % 2 == 0
+        and coefficients.shape == (len(views), len(eigenvalues))
+        and all(not saved[name].is_complex() and bool(saved[name].isfinite().all()) for name in names)
+        and all(saved[name].dtype == torch.float64 for name in names[:3])
+        and bool((eigenvalues > 0).all())
+    )

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from stepwise_lightning.errors import UserError
-from stepwise_lightning.precision import as_float64, in_one_thread
+from stepwise_lightning.precision import as_float64, single_threaded
 from stepwise_lightning.spectrum.measures import tangent_coordinates
 from stepwise_lightning.theory.growth import growth_matrix, loss_settings
 from stepwise_lightning.theory.layer_gradients import layer_gradient
@@ -118,7 +118,7 @@ class LastLayer:
             self.variance_left_out = max(1 - _variance(h1 @ self._basis, h2 @ self._basis) / whole, 0.0)
 
     @torch.no_grad()
-    @in_one_thread()
+    @single_threaded()
     def simulate(
         self,
         learning_rates: Sequence[float] | Tensor,

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from stepwise_lightning.errors import UserError
 from stepwise_lightning.precision import as_float64
-from stepwise_lightning.theory.graded import graded_eigenvalues, grown_eigenvalues, ordered_basis
+from stepwise_lightning.theory.graded_matrices import graded_eigenvalues, grown_eigenvalues, ordered_basis
 
 Method = Literal["uniform", "qr"]
 

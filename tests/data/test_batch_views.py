@@ -9,10 +9,10 @@ from torch import Tensor
 from torchvision.transforms.v2 import ColorJitter, Compose, RandomApply, RandomGrayscale, RandomResizedCrop
 
 from stepwise_lightning.data import load_images
+from stepwise_lightning.data.augmentation import AugmentationParameters
 from stepwise_lightning.data.batch_views import BatchTwoViews, BatchViews, drawn_crops
-from stepwise_lightning.data.draws import uniforms
+from stepwise_lightning.data.counter_rng import uniforms
 from stepwise_lightning.data.image_sets import load_image_set
-from stepwise_lightning.data.strengths import Strengths
 
 STATISTICS = ((0.5, 0.45, 0.4), (0.25, 0.24, 0.26))
 NUM_DRAWS = 20_000
@@ -90,11 +90,13 @@ def test_draws_are_uniform_and_uncorrelated(along: str) -> None:
 
 def test_crops_are_distributed_as_torchvisions() -> None:
     torch.manual_seed(0)
-    image, scale = torch.zeros(3, 32, 48), Strengths.of("standard").crop_scale
-    ratio = Strengths.of("standard").crop_ratio
+    image, scale = torch.zeros(3, 32, 48), AugmentationParameters.of("standard").crop_scale
+    ratio = AugmentationParameters.of("standard").crop_ratio
     theirs = torch.tensor([RandomResizedCrop.get_params(image, scale, ratio) for _ in range(NUM_DRAWS)]).double()
     draws = uniforms(0, [0] * NUM_DRAWS, range(NUM_DRAWS), 1, 22)
-    ours = torch.stack(drawn_crops(draws[:, :20], draws[:, 20:], Strengths.of("standard"), (32, 48)), 1).double()
+    ours = torch.stack(
+        drawn_crops(draws[:, :20], draws[:, 20:], AugmentationParameters.of("standard"), (32, 48)), 1
+    ).double()
     for name, measure in {
         "area": lambda c: c[:, 2] * c[:, 3],
         "ratio": lambda c: c[:, 3] / c[:, 2],
@@ -105,7 +107,10 @@ def test_crops_are_distributed_as_torchvisions() -> None:
 
 
 def test_a_crop_that_never_fits_is_the_largest_in_the_middle() -> None:
-    strengths, tries = Strengths((1.0, 1.0)), torch.rand(50, 20, generator=torch.Generator().manual_seed(0)).double()
+    strengths, tries = (
+        AugmentationParameters((1.0, 1.0)),
+        torch.rand(50, 20, generator=torch.Generator().manual_seed(0)).double(),
+    )
     for shape, expected in (((10, 100), (0, 43, 10, 13)), ((100, 10), (43, 0, 13, 10))):
         top, left, height, width = drawn_crops(tries, torch.rand(50, 2).double(), strengths, shape)
         assert {tuple(crop) for crop in torch.stack([top, left, height, width], 1).tolist()} == {expected}
@@ -113,7 +118,7 @@ def test_a_crop_that_never_fits_is_the_largest_in_the_middle() -> None:
 
 def test_colour_changes_are_distributed_as_torchvisions() -> None:
     # An image of one colour keeps one under jitter and grayscale, whatever the crop and the blur.
-    number, strengths = 3000, Strengths.of("standard")
+    number, strengths = 3000, AugmentationParameters.of("standard")
     assert strengths.jitter
     colour = torch.tensor([180, 120, 60], dtype=torch.uint8)[:, None, None]
     ours = new_views(size=4)(colour.expand(number, 3, 8, 8), [0] * number, range(number))[0][:, :, 0, 0]

@@ -18,12 +18,12 @@ from stepwise_lightning import (
     VICReg,
     forecast,
 )
-from stepwise_lightning.forecasts.forecast import forecast_of_features, unseen_batches
-from stepwise_lightning.forecasts.result import Forecast, quickened
-from stepwise_lightning.forecasts.stable import StableRates
-from stepwise_lightning.forecasts.training import Training, last_layer
+from stepwise_lightning.callbacks.progress import LineProgress
+from stepwise_lightning.forecasts.forecast import Forecast, quickened
+from stepwise_lightning.forecasts.learning_rates import StableRates
+from stepwise_lightning.forecasts.sgd import Training, last_layer
+from stepwise_lightning.forecasts.simulate import forecast_of_features, unseen_batches
 from stepwise_lightning.plots import run_figure
-from stepwise_lightning.runs.report import LineProgress
 from stepwise_lightning.spectrum import detect_steps
 from stepwise_lightning.theory import stability_limits
 
@@ -302,7 +302,7 @@ def test_live_forecasts_come_close_to_what_is_measured(tmp_path):
 def test_live_forecasts_reckon_with_features_that_move(tmp_path, monkeypatch):
     moving = ForecastLogger(cost=1.0)
     trained(tmp_path, BarlowTwins, moving, steps=150)
-    monkeypatch.setattr("stepwise_lightning.forecasts.result._QUICKENING", {})
+    monkeypatch.setattr("stepwise_lightning.forecasts.forecast._QUICKENING", {})
     staying = ForecastLogger(cost=1.0)
     trained(tmp_path, BarlowTwins, staying, steps=150)
     later = {(said.step, said.num_learned): said.due for said in staying.forecasts}

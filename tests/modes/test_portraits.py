@@ -16,8 +16,8 @@ from tiny_runs import changed, stepwise
 from torch import nn
 
 from stepwise_lightning import SpectrumRecord, describe_modes, load_encoder
-from stepwise_lightning.commands import main
-from stepwise_lightning.data.strengths import Strengths
+from stepwise_lightning.__main__ import main
+from stepwise_lightning.data.augmentation import AugmentationParameters
 from stepwise_lightning.modes import Modes, attributes, variations
 from stepwise_lightning.modes.sensitivity import occlusion_maps
 
@@ -251,7 +251,7 @@ def test_shares_of_variance_where_they_are_known():
 
 def test_views_differ_in_one_parameter_alone():
     image = torch.randint(0, 256, (3, 20, 30), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    strengths = Strengths.of("standard")
+    strengths = AugmentationParameters.of("standard")
     views = variations.varied_views(image, strengths, 16)
     assert list(views) == list(variations.parameters(strengths)) and json.dumps(variations.parameters(strengths))
     middle = views["flip"][0]
@@ -262,4 +262,4 @@ def test_views_differ_in_one_parameter_alone():
     torch.testing.assert_close(views["grayscale"][0], middle)
     assert (views["grayscale"][1][0] == views["grayscale"][1][2]).all()
     assert views["blur"][2].std() < views["blur"][1].std() < views["blur"][0].std()
-    assert list(variations.varied_views(image, Strengths.of("weak"), 16)) == list(views)[:4]
+    assert list(variations.varied_views(image, AugmentationParameters.of("weak"), 16)) == list(views)[:4]

@@ -9,10 +9,10 @@ import pytest
 
 from reproduce import train
 from reproduce.figures import FIGURES, LONG
-from reproduce.methods import METHODS
+from reproduce.networks.runs import Run
+from reproduce.networks.training import PROFILES
+from reproduce.networks.variants import METHODS
 from reproduce.options import new_parser
-from reproduce.runs import Run
-from reproduce.training import PROFILES
 
 ROOT = Path(__file__).parents[2]
 SCRIPTS = sorted((ROOT / "reproduce" / "slurm").glob("*.sbatch"))

@@ -6,8 +6,8 @@ from argparse import Namespace
 import pytest
 import torch
 
-from reproduce.descents import FEATURES, Descent, LinearProblem, Setting, Watch, tuned
 from reproduce.figures import faster_modes
+from reproduce.figures.acceleration.descent import FEATURES, Descent, LinearProblem, Setting, Watch, tuned
 from stepwise_lightning import BarlowTwins, FixedCropPairs, LinearEncoder
 from stepwise_lightning.theory import feature_cross_correlation
 

@@ -8,8 +8,8 @@ from matplotlib.figure import Figure
 from reproduce import train
 from reproduce.__main__ import main
 from reproduce.claims import Claim
+from reproduce.figure import Outcome, PaperFigure
 from reproduce.figures import FIGURES
-from reproduce.outputs import Outcome, PaperFigure
 from stepwise_lightning.errors import UserError
 
 

@@ -12,8 +12,8 @@ from tiny_sets import write_stl10
 from torchvision.datasets import STL10
 
 from reproduce.__main__ import main
-from reproduce.methods import METHODS
-from reproduce.training import CONFIGS, TrainingRun
+from reproduce.networks.training import CONFIGS, TrainingRun
+from reproduce.networks.variants import METHODS
 
 FIGURES = ["resnet_barlow_twins", "three_losses", "standard_init", "hidden_spectra", "cross_loss_alignment",
            "embedding_growth"]  # fmt: skip

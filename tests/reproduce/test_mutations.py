@@ -15,10 +15,10 @@ import torch
 
 from reproduce.__main__ import main
 from reproduce.figures import kernel_mlp, kernel_pca, linear_model, start_scale
-from stepwise_lightning import BarlowTwins, FixedCropPairs, losses, record, steps
+from stepwise_lightning import BarlowTwins, FixedCropPairs, losses
+from stepwise_lightning.callbacks.clock import Clock
 from stepwise_lightning.encoders import LinearEncoder
-from stepwise_lightning.spectrum import measures
-from stepwise_lightning.spectrum.schedule import Clock
+from stepwise_lightning.spectrum import measures, record, steps
 from stepwise_lightning.theory import ContrastiveKernelPCA, LinearBarlowTwins, feature_cross_correlation
 
 

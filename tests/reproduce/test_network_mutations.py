@@ -14,10 +14,10 @@ import torch
 
 from reproduce.__main__ import main
 from reproduce.figures import frozen_features, kernel_over_time
-from reproduce.methods import VARIANTS
-from reproduce.runs import Run, Training
+from reproduce.networks.runs import Run, Training
+from reproduce.networks.variants import VARIANTS
 from stepwise_lightning import BarlowTwins
-from stepwise_lightning.spectrum.schedule import Clock
+from stepwise_lightning.callbacks.clock import Clock
 from stepwise_lightning.theory import LinearBarlowTwins, feature_cross_correlation
 
 

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 from reproduce.__main__ import main
 from reproduce.claims import Claim, average, claims_table, read_claim, worst
-from reproduce.outputs import FILES, Outcome, PaperFigure, run_figure
+from reproduce.figure import FILES, Outcome, PaperFigure, run_figure
 
 MADE = "the figure is made again"
 

@@ -7,11 +7,12 @@ import sys
 
 import pytest
 
-from reproduce import train, training
+from reproduce import train
 from reproduce.__main__ import main
+from reproduce.networks import training
+from reproduce.networks.runs import Run, trained_runs
+from reproduce.networks.training import PROFILES, RunFailedError
 from reproduce.options import new_parser
-from reproduce.runs import Run, trained_runs
-from reproduce.training import PROFILES, RunFailedError
 from stepwise_lightning.errors import UserError
 
 # A launcher that stands for training: keeps a checkpoint, fails where it is told to, and leaves spectra at its end.

@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 import torch
 
+from reproduce.forkserver import WarmProcess
+from reproduce.networks.runs import trained_runs
+from reproduce.networks.training import PROFILES, RunFailedError, TrainingRun
 from reproduce.options import new_parser
-from reproduce.runs import trained_runs
-from reproduce.training import PROFILES, RunFailedError, TrainingRun
-from reproduce.warm import WarmProcess
 
 ROOT = Path(__file__).parents[2]
 # Prints what an experiment could notice of how it was started.

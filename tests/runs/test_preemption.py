@@ -26,7 +26,7 @@ def ddp(timeout):
             "class_path": "lightning.pytorch.strategies.DDPStrategy",
             "init_args": {"timeout": timeout, "process_group_backend": "gloo"},
         },
-        "plugins": [{"class_path": "stepwise_lightning.collectives.SyncBatchNorm"}],
+        "plugins": [{"class_path": "stepwise_lightning.sync_batchnorm.SyncBatchNorm"}],
     }
 
 

@@ -19,9 +19,8 @@ from torch.nn.functional import cross_entropy, mse_loss
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from stepwise_lightning import LastCheckpoint, SpectrumLogger, SpectrumRecord
+from stepwise_lightning.features import capture, views_in
 from stepwise_lightning.spectrum import embedding_eigenvalues
-from stepwise_lightning.spectrum.batches import views_in
-from stepwise_lightning.spectrum.capture import capture
 
 X = torch.randn(64, 8, generator=torch.Generator().manual_seed(0))
 Y = (X[:, 0] > 0).long()

@@ -10,8 +10,8 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from stepwise_lightning import BarlowTwins, CollapseWatch, SimCLR, SpectrumLogger, SpectrumRecord, VICReg
-from stepwise_lightning.record import Measurement, Spectrum
-from stepwise_lightning.spectrum.collapse import find_collapse
+from stepwise_lightning.callbacks.collapse_monitor import find_collapse
+from stepwise_lightning.spectrum.record import Measurement, Spectrum
 
 ANALYTICAL = {"off_diagonal_weight": 1.0, "normalize": False, "center": True}
 PIXELS, DIM = 20, 8

@@ -11,11 +11,11 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from reproduce.methods import METHODS
+from reproduce.networks.variants import METHODS
 from stepwise_lightning import BarlowTwins, SimCLR, SpectrumLogger, SpectrumRecord, VICReg
+from stepwise_lightning.callbacks.tensorboard import Lead, layout, scalars
+from stepwise_lightning.features import batch_statistics, capture
 from stepwise_lightning.spectrum import MATRICES, embedding_eigenvalues
-from stepwise_lightning.spectrum.capture import batch_statistics, capture
-from stepwise_lightning.spectrum.tensorboard import Lead, layout, scalars
 
 TITLES = {BarlowTwins: "Barlow Twins", VICReg: "VICReg", SimCLR: "SimCLR"}
 

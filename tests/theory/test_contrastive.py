@@ -9,8 +9,8 @@ from torch import Tensor
 from stepwise_lightning.theory import (
     ContrastiveKernelPCA,
     LinearBarlowTwins,
+    block_lanczos,
     feature_cross_correlation,
-    krylov,
     laplace_kernel,
     linear_kernel,
     rbf_kernel,
@@ -31,7 +31,7 @@ def pairs(n: int = 30, m: int = 6, seed: int = 0) -> tuple[Tensor, Tensor]:
 def route(request, monkeypatch) -> dict:
     """Options under which each of the three routes is taken."""
     if request.param != "dense":
-        monkeypatch.setattr(krylov, "_DENSE", 0)
+        monkeypatch.setattr(block_lanczos, "_DENSE", 0)
     return {"max_bytes": 8 * 6 * 60 * 7} if request.param == "streamed" else {}
 
 
@@ -159,7 +159,7 @@ def test_larger_problems_agree_on_all_routes(monkeypatch):
     x1, x2 = pairs(400, 20)
     lanczos = ContrastiveKernelPCA(RBF, 6).fit(x1, x2)
     streamed = ContrastiveKernelPCA(RBF, 6, max_bytes=10**6).fit(x1, x2)
-    monkeypatch.setattr(krylov, "_DENSE", 400)
+    monkeypatch.setattr(block_lanczos, "_DENSE", 400)
     dense = ContrastiveKernelPCA(RBF, 6).fit(x1, x2)
     for model in (lanczos, streamed):
         torch.testing.assert_close(model.eigenvalues_, dense.eigenvalues_, rtol=1e-11, atol=0)
@@ -215,7 +215,7 @@ def test_bad_input_gets_one_clear_line(change, kernel, options, message):
 
 
 def test_the_number_of_positive_modes_is_found_by_iteration_too(monkeypatch):
-    monkeypatch.setattr(krylov, "_DENSE", 0)
+    monkeypatch.setattr(block_lanczos, "_DENSE", 0)
     with pytest.raises(ValueError, match="more than the 6 positive modes"):
         ContrastiveKernelPCA(linear_kernel, 7).fit(*pairs())
 

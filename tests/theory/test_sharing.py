@@ -16,10 +16,17 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from stepwise_lightning import sharing
 from stepwise_lightning.errors import UserError
-from stepwise_lightning.sharing import one_process
-from stepwise_lightning.theory import ContrastiveKernelPCA, EmpiricalNTK, krylov, linear_kernel, rbf_kernel, relu_ntk
+from stepwise_lightning.theory import (
+    ContrastiveKernelPCA,
+    EmpiricalNTK,
+    block_lanczos,
+    linear_kernel,
+    rbf_kernel,
+    relu_ntk,
+)
+from stepwise_lightning.theory import process_group as sharing
+from stepwise_lightning.theory.process_group import one_process
 
 RBF = partial(rbf_kernel, length_scale=2.0)
 # Of about 130 views: all tiles fit one process, they fit when two share them, and they do not fit.
@@ -40,13 +47,13 @@ def network(seed=0):
 
 def fitted(n, kernel, max_bytes, dense):
     """Return what a fit leaves, and embeddings of other points than those of the fit."""
-    krylov._DENSE = 300 if dense else 0
+    block_lanczos._DENSE = 300 if dense else 0
     model = ContrastiveKernelPCA(kernel, min(4, n), max_bytes).fit(*pairs(n))
     points, start = pairs(7, seed=1)[0], torch.full((min(4, n),), 1e-3)
     embeddings = torch.cat(
         [model.transform(points), model.transform(points[:1]), model.transform_at(points, 1.0, start)]
     )
-    krylov._DENSE = 300
+    block_lanczos._DENSE = 300
     return model.eigenvalues_, model.coefficients_, embeddings, model.residuals_ / model.eigenvalues_[0]
 
 
@@ -105,7 +112,9 @@ def refusals(rank):
 
 def held_values():
     """Return how many kernel values this rank holds of 130 views by each route, None where it holds none."""
-    products = [krylov.KernelProducts(RBF, torch.cat(pairs()), size, False) for size in (HELD, HELD_BY_TWO, STREAMED)]
+    products = [
+        block_lanczos.KernelProducts(RBF, torch.cat(pairs()), size, False) for size in (HELD, HELD_BY_TWO, STREAMED)
+    ]
     return [None if each.held is None else sum(tile.numel() for _, _, tile in each.held) for each in products]
 
 

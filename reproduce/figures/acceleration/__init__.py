@@ -1,0 +1,1 @@
+"""Accelerated Barlow Twins: descent in full view, and networks."""

@@ -1,0 +1,1 @@
+"""Networks that the figures train: variants, training, and the runs read back."""

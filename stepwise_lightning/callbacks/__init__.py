@@ -1,0 +1,1 @@
+"""Callbacks: spectra, forecasts, evaluation and progress while a module trains."""

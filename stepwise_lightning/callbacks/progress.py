@@ -1,0 +1,164 @@
+"""What a run says of itself: what it is going to do, how far it is, what has come of it."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.callbacks import ProgressBar
+
+from stepwise_lightning.callbacks.clock import expected_end
+from stepwise_lightning.runs.folders import run_folder
+from stepwise_lightning.spectrum.record import SpectrumRecord
+
+__all__ = ["LineProgress", "Plan", "outcome"]
+
+_SHORT = {
+    "cross_correlation": "C",
+    "covariance": "the covariance",
+    "normalized_covariance": "the normalised covariance",
+    "tangent_covariance": "the tangent covariance",
+}
+_LEAST_SECONDS = 10.0  # between two lines of progress
+_SHARE = 0.05  # of the time gone by, which later comes between them
+
+
+class Plan(L.Callback):
+    """Says, before training starts, what is trained on what, for how long, and where it is written."""
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Print it, on rank 0."""
+        folder = run_folder(trainer)  # a broadcast: every rank must ask
+        if trainer.is_global_zero:
+            print("\n".join(_plan(trainer, pl_module, folder)), flush=True)
+
+
+def _plan(trainer: L.Trainer, module: L.LightningModule, folder: Path) -> list[str]:
+    data = getattr(trainer, "datamodule", None)
+    settings = dict(getattr(data, "hparams", {}))
+    images = f" on {settings['data']}" if "data" in settings else ""
+    parts = [f"{type(module).__name__}{images}: {_count(sum(w.numel() for w in module.parameters()))} parameters"]
+    if hasattr(module, "encoder"):
+        parts[0] += f" in {type(module.encoder).__name__}"
+    end = expected_end(trainer)
+    batch = settings.get("global_batch_size") or settings.get("num_pairs")
+    each = f" of {batch} pairs" if batch else ""
+    begun = f", from step {trainer.global_step}" if trainer.global_step else ""
+    steps = f"{int(end)} steps" if end and math.isfinite(end) else "steps until it is stopped"
+    rate = trainer.optimizers[0].param_groups[0].get("lr") if trainer.optimizers else None
+    speed = f", learning rate {rate:g}" if isinstance(rate, float) else ""
+    devices = f"{trainer.world_size} × " if trainer.world_size > 1 else ""
+    parts.append(f"{steps}{each}{begun}{speed}, on {devices}{trainer.strategy.root_device.type}")
+    return [*parts, "nothing is written" if trainer.fast_dev_run else f"writes to {folder}"]  # type: ignore[attr-defined]
+
+
+def _count(number: int) -> str:
+    for size, unit in ((10**6, "million"), (10**3, "thousand")):
+        if number >= size:
+            return f"{number / size:.3g} {unit}"
+    return str(number)
+
+
+class LineProgress(ProgressBar):
+    """Progress as a line every so often, for output that is no terminal: at first every ten seconds, later rarer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._enabled = True
+        self.note = ""  # at the end of each line
+
+    def disable(self) -> None:
+        """Print nothing, as on all ranks but the first."""
+        self._enabled = False
+
+    def enable(self) -> None:
+        """Print."""
+        self._enabled = True
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Begin to count time."""
+        self._start = self._last = time.monotonic()
+        self._first_step = trainer.global_step
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Print a line if it is time to."""
+        now = time.monotonic()
+        gone = now - self._start
+        if self._enabled and now - self._last >= max(_LEAST_SECONDS, _SHARE * gone):
+            self._last = now
+            print(self._line(trainer, pl_module, gone), flush=True)
+
+    def _line(self, trainer: L.Trainer, module: L.LightningModule, gone: float) -> str:
+        step, end = trainer.global_step, expected_end(trainer)
+        known = end is not None and math.isfinite(end) and step > self._first_step
+        left = f", about {_span(gone * (end - step) / (step - self._first_step))} left" if known else ""
+        metrics = {name: value for name, value in self.get_metrics(trainer, module).items() if name != "v_num"}
+        shown = "".join(f", {name} {_number(float(value))}" for name, value in metrics.items())  # type: ignore[arg-type]
+        note = f", {self.note}" if self.note else ""
+        return f"step {step}{f' of {int(end)}' if known else ''}{shown}, {_span(gone)}{left}{note}"
+
+
+def _span(seconds: float) -> str:
+    minutes, rest = divmod(max(0, round(seconds)), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"
+
+
+def outcome(trainer: L.Trainer, loggers: Sequence[Any]) -> list[str]:
+    """Return what to say of a run that has ended: where it lies, what was found, how to look at it.
+
+    Args:
+        trainer: whose fit has ended.
+        loggers: its ``SpectrumLogger`` callbacks.
+
+    """
+    folder = run_folder(trainer)
+    lines = [f"run      {folder}, {trainer.global_step} steps"]
+    driven = getattr(trainer.lightning_module, "driven_matrix", None)
+    for logger in loggers:
+        if len(logger.record):  # on rank 0
+            lines.append(f"found    {_found(logger.record, driven)}")
+        if logger.picture is not None:
+            lines.append(f"picture  {logger.picture}")
+    lines += [f"watch    {command}" for logger in trainer.loggers if (command := _watching(logger))]
+    return [*lines, f"table    stepwise summary {folder}"] if loggers else lines
+
+
+def _watching(logger: Any) -> str:
+    """Return the command that shows what a logger has, '' where there is none."""
+    kinds = {base.__name__ for base in type(logger).__mro__}  # lightning's and pytorch_lightning's share no class
+    if "TensorBoardLogger" in kinds:
+        return f"tensorboard --logdir {logger.root_dir}"
+    if "WandbLogger" in kinds:
+        run = logger.experiment
+        return str(run.url) if getattr(run, "url", None) else f"wandb sync {Path(run.dir).parent}"
+    if "MLFlowLogger" in kinds:
+        return f"mlflow ui --backend-store-uri {logger._tracking_uri}"
+    return ""
+
+
+def _found(record: SpectrumRecord, driven: str | None) -> str:
+    """Name the matrices in which there are steps, what the loss drives first; the module's own if none has any."""
+    counts = {}
+    for matrix in sorted(record.matrices, key=lambda matrix: matrix != driven):
+        with suppress(ValueError):  # measured less than twice
+            counts[matrix] = record.detect_steps(matrix).num_distinct
+    if not counts:
+        return "too little was measured to look for steps"
+    with_steps = {_SHORT.get(matrix, matrix): count for matrix, count in counts.items() if count}
+    if not with_steps:
+        return f"no steps in {', '.join(_SHORT.get(matrix, matrix) for matrix in counts if '.' not in matrix)}"
+    (first, count), *others = with_steps.items()
+    rest = "".join(f", {number} in {matrix}" for matrix, number in others)
+    return f"{count} distinct step{'' if count == 1 else 's'} in {first}{rest}"
+
+
+def _number(value: float) -> str:
+    return f"{value:.4g}" if math.isfinite(value) else "–"

@@ -1,0 +1,53 @@
+"""Batch normalisation over the global batch, on CPUs too."""
+
+from __future__ import annotations
+
+import torch.distributed as dist
+from lightning.pytorch.plugins.layer_sync import TorchSyncBatchNorm
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.hooks import RemovableHandle
+
+from stepwise_lightning.distributed import all_gather_with_grad, is_distributed, own_rows
+
+__all__ = ["SyncBatchNorm"]
+
+
+class SyncBatchNorm(TorchSyncBatchNorm):
+    """Batch normalisation over the global batch, on CPUs too: ``Trainer(plugins=[SyncBatchNorm()])``.
+
+    On GPUs this is Lightning's ``sync_batchnorm=True``, that is, ``torch.nn.SyncBatchNorm``, which refuses CPUs, as DDP
+    does with such layers. On CPUs (precisely: the gloo back-end) each rank gathers the layer's input, normalises the
+    joined batch with torch's ordinary kernel and keeps its own rows. That repeats work on every rank, but statistics,
+    running statistics and gradients are by construction those of one process. In evaluation mode nothing is sent.
+    """
+
+    def __init__(self) -> None:
+        self._hooks: list[RemovableHandle] = []
+
+    def apply(self, model: nn.Module) -> nn.Module:
+        """Synchronise all batch-normalisation layers of ``model``."""
+        # Lightning moves the model to its device only after this, so the back-end has to tell which it will be.
+        if not dist.is_available() or not dist.is_initialized() or dist.get_backend() != "gloo":
+            return super().apply(model)
+        for layer in model.modules():
+            if isinstance(layer, _BatchNorm):
+                self._hooks.append(layer.register_forward_pre_hook(_gather_input))
+                self._hooks.append(layer.register_forward_hook(_keep_own_rows))
+        return model
+
+    def revert(self, model: nn.Module) -> nn.Module:
+        """Undo :meth:`apply`."""
+        if not self._hooks:
+            return super().revert(model)
+        while self._hooks:
+            self._hooks.pop().remove()
+        return model
+
+
+def _gather_input(layer: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor] | None:
+    return (all_gather_with_grad(inputs[0]),) if layer.training else None
+
+
+def _keep_own_rows(layer: nn.Module, inputs: tuple[Tensor], output: Tensor) -> Tensor | None:
+    return own_rows(output) if layer.training and is_distributed() else None
