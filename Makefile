@@ -1,4 +1,4 @@
-# `make demo` and `make test` do all the set-up; a second call installs nothing.
+# `make demo` and `make test` create .venv and install the package; a second call installs nothing.
 VENV ?= .venv
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python; do \
 	$$p -c 'import sys, venv; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
@@ -10,19 +10,19 @@ CONSTRAINTS ?= constraints.txt
 demo: $(VENV)/.installed  ## the linear figure on the bundled photographs
 	$(BIN)/python -m reproduce linear_model --seeds 0
 
-figures: $(VENV)/.installed  ## every figure with its verdict, and results/report.html; a second call does what is missing
+figures: $(VENV)/.installed  ## all figures with their verdicts, and results/report.html; a second call resumes
 	$(BIN)/python -m reproduce all
 
 test: $(VENV)/.installed-test  ## the default test suite
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
-test-slow: $(VENV)/.installed-test  ## what the default suite leaves out
+test-slow: $(VENV)/.installed-test  ## the slow tests
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m slow
 
-test-peers: $(VENV)/.installed-test $(VENV)/.installed-peers  ## the losses and modules of other libraries, and other loggers
+test-peers: $(VENV)/.installed-test $(VENV)/.installed-peers  ## comparisons with other libraries and loggers
 	$(BIN)/python -m pytest tests/peers
 
-test-oldest:  ## the default test suite on the oldest supported versions, in an environment of its own
+test-oldest:  ## the default test suite on the oldest supported versions, in a separate environment
 	$(MAKE) test VENV=.venv-oldest CONSTRAINTS=constraints-oldest.txt
 
 check: $(VENV)/.installed-dev  ## formatting, lint and types
@@ -37,7 +37,7 @@ format: $(VENV)/.installed-dev
 docs: $(VENV)/.installed-docs  ## the site, in build/site; a warning is an error
 	$(BIN)/python -m sphinx -c docs -W --keep-going -q -j auto . build/site
 
-benchmark: $(VENV)/.installed  ## ratios against their limits; every script runs, whatever the others find
+benchmark: $(VENV)/.installed  ## ratios against their limits; a failed script does not stop the others
 	@status=0; for script in linear training views kernel processes tangents startup folders load; do \
 		$(BIN)/python benchmarks/$$script.py || status=1; done; exit $$status
 

@@ -1,4 +1,4 @@
-"""How Sphinx builds the site (``make docs``) from the root of the repository, so that links are those of files."""
+"""Sphinx configuration of ``make docs``. The source directory is the root of the repository, as for links on GitHub."""
 
 import importlib.metadata
 import os
@@ -9,7 +9,7 @@ from typing import Any
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
-os.environ["PYTHONPATH"] = str(ROOT)  # of the processes that run the tutorials
+os.environ["PYTHONPATH"] = str(ROOT)  # for the processes that execute the tutorials
 
 project = "stepwise_lightning"
 author = "The stepwise_lightning developers"
@@ -59,20 +59,20 @@ nb_execution_cache_path = str(ROOT / "build" / "tutorials")
 nb_execution_raise_on_error = True
 nb_execution_in_temp = True
 nb_execution_timeout = 300
-nb_output_stderr = "remove"  # what Lightning says of GPUs that are not there
+nb_output_stderr = "remove"  # Lightning's messages about missing GPUs
 
 
 def _with_targets(app: Any, docname: str, source: list[str]) -> None:
-    """Make MyST's targets of the anchors that GitHub understands, ``<a id="name"></a>**Word.**``."""
+    """Convert anchors for GitHub, ``<a id="name"></a>**Word.**``, into MyST targets."""
     source[0] = re.sub(r'<a id="([^"]+)"></a>(\*\*[^*]+\*\*)', r"[\2]{#\1}", source[0])
 
 
 def _as_plain_text(app: Any, kind: str, name: str, obj: object, options: object, lines: list[str]) -> None:
-    """Keep what a reader of the code sees: columns of symbols, |x|, names that end with an underscore."""
+    """Escape docstrings for reStructuredText: legends, |x|, names that end with an underscore."""
     for index, line in enumerate(lines):
         if line.strip() == "Legend":
             lines[index] = f"{line}::\n"
-        elif re.match(r" *(Attributes|Raises) \(.*\):$", line):  # napoleon takes words alone for a section
+        elif re.match(r" *(Attributes|Raises) \(.*\):$", line):  # napoleon accepts only words as section titles
             lines[index] = re.sub(r"[^\w\s:]", "", line)
         else:
             words = re.split(r"(``[^`]*``)", re.sub(r"^( +\w+)_: ", r"\1\\_: ", line))
@@ -80,6 +80,6 @@ def _as_plain_text(app: Any, kind: str, name: str, obj: object, options: object,
 
 
 def setup(app: Any) -> None:
-    """Connect the two."""
+    """Connect the event handlers."""
     app.connect("source-read", _with_targets)
     app.connect("autodoc-process-docstring", _as_plain_text, priority=400)  # before napoleon
