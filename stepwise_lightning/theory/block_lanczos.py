@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from stepwise_lightning.errors import UserError
 from stepwise_lightning.precision import as_float64
-from stepwise_lightning.theory.process_group import Ranks, ranks
+from stepwise_lightning.theory.process_group import KernelProcessGroup, process_group
 
 # Pairs up to which all eigenpairs are computed at once.
 _DENSE = 300
@@ -47,15 +47,15 @@ class KernelProducts:
     def __init__(
         self, kernel: Callable[[Tensor, Tensor], Tensor], points: Tensor, max_bytes: int, progress: bool
     ) -> None:
-        self.ranks = ranks()
+        self.group = process_group()
         self.kernel, self.points, self.size = kernel, points, len(points)
-        self.progress = progress and self.ranks.index == 0
-        self._compare_kernels(self.ranks.agreed(self._checked_sample))
+        self.progress = progress and self.group.rank == 0
+        self._compare_kernels(self.group.run_or_raise_everywhere(self._checked_sample))
         self.side = self._side(self.side_within(max_bytes, points))
-        if self.ranks.number > 1:
+        if self.group.world_size > 1:
             self.points = points[self.order()]
         own, most = self._own_places()
-        self.held = self.ranks.agreed(lambda: self._kept(own)) if 8 * most <= max_bytes else None
+        self.held = self.group.run_or_raise_everywhere(lambda: self._kept(own)) if 8 * most <= max_bytes else None
         self._places = own
 
     @staticmethod
@@ -72,26 +72,26 @@ class KernelProducts:
     def order(self) -> Tensor:
         """Return which view stands in which row, (2n,): those of rank 0's pairs, first and second ones, and so on."""
         both = torch.arange(self.size).view(2, -1)
-        shares = [self.ranks.share(both.shape[1], index=index) for index in range(self.ranks.number)]
+        shares = [self.group.shard(both.shape[1], rank=rank) for rank in range(self.group.world_size)]
         return torch.cat([both[:, share].flatten() for share in shares])
 
     def own(self, rows: Tensor) -> Tensor:
         """Return this rank's part of (2n, …), which is in the order of the points as they were given."""
-        return rows[self.order()[self.ranks.share(self.size, 2)].to(rows.device)]
+        return rows[self.order()[self.group.shard(self.size, 2)].to(rows.device)]
 
     def joined(self, own: Tensor) -> Tensor:
         """Return (2n, …) in the order of the points as they were given, of which every rank has its part."""
-        rows = self.ranks.gathered(own, self.size, 2)
+        rows = self.group.all_gather_rows(own, self.size, 2)
         return rows[self.order().argsort().to(rows.device)]
 
     def times(self, vectors: Tensor) -> Tensor:
         """Return K̃ times (2n, b), of which this rank gives and gets its own rows."""
-        vectors = self.ranks.gathered(vectors, self.size, 2)
+        vectors = self.group.all_gather_rows(vectors, self.size, 2)
         if self.held is None:
-            part = self.ranks.agreed(lambda: self._part(vectors, self._tiles(self._places)))
+            part = self.group.run_or_raise_everywhere(lambda: self._part(vectors, self._tiles(self._places)))
         else:
             part = self._part(vectors, self.held)
-        return self.ranks.scattered_total(part, 2)
+        return self.group.reduce_scatter_sum(part, 2)
 
     def whole(self) -> Tensor:
         """Return the matrix, if it is held, on every rank, (2n, 2n)."""
@@ -101,7 +101,7 @@ class KernelProducts:
             matrix[columns, rows] = tile.T
             matrix[rows, columns] = tile
         places = self.order().argsort()
-        return self.ranks.total(matrix)[places[:, None], places]
+        return self.group.all_reduce_sum(matrix)[places[:, None], places]
 
     @staticmethod
     def _part(vectors: Tensor, tiles: Iterable[_Tile]) -> Tensor:
@@ -115,9 +115,9 @@ class KernelProducts:
     def _side(self, side: int) -> int:
         """Return the side of tiles of about one size, of which there are enough for every rank."""
         number = -(-self.size // side)
-        if self.ranks.number > 1:
+        if self.group.world_size > 1:
             # as few as share the work evenly: tangent kernels take the gradients of all rows and columns of a tile
-            even = next(m for m in count(3) if _excess(m * (m + 1) // 2, self.ranks.number) <= _WAIT)
+            even = next(m for m in count(3) if _excess(m * (m + 1) // 2, self.group.world_size) <= _WAIT)
             number = max(number, min(even, -(-self.size // _LEAST_SIDE)))
         return -(-self.size // number)
 
@@ -126,13 +126,13 @@ class KernelProducts:
         slices = [slice(i, min(i + self.side, self.size)) for i in range(0, self.size, self.side)]
         places = [(rows, columns) for i, rows in enumerate(slices) for columns in slices[i:]]
         areas = [(rows.stop - rows.start) * (columns.stop - columns.start) for rows, columns in places]
-        parts: list[list[int]] = [[] for _ in range(self.ranks.number)]
+        parts: list[list[int]] = [[] for _ in range(self.group.world_size)]
         # one after the other, so that a rank's tiles lie in few rows
         for index, before in enumerate(accumulate(areas, initial=0)):
             if index < len(areas):
-                parts[int((before + areas[index] / 2) / sum(areas) * self.ranks.number)].append(index)
+                parts[int((before + areas[index] / 2) / sum(areas) * self.group.world_size)].append(index)
         most = max(sum(areas[index] for index in part) for part in parts)
-        return [places[index] for index in parts[self.ranks.index]], most
+        return [places[index] for index in parts[self.group.rank]], most
 
     def _kept(self, places: list[tuple[slice, slice]]) -> list[_Tile]:
         # copies, because a kernel may return part of something larger
@@ -167,13 +167,13 @@ class KernelProducts:
 
     def _compare_kernels(self, sample: Tensor) -> None:
         """Refuse ranks with kernels that differ by more than rounding, such as those of networks of several seeds."""
-        first = self.ranks.of_first(sample)
+        first = self.group.broadcast(sample)
 
         def compare() -> None:
             if (sample - first).abs().max() > 1e-6 * first.abs().max():
                 raise UserError("the ranks have different kernels: give all the same one, with the same parameters")
 
-        self.ranks.agreed(compare)
+        self.group.run_or_raise_everywhere(compare)
 
 
 def _excess(tiles: int, number: int) -> float:
@@ -200,36 +200,38 @@ def _swap(values: Tensor) -> Tensor:
 
 
 def _dense(products: KernelProducts, count: int) -> tuple[Tensor, Tensor, Tensor]:
-    weights, basis = _eigenpairs(products.ranks, products.whole())
+    weights, basis = _eigenpairs(products.group, products.whole())
     kept = weights > _ROUND_OFF * weights[-1]
     root = basis[:, kept] * weights[kept].sqrt()
-    eigenvalues, vectors = _eigenpairs(products.ranks, root.T @ _swap(root) / products.size)
+    eigenvalues, vectors = _eigenpairs(products.group, root.T @ _swap(root) / products.size)
     eigenvalues, vectors = eigenvalues.flip(0)[:count], vectors.flip(1)[:, :count]
     vectors = basis[:, kept] / weights[kept].sqrt() @ vectors
     return eigenvalues, products.own(vectors), torch.zeros_like(eigenvalues)
 
 
 def _block_lanczos(products: KernelProducts, count: int, tolerance: float) -> tuple[Tensor, Tensor, Tensor]:
-    team = products.ranks
+    group = products.group
     generator = torch.Generator().manual_seed(0)
     # a few more than asked for converge together, and products are fastest at multiples of eight
     width = min(-(-(count + 8) // 8) * 8, products.size)
     start = torch.randn(products.size, width, dtype=torch.float64, generator=generator)
     block = products.own(start).to(products.points.device)
-    block, images, _ = _orthonormalised(team, block, products.times(block), 0.0)
+    block, images, _ = _orthonormalised(group, block, products.times(block), 0.0)
     vectors, products_of = block, images
     with tqdm(desc="kernel modes", unit="product", delay=2, disable=not products.progress, leave=False) as bar:
         while True:
             bar.update()
             applied = _swap(images) / products.size
-            ritz, coordinates = _eigenpairs(team, team.total(products_of.T @ _swap(products_of)) / products.size)
+            ritz, coordinates = _eigenpairs(
+                group, group.all_reduce_sum(products_of.T @ _swap(products_of)) / products.size
+            )
             ritz, coordinates = ritz.flip(0)[:count], coordinates.flip(1)[:, :count]
             rest = applied
             for _ in range(2):
-                rest = rest - vectors @ team.total(products_of.T @ rest)
+                rest = rest - vectors @ group.all_reduce_sum(products_of.T @ rest)
             least = _ROUND_OFF * float(ritz.abs().max())
-            block, images, coupling = _orthonormalised(team, rest, products.times(rest), least)
-            residuals = team.of_first((coupling @ coordinates[-applied.shape[1] :]).norm(dim=0))
+            block, images, coupling = _orthonormalised(group, rest, products.times(rest), least)
+            residuals = group.broadcast((coupling @ coordinates[-applied.shape[1] :]).norm(dim=0))
             bar.set_postfix_str(f"residual {float(residuals.max() / ritz.abs().max()):.1e}", refresh=False)
             enough = len(ritz) == count and bool((residuals <= tolerance * ritz.abs().max()).all())
             if enough or block.shape[1] == 0 or vectors.shape[1] >= products.size:
@@ -237,23 +239,25 @@ def _block_lanczos(products: KernelProducts, count: int, tolerance: float) -> tu
             vectors, products_of = torch.cat([vectors, block], 1), torch.cat([products_of, images], 1)
 
 
-def _orthonormalised(team: Ranks, vectors: Tensor, images: Tensor, least: float) -> tuple[Tensor, Tensor, Tensor]:
+def _orthonormalised(
+    group: KernelProcessGroup, vectors: Tensor, images: Tensor, least: float
+) -> tuple[Tensor, Tensor, Tensor]:
     """Return Q, K̃Q and B with vectors = Q B, Q orthonormal in K̃; directions of norm up to ``least`` are dropped."""
-    gram = _symmetric(team.total(vectors.T @ images))
+    gram = _symmetric(group.all_reduce_sum(vectors.T @ images))
     # Columns differ by orders of magnitude: brought to one length, the Gram matrix resolves what they span.
     lengths = gram.diagonal().clamp(min=0).sqrt()
     scale = torch.where(lengths > least, 1 / lengths, 0.0)
-    squares, basis = _eigenpairs(team, scale[:, None] * gram * scale)
+    squares, basis = _eigenpairs(group, scale[:, None] * gram * scale)
     kept = squares > _ROUND_OFF
     roots, basis = squares[kept].sqrt(), basis[:, kept]
     mixing = scale[:, None] * basis / roots
     return vectors @ mixing, images @ mixing, roots[:, None] * basis.T * torch.where(scale > 0, lengths, 0.0)
 
 
-def _eigenpairs(team: Ranks, matrix: Tensor) -> tuple[Tensor, Tensor]:
+def _eigenpairs(group: KernelProcessGroup, matrix: Tensor) -> tuple[Tensor, Tensor]:
     """Return eigenvalues, ascending, and eigenvectors of what all ranks hold, the same on all."""
     eigenvalues, vectors = torch.linalg.eigh(_symmetric(matrix))
-    both = team.of_first(torch.cat([eigenvalues[None], vectors]))
+    both = group.broadcast(torch.cat([eigenvalues[None], vectors]))
     return both[0], both[1:]
 
 

@@ -25,7 +25,7 @@ from stepwise_lightning.precision import as_float64, check_real, on_float64_devi
 from stepwise_lightning.theory.block_lanczos import KernelProducts, top_modes
 from stepwise_lightning.theory.estimator import Parametrised, name_of
 from stepwise_lightning.theory.linear import LinearBarlowTwins
-from stepwise_lightning.theory.process_group import ranks
+from stepwise_lightning.theory.process_group import process_group
 
 Kernel = Callable[[Tensor, Tensor], Tensor]
 # Eigenvalues below this share of the largest cannot be told from zero.
@@ -120,9 +120,9 @@ class ContrastiveKernelPCA(Parametrised):
                 error says what is enough); ranks that do not all call this, with the same views and kernel.
 
         """
-        team = ranks()
-        team.meet("ContrastiveKernelPCA.fit", x1, x2, self.n_components, self.max_bytes, self.tolerance)
-        self._views = torch.cat(team.agreed(lambda: _checked_views(x1, x2)))
+        group = process_group()
+        group.check_same_call("ContrastiveKernelPCA.fit", x1, x2, self.n_components, self.max_bytes, self.tolerance)
+        self._views = torch.cat(group.run_or_raise_everywhere(lambda: _checked_views(x1, x2)))
         multiplier = products(self.kernel, self._views, self.max_bytes, self.progress)
         eigenvalues, coefficients, residuals = top_modes(multiplier, self.n_components, self.tolerance)
         positive = int((eigenvalues > _ZERO * eigenvalues.abs().max()).sum())
@@ -268,9 +268,9 @@ class ContrastiveKernelPCA(Parametrised):
         def values(points: Tensor) -> Tensor:
             return torch.cat([sum(self._kernel(rows, views) @ b for views, b in parts) for rows in points.split(side)])
 
-        team = ranks()
-        team.meet("ContrastiveKernelPCA.transform", x, self.coefficients_)
-        return team.by_rows(values, x)
+        group = process_group()
+        group.check_same_call("ContrastiveKernelPCA.transform", x, self.coefficients_)
+        return group.map_rows(values, x)
 
     def _kernel(self, x: Tensor, views: Tensor) -> Tensor:
         check_real(x, "the points")

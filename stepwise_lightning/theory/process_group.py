@@ -4,8 +4,8 @@ The rule: once ``torch.distributed`` is initialised, all ranks call what is shar
 and each gets the whole result. What one rank calls alone, as in a callback of training that runs on rank zero, or what
 they call with different arguments, stands in ``with one_process():``.
 
-Ranks that do not keep to it are told in one line: arguments are compared, and nobody waits longer than five minutes for
-the others. An error on one rank is raised on all, and a rank that is lost ends the others.
+Mismatched calls raise on every rank: arguments are compared, and a rank times out after five minutes. An error on one
+rank is raised on all ranks, and the loss of a process ends the others.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from torch import Tensor
 
 from stepwise_lightning.errors import UserError, lost_process, reason
 
-__all__ = ["Ranks", "one_process", "ranks"]
+__all__ = ["KernelProcessGroup", "one_process", "process_group"]
 
 Result = TypeVar("Result")
 _REMEDY = (
@@ -32,7 +32,7 @@ _REMEDY = (
     "(stepwise_lightning.theory.process_group), which shares nothing"
 )
 # How long a rank waits for the others to call the same; they may still be reading their data.
-_PATIENCE = timedelta(minutes=5)
+_TIMEOUT = timedelta(minutes=5)
 # Rows that are compared between ranks, of each argument.
 _COMPARED = 256
 _alone = ContextVar("alone", default=False)
@@ -50,81 +50,81 @@ def one_process() -> Iterator[None]:
         _alone.reset(token)
 
 
-def ranks() -> Ranks:
+def process_group() -> KernelProcessGroup:
     """Return the ranks that share a computation called here: one where there are no others, or in ``one_process``."""
     if _alone.get() or not dist.is_available() or not dist.is_initialized():
-        return Ranks(1, 0)
-    return Ranks(dist.get_world_size(), dist.get_rank())
+        return KernelProcessGroup(1, 0)
+    return KernelProcessGroup(dist.get_world_size(), dist.get_rank())
 
 
-class Ranks:
+class KernelProcessGroup:
     """The processes that share a computation; all must call the same methods in the same order.
 
     In one process every method returns what it is given, and nothing is sent.
 
     Args:
-        number: P, how many there are.
-        index: this one's, from 0.
+        world_size: number of processes, P.
+        rank: index of this process, from 0.
 
     Raises:
         UserError: (all methods) a process is lost; uncaught, this one ends the program with its line alone.
 
     """
 
-    def __init__(self, number: int, index: int) -> None:
-        self.number, self.index = number, index
+    def __init__(self, world_size: int, rank: int) -> None:
+        self.world_size, self.rank = world_size, rank
 
-    def meet(self, name: str, *arguments: Any) -> None:
+    def check_same_call(self, name: str, *arguments: Any) -> None:
         """Wait until all ranks call ``name``, and compare its arguments.
 
         Raises:
             UserError: some rank does not come, or arguments differ.
 
         """
-        if self.number == 1:
+        if self.world_size == 1:
             return
         self._wait(name)
         with _errors_of_communication():
-            of_all: list[Any] = [None] * self.number
+            of_all: list[Any] = [None] * self.world_size
             dist.all_gather_object(of_all, [_compared(argument) for argument in arguments])
         if any(other != of_all[0] for other in of_all):
-            raise UserError(f"the {self.number} ranks have called {name} with different arguments: {_REMEDY}")
+            raise UserError(f"the {self.world_size} ranks have called {name} with different arguments: {_REMEDY}")
 
     def _wait(self, name: str) -> None:
         """Wait by the store, not by a collective, which would be taken for what a rank that is elsewhere calls next."""
         global _meetings
         store, key = dist.distributed_c10d._get_default_store(), f"stepwise_lightning/{_meetings}"
         try:
-            if store.add(key, 1) == self.number:
+            if store.add(key, 1) == self.world_size:
                 store.set(f"{key}/all", "met")
-            store.wait([f"{key}/all"], _PATIENCE)
+            store.wait([f"{key}/all"], _TIMEOUT)
         except RuntimeError as error:
             if lost := lost_process(error):
                 raise lost from None
             store.add(key, -1)  # they can still meet here later
             raise UserError(
-                f"rank {self.index} of {self.number} has called {name} and waited {_PATIENCE.total_seconds():.0f} s "
+                f"rank {self.rank} of {self.world_size} has called {name} and waited {_TIMEOUT.total_seconds():.0f} s "
                 f"for the others: {_REMEDY}"
             ) from error
         _meetings += 1
 
-    def agreed(self, compute: Callable[[], Result]) -> Result:
+    def run_or_raise_everywhere(self, compute: Callable[[], Result]) -> Result:
         """Return what ``compute`` gives on this rank, with nothing in it shared, if none of the ranks raises.
 
         Raises:
             UserError: on all ranks, that of the first one that has raised; a bug keeps its traceback where it is.
 
         """
-        if self.number == 1:
+        if self.world_size == 1:
             return compute()
         try:
             with one_process():
                 result, error = compute(), None
         except Exception as raised:
             error = raised
-        if self.total(torch.tensor([error is not None], dtype=torch.int64)) == 0:
+        if self.all_reduce_sum(torch.tensor([error is not None], dtype=torch.int64)) == 0:
             return result
-        texts: list[Any] = [None] * self.number
+        texts: list[Any] = [None] * self.world_size
         own = str(error) if isinstance(error, UserError) else error and f"a rank has failed: {reason(error)}"
         with _errors_of_communication():
             dist.all_gather_object(texts, own)
@@ -132,68 +132,68 @@ class Ranks:
             raise error
         raise UserError(next(text for text in texts if text is not None)) from error
 
-    def total(self, values: Tensor) -> Tensor:
+    def all_reduce_sum(self, values: Tensor) -> Tensor:
         """Return the sum over the ranks, the same bits on all."""
-        if self.number == 1:
+        if self.world_size == 1:
             return values
         sent = _sendable(values).clone(memory_format=torch.contiguous_format)
         with _errors_of_communication():
             dist.all_reduce(sent)
         return sent.to(values.device)
 
-    def of_first(self, values: Tensor) -> Tensor:
+    def broadcast(self, values: Tensor) -> Tensor:
         """Return what rank 0 holds, where others may differ in the last digits, and would decide differently."""
-        if self.number == 1:
+        if self.world_size == 1:
             return values
         sent = _sendable(values).clone(memory_format=torch.contiguous_format)
         with _errors_of_communication():
             dist.broadcast(sent, 0)
         return sent.to(values.device)
 
-    def share(self, size: int, multiple: int = 1, index: int | None = None) -> slice:
+    def shard(self, size: int, multiple: int = 1, rank: int | None = None) -> slice:
         """Return which of so many rows this rank holds (or another), in multiples of ``multiple``."""
         chunk = self._chunk(size, multiple)
-        start = min((self.index if index is None else index) * chunk, size)
+        start = min((self.rank if rank is None else rank) * chunk, size)
         return slice(start, min(start + chunk, size))
 
-    def gathered(self, own: Tensor, size: int, multiple: int = 1) -> Tensor:
-        """Return all rows, (size, …), of which each rank holds its :meth:`share`."""
-        if self.number == 1:
+    def all_gather_rows(self, own: Tensor, size: int, multiple: int = 1) -> Tensor:
+        """Return all rows, (size, …), of which each rank holds its :meth:`shard`."""
+        if self.world_size == 1:
             return own
         chunk = self._chunk(size, multiple)
         sent = _sendable(_padded(own, chunk))
-        rows = sent.new_empty(self.number * chunk, *own.shape[1:])
+        rows = sent.new_empty(self.world_size * chunk, *own.shape[1:])
         with _errors_of_communication():
             dist.all_gather_into_tensor(rows, sent)
         return rows[:size].to(own.device)
 
-    def scattered_total(self, rows: Tensor, multiple: int = 1) -> Tensor:
-        """Return this rank's :meth:`share` of the sum over the ranks of (size, …)."""
-        if self.number == 1:
+    def reduce_scatter_sum(self, rows: Tensor, multiple: int = 1) -> Tensor:
+        """Return this rank's :meth:`shard` of the sum over the ranks of (size, …)."""
+        if self.world_size == 1:
             return rows
         chunk = self._chunk(len(rows), multiple)
-        sent = _sendable(_padded(rows, self.number * chunk))
+        sent = _sendable(_padded(rows, self.world_size * chunk))
         own = sent.new_empty(chunk, *rows.shape[1:])
         with _errors_of_communication():
             dist.reduce_scatter_tensor(own, sent)
-        share = self.share(len(rows), multiple)
-        return own[: share.stop - share.start].to(rows.device)
+        shard = self.shard(len(rows), multiple)
+        return own[: shard.stop - shard.start].to(rows.device)
 
-    def by_rows(self, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    def map_rows(self, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         """Return ``function(x)``, of (k, …) to (k, …) row by row, each rank with its share of the rows."""
-        if self.number == 1:
+        if self.world_size == 1:
             return function(x)
-        share = self.share(len(x))
+        shard = self.shard(len(x))
         # a rank without a row takes one all the same, to know what a row of the result is
-        rows = self.agreed(lambda: function(x[share] if share.start < share.stop else x[:1]))
-        return self.gathered(rows[: share.stop - share.start], len(x))
+        rows = self.run_or_raise_everywhere(lambda: function(x[shard] if shard.start < shard.stop else x[:1]))
+        return self.all_gather_rows(rows[: shard.stop - shard.start], len(x))
 
-    def symmetric(self, function: Callable[[Tensor, Tensor], Tensor], x: Tensor) -> Tensor:
+    def symmetric_kernel(self, function: Callable[[Tensor, Tensor], Tensor], x: Tensor) -> Tensor:
         """Return ``function(x, x)``, a symmetric (k, k), each rank with as much of what is above the diagonal."""
-        if self.number == 1:
+        if self.world_size == 1:
             return function(x, x)
         start, stop = (
-            len(x) - round(len(x) * math.sqrt(1 - index / self.number)) for index in (self.index, self.index + 1)
+            len(x) - round(len(x) * math.sqrt(1 - rank / self.world_size)) for rank in (self.rank, self.rank + 1)
         )
 
         def part() -> Tensor:
@@ -207,10 +207,10 @@ class Ranks:
                 whole[stop:, start:stop] = whole[start:stop, stop:].T
             return whole
 
-        return self.total(self.agreed(part))
+        return self.all_reduce_sum(self.run_or_raise_everywhere(part))
 
     def _chunk(self, size: int, multiple: int) -> int:
-        return multiple * -(-size // (multiple * self.number))
+        return multiple * -(-size // (multiple * self.world_size))
 
 
 @contextmanager

@@ -5,7 +5,7 @@ import re
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
-from made_networks import IMAGES, SEQUENCES, VECTORS, brute_force, jacobian, linear, made
+from example_networks import IMAGES, SEQUENCES, VECTORS, brute_force, jacobian, linear, made
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 

@@ -6,7 +6,7 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
-from made_networks import IMAGES, SEQUENCES, TOKENS, VECTORS, brute_force, linear, made, with_old
+from example_networks import IMAGES, SEQUENCES, TOKENS, VECTORS, brute_force, linear, made, with_old
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize
 from torch.utils.checkpoint import checkpoint

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
-from made_networks import SEQUENCES, TOKENS, VECTORS, linear, made, with_old
+from example_networks import SEQUENCES, TOKENS, VECTORS, linear, made, with_old
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 

@@ -26,7 +26,7 @@ from stepwise_lightning.theory.ntk.layer_blocks import layerwise, least_numbers
 from stepwise_lightning.theory.ntk.layer_kernels import product
 from stepwise_lightning.theory.ntk.layers import Layers, NotLayerwiseError, Sizes
 from stepwise_lightning.theory.ntk.sample_checks import a_few, try_out
-from stepwise_lightning.theory.process_group import ranks
+from stepwise_lightning.theory.process_group import process_group
 
 # vmap keeps a few copies of what it differentiates.
 _COPIES = 4
@@ -98,11 +98,11 @@ class EmpiricalNTK(Parametrised):
         and parameters, and each gets the whole. What one rank calls alone stands in ``with one_process():``
         (:mod:`stepwise_lightning.theory.process_group`).
         """
-        team = ranks()
-        team.meet("EmpiricalNTK", x, y, *self.module.parameters())
+        group = process_group()
+        group.check_same_call("EmpiricalNTK", x, y, *self.module.parameters())
         if x is y:
-            return team.symmetric(self._alone, x)
-        return team.by_rows(lambda rows: self._alone(rows, y), x)
+            return group.symmetric_kernel(self._alone, x)
+        return group.map_rows(lambda rows: self._alone(rows, y), x)
 
     def _alone(self, x: Tensor, y: Tensor) -> Tensor:
         names = _chosen(self.module, self.parameters)

@@ -22,10 +22,10 @@ from stepwise_lightning.theory import (
     EmpiricalNTK,
     block_lanczos,
     linear_kernel,
+    process_group,
     rbf_kernel,
     relu_ntk,
 )
-from stepwise_lightning.theory import process_group as sharing
 from stepwise_lightning.theory.process_group import one_process
 
 RBF = partial(rbf_kernel, length_scale=2.0)
@@ -124,7 +124,7 @@ def alone(rank):
         return None
     with one_process():
         made = fitted(64, RBF, HELD, dense=False), EmpiricalNTK(network())(pairs()[0], pairs()[1])
-    sharing._PATIENCE = timedelta(seconds=0.2)
+    process_group._TIMEOUT = timedelta(seconds=0.2)
     try:
         EmpiricalNTK(network())(*pairs())
     except UserError as error:
