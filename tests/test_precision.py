@@ -17,7 +17,8 @@ from stepwise_lightning.spectrum import (
     participation_ratio,
     rankme,
 )
-from stepwise_lightning.spectrum.measures import MATRICES, measure
+from stepwise_lightning.spectrum.matrices import MATRICES
+from stepwise_lightning.spectrum.measures import measure
 from stepwise_lightning.spectrum.steps import crossing_times, detect_steps, num_crossed, num_grown
 from stepwise_lightning.theory import (
     ContrastiveKernelPCA,

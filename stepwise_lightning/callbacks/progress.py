@@ -14,16 +14,11 @@ from lightning.pytorch.callbacks import ProgressBar
 
 from stepwise_lightning.callbacks.clock import expected_end
 from stepwise_lightning.runs.folders import run_folder
+from stepwise_lightning.spectrum.matrices import phrase
 from stepwise_lightning.spectrum.record import SpectrumRecord
 
 __all__ = ["LineProgress", "Plan", "outcome"]
 
-_SHORT = {
-    "cross_correlation": "C",
-    "covariance": "the covariance",
-    "normalized_covariance": "the normalised covariance",
-    "tangent_covariance": "the tangent covariance",
-}
 _LEAST_SECONDS = 10.0  # between two lines of progress
 _SHARE = 0.05  # of the time gone by, which later comes between them
 
@@ -152,9 +147,9 @@ def _found(record: SpectrumRecord, driven: str | None) -> str:
             counts[matrix] = record.detect_steps(matrix).num_distinct
     if not counts:
         return "too little was measured to look for steps"
-    with_steps = {_SHORT.get(matrix, matrix): count for matrix, count in counts.items() if count}
+    with_steps = {phrase(matrix): count for matrix, count in counts.items() if count}
     if not with_steps:
-        return f"no steps in {', '.join(_SHORT.get(matrix, matrix) for matrix in counts if '.' not in matrix)}"
+        return f"no steps in {', '.join(phrase(matrix) for matrix in counts if '.' not in matrix)}"
     (first, count), *others = with_steps.items()
     rest = "".join(f", {number} in {matrix}" for matrix, number in others)
     return f"{count} distinct step{'' if count == 1 else 's'} in {first}{rest}"

@@ -31,7 +31,8 @@ from stepwise_lightning.features import (
 )
 from stepwise_lightning.precision import as_float64
 from stepwise_lightning.runs.folders import free_name, run_folder
-from stepwise_lightning.spectrum.measures import MATRICES, measure
+from stepwise_lightning.spectrum.matrices import MATRICES
+from stepwise_lightning.spectrum.measures import measure
 from stepwise_lightning.spectrum.record import Measurement, Spectrum, SpectrumRecord
 from stepwise_lightning.spectrum.schedule import Schedule
 

@@ -11,6 +11,7 @@ import lightning as L
 from lightning.pytorch.utilities import rank_zero_warn
 
 from stepwise_lightning.runs.loggers import tensorboard_writer, tensorboard_writers
+from stepwise_lightning.spectrum.matrices import tag_prefix
 from stepwise_lightning.spectrum.record import SpectrumRecord
 
 NAME = "spectrum"  # of a logger; another name is put before the groups
@@ -18,7 +19,6 @@ NAME = "spectrum"  # of a logger; another name is put before the groups
 GLANCE = "At a glance"
 SUBMODULE_MODES = 16  # eigenvalues of a submodule that become scalars and lines
 _MODE_CHARTS = 8
-_SHORT = {"cross_correlation": "C"}
 
 
 @dataclass(frozen=True)
@@ -42,8 +42,7 @@ class Lead:
 
 def group(matrix: str, name: str = NAME) -> str:
     """Return what comes before a quantity in its tag, such as ``C`` or ``encoder.backbone/covariance``."""
-    submodule, _, kind = matrix.rpartition(".")
-    return "/".join(part for part in ("" if name == NAME else name, submodule, _SHORT.get(kind, kind)) if part)
+    return tag_prefix(matrix) if name == NAME else f"{name}/{tag_prefix(matrix)}"
 
 
 def glance(quantity: str, name: str = NAME) -> str:
@@ -207,7 +206,7 @@ def layout(matrices: Iterable[str], lead: Lead, name: str, modes: int) -> dict[s
     for matrix in matrices:
         submodule, _, kind = matrix.rpartition(".")
         category = categories.setdefault(f"{prefix}{submodule or 'embedding'}, all eigenvalues", {})
-        category[_SHORT.get(kind, kind)] = chart(f"{group(matrix, name)}/eig_[0-9]+")
+        category[tag_prefix(kind)] = chart(f"{group(matrix, name)}/eig_[0-9]+")
     return {category: charts for category, charts in categories.items() if charts}
 
 

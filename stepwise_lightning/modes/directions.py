@@ -7,11 +7,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize
 
 from stepwise_lightning.errors import UserError
 from stepwise_lightning.precision import as_float64
-from stepwise_lightning.spectrum.measures import MATRICES
+from stepwise_lightning.spectrum.matrices import MATRICES, TABLE, mean_direction
 
 __all__ = ["Modes"]
 
@@ -66,8 +65,8 @@ class Modes:
             raise UserError(f"unknown matrix {matrix!r}; choose from: {', '.join(MATRICES)}")
         z = [as_float64(view.detach(), "the embeddings") for view in ([views] if isinstance(views, Tensor) else views)]
         _check(z, matrix)
-        axis = normalize(normalize(torch.cat(z)).mean(0), dim=0) if matrix == "tangent_covariance" else None
-        seen = [_seen(view, matrix, axis) for view in z]
+        axis = mean_direction(torch.cat(z)) if matrix == "tangent_covariance" else None
+        seen = [TABLE[matrix].transform(view, axis) for view in z]
         origin = torch.cat(seen).mean(0)
         if matrix == "cross_correlation":
             first, second = (view - view.mean(0) for view in seen)
@@ -86,15 +85,7 @@ class Modes:
 
     def coordinates(self, z: Tensor) -> Tensor:
         """Return the coordinates of embeddings (n, d) along the modes, (n, k), float64; gradients pass through."""
-        return (_seen(z.double(), self.matrix, self.axis) - self.origin) @ self.directions
-
-
-def _seen(z: Tensor, matrix: str, axis: Tensor | None) -> Tensor:
-    """Return embeddings as a matrix sees them."""
-    if matrix in ("cross_correlation", "covariance"):
-        return z
-    unit = normalize(z)
-    return unit if axis is None else unit - (unit @ axis)[:, None] * axis
+        return (TABLE[self.matrix].transform(z.double(), self.axis) - self.origin) @ self.directions
 
 
 def _check(z: list[Tensor], matrix: str) -> None:

@@ -16,6 +16,7 @@ from torch.nn.functional import avg_pool2d, pad
 from stepwise_lightning.data.augmentation import AugmentationParameters
 from stepwise_lightning.modes.attributes import ATTRIBUTES
 from stepwise_lightning.modes.variations import parameters
+from stepwise_lightning.spectrum.matrices import phrase
 
 if TYPE_CHECKING:
     from stepwise_lightning.modes.portraits import ModePortraits
@@ -25,12 +26,6 @@ __all__ = ["page"]
 _SIDE = 96  # of a picture, at the most, in pixels of its own
 _CLASSES = 6  # at each end, where there are more than twice as many
 _POSITIVE, _NEGATIVE, _SHARE = "0,114,178", "213,94,0", "0,158,115"  # Okabe and Ito's blue, vermilion, green
-_MATRICES = {
-    "cross_correlation": "C, the cross-correlation of the views",
-    "covariance": "the covariance",
-    "normalized_covariance": "the normalised covariance",
-    "tangent_covariance": "the tangent covariance",
-}
 _STYLE = """
 :root { color-scheme: light; }
 body { font: 15px/1.5 system-ui, sans-serif; color: #222; background: #fff; max-width: 1180px; margin: 0 auto;
@@ -60,7 +55,7 @@ def page(portraits: ModePortraits) -> str:
     title = f"Modes of {portraits.run}"
     count, known = len(portraits.modes), int((portraits.labels >= 0).sum())
     facts = (
-        f"{count} learned mode{'s' * (count != 1)} of {_MATRICES[portraits.modes.matrix]}, looked at with "
+        f"{count} learned mode{'s' * (count != 1)} of {phrase(portraits.modes.matrix)}, looked at with "
         f"{len(portraits.images)} images ({portraits.data}), {known or 'none'} of them with a label; "
         f"augmentation: {portraits.augmentation}"
     )

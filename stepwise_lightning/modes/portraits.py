@@ -25,7 +25,7 @@ from stepwise_lightning.modes.images import (
 )
 from stepwise_lightning.modes.sensitivity import mean_gradients, occlusion_maps
 from stepwise_lightning.runs.saved import checkpoint_of, configuration_of
-from stepwise_lightning.spectrum.measures import MATRICES
+from stepwise_lightning.spectrum.matrices import MATRICES
 from stepwise_lightning.spectrum.record import SpectrumRecord
 from stepwise_lightning.trained import input_settings, load_encoder
 

@@ -16,17 +16,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from stepwise_lightning.plots.figures import Figure
+from stepwise_lightning.spectrum.matrices import axis_label
 from stepwise_lightning.spectrum.record import SpectrumRecord
 
 Array = NDArray[np.float64]
 TIME = "time  (learning rate × step)"
-# In two lines, because an axis is short.
-_LABELS = {
-    "cross_correlation": "eigenvalues of C",
-    "covariance": "eigenvalues of\nthe covariance",
-    "normalized_covariance": "eigenvalues of the\nnormalised covariance",
-    "tangent_covariance": "eigenvalues of the\ntangent covariance",
-}
 # Okabe and Ito's, and two more, which colour-blind readers can tell apart too.
 CLASS_COLOURS = (
     "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#000000", "#999999", "#882255", "#F0E442",
@@ -69,7 +63,7 @@ class Panel:
     @property
     def label(self) -> str:
         """What the axis of its eigenvalues is called."""
-        return _LABELS.get(self.name.rpartition(".")[2], f"eigenvalues of\n{self.name}")
+        return axis_label(self.name)
 
     @cached_property
     def times(self) -> Array:

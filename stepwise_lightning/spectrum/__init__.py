@@ -1,7 +1,7 @@
 """The spectrum of embeddings: eigenvalues, what they say, and the callback that measures them in training."""
 
+from stepwise_lightning.spectrum.matrices import MATRICES
 from stepwise_lightning.spectrum.measures import (
-    MATRICES,
     alpha_req,
     cross_correlation_eigenvalues,
     effective_rank,

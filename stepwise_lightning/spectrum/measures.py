@@ -15,8 +15,7 @@ from torch import Tensor
 
 from stepwise_lightning.errors import UserError
 from stepwise_lightning.precision import as_float64
-
-MATRICES = ("cross_correlation", "covariance", "normalized_covariance", "tangent_covariance")
+from stepwise_lightning.spectrum.matrices import TABLE
 
 
 def embedding_eigenvalues(z: Tensor, center: bool = True) -> Tensor:
@@ -151,7 +150,7 @@ def measure(matrix: str, views: Sequence[Tensor], center: bool = False) -> tuple
     if matrix == "cross_correlation":
         eigenvalues = cross_correlation_eigenvalues(views[0], views[1], center=center)
     else:
-        z = _as_seen(matrix, torch.cat(views))
+        z = TABLE[matrix].transform(_matrix(torch.cat(views)), None)
         eigenvalues = embedding_eigenvalues(z)
     eigenvalues = eigenvalues.cpu()
     measures = {
@@ -178,15 +177,7 @@ def tangent_coordinates(z: Tensor) -> Tensor:
         ValueError: ``z`` is not a non-empty, finite matrix.
 
     """
-    unit = torch.nn.functional.normalize(_matrix(z))
-    mean = torch.nn.functional.normalize(unit.mean(0), dim=0)
-    return unit - (unit @ mean)[:, None] * mean
-
-
-def _as_seen(matrix: str, z: Tensor) -> Tensor:
-    if matrix == "tangent_covariance":
-        return tangent_coordinates(z)
-    return torch.nn.functional.normalize(z) if matrix == "normalized_covariance" else z
+    return TABLE["tangent_covariance"].transform(_matrix(z), None)
 
 
 def _matrix(z: Tensor) -> Tensor:

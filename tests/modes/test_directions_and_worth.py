@@ -6,7 +6,8 @@ import torch
 from stepwise_lightning import mode_worth
 from stepwise_lightning.modes import Modes
 from stepwise_lightning.spectrum import cross_correlation_eigenvalues, embedding_eigenvalues
-from stepwise_lightning.spectrum.measures import MATRICES, measure
+from stepwise_lightning.spectrum.matrices import MATRICES
+from stepwise_lightning.spectrum.measures import measure
 
 GENERATOR = torch.Generator().manual_seed(0)
 Z = torch.randn(2, 40, 6, generator=GENERATOR) * torch.logspace(0, -1.5, 6) + 0.4
