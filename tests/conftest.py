@@ -1,20 +1,52 @@
-"""What is collected: the comparisons with other libraries only where those are installed (``make test-peers``)."""
+"""Fixtures of all tests. The comparisons with other libraries run where those are installed (``make test-peers``)."""
 
 import logging
 import signal
+from importlib import import_module
 from importlib.util import find_spec
 
 import pytest
-import torch
+from fresh_processes import PRELOAD, ProcessServer
 
 collect_ignore = [] if find_spec("lightly") else ["peers"]
-# The networks are small: a second thread gains little, and on a busy machine costs many times the step.
-torch.set_num_threads(1)
-# In the background of a script Ctrl-C is ignored, and whatever the tests start and interrupt would inherit that.
-signal.signal(signal.SIGINT, signal.default_int_handler)
+_SERVER = pytest.StashKey[ProcessServer]()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Set up the processes that run tests, which the controller of pytest-xdist does not."""
+    if config.getoption("numprocesses", None):
+        return
+    import torch
+
+    # The networks are small: a second thread gains little, and on a busy machine costs many times the step.
+    torch.set_num_threads(1)
+    # In the background of a script Ctrl-C is ignored, and processes that the tests start would inherit that.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    if hasattr(config, "workerinput"):  # a worker of pytest-xdist imports these in any case, the server shares them
+        for name in PRELOAD:
+            import_module(name)
+    config.stash[_SERVER] = ProcessServer()
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """End the server of fresh processes."""
+    if _SERVER in config.stash:
+        config.stash[_SERVER].close()
+
+
+@pytest.fixture(scope="session")
+def processes(pytestconfig: pytest.Config) -> ProcessServer:
+    """Return a server that runs functions in fresh processes, or on the ranks of a process group.
+
+    ``processes.run(function, *args)`` returns the value of ``function(*args)`` in a fresh process,
+    ``processes.run_ranks(2, function, *args)`` the values of two ranks, and ``processes.launch`` returns exit statuses
+    and output instead of failing the test. The function must be importable: define it at the top level of the module.
+    Use this rather than ``subprocess`` with ``sys.executable``, which imports torch and Lightning once more.
+    """
+    return pytestconfig.stash[_SERVER]
 
 
 @pytest.fixture(autouse=True)
-def _lightning_speaks():
-    """Undo what the figures do to Lightning's messages: other tests read them."""
+def _lightning_messages() -> None:
+    """Undo the change of Lightning's log level by the figures: other tests read the messages."""
     logging.getLogger("lightning.pytorch").setLevel(logging.INFO)

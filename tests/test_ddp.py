@@ -1,6 +1,5 @@
-"""Two and three real processes, each with its own shard, compute what one process computes on the joined batch."""
+"""Ranks that each hold a shard of the batch compute the gradients and weights of one process on the whole batch."""
 
-import warnings
 from itertools import product
 
 import pytest
@@ -34,7 +33,7 @@ RATES = {
 
 
 class Block(nn.Module):
-    """A residual block with batch normalisation."""
+    """Residual block with batch normalization."""
 
     def __init__(self, channels):
         super().__init__()
@@ -64,7 +63,7 @@ def plain_network():
 
 
 def batches(steps=STEPS, dtype=torch.float64):
-    """Return global batches, (steps, 2 views, samples, 3, h, w); the views have much in common."""
+    """Return global batches, (steps, 2 views, samples, 3, h, w), of strongly correlated views."""
     generator = torch.Generator().manual_seed(1)
     common = torch.randn(steps, 1, GLOBAL_BATCH, 3, IMAGE, IMAGE, dtype=dtype, generator=generator)
     noise = torch.randn(steps, 2, GLOBAL_BATCH, 3, IMAGE, IMAGE, dtype=dtype, generator=generator)
@@ -72,7 +71,7 @@ def batches(steps=STEPS, dtype=torch.float64):
 
 
 class Step(nn.Module):
-    """What Lightning wraps into DDP: the training step, logging apart."""
+    """Training step without logging, as Lightning wraps it in DDP."""
 
     def __init__(self, method, encoder):
         super().__init__()
@@ -89,7 +88,7 @@ def gradients(step, shards):
 
 
 def trained(step, rate, shards):
-    """Return the losses on the way and the state after one step of SGD on each shard."""
+    """Train with one step of SGD on each shard; return the losses and the final state."""
     optimizer = torch.optim.SGD(step.parameters(), lr=rate, momentum=0.9)
     losses = []
     for views in shards:
@@ -102,8 +101,8 @@ def trained(step, rate, shards):
     return {"losses": torch.tensor(losses, dtype=torch.float64), **state}
 
 
-def everything(wrap, shards):
-    """Return what is compared: gradients without, and training with, batch normalisation, for each method."""
+def all_results(wrap, shards):
+    """Return gradients without and with batch normalization, and the result of training, for each method."""
     results = {}
     for method in METHODS:
         results[method, "gradients"] = gradients(wrap(Step(method, plain_network())), shards)
@@ -123,32 +122,29 @@ def unequal_shards_message(rank):
         return str(error)
 
 
-def worker(rank, world_size, directory):
-    warnings.simplefilter("error")
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{directory}/rendezvous", rank=rank, world_size=world_size)
+def rank_results():
+    dist.init_process_group("gloo")
+    rank, world_size = dist.get_rank(), dist.get_world_size()
     shard = slice(rank * GLOBAL_BATCH // world_size, (rank + 1) * GLOBAL_BATCH // world_size)
-    results = everything(wrap_in_ddp, batches()[:, :, shard])
+    results = all_results(wrap_in_ddp, batches()[:, :, shard])
     results["unequal"] = unequal_shards_message(rank)
-    torch.save(results, f"{directory}/{rank}.pt")
     dist.destroy_process_group()
+    return results
 
 
 @pytest.fixture(scope="module")
 def one_process():
-    return everything(lambda step: step, batches())
+    return all_results(lambda step: step, batches())
 
 
 @pytest.fixture(scope="module", params=[2, pytest.param(3, marks=pytest.mark.slow)])
-def ranks(request, tmp_path_factory):
+def ranks(request, processes):
     """Return the results of each rank."""
-    directory = tmp_path_factory.mktemp("ranks")
-    torch.multiprocessing.spawn(worker, (request.param, str(directory)), request.param)
-    return [torch.load(directory / f"{rank}.pt") for rank in range(request.param)]
+    return processes.run_ranks(request.param, rank_results)
 
 
 def assert_same(actual, expected, tolerance, case):
-    """Compare tensor by tensor in the norm, relative to the largest where one is zero up to rounding."""
+    """Compare the norm of each tensor's difference, relative to the largest tensor where one is zero up to rounding."""
     assert actual.keys() == expected.keys(), case
     scale = max(value.double().norm() for value in expected.values())
     for name, value in expected.items():
@@ -156,29 +152,29 @@ def assert_same(actual, expected, tolerance, case):
         assert difference <= tolerance * max(value.double().norm(), 1e-3 * scale), (case, name, difference)
 
 
-# Not parametrized by method: the processes of the fixture would be started once in each of pytest-xdist's.
-def test_gradients_averaged_by_ddp_are_those_of_the_joined_batch(one_process, ranks):
+# Not parametrized by method: each worker of pytest-xdist would compute the fixtures.
+def test_ddp_gradients_equal_gradients_of_the_whole_batch(one_process, ranks):
     for method, quantity in product(METHODS, ["gradients", "resnet_gradients"]):
         for rank in ranks:
             assert_same(rank[method, quantity], one_process[method, quantity], 1e-10, (method, quantity))
 
 
-def test_weights_after_20_steps_with_sync_batchnorm_are_those_of_one_process(one_process, ranks):
+def test_training_with_sync_batchnorm_equals_one_process(one_process, ranks):
     for method in METHODS:
         expected = one_process[method, "trained"]
-        assert expected["losses"][-1] < 0.9 * expected["losses"][0], method  # it did learn
+        assert expected["losses"][-1] < 0.9 * expected["losses"][0], method  # training makes progress
         for rank in ranks:
-            # Sums over the batch are taken in another order; 20 steps amplify that rounding.
+            # The order of sums over the batch differs; 20 steps amplify this rounding error.
             assert_same(rank[method, "trained"], expected, 1e-9, method)
 
 
-def test_unequal_shards_are_one_clear_line_on_every_rank(ranks):
+def test_unequal_shards_raise_one_line_on_every_rank(ranks):
     sizes = [3 + rank for rank in range(len(ranks))]
     for rank in ranks:
         assert rank["unequal"].startswith(f"every rank must hold equally many samples, but they hold {sizes}: ")
 
 
-def test_one_process_gathers_nothing():
+def test_all_gather_in_one_process_returns_its_input():
     z = torch.zeros(3, 2)
     assert all_gather_with_grad(z) is z
     check_equal_shards(z)
