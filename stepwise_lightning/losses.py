@@ -10,8 +10,11 @@ have the type of the embeddings.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import reduce
+from typing import Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -189,6 +192,47 @@ def vicreg_terms(
             "variance": variance_weight * (hinges[0] + hinges[1]) / 2,
             "covariance": covariance_weight * (squares[0] + squares[1]),
         }
+
+
+@dataclass(frozen=True)
+class Loss:
+    """Name, title, function and driven matrix of a loss."""
+
+    name: str
+    """Name in configurations and in the arguments of the theory."""
+    title: str
+    """Name in figures and tables."""
+    function: Callable[..., Tensor]
+    """``function(z1, z2, **settings)`` returns a scalar."""
+    driven_matrix: str
+    """The matrix of ``stepwise_lightning.spectrum.MATRICES`` whose eigenvalues the loss drives."""
+
+
+LOSSES = {
+    loss.name: loss
+    for loss in (
+        Loss("barlow_twins", "Barlow Twins", barlow_twins_loss, "cross_correlation"),
+        Loss("vicreg", "VICReg", vicreg_loss, "covariance"),
+        # In the covariance of normalised embeddings the arc of the first mode has two eigenvalues; here it has one.
+        Loss("simclr", "SimCLR", simclr_loss, "tangent_covariance"),
+    )
+}
+
+
+def loss_settings(loss: str, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return all settings of a loss: its defaults, updated with ``settings``.
+
+    Raises:
+        ValueError: an unknown loss, or a setting that the loss does not have.
+
+    """
+    if loss not in LOSSES:
+        raise UserError(f"loss must be one of {', '.join(map(repr, LOSSES))}, got {loss!r}")
+    parameters = list(inspect.signature(LOSSES[loss].function).parameters.values())[2:]
+    defaults = {parameter.name: parameter.default for parameter in parameters}
+    if unknown := sorted(settings.keys() - defaults.keys()):
+        raise UserError(f"{loss} has no setting {', '.join(unknown)}; it has {', '.join(defaults)}")
+    return defaults | dict(settings)
 
 
 def _off_diagonal(matrix: Tensor) -> Tensor:

@@ -34,8 +34,9 @@ class JointEmbedding(L.LightningModule):
     Training stops with a FloatingPointError when the loss is NaN or infinite, and a checkpoint of such weights is
     never written, so that the last good one stays.
 
-    ``driven_matrix``, a class attribute, names the matrix whose eigenvalues the loss drives, in which steps are counted
-    (``stepwise_lightning.spectrum.MATRICES``); None where that is not known. ``SpectrumLogger`` shows it first.
+    Class attributes: ``loss_name`` is the name of the loss in ``stepwise_lightning.losses.LOSSES``, if it is one of
+    these; ``driven_matrix`` is the matrix whose eigenvalues the loss drives (``stepwise_lightning.spectrum.MATRICES``),
+    or None if it is unknown. ``SpectrumLogger`` shows it first.
 
     Args:
         encoder: module from a view (n, …) to embeddings (n, d).
@@ -54,6 +55,7 @@ class JointEmbedding(L.LightningModule):
 
     """
 
+    loss_name: str | None = None
     driven_matrix: str | None = None
 
     def __init__(
@@ -207,7 +209,8 @@ class BarlowTwins(JointEmbedding):
 
     """
 
-    driven_matrix = "cross_correlation"
+    loss_name = "barlow_twins"
+    driven_matrix = losses.LOSSES[loss_name].driven_matrix
 
     def __init__(
         self,
@@ -237,8 +240,8 @@ class BarlowTwins(JointEmbedding):
 class SimCLR(JointEmbedding):
     """SimCLR; for ``temperature`` see :func:`simclr_loss`, for other arguments :class:`JointEmbedding`."""
 
-    # What it sees are normalised embeddings; in this one of their matrices a mode is a dimension.
-    driven_matrix = "tangent_covariance"
+    loss_name = "simclr"
+    driven_matrix = losses.LOSSES[loss_name].driven_matrix
 
     def __init__(
         self,
@@ -261,7 +264,8 @@ class SimCLR(JointEmbedding):
 class VICReg(JointEmbedding):
     """VICReg; for the loss's arguments see :func:`vicreg_loss`, for others :class:`JointEmbedding`."""
 
-    driven_matrix = "covariance"
+    loss_name = "vicreg"
+    driven_matrix = losses.LOSSES[loss_name].driven_matrix
 
     def __init__(
         self,

@@ -31,14 +31,15 @@ from reproduce.processes import each
 from stepwise_lightning.errors import DivergedError, UserError
 from stepwise_lightning.forecasts import forecast
 from stepwise_lightning.forecasts.simulate import unseen_batches
+from stepwise_lightning.losses import LOSSES
 from stepwise_lightning.modules import JointEmbedding
 
 PAPER = "Not in the paper: its theory, made a tool."
 # What is trained, with the momentum of its configuration or another.
 KINDS = {
-    "barlow_twins": ("Barlow Twins", "barlow_twins", None),
-    "barlow_twins_momentum": ("Barlow Twins, momentum 0.9", "barlow_twins", 0.9),
-    "vicreg": ("VICReg", "vicreg", None),
+    "barlow_twins": (LOSSES["barlow_twins"].title, "barlow_twins", None),
+    "barlow_twins_momentum": (f"{LOSSES['barlow_twins'].title}, momentum 0.9", "barlow_twins", 0.9),
+    "vicreg": (LOSSES["vicreg"].title, "vicreg", None),
 }
 SAFE, BEYOND = 0.8, 1.25  # times what is safe, which must train; times the limit, which must not
 OF_LIMIT = (0.5, 0.64, 0.8, 1.0, BEYOND, 1.6)

@@ -6,35 +6,45 @@ from dataclasses import dataclass
 from typing import Any
 
 from stepwise_lightning import BarlowTwins, SimCLR, VICReg
-from stepwise_lightning.losses import OFF_DIAGONAL_WEIGHT
+from stepwise_lightning.losses import LOSSES, OFF_DIAGONAL_WEIGHT, Loss
 from stepwise_lightning.modules import JointEmbedding
 
 
 @dataclass(frozen=True)
 class Method:
-    """How a loss is called, and how its runs are judged."""
+    """Module of a loss, and the criteria for its runs."""
 
-    title: str
     module: type[JointEmbedding]
-    matrix: str
-    """Whose eigenvalues its steps are counted in: what the loss itself sees."""
     smoke_learning_rate: float
     least_steps: dict[str, int]
-    """Distinct steps that every seed must show, by profile; smoke has four dimensions."""
+    """Least number of distinct steps for every seed, by profile; smoke has four dimensions."""
     control: str
-    """The variant that must show fewer: with nothing that keeps dimensions apart, or without a small start."""
+    """Variant that must show fewer steps: without a term that decorrelates dimensions, or without a small start."""
+
+    @property
+    def loss(self) -> Loss:
+        """Name, title and driven matrix."""
+        return LOSSES[str(self.module.loss_name)]
+
+    @property
+    def title(self) -> str:
+        """Name of the loss in figures."""
+        return self.loss.title
+
+    @property
+    def matrix(self) -> str:
+        """Matrix in whose eigenvalues steps are counted."""
+        return self.loss.driven_matrix
 
 
-# By the name that configurations and runs carry.
+# By the names of the losses, in configurations and run folders.
 METHODS = {
-    # Drives the eigenvalues of C from 0 to 1.
-    "barlow_twins": Method(
-        "Barlow Twins", BarlowTwins, "cross_correlation", 0.003, {"smoke": 3, "cpu": 5, "full": 5}, "no_off_diagonal"
-    ),
-    # Knows no scale but that of its variance.
-    "vicreg": Method("VICReg", VICReg, "covariance", 0.001, {"smoke": 2, "cpu": 4, "full": 4}, "no_covariance"),
-    # Sees normalised embeddings alone, in whose covariance the arc of the first mode has two eigenvalues: not in this.
-    "simclr": Method("SimCLR", SimCLR, "tangent_covariance", 0.0005, {"smoke": 2, "cpu": 4, "full": 4}, "ordinary"),
+    method.loss.name: method
+    for method in (
+        Method(BarlowTwins, 0.003, {"smoke": 3, "cpu": 5, "full": 5}, "no_off_diagonal"),
+        Method(VICReg, 0.001, {"smoke": 2, "cpu": 4, "full": 4}, "no_covariance"),
+        Method(SimCLR, 0.0005, {"smoke": 2, "cpu": 4, "full": 4}, "ordinary"),
+    )
 }
 # Each is trained from both.
 STARTS = ("small", "ordinary")

@@ -18,9 +18,10 @@ from stepwise_lightning.callbacks.spectrum_logger import SpectrumLogger
 from stepwise_lightning.encoders import bias_of
 from stepwise_lightning.errors import UserError
 from stepwise_lightning.features import views_in
-from stepwise_lightning.forecasts.forecast import MATRICES, Forecast
+from stepwise_lightning.forecasts.forecast import Forecast
 from stepwise_lightning.forecasts.sgd import Training, last_layer, loss_of, velocity_of
 from stepwise_lightning.forecasts.simulate import NUM_PAIRS, forecast_of_features
+from stepwise_lightning.losses import LOSSES
 from stepwise_lightning.modules import JointEmbedding, SimCLR
 
 __all__ = ["ForecastLogger", "LiveForecast"]
@@ -90,7 +91,7 @@ class ForecastLogger(L.Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Begin to listen to what enters the last layer when spectra are measured."""
         spectra = [c for c in trainer.callbacks if isinstance(c, SpectrumLogger)]  # type: ignore[attr-defined]
-        self._matrix = MATRICES[self.loss or loss_of(pl_module)]
+        self._matrix = LOSSES[self.loss or loss_of(pl_module)].driven_matrix
         if not any(self._matrix in spectrum.matrices and spectrum.output for spectrum in spectra):
             raise UserError(
                 f"ForecastLogger needs a SpectrumLogger in the Trainer that measures {self._matrix}: add it to matrices"

@@ -9,13 +9,11 @@ import torch
 from torch import Tensor
 
 from stepwise_lightning.forecasts.learning_rates import StableRates
+from stepwise_lightning.losses import LOSSES
 from stepwise_lightning.spectrum.record import SpectrumRecord
 
-__all__ = ["MATRICES", "Forecast", "crossings", "quickened"]
+__all__ = ["Forecast", "crossings", "quickened"]
 
-# In which matrix the steps of each loss are counted.
-MATRICES = {"barlow_twins": "cross_correlation", "vicreg": "covariance", "simclr": "tangent_covariance"}
-_TITLES = {"barlow_twins": "Barlow Twins", "vicreg": "VICReg", "simclr": "SimCLR"}
 # Typical relative error of the first mode's step and of later ones', before training; NaN is not promised.
 _ERRORS = {"barlow_twins": (0.06, 0.15), "simclr": (0.06, 0.2), "vicreg": (0.07, math.nan)}
 # Of the time that remains until the next mode, while training goes on.
@@ -63,7 +61,7 @@ class Forecast:
     @property
     def matrix(self) -> str:
         """In which matrix the steps of this loss are counted."""
-        return MATRICES[self.loss]
+        return LOSSES[self.loss].driven_matrix
 
     @property
     def largest_learning_rate(self) -> float:
@@ -141,7 +139,7 @@ class Forecast:
 
     def __str__(self) -> str:
         lines = [
-            f"{_TITLES[self.loss]}, learning rate {self.learning_rate:.3g}, momentum {self.momentum:g}, "
+            f"{LOSSES[self.loss].title}, learning rate {self.learning_rate:.3g}, momentum {self.momentum:g}, "
             f"{self.num_pairs} pairs, from step {self.start} to {self.max_steps}",
             "mode  learned at step       typical range   share of the steps",
         ]

@@ -13,12 +13,10 @@ from torch import Tensor, nn
 from stepwise_lightning.encoders import LinearEncoder, bias_of, last_linear
 from stepwise_lightning.errors import UserError
 from stepwise_lightning.features import Views, capture, on_device, views_in
-from stepwise_lightning.modules import BarlowTwins, JointEmbedding, SimCLR, VICReg, rate_factor
-from stepwise_lightning.theory.growth import loss_settings
+from stepwise_lightning.losses import LOSSES, loss_settings
+from stepwise_lightning.modules import JointEmbedding, rate_factor
 
 __all__ = ["Training", "last_features", "last_layer", "loss_of", "velocity_of"]
-
-_LOSSES: dict[type[JointEmbedding], str] = {BarlowTwins: "barlow_twins", VICReg: "vicreg", SimCLR: "simclr"}
 
 
 @dataclass(frozen=True)
@@ -83,13 +81,12 @@ class Training:
 
 
 def loss_of(module: nn.Module) -> str:
-    """Return the loss of one of this package's modules, by its name; UserError for another module."""
-    for kind, loss in _LOSSES.items():
-        if isinstance(module, kind):
-            return loss
+    """Return the name of the loss of one of this package's modules; raise UserError for another module."""
+    if isinstance(module, JointEmbedding) and module.loss_name is not None:
+        return module.loss_name
     raise UserError(
-        f"{type(module).__name__} is none of this package's modules: give loss='barlow_twins', 'vicreg' or 'simclr' "
-        "with its settings, and a learning_rate"
+        f"{type(module).__name__} is not a module of this package: give loss={', '.join(map(repr, LOSSES))}, with its "
+        "settings and a learning_rate"
     )
 
 

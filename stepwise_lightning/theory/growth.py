@@ -15,45 +15,21 @@ Legend
 
 from __future__ import annotations
 
-import inspect
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from stepwise_lightning import losses
 from stepwise_lightning.errors import UserError
+from stepwise_lightning.losses import loss_settings
 from stepwise_lightning.precision import as_float64
 from stepwise_lightning.theory.moments import FeatureMoments
 
-__all__ = ["expected_steps", "growth_matrix", "heavy_ball_growth", "loss_settings"]
+__all__ = ["expected_steps", "growth_matrix", "heavy_ball_growth"]
 
 # A mode has no start of its own where less than this share of it is outside the faster modes.
 _DEPENDENT = 1e-13
-
-_LOSSES: dict[str, Callable[..., Tensor]] = {
-    "barlow_twins": losses.barlow_twins_loss,
-    "vicreg": losses.vicreg_loss,
-    "simclr": losses.simclr_loss,
-}
-
-
-def loss_settings(loss: str, given: dict[str, Any]) -> dict[str, Any]:
-    """Return all settings of a loss: its own defaults, and what is given.
-
-    Raises:
-        ValueError: no such loss, or a setting that it does not have.
-
-    """
-    if loss not in _LOSSES:
-        raise UserError(f"loss must be one of {', '.join(map(repr, _LOSSES))}, got {loss!r}")
-    parameters = list(inspect.signature(_LOSSES[loss]).parameters.values())[2:]
-    defaults = {parameter.name: parameter.default for parameter in parameters}
-    if unknown := sorted(given.keys() - defaults.keys()):
-        raise UserError(f"{loss} has no setting {', '.join(unknown)}; it has {', '.join(defaults)}")
-    return defaults | given
 
 
 def growth_matrix(loss: str, h1: Tensor, h2: Tensor, dim: int, bias_norm: float = 1.0, **settings: Any) -> Tensor:

@@ -21,9 +21,10 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from stepwise_lightning.errors import UserError
+from stepwise_lightning.losses import loss_settings
 from stepwise_lightning.precision import as_float64, single_threaded
 from stepwise_lightning.spectrum.measures import tangent_coordinates
-from stepwise_lightning.theory.growth import growth_matrix, loss_settings
+from stepwise_lightning.theory.growth import growth_matrix
 from stepwise_lightning.theory.layer_gradients import layer_gradient
 from stepwise_lightning.theory.moments import FeatureMoments, checked_features
 
