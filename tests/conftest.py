@@ -6,10 +6,9 @@ from importlib import import_module
 from importlib.util import find_spec
 
 import pytest
-from fresh_processes import PRELOAD, ProcessServer
+from fresh_processes import PRELOAD, ProcessServer, server, start_server
 
 collect_ignore = [] if find_spec("lightly") else ["peers"]
-_SERVER = pytest.StashKey[ProcessServer]()
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -25,17 +24,11 @@ def pytest_configure(config: pytest.Config) -> None:
     if hasattr(config, "workerinput"):  # a worker of pytest-xdist imports these in any case, the server shares them
         for name in PRELOAD:
             import_module(name)
-    config.stash[_SERVER] = ProcessServer()
-
-
-def pytest_unconfigure(config: pytest.Config) -> None:
-    """End the server of fresh processes."""
-    if _SERVER in config.stash:
-        config.stash[_SERVER].close()
+    start_server()
 
 
 @pytest.fixture(scope="session")
-def processes(pytestconfig: pytest.Config) -> ProcessServer:
+def processes() -> ProcessServer:
     """Return a server that runs functions in fresh processes, or on the ranks of a process group.
 
     ``processes.run(function, *args)`` returns the value of ``function(*args)`` in a fresh process,
@@ -43,7 +36,7 @@ def processes(pytestconfig: pytest.Config) -> ProcessServer:
     and output instead of failing the test. The function must be importable: define it at the top level of the module.
     Use this rather than ``subprocess`` with ``sys.executable``, which imports torch and Lightning once more.
     """
-    return pytestconfig.stash[_SERVER]
+    return server()
 
 
 @pytest.fixture(autouse=True)

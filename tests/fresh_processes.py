@@ -42,15 +42,16 @@ class ProcessServer:
     """Runs functions in fresh processes.
 
     Create it before tests are collected: its processes then start in the state of a new interpreter that has imported
-    ``PRELOAD``, with default random state, no process group and no module of the tests.
+    ``PRELOAD``, with default random state, no process group and no test module. The server ends with its creator.
     """
 
     def __init__(self) -> None:
         self._connection, connection = Pipe()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)  # of Python 3.12, where pytest-xdist has a thread
-            self._pid = os.fork()
-        if not self._pid:
+            is_server = os.fork() == 0
+        if is_server:
+            self._connection.close()
             _serve(connection)
         connection.close()
 
@@ -97,10 +98,20 @@ class ProcessServer:
         assert not failures, "\n".join(failures)
         return [outcome.value for outcome in outcomes]
 
-    def close(self) -> None:
-        """End the server."""
-        self._connection.close()
-        os.waitpid(self._pid, 0)
+
+_server: ProcessServer | None = None
+
+
+def start_server() -> None:
+    """Start the server of this pytest process."""
+    global _server
+    _server = ProcessServer()
+
+
+def server() -> ProcessServer:
+    """Return the server of this pytest process."""
+    assert _server is not None
+    return _server
 
 
 def _rendezvous(ranks: int) -> dict[str, str]:

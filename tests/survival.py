@@ -1,47 +1,46 @@
-"""Runs that get killed: ``python survival.py '[job, …]'`` trains each job in forks of its own, one after the other.
+"""Training runs that are interrupted by a signal or a full disk, each job in forked processes, one after the other.
 
-A job is a dictionary of
+A job is a dictionary with
 
-- ``directory``: where to run, and ``arguments``: of ``stepwise``;
-- ``when``: ``moment:step``, when something happens to it, or None; ``signal``: what, by default SIGKILL; ``ranks``: to
-  which of its processes, by default all; ``disk``: ``full``, or ``limit`` for its files, instead of a signal;
-- ``processes``: how many, by default one.
+- ``directory``: working directory, and ``arguments`` of ``stepwise``;
+- ``when``: time of the interruption, ``moment:step``, or None; ``signal``: its number, by default SIGKILL; ``ranks``:
+  ranks that receive it, by default all; ``disk``: instead of a signal, ``full`` fills the disk and ``limit`` limits the
+  size of files;
+- ``processes``: number of ranks, by default one;
+- ``patience``: seconds until ranks that still run are killed.
 
-Printed is a JSON list, for each job ``{"statuses": exit status of each process, "seconds": from signal to the end of
-the last one that ended}``, with -9 for a process that was killed, and None for one that had to be, as it would not end.
-Forks, because starting Python and importing torch takes longer than these runs.
+The outcome of a job is ``{"statuses": exit status of each rank, "seconds": from the signal to the end of the last
+rank}``. A status is −n after signal n and None for a rank that was killed because it did not end.
 """
 
-import json
 import os
 import resource
 import signal
 import socket
-import subprocess
 import sys
 import time
 import traceback
-import warnings
 from pathlib import Path
 
 import lightning as L
 import numpy as np
 import torch
 import yaml
+from fresh_processes import server
 from lightning.pytorch.callbacks import Checkpoint
 from PIL import Image
 from torch import nn
 
 from stepwise_lightning.__main__ import main
 
-STEPS, EVERY, BATCHES = 33, 7, 5  # optimiser steps, between two checkpoints, in an epoch
+STEPS, EVERY, BATCHES = 33, 7, 5  # optimizer steps per run, per checkpoint and per epoch
 RATES = {"BarlowTwins": 3e-2, "VICReg": 1e-3, "SimCLR": 1e-1}
 IMAGE = 8
-PATIENCE = 60  # seconds after which a process that does not end is said to hang
+PATIENCE = 60  # seconds until a rank that still runs counts as hanging
 
 
 class Dropping(nn.Module):
-    """An encoder with dropout and batch normalisation: it draws random numbers, and has buffers."""
+    """Encoder with dropout and batch normalization, which has random numbers and buffers."""
 
     def __init__(self, dropout: float = 0.2) -> None:
         super().__init__()
@@ -54,7 +53,7 @@ class Dropping(nn.Module):
 
 
 class Moments(L.Callback):
-    """Gets a signal (or a full disk) at a moment, ``batch_end:7``; the environment names both."""
+    """Sends the signal or fills the disk at the moment in the environment, such as ``batch_end:7``."""
 
     def at(self, moment: str, trainer: L.Trainer) -> None:
         if os.environ.get("SURVIVAL_WHEN") == f"{moment}:{trainer.global_step}" and not trainer.sanity_checking:
@@ -81,7 +80,7 @@ class Moments(L.Callback):
 
 
 class Samples(L.Callback):
-    """Notes in ``samples_RANK.csv`` which samples each step is made with, and in which launch."""
+    """Records the samples of each step and the launch in ``samples_RANK.csv``."""
 
     def on_train_start(self, trainer, *_):
         self.file = Path(f"samples_{trainer.global_rank}.csv")
@@ -95,7 +94,7 @@ class Samples(L.Callback):
 
 
 def fill_up(disk: str) -> None:
-    """Leave no room on the disk, or let no file grow beyond a few bytes."""
+    """Fill the disk, or limit the size of files to 1 KiB."""
     if disk == "full":
         free = os.statvfs(".")
         Path("ballast").write_bytes(bytes(free.f_bavail * free.f_frsize))
@@ -104,14 +103,14 @@ def fill_up(disk: str) -> None:
 
 
 class LateMoments(Moments, Checkpoint):
-    """Comes after what saves checkpoints."""
+    """Runs after the callbacks that save checkpoints."""
 
     def on_train_batch_end(self, trainer, *_):
         self.at("saved", trainer)
 
 
 def write_images(folder: Path, number: int = 50) -> Path:
-    """Write pictures of two classes that differ in colour; a tenth is held out, 45 make five batches of eight."""
+    """Write images of two classes that differ in color; a tenth is held out, 45 make five batches of eight."""
     for index in range(number):
         pixels = np.random.default_rng(index).integers(0, 120, (12, 12, 3)) + 100 * np.eye(3)[index % 2]
         path = folder / f"class_{index % 2}" / f"{index:02d}.png"
@@ -121,7 +120,7 @@ def write_images(folder: Path, number: int = 50) -> Path:
 
 
 def write_config(path: Path, images: Path, loss: str, workers: int, **trainer) -> Path:
-    """Write the configuration of a run with everything that has a state."""
+    """Write a configuration with a schedule, momentum, probes and every callback that has a state."""
     model = {
         "encoder": {"class_path": "survival.Dropping"}, "learning_rate": RATES[loss], "momentum": 0.9,
         "warmup_steps": 5, "cosine": True,
@@ -158,14 +157,14 @@ def write_config(path: Path, images: Path, loss: str, workers: int, **trainer) -
 
 
 def environment(**more: str) -> dict[str, str]:
-    """Return the environment in which the package and this file are found, and one thread is used."""
+    """Return an environment with one thread, in which the package and this module can be imported."""
     here = Path(__file__).parent
     paths = [str(here), str(here.parent), os.environ.get("PYTHONPATH", "")]
     return os.environ | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"} | more
 
 
 def job(directory: Path, config: Path, when: str | None = None, **more) -> dict:
-    """Return a job that continues what there is, as a requeued one does."""
+    """Return a job that resumes the newest run of the directory, as a requeued job does."""
     arguments = ["fit", f"--config={config}", "--ckpt_path=last"]
     return {"directory": str(directory), "arguments": arguments, "when": when} | more
 
@@ -176,16 +175,17 @@ def newest(directory: Path) -> Path:
 
 
 def log_of(job: dict, rank: int = 0, size: int = 3000) -> str:
-    """Return the end of what a process of a job, and of those before it in the same place, wrote."""
+    """Return the end of the output of a rank, of all jobs in this directory."""
     return Path(job["directory"], f"log_{rank}.txt").read_text()[-size:]
 
 
 def run_jobs(jobs: list[dict], timeout: int = 900) -> list[dict]:
-    """Run jobs, and return what became of them."""
-    command = [sys.executable, str(Path(__file__)), json.dumps(jobs)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=timeout)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+    """Run jobs and return their outcomes."""
+    return server().run(_run_all, jobs, timeout=timeout)
+
+
+def _run_all(jobs: list[dict]) -> list[dict]:
+    return [_run(job) for job in jobs]
 
 
 def _train(job: dict, rank: int, port: int) -> int:
@@ -245,16 +245,5 @@ def _run(job: dict) -> dict:
     signalled = Path(job["directory"], "signalled")
     seconds = ended - float(signalled.read_text()) if signalled.exists() else None
     signalled.unlink(missing_ok=True)
-    time.sleep(1 - time.time() % 1)  # event files have their second in the name: later ones come later
+    time.sleep(1 - time.time() % 1)  # the names of event files contain the second; keep their order
     return {"statuses": statuses, "seconds": seconds}
-
-
-if __name__ == "__main__":
-    warnings.simplefilter("error")
-    for foreign in (
-        r".*treespec, LeafSpec",
-        r"The '\w+_dataloader' does not have many workers",
-        r".*multi-threaded",
-    ):
-        warnings.filterwarnings("ignore", foreign)
-    print(json.dumps([_run(job) for job in json.loads(sys.argv[1])]))

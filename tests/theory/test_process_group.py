@@ -5,7 +5,6 @@ import re
 import signal
 import subprocess
 import sys
-import warnings
 from datetime import timedelta
 from functools import partial
 from itertools import count
@@ -131,27 +130,25 @@ def alone(rank):
         return made, str(error)
 
 
-def killed_in_a_fit(rank, directory):
-    """Kill rank one in the middle of a fit; the others write what they are told to a file."""
-    calls = count()
+def killed_in_a_fit():
+    """Kill rank one in the middle of a fit."""
+    dist.init_process_group("gloo")
+    rank, calls = dist.get_rank(), count()
 
     def kernel(x, y):
         if next(calls) == 40 and rank == 1:
             os.kill(os.getpid(), signal.SIGKILL)
         return RBF(x, y)
 
-    sys.stderr = open(f"{directory}/{rank}.txt", "w")  # noqa: SIM115
     ContrastiveKernelPCA(kernel, 2, STREAMED, tolerance=1e-15).fit(*pairs())
 
 
-def worker(rank, number, directory):
-    warnings.simplefilter("error")
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{directory}/rendezvous", rank=rank, world_size=number)
+def rank_results():
+    dist.init_process_group("gloo")
+    rank = dist.get_rank()
     results = {"everything": everything(), "refusals": refusals(rank), "held": held_values(), "alone": alone(rank)}
-    torch.save(results, f"{directory}/{rank}.pt")
-    dist.barrier()
-    killed_in_a_fit(rank, directory)
+    dist.barrier()  # rank zero keeps the store that the others still use
+    return results
 
 
 @pytest.fixture(scope="module")
@@ -160,24 +157,13 @@ def one():
 
 
 @pytest.fixture(scope="module", params=[2, pytest.param(3, marks=pytest.mark.slow)])
-def ranks(request, tmp_path_factory):
-    """Return the results of each rank, how each ended, and what it wrote on standard error at the end."""
-    directory = tmp_path_factory.mktemp("ranks")
-    context = torch.multiprocessing.get_context("spawn")
-    processes = [
-        context.Process(target=worker, args=(rank, request.param, str(directory))) for rank in range(request.param)
-    ]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join()
-    results = [torch.load(directory / f"{rank}.pt") for rank in range(request.param)]
-    texts = [(directory / f"{rank}.txt").read_text() for rank in range(request.param)]
-    return results, [process.exitcode for process in processes], texts
+def ranks(request, processes):
+    """Return the results of each rank."""
+    return processes.run_ranks(request.param, rank_results)
 
 
 def test_every_rank_has_what_one_process_has(one, ranks):
-    for rank in ranks[0]:
+    for rank in ranks:
         assert rank["everything"].keys() == one.keys()
         for name, expected in one.items():
             for actual, value in zip(rank["everything"][name], expected, strict=True):
@@ -187,14 +173,14 @@ def test_every_rank_has_what_one_process_has(one, ranks):
 
 
 def test_all_ranks_have_the_same_bits(ranks):
-    first, *others = (rank["everything"] for rank in ranks[0])
+    first, *others = (rank["everything"] for rank in ranks)
     assert all(
         torch.equal(a, b) for other in others for name in first for a, b in zip(first[name], other[name], strict=True)
     )
 
 
 def test_a_refusal_on_one_rank_is_the_same_on_all(ranks):
-    told = [rank["refusals"] for rank in ranks[0]]
+    told = [rank["refusals"] for rank in ranks]
     for name, text in {
         "tile, held": "no such tile", "tile, recomputed": "no such tile", "modes": "no positive mode",
         "kernels": "the ranks have different kernels",
@@ -207,7 +193,7 @@ def test_a_refusal_on_one_rank_is_the_same_on_all(ranks):
 
 
 def test_a_bug_on_one_rank_keeps_its_traceback_there_and_ends_the_others(ranks):
-    for index, rank in enumerate(ranks[0]):
+    for index, rank in enumerate(ranks):
         expected = ("KeyError", "'a bug'") if index == 1 else ("UserError", "a rank has failed: KeyError: 'a bug'")
         assert rank["refusals"]["bug"] == expected
 
@@ -216,25 +202,28 @@ def test_no_rank_holds_more_than_its_share(ranks):
     half = 130**2 / 2
     one = held_values()
     assert one == [130**2, None, None]  # so few that they are one tile
-    held = [rank["held"] for rank in ranks[0]]
+    held = [rank["held"] for rank in ranks]
     for shares in zip(*(values[:2] for values in held), strict=True):
         assert half < sum(shares) < 1.4 * half and max(shares) < 1.4 * half / len(held)
     assert all(values[2] is None for values in held)
 
 
 def test_one_rank_can_compute_alone_and_is_told_if_it_does_not_say_so(one, ranks):
-    (fit, kernel), told = ranks[0][0]["alone"]
+    (fit, kernel), told = ranks[0]["alone"]
     assert all(torch.equal(a, b) for a, b in zip(fit, one[64, "rbf", HELD], strict=True))
     assert torch.equal(kernel, EmpiricalNTK(network())(*pairs()))
     assert "\n" not in told and "has called EmpiricalNTK and waited" in told and "with one_process():" in told
 
 
-def test_a_rank_that_is_killed_ends_the_others_with_one_line(ranks):
-    _, codes, texts = ranks
-    assert codes == [-signal.SIGKILL if rank == 1 else 1 for rank in range(len(codes))]
-    for rank, text in enumerate(texts):
-        assert len(text.splitlines()) == (rank != 1)
-        assert rank == 1 or text.startswith("another process of this run has ended or does not answer: look at what it")
+@pytest.mark.parametrize("num_ranks", [2, pytest.param(3, marks=pytest.mark.slow)])
+def test_killed_rank_ends_the_others_with_one_line(num_ranks, processes):
+    for rank, outcome in enumerate(processes.launch(killed_in_a_fit, ranks=num_ranks)):
+        if rank == 1:
+            assert outcome.status == -signal.SIGKILL
+        else:
+            assert outcome.status == 1
+            (line,) = outcome.output.splitlines()
+            assert line.startswith("another process of this run has ended or does not answer: look at what it")
 
 
 @pytest.mark.slow
