@@ -30,7 +30,7 @@ from reproduce.networks.runs import Run, trained_runs
 from reproduce.networks.training import PROFILES
 from reproduce.networks.variants import METHODS
 from reproduce.options import data_name
-from stepwise_lightning.plots import alignments_figure
+from reproduce.plots import alignments_figure
 from stepwise_lightning.theory import subspace_alignment
 
 PAPER = (

@@ -17,12 +17,12 @@ import torch
 
 from reproduce.claims import Claim, worst
 from reproduce.figure import Outcome, PaperFigure
+from reproduce.growth_plots import growth_animation, growth_figure, principal_components
 from reproduce.networks.runs import Run, trained_runs
 from reproduce.networks.training import PROFILES
 from reproduce.options import data_name
 from stepwise_lightning.errors import UserError
 from stepwise_lightning.files import atomic_write
-from stepwise_lightning.plots import growth_animation, growth_figure, principal_components
 
 PAPER = (
     "The authors' blog post, Fig. 1: top three principal components of the embeddings as the loss steps down; they are "

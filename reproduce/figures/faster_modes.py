@@ -34,9 +34,10 @@ from reproduce.figures.acceleration.descent import FEATURES, LEARNED, RULES, Des
 from reproduce.figures.acceleration.networks import features, resnet_descent, wide_descent
 from reproduce.figures.kernel_mlp import into_their_span
 from reproduce.options import data_name
+from reproduce.plots import Response, rules_figure
 from reproduce.processes import each
 from stepwise_lightning import MLP, FixedCropPairs, TwoViewDataModule, scale_last_layer
-from stepwise_lightning.plots import Panel, Response, rules_figure
+from stepwise_lightning.plots import Panel
 from stepwise_lightning.spectrum.schedule import log_spaced_steps
 from stepwise_lightning.theory import relu_ntk, subspace_alignment
 

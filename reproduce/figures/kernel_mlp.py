@@ -30,10 +30,11 @@ from reproduce.claims import Claim, average, worst
 from reproduce.controls import ordinary_kernel_pca, permuted_alignment
 from reproduce.figure import Outcome, PaperFigure
 from reproduce.options import data_name
+from reproduce.plots import alignment_figure
 from reproduce.processes import each, is_alone, progress_bar
 from reproduce.records import data_rows
 from stepwise_lightning import MLP, BarlowTwins, FixedCropPairs, SpectrumLogger, SpectrumRecord, scale_last_layer
-from stepwise_lightning.plots import Panel, alignment_figure
+from stepwise_lightning.plots import Panel
 from stepwise_lightning.spectrum import crossing_times, num_crossed
 from stepwise_lightning.theory import ContrastiveKernelPCA, EmpiricalNTK, subspace_alignment
 

@@ -31,10 +31,10 @@ from reproduce.networks.runs import Run, trained_runs
 from reproduce.networks.training import PROFILES
 from reproduce.networks.variants import METHODS
 from reproduce.options import data_name
+from reproduce.plots import alignments_figure
 from reproduce.processes import each
 from stepwise_lightning import Encoder
 from stepwise_lightning.features import capture
-from stepwise_lightning.plots import alignments_figure
 from stepwise_lightning.theory import ContrastiveKernelPCA, EmpiricalNTK, subspace_alignment
 
 PAPER = (

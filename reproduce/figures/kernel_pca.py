@@ -29,11 +29,12 @@ from reproduce.claims import Claim, worst
 from reproduce.controls import ordinary_kernel_pca, permuted_alignment
 from reproduce.figure import Outcome, PaperFigure
 from reproduce.options import data_name
+from reproduce.plots import eigenfunctions_figure
 from reproduce.processes import each, is_alone
 from reproduce.records import data_rows, theory_record, write_events
 from stepwise_lightning import SpectrumRecord
 from stepwise_lightning.data import crop_pairs, download_images, load_images
-from stepwise_lightning.plots import Panel, eigenfunctions_figure
+from stepwise_lightning.plots import Panel
 from stepwise_lightning.spectrum import crossing_times, num_crossed
 from stepwise_lightning.spectrum.measures import cross_correlation_eigenvalues
 from stepwise_lightning.spectrum.schedule import log_spaced_steps

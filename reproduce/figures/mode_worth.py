@@ -36,10 +36,10 @@ from reproduce.networks.runs import Run, trained_runs
 from reproduce.networks.training import PROFILES
 from reproduce.networks.variants import METHODS, STARTS
 from reproduce.options import data_name
+from reproduce.plots import WorthPanel, worth_figure
 from reproduce.processes import each
 from stepwise_lightning import mode_worth
 from stepwise_lightning.features import capture
-from stepwise_lightning.plots.worth import WorthPanel, worth_figure
 
 PAPER = "Not in the paper, which leaves open what the learned modes are worth downstream."
 EMBEDDING, HIDDEN, UNTRAINED, UNTRAINED_HIDDEN, PIXELS, PERMUTED = (

@@ -21,10 +21,11 @@ import torch
 from reproduce.claims import Claim, worst
 from reproduce.figure import Outcome, PaperFigure
 from reproduce.options import data_name
+from reproduce.plots import Response, doses_figure
 from reproduce.processes import each
 from reproduce.records import data_rows, theory_record
 from stepwise_lightning import FixedCropPairs, LinearEncoder, SpectrumRecord
-from stepwise_lightning.plots import Panel, Response, doses_figure
+from stepwise_lightning.plots import Panel
 from stepwise_lightning.spectrum import detect_rises
 from stepwise_lightning.spectrum.schedule import log_spaced_steps
 from stepwise_lightning.theory import LinearBarlowTwins, feature_cross_correlation

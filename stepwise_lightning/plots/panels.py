@@ -171,20 +171,6 @@ def describe(figure: Figure, title: str, note: str, lines: Sequence[Line2D] = ()
         figure.supxlabel(note, fontsize="small", color="0.3")
 
 
-def draw_extremes(axis: Axes, images: Array, label: str, ends: tuple[str, str] | None = None) -> None:
-    """Draw images (2k, h, w, 3) in [0, 1], the k at the low end left of the k at the high end, with names above."""
-    half, gap = len(images) // 2, images.shape[2] // 2
-    blank = np.ones((images.shape[1], gap, 3))
-    strip = np.concatenate([*images[:half], blank, *images[half:]], axis=1)
-    axis.imshow(strip, interpolation="nearest")
-    axis.set(xticks=[], yticks=[], ylabel=label)
-    axis.spines[:].set_visible(False)
-    centre = 0.5 * (strip.shape[1] - gap) / 2
-    for name, place in zip(ends or (), (centre, strip.shape[1] - centre), strict=False):
-        above = axis.get_xaxis_transform()
-        axis.text(place, 1.08, name, transform=above, ha="center", va="bottom", fontsize="small")
-
-
 def first_rise(panel: Panel) -> float:
     """Return half the time when the first mode begins to rise: before that nothing is to be seen."""
     moved = panel.times > 0

@@ -10,12 +10,9 @@ from torch import Tensor
 
 from stepwise_lightning.plots.figures import Figure
 from stepwise_lightning.plots.panels import (
-    CLASS_COLOURS,
     TIME,
-    Array,
     Panel,
     describe,
-    draw_extremes,
     draw_panel,
     first_rise,
     gap_line,
@@ -94,81 +91,6 @@ def eigenvalues_figure(
             axes[0, j].set_xlim(first_rise(panel), panel.times[-1])
     panels = [panel for row in rows for panel in row]
     describe(figure, title, note, legend_lines(panels, steps_label) + gap_line(panels))
-    return figure
-
-
-def alignment_figure(
-    panels: list[Panel],
-    alignments: list[dict[str, Array]],
-    title: str,
-    note: str = "",
-    steps_label: str = "predicted step",
-) -> Figure:
-    """Draw eigenvalues above alignments, in [0, 1], against log time, one column per run.
-
-    alignments: for each panel, three of them by name, the baseline last, or four, with chance after it: (T,), NaN
-        where undefined.
-    """
-    figure = Figure(figsize=(6.2 * len(panels), 6.5), layout="constrained")
-    axes = figure.subplots(2, len(panels), sharex="col", sharey="row", squeeze=False)
-    for column, (panel, values) in enumerate(zip(panels, alignments, strict=True)):
-        upper, lower = axes[:, column]
-        draw_panel(panel, None, upper)
-        upper.set(title=panel.title, xlabel="")
-        for (name, alignment), colour in zip(values.items(), (*CLASS_COLOURS[:2], "0.6", "0.8"), strict=False):
-            lower.plot(panel.times, alignment, color=colour, linewidth=2.2, label=name)
-        lower.set(ylim=(0, 1.03), xlabel=TIME)
-        lower.spines[["top", "right"]].set_visible(False)
-    axes[0, 0].set_ylabel(panels[0].label)
-    axes[1, 0].set_ylabel("alignment with the closed form")
-    axes[1, 0].legend(loc="lower left", ncols=2, fontsize="small")
-    describe(figure, title, note, legend_lines(panels, steps_label))
-    return figure
-
-
-def alignments_figure(
-    matrices: list[Array], titles: list[str], rows: list[str], columns: list[str], title: str, note: str = ""
-) -> Figure:
-    """Draw matrices (rows, columns) of alignments in [0, 1] side by side, each number in its cell; NaN stays empty."""
-    figure = Figure(figsize=(1.8 + 3.9 * len(matrices), 1.9 + 0.5 * len(rows)), layout="constrained")
-    axes = figure.subplots(1, len(matrices), sharey=True, squeeze=False)[0]
-    for axis, matrix, name in zip(axes, matrices, titles, strict=True):
-        image = axis.imshow(matrix, vmin=0, vmax=1, cmap="viridis", aspect="auto")
-        for (i, j), value in np.ndenumerate(matrix):
-            if np.isfinite(value):
-                axis.text(j, i, f"{value:.2f}", ha="center", va="center", color="black" if value > 0.6 else "white")
-        axis.set_xticks(range(len(columns)), columns, rotation=30, ha="right", rotation_mode="anchor")
-        axis.set_yticks(range(len(rows)), rows)
-        axis.set_title(name)
-    figure.colorbar(image, ax=axes, label="subspace alignment")
-    describe(figure, title, note)
-    return figure
-
-
-def eigenfunctions_figure(
-    panels: list[Panel],
-    extremes: list[list[Array]],
-    title: str,
-    note: str = "",
-    steps_label: str = "predicted step",
-) -> Figure:
-    """Draw eigenvalues against log time, one column per run, above the images at both ends of its first eigenfunctions.
-
-    extremes: for each panel and mode, images (2k, h, w, 3) in [0, 1], the k lowest before the k highest; panels may
-        have different numbers of modes.
-    """
-    rows = max(map(len, extremes))
-    figure = Figure(figsize=(6.2 * len(panels), 3.7 + 0.72 * rows), layout="constrained")
-    axes = figure.subplots(1 + rows, len(panels), squeeze=False, height_ratios=[4.5] + [1.0] * rows)
-    for column, (panel, images_of) in enumerate(zip(panels, extremes, strict=True)):
-        draw_panel(panel, None, axes[0, column])
-        axes[0, column].set_title(panel.title)
-        for axis in axes[1 + len(images_of) :, column]:
-            axis.set_axis_off()
-        for mode, images in enumerate(images_of):
-            draw_extremes(axes[1 + mode, column], images, str(mode + 1), ("lowest", "highest") if not mode else None)
-    axes[0, 0].set_ylabel(panels[0].label)
-    describe(figure, title, note, legend_lines(panels, steps_label))
     return figure
 
 

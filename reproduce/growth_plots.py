@@ -1,4 +1,4 @@
-"""Pictures of embeddings that grow: top three principal components, as panels and as an animation."""
+"""Plots of growing embeddings in their top three principal components, as panels and as an animation."""
 
 from __future__ import annotations
 
@@ -11,47 +11,22 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
+from reproduce.plots import draw_extremes
 from stepwise_lightning.plots.figures import Figure
-from stepwise_lightning.plots.panels import (
-    CLASS_COLOURS,
-    TIME,
-    Array,
-    Panel,
-    describe,
-    draw_extremes,
-    draw_panel,
-    legend_lines,
-)
+from stepwise_lightning.plots.panels import CLASS_COLOURS, TIME, Array, Panel, describe, draw_panel, legend_lines
 
 _MOMENT: dict[str, Any] = {"color": "tab:orange", "linewidth": 2, "alpha": 0.5}
 
 
 def principal_components(embeddings: Array) -> Array:
-    """Return (k, n, d) embeddings in the top three principal components of the last, (k, n, 3).
+    """Project embeddings (k, n, d) onto the top three principal components of the last, (k, n, 3).
 
-    Each is centred; with fewer than three dimensions the missing ones are zero.
+    Each of the k sets is centred; components beyond d are zero.
     """
     centred = embeddings - embeddings.mean(1, keepdims=True)
     _, _, components = np.linalg.svd(centred[-1], full_matrices=False)
     shown = centred @ components[:3].T
     return np.pad(shown, ((0, 0), (0, 0), (0, 3 - shown.shape[2])))
-
-
-def embedding_figure(embeddings: Array, titles: list[str], labels: Array | None = None, title: str = "") -> Figure:
-    """Draw the embeddings of one set of images at k times in their top three principal components, a panel per time.
-
-    The components are those of the last time, and every panel has the same axes, so that a point grows into a line, a
-    plane and a volume. With fewer than three dimensions the missing ones are zero.
-
-    embeddings (k, n, d), titles (k,), labels (n,) to colour the points by, or None.
-    """
-    shown = principal_components(embeddings)
-    figure = Figure(figsize=(3.2 * len(shown), 3.6), layout="constrained")
-    for index, points in enumerate(shown):
-        axis: Any = figure.add_subplot(1, len(shown), index + 1, projection="3d")
-        _scatter(axis, points, labels, _limits(shown), titles[index])
-    figure.suptitle(title)
-    return figure
 
 
 def growth_figure(
@@ -64,17 +39,17 @@ def growth_figure(
     title: str,
     note: str = "",
 ) -> Figure:
-    """Draw embeddings at some samples of a run, above its loss, its eigenvalues and what lies at either end.
+    """Draw embeddings at k measurements of a run, above its loss, its eigenvalues and images at the component ends.
 
     Args:
         panel: of the run, T measurements.
-        embeddings: at the samples, (k, n, d).
-        samples: indices of these measurements.
-        labels: of the points, (n,), ≥ 0, for colours.
-        names: of the labels.
-        extremes: for each of three components the images at its low and then at its high end, (2m, h, w, 3), in [0, 1].
+        embeddings: at these measurements, (k, n, d).
+        samples: indices of the measurements.
+        labels: class of each point, (n,), ≥ 0.
+        names: of the classes.
+        extremes: for each of three components, images (2m, h, w, 3) in [0, 1], the m lowest before the m highest.
         title: of the figure.
-        note: below it.
+        note: below the figure.
 
     """
     figure = Figure(figsize=(13.5, 7.4), layout="constrained")
@@ -106,7 +81,7 @@ def growth_figure(
 
 
 def growth_animation(path: Path, panel: Panel, embeddings: Array, labels: Array, frames: list[int], title: str) -> None:
-    """Write a GIF of the embeddings, (T, n, d), at the measurements ``frames``, beside loss and eigenvalues."""
+    """Write a GIF of the embeddings (T, n, d) at the measurements ``frames``, next to loss and eigenvalues."""
     shown = principal_components(embeddings[frames])
     limits = _limits(shown)
     figure = Figure(figsize=(9, 4.2), dpi=80, layout="constrained")
@@ -132,16 +107,15 @@ def growth_animation(path: Path, panel: Panel, embeddings: Array, labels: Array,
     FuncAnimation(figure, draw, frames=len(frames)).save(path, writer=PillowWriter(fps=10))
 
 
-def _scatter(axis: Any, points: Array, labels: Array | None, limits: Array, title: str) -> None:
-    colours: Any = CLASS_COLOURS[0] if labels is None else [_colour(label) for label in labels]
-    axis.scatter(*points.T, c=colours, s=8, alpha=0.8, linewidths=0)
+def _scatter(axis: Any, points: Array, labels: Array, limits: Array, title: str) -> None:
+    axis.scatter(*points.T, c=[_colour(label) for label in labels], s=8, alpha=0.8, linewidths=0)
     axis.set(xlim=limits[0], ylim=limits[1], zlim=limits[2])
     axis.set(xticklabels=[], yticklabels=[], zticklabels=[])
     axis.set_title(title, y=0.98)
-    axis.set_box_aspect(None, zoom=0.85)  # or the last label lies outside
+    axis.set_box_aspect(None, zoom=0.85)  # the last label would lie outside
     for side, name in ((axis.xaxis, "PC 1"), (axis.yaxis, "PC 2"), (axis.zaxis, "PC 3")):
         side.set_label_text(name)
-        side.labelpad = -8.0  # there are no ticks' labels
+        side.labelpad = -8.0  # tick labels are hidden
 
 
 def _colour(label: int) -> str:
@@ -149,7 +123,7 @@ def _colour(label: int) -> str:
 
 
 def _limits(shown: Array) -> Array:
-    """Return from where to where each axis must reach for all points to lie inside, (3, 2)."""
+    """Return the limits of each axis that contain all points, (3, 2)."""
     low, high = shown.min((0, 1)), shown.max((0, 1))
     margin = np.where(high > low, 0.03 * (high - low), 1.0)
     return np.stack([low - margin, high + margin], 1)
