@@ -99,6 +99,14 @@ class ProcessServer:
         return [outcome.value for outcome in outcomes]
 
 
+def stepwise(*arguments: str) -> None:
+    """Run the command line in this process."""
+    from stepwise_lightning.__main__ import main
+
+    sys.argv = ["stepwise", *arguments]
+    main()
+
+
 _server: ProcessServer | None = None
 
 

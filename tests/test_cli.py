@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from fresh_processes import stepwise
 
 from stepwise_lightning import LastCheckpoint
 from stepwise_lightning.__main__ import main
@@ -161,10 +162,11 @@ def last_line(done):
     return done.stderr.strip().splitlines()[-1]
 
 
-def test_modules_in_the_working_directory_are_found(script):
-    module = ["--model=own_things.Mine", f"--data={BORING}BoringDataModule", "--trainer.max_steps=2"]
-    done = script("fit", *module)
-    assert done.returncode == 0, done.stderr
+def test_modules_in_the_working_directory_are_found(processes, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "own_things.py").write_text(OWN)
+    options = ["--model=own_things.Mine", f"--data={BORING}BoringDataModule", "--trainer.max_steps=2", *QUIET]
+    processes.run(stepwise, "fit", *options)
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""Every relative link in the documentation leads to a file that is there, and every anchor to a place in it."""
+"""Relative links and anchors in the documentation have a target."""
 
 import re
 from pathlib import Path
@@ -15,7 +15,7 @@ LINK = re.compile(r"\]\(([^)\s]+)\)|(?:href|src)=\"([^\"]+)\"")
 
 
 def anchors(text: str) -> set[str]:
-    """Return what can follow ``#`` in a link to a page: its headings, as GitHub names them, and its ids."""
+    """Return the anchors of a page: its headings, with GitHub's naming, and its ids."""
     prose = re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL)
     names: list[str] = []
     for heading in re.findall(r"^#{1,6} +(.+?) *$", prose, re.MULTILINE):
@@ -25,7 +25,7 @@ def anchors(text: str) -> set[str]:
 
 
 def broken_links(page: Path) -> list[str]:
-    """Return the relative links of a page that lead nowhere."""
+    """Return the relative links of a page that have no target."""
     broken = []
     for link in ("".join(match) for match in LINK.findall(CODE.sub("", page.read_text(encoding="utf-8")))):
         if re.match(r"[a-z]+:", link):
@@ -38,11 +38,11 @@ def broken_links(page: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
-def test_links_lead_somewhere(page):
+def test_relative_links_have_a_target(page):
     assert broken_links(page) == []
 
 
-def test_a_link_that_leads_nowhere_is_found(tmp_path):
+def test_broken_links_are_found(tmp_path):
     page = tmp_path / "page.md"
     (tmp_path / "other.md").write_text("# A `heading`, twice\n\n# A heading, twice\n\n```\n# no heading\n```\n")
     good = ["other.md", "other.md#a-heading-twice", "#here", "https://example.org/none"]
@@ -55,6 +55,6 @@ def test_a_link_that_leads_nowhere_is_found(tmp_path):
     assert broken_links(page) == ["none.png"]
 
 
-def test_the_glossary_lists_its_words():
+def test_glossary_index_is_complete():
     text = (ROOT / "docs" / "glossary.md").read_text(encoding="utf-8")
     assert set(re.findall(r"\]\(#([^)]+)\)", text)) == set(re.findall(r"<a id=\"([^\"]+)\">", text))

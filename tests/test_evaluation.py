@@ -1,6 +1,5 @@
 """The online probe and k-NN: right answers by another route, no trace in training, the same for any number of ranks."""
 
-import subprocess
 import sys
 from pathlib import Path
 
@@ -8,6 +7,7 @@ import lightning as L
 import numpy as np
 import pytest
 import torch
+from fresh_processes import ProcessServer
 from PIL import Image
 
 from stepwise_lightning import TwoViewDataModule, VICReg
@@ -15,6 +15,7 @@ from stepwise_lightning.__main__ import main
 from stepwise_lightning.callbacks.online_evaluation import OnlineKNN, OnlineLinearProbe
 from stepwise_lightning.classifiers import LinearProbe, knn_scores
 from stepwise_lightning.encoders import MLP, Encoder
+from stepwise_lightning.sync_batchnorm import SyncBatchNorm
 
 
 @pytest.fixture(scope="module")
@@ -125,24 +126,16 @@ def test_a_checkpoint_carries_the_probe_to_validation_and_on(run, folder: str, t
         assert torch.equal(ours, theirs)
 
 
+def fit_in_ddp(folder: str) -> tuple[dict[str, float], dict[str, torch.Tensor]]:
+    """Train on two ranks; return the metrics and the state of the probe."""
+    probe = OnlineLinearProbe(learning_rate=0.05)
+    running = fit(folder, [probe, OnlineKNN(k=5)], epochs=1, strategy="ddp", devices=2, plugins=[SyncBatchNorm()])
+    return {name: float(value) for name, value in running.callback_metrics.items()}, probe.state_dict()["probe"]
+
+
 @pytest.mark.slow
-def test_two_processes_get_the_result_of_one(folder: str, tmp_path: Path) -> None:
-    script = f"""
-import sys, warnings, torch
-sys.path.insert(0, {str(Path(__file__).parent)!r})
-from test_evaluation import OnlineKNN, OnlineLinearProbe, fit
-from stepwise_lightning.sync_batchnorm import SyncBatchNorm
-torch.set_num_threads(1)
-probe = OnlineLinearProbe(learning_rate=0.05)
-settings = dict(strategy="ddp", devices=2, plugins=[SyncBatchNorm()])
-running = fit({folder!r}, [probe, OnlineKNN(k=5)], epochs=1, **settings)
-metrics = {{name: float(value) for name, value in running.callback_metrics.items()}}
-torch.save((metrics, probe.state_dict()["probe"]), f"{tmp_path}/{{running.global_rank}}.pt")
-"""
-    (tmp_path / "run.py").write_text(script)
-    done = subprocess.run([sys.executable, tmp_path / "run.py"], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    (metrics, first), (others, second) = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
+def test_two_ranks_compute_the_metrics_of_one_process(folder: str, processes: ProcessServer) -> None:
+    (metrics, first), (others, second) = processes.run_ranks(2, fit_in_ddp, folder)
     assert metrics == others and all(torch.equal(first[name], second[name]) for name in first)
     probe = OnlineLinearProbe(learning_rate=0.05)
     alone = fit(folder, [probe, OnlineKNN(k=5)], epochs=1)

@@ -1,4 +1,4 @@
-"""The examples in docstrings do what they say."""
+"""Examples in docstrings produce the output that they show."""
 
 import doctest
 from importlib import import_module
@@ -11,7 +11,7 @@ PUBLIC = ["stepwise_lightning", *(f"stepwise_lightning.{name}" for name in ("dat
 
 
 def examples() -> dict[str, doctest.DocTest]:
-    """Return the examples of every exported name, once each."""
+    """Return the examples of all exported names, without duplicates."""
     tests = {}
     for package in map(import_module, PUBLIC):
         for name in package.__all__:
@@ -28,11 +28,11 @@ def examples() -> dict[str, doctest.DocTest]:
 EXAMPLES = examples()
 
 
-def test_there_are_examples_of_losses_spectra_steps_and_theory():
+def test_losses_steps_and_theory_have_examples():
     for name in ("losses.barlow_twins_loss", "steps.detect_steps", "theory.contrastive.ContrastiveKernelPCA"):
         assert f"{stepwise_lightning.__name__}.{name}" in EXAMPLES
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
-def test_example_of(name, capsys):
+def test_example(name, capsys):
     assert doctest.DocTestRunner(verbose=False).run(EXAMPLES[name]).failed == 0, capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""Long runs and large inputs need bounded memory; what is measured is real memory, read from Linux's /proc."""
+"""Long runs and large inputs need bounded memory, measured as resident memory in Linux's /proc."""
 
 import multiprocessing
 import re
@@ -19,15 +19,15 @@ pytestmark = [pytest.mark.slow, pytest.mark.skipif(sys.platform != "linux", reas
 MEGABYTE = 2**20
 
 
-def resident(pid="self", own=False):
-    """Bytes of a process in memory; with ``own``, those that it shares with no other."""
-    path, keys = ("smaps_rollup", "Private_(?:Clean|Dirty)") if own else ("status", "VmRSS")
+def resident(pid="self", private=False):
+    """Return the resident memory of a process in bytes, or its private part only."""
+    path, keys = ("smaps_rollup", "Private_(?:Clean|Dirty)") if private else ("status", "VmRSS")
     text = Path(f"/proc/{pid}/{path}").read_text()
     return 1024 * sum(int(size) for size in re.findall(rf"^{keys}:\s+(\d+) kB", text, re.MULTILINE))
 
 
 class Memory(L.Callback):
-    """Resident memory of this process at some steps."""
+    """Records the resident memory of this process at the given steps."""
 
     def __init__(self, steps):
         self.steps, self.bytes = steps, []
@@ -46,7 +46,7 @@ def test_memory_does_not_grow_over_20_000_steps(tmp_path):
     )  # fmt: skip
     trainer.fit(BarlowTwins(LinearEncoder(108, 8, 1e-3), 1e-4, normalize=False), datamodule=pairs)
     assert len(spectra.record) > 250 and len(memory.bytes) == 3
-    # About 150 measurements of 3 matrices lie between the last two; what is kept of them is 30 KB.
+    # About 150 measurements of 3 matrices lie between the last two; their record has 30 KB.
     assert memory.bytes[2] - memory.bytes[1] < 8 * MEGABYTE, memory.bytes
     assert memory.bytes[2] - memory.bytes[0] < 16 * MEGABYTE, memory.bytes
     (events,) = tmp_path.rglob("events.*")
@@ -56,7 +56,7 @@ def test_memory_does_not_grow_over_20_000_steps(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create 4 worker processes")  # on two cores
-def test_ten_thousand_images_with_four_workers(tmp_path):
+def test_workers_share_the_images(tmp_path):
     rng = np.random.default_rng(0)
     for part, count in (("train", 10_000), ("val", 256)):
         for label in range(10):
@@ -72,15 +72,15 @@ def test_ten_thousand_images_with_four_workers(tmp_path):
         labels.append(label)
         assert x1.shape == x2.shape == (100, 3, 32, 32)
         if number in (20, 90):
-            workers.append([resident(worker.pid, own=True) for worker in multiprocessing.active_children()])
+            workers.append([resident(worker.pid, private=True) for worker in multiprocessing.active_children()])
     assert len(labels) == 100 and np.bincount(np.concatenate(labels)).tolist() == [1000] * 10
-    # Images are held once, in 31 MB: workers share them.
+    # The workers share one copy of the images, of 31 MB.
     assert resident() - before < 200 * MEGABYTE
     assert len(workers[1]) == 4 and max(workers[1]) < 250 * MEGABYTE, workers
     assert sum(workers[1]) - sum(workers[0]) < 40 * MEGABYTE, workers
 
 
-def test_a_table_of_100_000_rows_is_written_and_continued_in_little_memory(tmp_path):
+def test_table_of_100_000_rows_needs_little_memory(tmp_path):
     def rows(start, end):
         return ((k // 64, 1e-3 * k, "covariance", "eigenvalue", k % 64, 1 / (k + 1)) for k in range(start, end))
 
@@ -89,12 +89,12 @@ def test_a_table_of_100_000_rows_is_written_and_continued_in_little_memory(tmp_p
     for k in range(0, 100_000, 64):
         whole.add(rows(k, min(k + 64, 100_000)))
     content = path.read_bytes()
-    continued = SpectrumTable(path, rows(0, 60_032))  # as a run does that goes on at step 938
+    continued = SpectrumTable(path, rows(0, 60_032))  # as in a run that resumes at step 938
     continued.add(rows(60_032, 100_000))
     assert path.read_bytes() == content and content.count(b"\n") == 100_001
     assert resident() - before < 30 * MEGABYTE
 
 
-def test_a_schedule_of_200_000_steps():
+def test_schedule_of_200_000_steps():
     steps = log_spaced_steps(200_000, 200)
     assert len(steps) < 210 and steps[-2:] == [199_999, 200_000] and np.diff(steps).min() > 0

@@ -1,4 +1,4 @@
-"""Every cell of the notebooks in docs/ runs, in order, without a warning, and leaves its runs below ``runs/``."""
+"""Notebooks in docs/ run without warnings and write their runs to ``runs/``."""
 
 import re
 from pathlib import Path
@@ -12,7 +12,7 @@ NOTEBOOKS = [page for page in sorted(DOCS.rglob("*.md")) if CELL.search(page.rea
 
 
 def cells(page: Path) -> list[str]:
-    """Return the code of a notebook's cells, without their options."""
+    """Return the code of a notebook's cells without their options."""
     return [match[2] for match in CELL.finditer(page.read_text(encoding="utf-8"))]
 
 
@@ -29,14 +29,14 @@ def test_notebook(page, tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] in ([], ["runs"])
 
 
-def test_cells_are_found(tmp_path):
+def test_code_cells_are_found(tmp_path):
     page = tmp_path / "page.md"
     page.write_text("```{code-cell} ipython3\n:tags: [hide-input]\n\na = 1\n```\n```python\nb = 1\n```\n")
     assert cells(page) == ["\na = 1\n"]
     assert [page.stem for page in NOTEBOOKS] == ["read_a_run", "own_module", "predict_train_overlay"]
 
 
-def test_code_that_is_shown_and_not_run_can_be_parsed():
+def test_python_code_in_pages_compiles():
     for page in sorted(DOCS.rglob("*.md")):
         for code in re.findall(r"^```python\n(.*?)^```", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL):
             compile(code, page.name, "exec")

@@ -1,13 +1,12 @@
 """Views, order and loaders: the same batches whatever the workers, the ranks, and the interruptions."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import lightning as L
 import numpy as np
 import pytest
 import torch
+from fresh_processes import ProcessServer
 from PIL import Image
 from torch import Tensor, nn
 
@@ -181,20 +180,14 @@ def test_the_global_batch_is_the_same_for_every_number_of_ranks(num_replicas: in
         assert all(len(sampler) == 96 // num_replicas for sampler in ranks)
 
 
+def batches_in_ddp(folder: str) -> Tensor:
+    """Return the batches of this rank, of two."""
+    return torch.stack(fit(Recorder(), module(folder, augmentation="standard"), strategy="ddp", devices=2))
+
+
 @pytest.mark.slow
-def test_two_processes_of_a_trainer_share_the_batches_of_one(folder: str, tmp_path: Path) -> None:
-    script = f"""
-import sys, torch
-sys.path.insert(0, {str(Path(__file__).parent)!r})
-from test_data_modules import Recorder, fit, module
-data = module({folder!r}, augmentation="standard")
-batches = fit(Recorder(), data, strategy="ddp", devices=2)
-torch.save(torch.stack(batches), f"{tmp_path}/{{data.trainer.global_rank}}.pt")
-"""
-    (tmp_path / "run.py").write_text(script)
-    done = subprocess.run([sys.executable, tmp_path / "run.py"], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    shares = [torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1)]
+def test_two_ranks_share_the_batches_of_one_process(folder: str, processes: ProcessServer) -> None:
+    shares = processes.run_ranks(2, batches_in_ddp, folder)
     joined = torch.cat([share.unflatten(1, (2, 4)) for share in shares], dim=2).flatten(1, 2)  # view, then sample
     alone = torch.stack(fit(Recorder(), module(folder, augmentation="standard")))
     assert torch.equal(joined, alone)

@@ -3,8 +3,6 @@
 import csv
 import math
 import random
-import subprocess
-import sys
 from pathlib import Path
 
 import lightning as L
@@ -437,34 +435,30 @@ def test_a_short_last_batch_is_kept_and_one_of_a_single_sample_passed_over(tmp_p
         assert saved["embeddings"].shape == (3, 1, 20, 3)
 
 
-@pytest.mark.slow
-def test_processes_with_unequal_last_batches_are_measured_on_what_there_is(tmp_path):
-    """Rank 0 ends with 3 samples, rank 1 with one, which it leaves out; plain DDP training goes through."""
-    (tmp_path / "run.py").write_text(f"""
-import sys
-sys.path.insert(0, {str(Path(__file__).parent)!r})
-import torch
-from torch.utils.data import DataLoader, TensorDataset
-from test_any_module import Classifier, SpectrumLogger, X, Y, fit
-
 class Unequal(Classifier):
+    """Rank 0 has batches of 4, 4 and 3 samples, rank 1 of 4, 4 and 1."""
+
     def __init__(self):
         super().__init__()
-        self.features[1] = torch.nn.Identity()
+        self.features[1] = nn.Identity()
 
     def train_dataloader(self):
-        count = 11 - 2 * self.global_rank  # batches of 4, 4, 3 and of 4, 4, 1
+        count = 11 - 2 * self.global_rank
         return DataLoader(TensorDataset(X[:count], Y[:count]), batch_size=4)
 
-spectra = SpectrumLogger(probe="batch", keep_embeddings=True)
-fit(Unequal(), {str(tmp_path)!r}, spectra, data=None, max_epochs=1, strategy="ddp_find_unused_parameters_true",
-    devices=2, use_distributed_sampler=False)
-if spectra.record.steps.numel():
-    torch.save(spectra.record.arrays(), {str(tmp_path / "record.pt")!r})
-""")
-    done = subprocess.run([sys.executable, tmp_path / "run.py"], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    record = SpectrumRecord.from_arrays(torch.load(tmp_path / "record.pt"))
+
+def record_of_unequal_ranks(tmp_path):
+    """Train on two ranks; return the arrays of the record."""
+    spectra = SpectrumLogger(probe="batch", keep_embeddings=True)
+    ddp = {"strategy": "ddp_find_unused_parameters_true", "devices": 2, "use_distributed_sampler": False}
+    fit(Unequal(), tmp_path, spectra, data=None, max_epochs=1, **ddp)
+    return spectra.record.arrays()
+
+
+@pytest.mark.slow
+def test_unequal_last_batches_of_ranks_are_measured_without_single_samples(tmp_path, processes):
+    arrays, _ = processes.run_ranks(2, record_of_unequal_ranks, tmp_path)
+    record = SpectrumRecord.from_arrays(arrays)
     counts = [int((~record.embeddings(index).isnan()).all(-1).sum()) for index in range(len(record))]
     assert record.steps.tolist() == [0, 1, 2, 3] and counts == [8, 8, 3, 3]
 
