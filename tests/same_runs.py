@@ -1,4 +1,4 @@
-"""Whether two runs are the same, bit by bit, in everything that they have written."""
+"""Bitwise comparison of the files of two runs."""
 
 import math
 
@@ -9,7 +9,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 
 def assert_same(ours, theirs, where=""):
-    """Compare bit by bit, in any nesting; NaN is NaN."""
+    """Compare nested values bit by bit; NaN equals NaN."""
     assert type(ours) is type(theirs), where
     if isinstance(ours, torch.Tensor):
         assert ours.dtype == theirs.dtype and torch.equal(
@@ -28,16 +28,17 @@ def assert_same(ours, theirs, where=""):
 
 
 def scalars(run):
+    """Return the TensorBoard scalars of a run as lists of (step, value) by tag."""
     events = EventAccumulator(str(run), size_guidance={"scalars": 0}).Reload()
     return {tag: [(s.step, s.value) for s in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
 
 
 def assert_same_run(killed, whole):
-    """Weights, optimiser, schedule, probe, spectra, random numbers; the table, the arrays and the events."""
+    """Compare the checkpoints (weights, optimizer, schedule, probe, random states), spectra and TensorBoard events."""
     ours, theirs = (torch.load(run / "checkpoints/last.ckpt", weights_only=True) for run in (killed, whole))
     assert ours["global_step"] == STEPS
     for each in (ours, theirs):
-        del each["loops"]  # how many batches this process has seen, besides the position
+        del each["loops"]  # counts the batches of this process
         del each["datamodule_hyper_parameters"]["num_workers"]  # the only setting that may differ
     assert_same(ours, theirs)
     assert (killed / "spectrum.csv").read_bytes() == (whole / "spectrum.csv").read_bytes()

@@ -48,7 +48,7 @@ def write_images(folder: Path, count: int = 20) -> None:
 
 
 def changed(changes: dict[str, Any]) -> dict[str, Any]:
-    """Return CONFIG with values set at dotted paths, such as ``model.init_args.learning_rate``."""
+    """Return a copy of CONFIG with new values at dotted paths, such as ``model.init_args.learning_rate``."""
     config = copy.deepcopy(CONFIG)
     for path, value in changes.items():
         *above, last = path.split(".")
@@ -60,7 +60,7 @@ def changed(changes: dict[str, Any]) -> dict[str, Any]:
 
 
 def stepwise(*arguments: object, config: dict[str, Any] = CONFIG) -> None:
-    """Run ``stepwise`` in this process and in this folder, with a configuration written there."""
+    """Run ``stepwise`` in this process, with the configuration written to the working directory."""
     Path("mine.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
     command, *options = map(str, arguments)
     with pytest.MonkeyPatch.context() as patch:
@@ -69,11 +69,11 @@ def stepwise(*arguments: object, config: dict[str, Any] = CONFIG) -> None:
 
 
 def refusal(capsys: pytest.CaptureFixture[str], *arguments: object, config: dict[str, Any] = CONFIG) -> str:
-    """Run what must be refused, and return the line that says why."""
+    """Run a command that must fail, and return its error message of one line."""
     capsys.readouterr()
     with pytest.raises(SystemExit) as stop:
         stepwise(*arguments, config=config)
-    # Python prints a SystemExit's text when it leaves; the parser prints its own.
+    # Python prints the text of SystemExit at exit; the parser prints its own messages.
     text = stop.value.code if isinstance(stop.value.code, str) else capsys.readouterr().err
     (line,) = text.strip().splitlines()
     assert line.startswith("stepwise") and ": error: " in line

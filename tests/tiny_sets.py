@@ -1,7 +1,4 @@
-"""CIFAR-10 and STL-10 in their real formats, with a handful of images, where torchvision believes them to be whole.
-
-And what happens to files.
-"""
+"""CIFAR-10 and STL-10 in their real formats with a few images, patched checksums, and damaged files."""
 
 import hashlib
 import io
@@ -34,9 +31,9 @@ def md5(path: Path) -> str:
 
 
 def old_pickle(content: dict) -> bytes:
-    """Pickle as the published files are: protocol 2, arrays and dtypes as NumPy of 2009 wrote them."""
+    """Pickle in the format of the published files: protocol 2, with the arrays and dtypes of NumPy in 2009."""
 
-    class Pickler(pickle._Pickler):  # the pure-Python one, so that NumPy's own way can be overridden
+    class Pickler(pickle._Pickler):  # the pure-Python class, whose reducer can be overridden for NumPy
         def reducer_override(self, value):
             if isinstance(value, np.dtype):
                 return np.dtype, ("u1", 0, 1), (3, "|", None, None, None, -1, -1, 0)
@@ -48,7 +45,7 @@ def old_pickle(content: dict) -> bytes:
 
 
 def write_cifar10(root: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Write four images into each of CIFAR-10's six files, in its real format, and return ``root``."""
+    """Write the six files of CIFAR-10 with four images each, and return ``root``."""
     folder = root / CIFAR10.base_folder
     folder.mkdir(parents=True)
     for number, (name, _) in enumerate(CIFAR10.train_list + CIFAR10.test_list):
@@ -66,9 +63,9 @@ def write_cifar10(root: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def write_stl10(
     root: Path, monkeypatch: pytest.MonkeyPatch, train: int = 2, test: int = 2, photographs: bool = False
 ) -> Path:
-    """Write a few training, three unlabelled and a few test images in STL-10's real format; return ``root``.
+    """Write the files of STL-10 with a few training, three unlabelled and a few test images; return ``root``.
 
-    It has columns first, and labels from 1. The images are noise, or tiles of the bundled photographs, enlarged.
+    The format stores columns first and counts labels from 1. The images are noise, or enlarged tiles of photographs.
     """
     folder = root / STL10.base_folder
     folder.mkdir(parents=True)
@@ -85,7 +82,7 @@ def write_stl10(
 
 
 def damaged(content: bytes, draw: random.Random) -> bytes:
-    """Return a file's content cut off (perhaps at once), with some bytes overwritten, or with a part of it blank."""
+    """Return the content truncated, with a few bytes overwritten, or with a part set to zero."""
     kind = draw.choice(("cut", "bytes", "blank"))
     if kind == "cut":
         return content[: draw.randrange(len(content))]
@@ -101,7 +98,7 @@ def damaged(content: bytes, draw: random.Random) -> bytes:
 
 
 class Touch:
-    """Creates a file when it is unpickled: what a malicious file would do."""
+    """Creates a file when it is unpickled, as code in a malicious file would."""
 
     def __init__(self, path: Path) -> None:
         self.path = path

@@ -1,4 +1,4 @@
-"""Trains modules of others with and without the spectrum logger, and computes their spectra again with numpy."""
+"""Train third-party modules with and without the spectrum logger, and recompute their spectra with NumPy."""
 
 import copy
 import random
@@ -17,7 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from stepwise_lightning import CollapseWatch
 
 PACKAGES = {"lightning": lightning, "pytorch_lightning": pytorch_lightning}
-# What pytorch_lightning warns of, as pyproject.toml has it for lightning.
+# Warnings of pytorch_lightning, which pyproject.toml ignores for lightning.
 QUIET = [
     pytest.mark.filterwarnings("ignore:`isinstance\\(treespec, LeafSpec\\)` is deprecated:FutureWarning"),
     pytest.mark.filterwarnings("ignore:The 'train_dataloader' does not have many workers"),
@@ -26,14 +26,14 @@ QUIET = [
 
 
 class LastBatch(lightning.Callback):
-    """Keeps the batch that was trained on last."""
+    """Stores the last training batch."""
 
     def on_train_batch_start(self, trainer, module, batch, batch_idx):
         self.batch = copy.deepcopy(batch)
 
 
 def train(package, module, loader, folder, *callbacks, held_out=None, **options):
-    """Fit a module; what the test does not say is quiet."""
+    """Fit a module, by default without output files and messages."""
     options = {"logger": False, "max_epochs": 2, "enable_checkpointing": False} | options
     trainer = package.Trainer(
         accelerator="cpu", callbacks=list(callbacks), default_root_dir=folder, log_every_n_steps=1,
@@ -47,7 +47,7 @@ def train(package, module, loader, folder, *callbacks, held_out=None, **options)
 
 
 def trace(trainer, module):
-    """Return everything that training has changed."""
+    """Return the state of the module, the optimizers and the random number generators."""
     return {
         "weights": module.state_dict(),
         "optimizers": [optimizer.state_dict() for optimizer in trainer.optimizers],
@@ -59,22 +59,31 @@ def trace(trainer, module):
 
 
 def check(package, build, loader, folder, attached, last_step, views=None, frozen=(), **options):
-    """Attach loggers to a module, and compare.
+    """Check that loggers do not change training and that their spectra equal those of NumPy.
 
-    ``attached`` is a list of pairs: a SpectrumLogger, and for each thing that it watches (``""`` is the module's own
-    output) a function from module and view to the same embeddings. ``views`` says where they are in a batch, or what
-    they are; ``frozen`` names submodules whose batch normalisation does not learn.
+    Args:
+        package: ``lightning`` or ``pytorch_lightning``.
+        build: function that returns the module.
+        loader: training data, or a function that returns them.
+        folder: folder for the files of the run.
+        attached: pairs of a SpectrumLogger and, by watched name (``""`` for the output of the module), a function from
+            module and view to the embeddings.
+        last_step: expected last step of the records.
+        views: the two views, or a function that takes them from a batch.
+        frozen: name prefixes of submodules whose batch normalization is in evaluation mode.
+        options: passed to :func:`train`.
+
     """
     traces = []
     for loggers in ([], [logger for logger, _ in attached]):
         lightning.seed_everything(1, verbose=False)
         module, latest = build(), LastBatch()
-        watches = [CollapseWatch()] if loggers else []  # an alarm would be a warning, which fails the test
+        watches = [CollapseWatch()] if loggers else []  # an alarm is a warning, which fails the test
         callbacks = [latest, *watches, *loggers]
         trainer = train(package, module, loader() if callable(loader) else loader, folder, *callbacks, **options)
         traces.append(copy.deepcopy(trace(trainer, module)))
     assert_same(*traces)
-    assert trainer.global_step in (last_step, 0)  # 0: Lightning does not count what a module steps by itself
+    assert trainer.global_step in (last_step, 0)  # 0: Lightning does not count steps without its optimizers
     batch_views = views(latest.batch) if callable(views) else views
     with_batch_statistics(module, frozen)
     for logger, watched in attached:
@@ -89,7 +98,7 @@ def check(package, build, loader, folder, attached, last_step, views=None, froze
         assert set(record.matrices) == set(expected)
         for matrix, values in expected.items():
             actual = record.eigenvalues(matrix)[-1].numpy()
-            assert values[0] > 0 or matrix.endswith("normalized_covariance")  # of one dimension there is none
+            assert values[0] > 0 or matrix.endswith("normalized_covariance")  # zero in one dimension
             np.testing.assert_allclose(actual, values, rtol=1e-8, atol=1e-9 * values[0] + 1e-20, err_msg=matrix)
         first = {matrix: record.eigenvalues(matrix)[0] for matrix in expected}
         assert any(not torch.allclose(first[matrix], record.eigenvalues(matrix)[-1]) for matrix in expected)
@@ -98,19 +107,19 @@ def check(package, build, loader, folder, attached, last_step, views=None, froze
 
 
 def saved_arrays(logger):
-    """Return what lies in the run's folder, read by numpy."""
+    """Return the saved arrays of a run."""
     with np.load(Path(logger.directory) / f"{logger.name}.npz") as file:
         return dict(file)
 
 
 def with_batch_statistics(module, frozen=()):
-    """Put all in evaluation mode but batch normalisation that learns."""
+    """Set evaluation mode, except for batch normalization that is not frozen."""
     for name, part in module.named_modules():
         part.training = isinstance(part, _BatchNorm) and not any(name.startswith(prefix) for prefix in frozen)
 
 
 def spectra(embeddings):
-    """Return the eigenvalues, descending, of the three matrices, computed by numpy."""
+    """Return the descending eigenvalues of the three matrices, computed with NumPy."""
     together = np.concatenate(embeddings)
     unit = together / np.linalg.norm(together, axis=1, keepdims=True).clip(1e-12)
     matrices = {
@@ -124,7 +133,7 @@ def spectra(embeddings):
 
 
 def write_photographs(folder, count=16, size=40):
-    """Write crops of a photograph as images in folders of two classes."""
+    """Write crops of a photograph to folders of two classes."""
     photograph = data.astronaut()
     for index in range(count):
         row, column = divmod(index, 4)

@@ -1,4 +1,4 @@
-"""The spectrum logger and LastCheckpoint beside each logger: what arrives in it, and whose files are whose."""
+"""Spectra and checkpoints with CSV, TensorBoard, W&B and MLflow loggers."""
 
 import csv
 from importlib import import_module
@@ -18,7 +18,7 @@ pytestmark = [pytest.mark.parametrize("package", PACKAGES), *QUIET]
 
 
 class Csv:
-    """One column a scalar; empty where a step has none."""
+    """CSV file with one column per scalar."""
 
     def __init__(self, loggers, folder):
         self.logger = loggers.CSVLogger(folder)
@@ -29,7 +29,7 @@ class Csv:
 
 
 class TensorBoard:
-    """Events, in float32."""
+    """TensorBoard events, in float32."""
 
     def __init__(self, loggers, folder):
         self.logger = loggers.TensorBoardLogger(folder)
@@ -40,18 +40,18 @@ class TensorBoard:
 
 
 class Wandb:
-    """Offline; its own file is read by what comes with it."""
+    """Offline run, whose summary holds the last values."""
 
     def __init__(self, loggers, folder):
         self.logger = loggers.WandbLogger(save_dir=folder, offline=True, project="peers")
 
     def scalars(self, tag):
         run = self.logger.experiment
-        return [(run.summary["trainer/global_step"], run.summary[tag])]  # the last ones; the rest is uploaded later
+        return [(run.summary["trainer/global_step"], run.summary[tag])]  # the history is uploaded later
 
 
 class MLFlow:
-    """A store of files, or of whatever else the address says."""
+    """File store."""
 
     def __init__(self, loggers, folder):
         self.logger = loggers.MLFlowLogger(tracking_uri=f"file:{folder}/mlruns")
@@ -61,7 +61,7 @@ class MLFlow:
         return [(metric.step, metric.value) for metric in history]
 
 
-# Of a callback of stable-pretraining, where that is installed, and what W&B itself says of its service, later.
+# Written by a callback of stable-pretraining, where it is installed, and by the W&B service.
 OTHERS = {"wandb_resume.json", "debug-internal.log"}
 LOGGERS = {"csv": Csv, "tensorboard": TensorBoard, "wandb": Wandb, "mlflow": MLFlow}
 
@@ -93,7 +93,7 @@ def contents(folder):
 
 
 @pytest.mark.parametrize("kind", LOGGERS)
-def test_scalars_arrive(kind, loggers, package, tmp_path):
+def test_loggers_receive_the_scalars(kind, loggers, package, tmp_path):
     peer = LOGGERS[kind](loggers, tmp_path)
     spectra, _ = fit(package, peer.logger, tmp_path)
     steps = spectra.record.steps.tolist()
@@ -109,7 +109,7 @@ def test_scalars_arrive(kind, loggers, package, tmp_path):
 
 
 @pytest.mark.parametrize("kind", LOGGERS)
-def test_a_second_run_overwrites_nothing(kind, loggers, package, tmp_path):
+def test_second_run_overwrites_no_file(kind, loggers, package, tmp_path):
     folders = []
     for _ in range(2):
         before = contents(tmp_path)
@@ -127,7 +127,7 @@ def test_a_second_run_overwrites_nothing(kind, loggers, package, tmp_path):
     assert not second.is_relative_to(first) and not first.is_relative_to(second)
 
 
-def test_the_picture_of_the_run_arrives_as_an_image(loggers, package, tmp_path):
+def test_loggers_receive_the_trajectories_as_an_image(loggers, package, tmp_path):
     for kind in ("wandb", "mlflow"):
         peer = LOGGERS[kind](loggers, tmp_path)
         spectra, _ = fit(package, peer.logger, tmp_path)

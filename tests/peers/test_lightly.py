@@ -1,10 +1,10 @@
-"""Our losses against lightly's (1.6), values and gradients; ``make test-peers`` installs it.
+"""Values and gradients of the losses equal lightly 1.6, which ``make test-peers`` installs.
 
-All three definitions are the same there, with these differences:
+The definitions differ in defaults and options only:
 
-- its Barlow Twins weighs the off-diagonal with 5e-3 by default, ours with the published 0.0051, and it has fixed eps to
-  1e-5; it has no counterpart of ``normalize=False``;
-- its VICReg takes the variances apart from the covariances, with the same 1/(n − 1).
+- lightly's Barlow Twins weights the off-diagonal with 5e-3 by default, ours with the published 0.0051; its eps is fixed
+  to 1e-5, and it has no counterpart of ``normalize=False``;
+- lightly's VICReg computes variances separately from covariances, with the same 1/(n − 1).
 """
 
 import pytest
@@ -24,7 +24,7 @@ PAIRS = {
 
 
 @pytest.mark.parametrize(("ours", "theirs"), PAIRS.values(), ids=PAIRS)
-def test_values_and_gradients_are_the_same(ours, theirs):
+def test_values_and_gradients_equal_lightly(ours, theirs):
     generator = torch.Generator().manual_seed(0)
     z = torch.randn(2, 12, 5, dtype=torch.float64, generator=generator)
     z = (z + z[:1]) * torch.linspace(0.2, 1, 5, dtype=torch.float64)
@@ -36,7 +36,7 @@ def test_values_and_gradients_are_the_same(ours, theirs):
     torch.testing.assert_close(our_gradient, their_gradient, rtol=1e-10, atol=1e-13)
 
 
-def test_their_published_loss_differs_only_in_the_weight_of_the_off_diagonal():
+def test_default_barlow_twins_of_lightly_differs_in_the_off_diagonal_weight():
     z1, z2 = torch.randn(2, 12, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     without = barlow_twins_loss(z1, z2, off_diagonal_weight=0.0)
     ratio = (barlow_twins_loss(z1, z2) - without) / (BarlowTwinsLoss()(z1, z2) - without)

@@ -1,4 +1,4 @@
-"""The spectrum logger on the LightningModules that lightly has itself, under ``pytorch_lightning``."""
+"""Spectra of the LightningModules of lightly, which use ``pytorch_lightning``."""
 
 import pytest
 import torch
@@ -71,7 +71,7 @@ def test_classifier(classifier, labelled, held_out, tmp_path):
         return classifier(backbone(), 64, feature_dim=WIDTH, num_classes=4, topk=(1, 2))
 
     logger = SpectrumLogger(watch=["model"])
-    # The linear classifier puts its backbone, batch normalisation too, in evaluation mode.
+    # The linear classifier sets its backbone with batch normalization to evaluation mode.
     frozen = ["model"] if classifier is LinearClassifier else []
     attached = [(logger, {"": output, "model": features})]
     check(PACKAGE, build, labelled, tmp_path, attached, 6, images, frozen, held_out=held_out)
@@ -80,14 +80,14 @@ def test_classifier(classifier, labelled, held_out, tmp_path):
 
 @pytest.mark.filterwarnings("ignore:`LightningModule.configure_optimizers` returned `None`")
 @pytest.mark.filterwarnings("ignore:`training_step` returned `None`")
-def test_nearest_neighbours_which_do_not_train(labelled, held_out, tmp_path):
+def test_knn_classifier_without_training(labelled, held_out, tmp_path):
     def build():
         return KNNClassifier(backbone(), 2, knn_k=3, knn_t=0.1, train_dataloader_idx=0, val_dataloader_idx=1, topk=(1,))
 
     logger = SpectrumLogger()
     attached = [(logger, {"": output})]
     check(PACKAGE, build, labelled, tmp_path, attached, 6, images, held_out=[held_out, held_out])
-    assert logger.record.times.tolist() == logger.record.steps.tolist()  # there is no rate
+    assert logger.record.times.tolist() == logger.record.steps.tolist()  # no optimizer, hence no learning rate
 
 
 def projections(module, view):
@@ -96,7 +96,7 @@ def projections(module, view):
 
 def test_benchmark_module(held_out, two_views, tmp_path):
     class SimSiam(BenchmarkModule):
-        """As in the docstring of BenchmarkModule."""
+        """Example from the docstring of BenchmarkModule."""
 
         def __init__(self):
             super().__init__(held_out, num_classes=2, knn_k=3)
@@ -129,7 +129,7 @@ def test_benchmark_module(held_out, two_views, tmp_path):
 
 
 class TwoArms(nn.Module):
-    """What lightly's old SimCLR was, which SelfSupervisedEmbedding was written for."""
+    """SimCLR of earlier versions of lightly, for SelfSupervisedEmbedding."""
 
     def __init__(self):
         super().__init__()
@@ -143,7 +143,7 @@ def projected(module, view):
     return module.model.projection_head(module.model.backbone(view))
 
 
-def test_self_supervised_embedding_whose_forward_takes_both_views(two_views, tmp_path):
+def test_self_supervised_embedding_with_a_forward_of_both_views(two_views, tmp_path):
     def build():
         model = TwoArms()
         return SelfSupervisedEmbedding(model, NTXentLoss(), torch.optim.SGD(model.parameters(), lr=0.06), two_views())

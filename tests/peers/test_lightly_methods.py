@@ -1,4 +1,4 @@
-"""The spectrum logger on methods put together as in the examples of lightly, of its heads, losses and transforms."""
+"""Spectra of the methods in lightly's examples, built from its heads, losses and transforms."""
 
 import copy
 
@@ -68,7 +68,7 @@ def resnet():
 
 
 def simple(package, head, criterion, rate):
-    """SimCLR, Barlow Twins and VICReg: one head, one loss of two views."""
+    """SimCLR, Barlow Twins and VICReg: one head and one loss of two views."""
 
     class Method(package.LightningModule):
         def __init__(self):
@@ -379,7 +379,7 @@ def mae(package):
     return MAE()
 
 
-# ---- what is watched, and the same said once more ----
+# ---- watched modules and the functions that compute their embeddings ----
 
 
 def projections(module, view):

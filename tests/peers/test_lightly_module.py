@@ -1,4 +1,4 @@
-"""The spectrum logger on a LightningModule of lightly, which is one of ``pytorch_lightning``, not ``lightning``."""
+"""Spectra of a LightningModule of lightly, which derives from ``pytorch_lightning``, not ``lightning``."""
 
 import csv
 
@@ -17,7 +17,7 @@ from stepwise_lightning.encoders import ResNet
 @pytest.mark.filterwarnings("ignore:`isinstance\\(treespec, LeafSpec\\)` is deprecated:FutureWarning")
 @pytest.mark.filterwarnings("ignore:The 'train_dataloader' does not have many workers")
 @pytest.mark.filterwarnings("ignore:The `srun` command is available")
-def test_spectra_of_a_module_of_lightly(tmp_path):
+def test_spectra_of_lightly_module(tmp_path):
     data = TwoViewDataModule("photos", "weak", image_size=16)
     data.setup("fit")
     backbone = ResNet()

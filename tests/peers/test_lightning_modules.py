@@ -1,4 +1,4 @@
-"""The spectrum logger on modules of Lightning's demos, its example of a GAN, and torchvision's models."""
+"""Spectra of Lightning's demo modules, its GAN example and torchvision models."""
 
 from collections import OrderedDict
 from importlib import import_module
@@ -40,7 +40,7 @@ def test_boring_model(name, package, tmp_path):
 
 
 @pytest.mark.parametrize("data", ["BoringDataModule", "BoringDataModuleNoLen"])
-def test_batches_of_one_sample_with_a_probe_of_many(data, package, tmp_path):
+def test_batches_of_one_sample_with_a_larger_probe(data, package, tmp_path):
     boring, probe = demos(package, "boring_classes"), torch.randn(20, 32)
     attached = [(SpectrumLogger(probe=probe), {"": lambda module, x: module(x)})]
     options = {"max_steps": 40, "max_epochs": -1, "limit_val_batches": 1}
@@ -55,7 +55,7 @@ def token_batches():
 
 
 def nothing():
-    """Stand in for the download of a text."""
+    """Replace the download of a text."""
 
 
 def log_probabilities(module, tokens):
@@ -75,11 +75,11 @@ def test_transformer_on_tokens(package, tmp_path):
         module.prepare_data = nothing
         return module
 
-    # Of two views of one shape, tokens and targets, the spectra are of both.
+    # Tokens and targets have the same shape, so the logger treats them as two views.
     check(PACKAGES[package], build, token_batches, tmp_path, [(logger, watched)], 6, lambda batch: batch)
 
 
-def test_lstm_that_keeps_its_state(package, tmp_path):
+def test_stateful_lstm(package, tmp_path):
     watched = {"model.encoder": lambda module, x: module.model.encoder(x), "states": states}
     logger = SpectrumLogger(watch=["model.encoder", states], output=False)
     lstm = demos(package, "lstm")
@@ -99,7 +99,7 @@ LATENT, SHAPE = 6, (1, 8, 8)
 
 
 class Generator(nn.Module):
-    """As in the example, with narrower layers."""
+    """The example with narrower layers."""
 
     def __init__(self):
         super().__init__()
@@ -117,7 +117,7 @@ class Generator(nn.Module):
 
 
 class Discriminator(nn.Module):
-    """As in the example, with narrower layers."""
+    """The example with narrower layers."""
 
     def __init__(self):
         super().__init__()
@@ -182,11 +182,11 @@ def images(shape, count=24, classes=5):
     return lambda: DataLoader(TensorDataset(pictures, torch.arange(count) % classes), batch_size=8, shuffle=True)
 
 
-def test_gan_that_optimises_by_hand(package, tmp_path):
+def test_gan_with_manual_optimization(package, tmp_path):
     latents = torch.randn(16, LATENT, generator=torch.Generator().manual_seed(1))
     generator = SpectrumLogger(probe=latents)
     build, loader = (lambda: gan(PACKAGES[package])), images(SHAPE)
-    # Two optimisers, three batches, two epochs.
+    # Two optimizers, three batches, two epochs.
     attached = [(generator, {"": lambda module, z: module.generator(z)})]
     check(PACKAGES[package], build, loader, tmp_path, attached, 12, [latents])
     assert generator.record.losses.isnan().all()
@@ -211,7 +211,7 @@ def discriminator_features(module, img):
 
 def classifier(package, model, loss=cross_entropy, rate=0.05):
     class Classifier(package.LightningModule):
-        """With metrics of torchmetrics, which have states of their own."""
+        """Classifier with a metric of torchmetrics, which has a state."""
 
         def __init__(self):
             super().__init__()
@@ -251,7 +251,7 @@ MODELS = {
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_model_of_torchvision(name, package, tmp_path):
+def test_torchvision_model(name, package, tmp_path):
     model, part = MODELS[name]
     if part == "encoder.ln":
         watched = {"": lambda module, x: module(x)}
@@ -265,7 +265,7 @@ def test_model_of_torchvision(name, package, tmp_path):
 
 
 def hooked(part):
-    """Return a function from module and view to what a part of its model gives on the way."""
+    """Return a function from module and view to the activations of a submodule."""
 
     def embed(module, view):
         outputs = []
@@ -279,8 +279,8 @@ def hooked(part):
     return embed
 
 
-def test_digits_of_the_demo(package, tmp_path):
-    """The network of Lightning's MNIST example, with its dropout."""
+def test_mnist_network_of_the_demo(package, tmp_path):
+    """Spectra of a network with dropout."""
     net = demos(package, "boring_classes").Net
     build = lambda: classifier(PACKAGES[package], net, nll_loss, 0.001)  # noqa: E731
     attached = [(SpectrumLogger(), {"": lambda module, x: module(x)})]

@@ -1,4 +1,4 @@
-"""W&B (offline) and MLflow (local): the same command continues the same run there; runs overwrite nothing."""
+"""Runs with W&B (offline) and MLflow (local) resume in the same run and overwrite no file."""
 
 import os
 import sys
@@ -8,7 +8,7 @@ import torch
 from tiny_runs import changed, stepwise, write_images
 
 pytestmark = [
-    pytest.mark.filterwarnings("ignore"),  # theirs
+    pytest.mark.filterwarnings("ignore"),  # third-party warnings
     pytest.mark.skipif(sys.platform == "win32", reason="MLflow's file: addresses"),
 ]
 
@@ -41,7 +41,7 @@ def wandb():
 
 
 @pytest.mark.parametrize("version", [{}, {"version": "mine"}, {"id": "mine"}])
-def test_wandb_goes_on_as_the_same_run(version, folder, wandb):
+def test_resume_continues_the_wandb_run(version, folder, wandb):
     for steps in (2, 4, 5):
         train(steps, "WandbLogger", project="project", save_dir="runs", **version)
         wandb.finish()
@@ -52,7 +52,7 @@ def test_wandb_goes_on_as_the_same_run(version, folder, wandb):
     assert ids == {run.name}
 
 
-def test_wandb_of_another_project_is_another_run(folder, wandb):
+def test_another_wandb_project_is_another_run(folder, wandb):
     for project in ("one", "two"):
         train(2, "WandbLogger", project=project, save_dir="runs")
         wandb.finish()
@@ -60,10 +60,10 @@ def test_wandb_of_another_project_is_another_run(folder, wandb):
 
 
 @pytest.mark.parametrize("name", [{}, {"experiment_name": "mine"}])
-def test_mlflow_goes_on_as_the_same_run(name, folder):
+def test_resume_continues_the_mlflow_run(name, folder):
     mlflow = pytest.importorskip("mlflow")
     for steps in (2, 4, 5):
-        train(steps, "MLFlowLogger", save_dir=str(folder / "runs"), **name)  # mlflow keeps its stores by name
+        train(steps, "MLFlowLogger", save_dir=str(folder / "runs"), **name)  # MLflow caches its stores by name
     ((run, step),) = steps_of_runs(folder).items()
     assert step == 5
     client = mlflow.MlflowClient(f"file:{folder / 'runs'}")
@@ -80,10 +80,10 @@ LOGGERS = {
 
 
 @pytest.mark.parametrize("kind", LOGGERS)
-def test_a_run_ends_with_its_folder_and_how_to_watch_it(kind, folder, capsys):
+def test_last_lines_show_the_folder_and_the_watch_command(kind, folder, capsys):
     pytest.importorskip(kind)
     if kind == "wandb":
-        sys.modules["wandb"].teardown()  # or its service would go on in the folder of an earlier test
+        sys.modules["wandb"].teardown()  # otherwise its service keeps the folder of an earlier test
     path, arguments, watch = LOGGERS[kind]
     train(12, path, **arguments)
     lines = [line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines() if line]

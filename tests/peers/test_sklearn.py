@@ -1,4 +1,4 @@
-"""scikit-learn's ``clone`` takes our models for its own."""
+"""scikit-learn's ``clone`` works with the estimators of ``theory``."""
 
 from functools import partial
 
@@ -12,7 +12,7 @@ clone = pytest.importorskip("sklearn.base").clone
 
 
 @pytest.mark.parametrize("kernel", [partial(rbf_kernel, length_scale=2.0), EmpiricalNTK(nn.Linear(3, 2))])
-def test_a_clone_is_not_fitted_and_fits_the_same(kernel):
+def test_clone_is_unfitted_and_fits_equally(kernel):
     x1, x2 = torch.randn(2, 9, 3, generator=torch.Generator().manual_seed(0)) * 0.1 + 1
     model = ContrastiveKernelPCA(kernel, n_components=1, progress=False).fit(x1, x2)
     copy = clone(model)

@@ -1,7 +1,7 @@
-"""The spectrum logger on modules of stable-pretraining: a forward function, batches that are dictionaries.
+"""Spectra of modules of stable-pretraining, with a forward function and dictionaries as batches.
 
-``make test-peers`` does not install it: by an entry point it gives every Trainer of ``lightning`` in its environment
-more than ten callbacks, some of which write files. Where it is installed, these are beside ours here.
+``make test-peers`` does not install it: its entry point adds more than ten callbacks to every Trainer of ``lightning``,
+some of which write files. These tests run where it is installed, with these callbacks.
 """
 
 import pytest
@@ -37,7 +37,7 @@ def projector():
 
 
 def loader(num_views):
-    """Return batches of images with labels: as they are, or two views of each in a list."""
+    """Return a loader of labelled images with one view, or a list of two views, of each."""
     generator = torch.Generator().manual_seed(0)
     pictures = torch.randn(COUNT, 2, 3, SIZE, SIZE, generator=generator)
     pictures[:, 1] = pictures[:, 0] + 0.3 * pictures[:, 1]

@@ -1,4 +1,4 @@
-"""The part of the tutorial on one's own module that needs lightly runs as it stands, for two steps."""
+"""The example with lightly in the tutorial on custom modules runs, for two steps."""
 
 import re
 from pathlib import Path
@@ -11,7 +11,7 @@ from stepwise_lightning import SpectrumRecord
 PAGE = Path(__file__).parents[2] / "docs" / "tutorials" / "own_module.md"
 
 
-@pytest.mark.filterwarnings("default")  # what others warn of does not matter to a reader who tries it
+@pytest.mark.filterwarnings("default")  # third-party warnings do not concern the reader
 def test_simclr_of_lightly_on_a_folder_of_images(tmp_path, monkeypatch, capsys):
     (code,) = re.findall(r"^```python\n(.*?)^```", PAGE.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
     for setting, fewer in (("max_steps=150", "max_steps=2"), ("batch_size=32", "batch_size=4")):
