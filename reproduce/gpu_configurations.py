@@ -20,8 +20,8 @@ from reproduce.networks.training import CONFIGS
 from reproduce.networks.variants import METHODS
 from stepwise_lightning import Encoder, TwoViewDataModule
 from stepwise_lightning.files import atomic_write_text
-from stepwise_lightning.forecasts import Forecast, forecast
-from stepwise_lightning.forecasts.simulate import unseen_batches
+from stepwise_lightning.forecasts.forecast import Forecast
+from stepwise_lightning.forecasts.simulate import forecast, unseen_batches
 
 COLUMNS = (
     "configuration", "learning rate", "diverges above", "safe below", "suggested", "mode 1", "mode 2", "mode 3",

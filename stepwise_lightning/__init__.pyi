@@ -1,4 +1,5 @@
 from .callbacks.collapse_monitor import CollapseWatch as CollapseWatch
+from .callbacks.forecast_logger import ForecastLogger as ForecastLogger
 from .callbacks.online_evaluation import OnlineKNN as OnlineKNN
 from .callbacks.online_evaluation import OnlineLinearProbe as OnlineLinearProbe
 from .callbacks.spectrum_logger import SpectrumLogger as SpectrumLogger
@@ -10,9 +11,8 @@ from .encoders import LinearEncoder as LinearEncoder
 from .encoders import Projector as Projector
 from .encoders import ResNet as ResNet
 from .encoders import scale_last_layer as scale_last_layer
-from .forecasts import Forecast as Forecast
-from .forecasts import ForecastLogger as ForecastLogger
-from .forecasts import forecast as forecast
+from .forecasts.forecast import Forecast as Forecast
+from .forecasts.simulate import forecast as forecast
 from .losses import barlow_twins_loss as barlow_twins_loss
 from .losses import simclr_loss as simclr_loss
 from .losses import vicreg_loss as vicreg_loss

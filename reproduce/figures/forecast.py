@@ -37,9 +37,8 @@ from reproduce.networks.variants import METHODS
 from reproduce.options import data_name
 from reproduce.processes import each
 from stepwise_lightning.encoders import bias_of
-from stepwise_lightning.forecasts import Forecast
-from stepwise_lightning.forecasts.forecast import quickened
-from stepwise_lightning.forecasts.sgd import Training, last_features, last_layer
+from stepwise_lightning.forecasts.forecast import Forecast, correct_for_feature_learning
+from stepwise_lightning.forecasts.sgd import SGDSettings, last_features, last_layer
 from stepwise_lightning.forecasts.simulate import NUM_PAIRS, forecast_of_features, unseen_batches
 
 PAPER = "Not in the paper: its theory, made a tool."
@@ -100,7 +99,7 @@ def _scheduled(run: Run, measured: float) -> list[list[Any]]:
     """Return rows of the first mode of training with a schedule, and what sums of rates make of a constant rate."""
     if not math.isfinite(measured):
         return []
-    rates = Training.of(run.module, 0, int(run.record.steps[-1])).rates
+    rates = SGDSettings.of(run.module, 0, int(run.record.steps[-1])).rates
     constant = run.forecast_of(*run.features, rates=rates.max().expand(len(rates))).step_times[0]
     summed = np.interp(constant * rates.max(), np.cumsum([0.0, *rates]), range(len(rates) + 1))
     head = [run.loss, run.seed]
@@ -119,7 +118,7 @@ def _controls(run: Run) -> dict[str, Forecast]:
     if run.optimization()[1]:
         return controls | {"no momentum": run.forecast_of(h1, h2, momentum=0.0)}
     other = "vicreg" if run.loss == "barlow_twins" else "barlow_twins"
-    settings = Training.of(METHODS[other].module(run.encoder(), 0.1), 0, 1).settings
+    settings = SGDSettings.of(METHODS[other].module(run.encoder(), 0.1), 0, 1).settings
     return controls | {"another loss": run.forecast_of(h1, h2, loss=other, settings=settings)}
 
 
@@ -132,7 +131,7 @@ def _live(run: Run, step: int, mode: int) -> float:
     try:
         earlier = _weights(run, before, start)
         module.load_state_dict(_weights(run, step, start))
-        training = Training.of(module, step, length)
+        training = SGDSettings.of(module, step, length)
         batches = [run.data.probe_pairs()] if run.loss != "simclr" else unseen_batches(run.data)
         h1, h2 = last_features(module, layer, batches, NUM_PAIRS)
         gone = (step - before) * float(training.rates[0])
@@ -147,7 +146,7 @@ def _live(run: Run, step: int, mode: int) -> float:
     finally:
         module.load_state_dict(start)
     learned_at = _measured(run)[mode - 1]
-    return quickened(run.loss, learned_at, step, float(said.step_times[mode].nan_to_num(nan=step)))
+    return correct_for_feature_learning(run.loss, learned_at, step, float(said.step_times[mode].nan_to_num(nan=step)))
 
 
 def _weights(run: Run, step: int, start: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -23,7 +23,7 @@ from reproduce.networks.runs import ROW_COLUMNS, Run, trained_runs
 from reproduce.networks.training import PROFILES
 from reproduce.networks.variants import METHODS, VARIANT_TITLES
 from reproduce.options import data_name
-from stepwise_lightning.forecasts.sgd import Training
+from stepwise_lightning.forecasts.sgd import SGDSettings
 from stepwise_lightning.plots import trajectories_figure
 
 PAPER = (
@@ -98,7 +98,7 @@ def _plateau_error(run: Run) -> float:
 def _step_time_factors(run: Run) -> dict[str, float]:
     """Compare step times with those of the forecast, and of two that are wrong."""
     h1, h2 = run.features
-    rates = Training.of(run.module, 0, int(run.record.steps[-1])).rates
+    rates = SGDSettings.of(run.module, 0, int(run.record.steps[-1])).rates
     measured = run.steps.step_times / run.optimization()[0]
     factors = {}
     for name, forecast in (

@@ -29,8 +29,7 @@ from reproduce.networks.variants import METHODS
 from reproduce.options import data_name
 from reproduce.processes import each
 from stepwise_lightning.errors import DivergedError, UserError
-from stepwise_lightning.forecasts import forecast
-from stepwise_lightning.forecasts.simulate import unseen_batches
+from stepwise_lightning.forecasts.simulate import forecast, unseen_batches
 from stepwise_lightning.losses import LOSSES
 from stepwise_lightning.modules import JointEmbedding
 

@@ -33,8 +33,8 @@ from stepwise_lightning import Encoder, SpectrumRecord, TwoViewDataModule
 from stepwise_lightning.data import load_image_set
 from stepwise_lightning.encoders import bias_of
 from stepwise_lightning.errors import NotFoundError, UserError, reason
-from stepwise_lightning.forecasts import Forecast
-from stepwise_lightning.forecasts.sgd import Training, last_features, last_layer
+from stepwise_lightning.forecasts.forecast import Forecast
+from stepwise_lightning.forecasts.sgd import SGDSettings, last_features, last_layer
 from stepwise_lightning.forecasts.simulate import NUM_PAIRS, forecast_of_features, unseen_batches
 from stepwise_lightning.modules import JointEmbedding
 from stepwise_lightning.plots import Panel
@@ -169,10 +169,10 @@ class Run(TrainingRun):
     def forecast_of(self, h1: Tensor, h2: Tensor, **changes: Any) -> Forecast:
         """Return a forecast of other features than its own (batches, n, m), or of training that is other than its own.
 
-        ``changes`` are of :class:`stepwise_lightning.forecasts.sgd.Training`.
+        ``changes`` are of :class:`stepwise_lightning.forecasts.sgd.SGDSettings`.
         """
         layer, length = last_layer(self.module), int(self.record.steps[-1])
-        training = replace(Training.of(self.module, 0, length), **changes)
+        training = replace(SGDSettings.of(self.module, 0, length), **changes)
         return forecast_of_features(training, h1, h2, layer.weight, bias_of(layer), with_rates=False)
 
     def panel(self, with_forecast: bool = False) -> Panel:
@@ -180,7 +180,7 @@ class Run(TrainingRun):
         count = self.steps.num_distinct
         theory = None
         if with_forecast:
-            values = self.forecast.promised(self.record.steps)
+            values = self.forecast.reliable_eigenvalues(self.record.steps)
             losses = (1 - values).square().sum(1) if self.loss == "barlow_twins" else None
             if values.isfinite().any():  # nothing is promised of modes that start high
                 theory = SpectrumRecord.of(self.record.times, values, losses, self.method.matrix, self.record.steps)

@@ -19,7 +19,7 @@ from stepwise_lightning.encoders import bias_of
 from stepwise_lightning.errors import UserError
 from stepwise_lightning.features import views_in
 from stepwise_lightning.forecasts.forecast import Forecast
-from stepwise_lightning.forecasts.sgd import Training, last_layer, loss_of, velocity_of
+from stepwise_lightning.forecasts.sgd import SGDSettings, last_layer, loss_of, velocity_of
 from stepwise_lightning.forecasts.simulate import NUM_PAIRS, forecast_of_features
 from stepwise_lightning.losses import LOSSES
 from stepwise_lightning.modules import JointEmbedding, SimCLR
@@ -35,7 +35,7 @@ class LiveForecast(NamedTuple):
 
     step: int
     num_learned: int
-    due: float
+    expected_step: float
     """The optimiser step at which the next mode is due; infinite for not before training ends."""
 
 
@@ -55,8 +55,8 @@ class ForecastLogger(L.Callback):
     weights and the optimiser's momentum as they are, training of that layer is simulated to the end
     (:func:`stepwise_lightning.forecasts.simulate.forecast_of_features`): at the start, when a mode has just been
     learned, half-way to the next one, at half of what then remains, and so on. That features move, which shortens what
-    remains, is reckoned in as measured (:meth:`stepwise_lightning.forecasts.forecast.Forecast.after`). Training is
-    bit-identical with and without it.
+    remains, is corrected for (:meth:`stepwise_lightning.Forecast.with_plateau_correction`). Training is bit-identical
+    with and without it.
 
     Logged, to every logger: ``forecast/next_mode_step``, at the step at which it was said, if the mode is due before
     training ends. Progress says "4 of 10 modes learned, next ≈ step 3200", and the first forecast is a line of its own.
@@ -187,7 +187,7 @@ class ForecastLogger(L.Callback):
     ) -> tuple[Forecast, Tensor]:
         group = {} if isinstance(module, JointEmbedding) else optimizer.param_groups[0]
         options = [group.get(name) for name in ("lr", "momentum", "weight_decay")]
-        training = Training.of(module, start, end, self.loss, self.settings, *options)
+        training = SGDSettings.of(module, start, end, self.loss, self.settings, *options)
         layer = last_layer(module)
         h1, h2 = self._features(size if training.loss == "simclr" else None)
         velocity = velocity_of(layer, optimizer)
@@ -217,12 +217,14 @@ class ForecastLogger(L.Callback):
         text = f"{count} of {dim} modes learned"
         if said.num_learned < count:
             return text
-        if not math.isfinite(said.due):
+        if not math.isfinite(said.expected_step):
             return f"{text}, no other is due"
-        return f"{text}, next ≈ step {said.due:.0f}" if said.due > step else f"{text}, next is overdue"
+        return (
+            f"{text}, next ≈ step {said.expected_step:.0f}" if said.expected_step > step else f"{text}, next is overdue"
+        )
 
     def _say(self, trainer: L.Trainer, forecast: Forecast, rates: Tensor) -> None:
-        step, (mode, due) = forecast.start, forecast.after(self._spectrum.record).next_mode
+        step, (mode, due) = forecast.start, forecast.with_plateau_correction(self._spectrum.record).next_mode
         soon, first = math.isfinite(due), not self.forecasts
         if soon and mode not in {said.num_learned + 1 for said in self.forecasts}:
             record = self._spectrum.record

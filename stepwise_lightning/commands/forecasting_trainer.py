@@ -63,7 +63,7 @@ class ForecastingTrainer(L.Trainer):
             velocity=_velocity(model, checkpoint),
         )  # fmt: skip
         if records := [record for record in recorded(checkpoint) if result.matrix in record.matrices]:
-            result = result.after(records[0])
+            result = result.with_plateau_correction(records[0])
         print(result)
         if start and result.next_mode[1] < max_steps:
             print("mode {} is due at step {:.0f}".format(*result.next_mode))

@@ -12,7 +12,7 @@ from stepwise_lightning.forecasts.learning_rates import StableRates
 from stepwise_lightning.losses import LOSSES
 from stepwise_lightning.spectrum.record import SpectrumRecord
 
-__all__ = ["Forecast", "crossings", "quickened"]
+__all__ = ["Forecast", "crossings", "correct_for_feature_learning"]
 
 # Typical relative error of the first mode's step and of later ones', before training; NaN is not promised.
 _ERRORS = {"barlow_twins": (0.06, 0.15), "simclr": (0.06, 0.2), "vicreg": (0.07, math.nan)}
@@ -20,7 +20,7 @@ _ERRORS = {"barlow_twins": (0.06, 0.15), "simclr": (0.06, 0.2), "vicreg": (0.07,
 _LIVE_ERRORS = {"barlow_twins": 0.2, "simclr": 0.3, "vicreg": math.nan}
 # By which share features that move towards a rising mode shorten what remains at the end of a plateau; SimCLR's and
 # VICReg's showed nothing as regular.
-_QUICKENING = {"barlow_twins": 0.3}
+_FEATURE_LEARNING_CORRECTION = {"barlow_twins": 0.3}
 
 
 @dataclass(frozen=True)
@@ -84,8 +84,8 @@ class Forecast:
         mode = self.num_learned
         return mode + 1, float(self.step_times[mode]) if mode < len(self.step_times) else math.inf
 
-    def after(self, record: SpectrumRecord) -> Forecast:
-        """Return it with the next mode as due as the measurements until ``start`` let it be: see :func:`quickened`.
+    def with_plateau_correction(self, record: SpectrumRecord) -> Forecast:
+        """Return a copy whose next step time is corrected for progress along the current plateau.
 
         It stays as it is where they do not show when the last mode was learned.
 
@@ -101,7 +101,7 @@ class Forecast:
         if not math.isfinite(learned_at):
             return self
         times = self.step_times.clone()
-        times[mode - 1] = quickened(self.loss, learned_at, self.start, due)
+        times[mode - 1] = correct_for_feature_learning(self.loss, learned_at, self.start, due)
         return replace(self, step_times=times)
 
     @property
@@ -127,7 +127,7 @@ class Forecast:
         outside = (steps < known[0]) | (steps > known[-1])
         return values.masked_fill(outside[:, None], math.nan)
 
-    def promised(self, steps: Tensor) -> Tensor:
+    def reliable_eigenvalues(self, steps: Tensor) -> Tensor:
         """Return the eigenvalues at some steps, (T,) to (T, k), as far as they are promised.
 
         That is of the modes that are, k of them, and until the first of the others is due; then NaN.
@@ -169,7 +169,7 @@ class Forecast:
         return f"learning rate: {limit}; suggested {self.rates.suggested:.2g}"
 
 
-def quickened(loss: str, learned_at: float, step: float, due: float) -> float:
+def correct_for_feature_learning(loss: str, learned_at: float, step: float, due: float) -> float:
     """Return when the next mode is due, where ``due`` is what features that stay allow.
 
     They do not stay: while a mode rises, they move towards it, and it grows faster than at first. Of Barlow Twins the
@@ -186,7 +186,7 @@ def quickened(loss: str, learned_at: float, step: float, due: float) -> float:
     passed, remaining = max(step - learned_at, 0.0), due - step
     if not 0 < remaining < math.inf:
         return due
-    return step + remaining * (1 - _QUICKENING.get(loss, 0.0) * passed / (passed + remaining))
+    return step + remaining * (1 - _FEATURE_LEARNING_CORRECTION.get(loss, 0.0) * passed / (passed + remaining))
 
 
 def crossings(steps: Tensor, eigenvalues: Tensor, threshold: float) -> Tensor:

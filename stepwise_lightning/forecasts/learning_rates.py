@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from stepwise_lightning.forecasts.sgd import Training
+from stepwise_lightning.forecasts.sgd import SGDSettings
 from stepwise_lightning.precision import single_threaded
 from stepwise_lightning.theory.last_layer import LastLayer
 from stepwise_lightning.theory.stability import stability_limits
@@ -41,7 +41,7 @@ class StableRates(NamedTuple):
 
 
 def stable_rates(
-    training: Training,
+    training: SGDSettings,
     h1: Tensor,
     h2: Tensor,
     weight: Tensor,

@@ -16,11 +16,11 @@ from stepwise_lightning.features import Views, capture, on_device, views_in
 from stepwise_lightning.losses import LOSSES, loss_settings
 from stepwise_lightning.modules import JointEmbedding, rate_factor
 
-__all__ = ["Training", "last_features", "last_layer", "loss_of", "velocity_of"]
+__all__ = ["SGDSettings", "last_features", "last_layer", "loss_of", "velocity_of"]
 
 
 @dataclass(frozen=True)
-class Training:
+class SGDSettings:
     """A loss and the SGD that descends it."""
 
     loss: str
@@ -42,7 +42,7 @@ class Training:
         learning_rate: float | Sequence[float] | Tensor | None = None,
         momentum: float | None = None,
         weight_decay: float | None = None,
-    ) -> Training:
+    ) -> SGDSettings:
         """Return how ``module`` is trained from step ``start`` to ``max_steps``; what is given goes before its own."""
         if not 0 <= start < max_steps:
             raise UserError(f"there must be steps to come: got start={start} and max_steps={max_steps}")

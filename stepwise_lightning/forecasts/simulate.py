@@ -14,7 +14,7 @@ from stepwise_lightning.errors import UserError
 from stepwise_lightning.features import Views
 from stepwise_lightning.forecasts.forecast import Forecast, crossings
 from stepwise_lightning.forecasts.learning_rates import StableRates, stable_rates
-from stepwise_lightning.forecasts.sgd import Training, last_features, last_layer
+from stepwise_lightning.forecasts.sgd import SGDSettings, last_features, last_layer
 from stepwise_lightning.spectrum.schedule import log_spaced_steps
 from stepwise_lightning.theory.growth import growth_matrix, heavy_ball_growth
 from stepwise_lightning.theory.last_layer import LastLayer, LayerTrajectory
@@ -53,7 +53,7 @@ def forecast(
     now, from its weights as they are now. What it does not see is that features move while the network trains. So it is
     good for the first mode of all three losses, roughly for later ones of Barlow Twins and SimCLR, and not for those of
     VICReg: :attr:`Forecast.errors`. More modes may be learned than it says, because features grow. From the middle of a
-    run, :meth:`Forecast.after` takes the run's record, and reckons with the plateau that has passed.
+    run, :meth:`Forecast.with_plateau_correction` takes the run's record, and reckons with the plateau that has passed.
 
     The module, its buffers, modes and all random numbers are left as they were; batch normalisation uses the statistics
     of each batch's view, as in training. SimCLR is simulated with at most 128 pairs a step, and features of more than
@@ -83,14 +83,14 @@ def forecast(
             batches without two views; features or weights that are not finite.
 
     """
-    training = Training.of(module, start, max_steps, loss, settings, learning_rate, momentum, weight_decay)
+    training = SGDSettings.of(module, start, max_steps, loss, settings, learning_rate, momentum, weight_decay)
     layer = layer or last_layer(module)
     h1, h2 = last_features(module, layer, batches, num_pairs, views)
     return forecast_of_features(training, h1, h2, layer.weight, bias_of(layer), start, velocity)
 
 
 def forecast_of_features(
-    training: Training,
+    training: SGDSettings,
     h1: Tensor,
     h2: Tensor,
     weight: Tensor,
@@ -143,13 +143,13 @@ def _in_few(h: Tensor) -> Tensor:
     return h[:, : parts * size].reshape(-1, size, h.shape[2])
 
 
-def _growth_rates(training: Training, h1: Tensor, h2: Tensor, d: int, bias_norm: float) -> Tensor:
+def _growth_rates(training: SGDSettings, h1: Tensor, h2: Tensor, d: int, bias_norm: float) -> Tensor:
     matrix = growth_matrix(training.loss, h1, h2, d, bias_norm, **training.settings)
     rates = torch.linalg.eigvalsh(matrix).flip(0)[:d].cpu()
     return torch.nn.functional.pad(rates, (0, d - len(rates)))
 
 
-def _threshold(layer: LastLayer, training: Training, trajectory: LayerTrajectory, fastest: float) -> float:
+def _threshold(layer: LastLayer, training: SGDSettings, trajectory: LayerTrajectory, fastest: float) -> float:
     """Return a tenth of the largest eigenvalue at the end.
 
     Where that still grows then, as it does at first, by r² each step, there is no plateau yet by which modes could be

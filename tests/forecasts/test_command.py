@@ -68,5 +68,5 @@ def test_a_forecast_from_a_checkpoint_reckons_with_the_plateau(capsys, monkeypat
 
     mode, step = due()
     assert mode > 1
-    monkeypatch.setattr("stepwise_lightning.forecasts.forecast._QUICKENING", {})
+    monkeypatch.setattr("stepwise_lightning.forecasts.forecast._FEATURE_LEARNING_CORRECTION", {})
     assert due()[0] == mode and due()[1] > step

@@ -19,9 +19,9 @@ from stepwise_lightning import (
     forecast,
 )
 from stepwise_lightning.callbacks.progress import LineProgress
-from stepwise_lightning.forecasts.forecast import Forecast, quickened
+from stepwise_lightning.forecasts.forecast import Forecast, correct_for_feature_learning
 from stepwise_lightning.forecasts.learning_rates import StableRates
-from stepwise_lightning.forecasts.sgd import Training, last_layer
+from stepwise_lightning.forecasts.sgd import SGDSettings, last_layer
 from stepwise_lightning.forecasts.simulate import forecast_of_features, unseen_batches
 from stepwise_lightning.plots import run_figure
 from stepwise_lightning.spectrum import detect_steps
@@ -169,7 +169,7 @@ def test_what_is_not_promised_is_said():
     for cls, count in ((BarlowTwins, DIM), (VICReg, 1)):
         said = forecast(module(cls, rate=0.005, **({"eps": 0.01} if cls is VICReg else {})), batches(4), 300)
         assert said.errors.isfinite().sum() == count
-        assert said.promised(said.steps).shape == (len(said.steps), count)
+        assert said.reliable_eigenvalues(said.steps).shape == (len(said.steps), count)
         assert str(said).count("not promised") == int(said.step_times[count:].isfinite().sum())
         assert "suggested" in str(said)
 
@@ -177,7 +177,9 @@ def test_what_is_not_promised_is_said():
 def test_a_forecast_goes_on_from_a_running_optimiser():
     """Frozen features, simulated to the end from the start, and from half-way with the velocity there."""
     h1, h2 = (h[None].double() for h in pairs(256))
-    training = Training("barlow_twins", Training.of(module(), 0, 300).settings, torch.full((300,), 0.002), 0.9, 0.0)
+    training = SGDSettings(
+        "barlow_twins", SGDSettings.of(module(), 0, 300).settings, torch.full((300,), 0.002), 0.9, 0.0
+    )
     weight = 1e-3 * normal(DIM, PIXELS).double()
     whole = forecast_of_features(training, h1, h2, weight, None)
     layer = nn.Linear(PIXELS, DIM, bias=False).double()
@@ -189,7 +191,7 @@ def test_a_forecast_goes_on_from_a_running_optimiser():
         optimizer.zero_grad()
         ((z1.T @ z2 + z2.T @ z1) / 512 - torch.eye(DIM)).square().sum().backward()
         optimizer.step()
-    rest = Training(*[training.loss, training.settings, training.rates[half:], 0.9, 0.0])
+    rest = SGDSettings(*[training.loss, training.settings, training.rates[half:], 0.9, 0.0])
     buffer = [optimizer.state[layer.weight]["momentum_buffer"]]
     later = forecast_of_features(rest, h1, h2, layer.weight, None, half, buffer)
     assert later.next_mode[0] == 2 and later.num_learned == 1
@@ -197,16 +199,16 @@ def test_a_forecast_goes_on_from_a_running_optimiser():
 
 
 def test_what_remains_of_barlow_twins_shortens_along_a_plateau():
-    assert quickened("barlow_twins", 100, 100, 200) == 200  # just learned
-    assert quickened("barlow_twins", 100, 150, 200) == pytest.approx(150 + 50 * (1 - 0.3 / 2))
-    assert quickened("barlow_twins", 100, 199, 200) == pytest.approx(199.7, abs=0.01)
+    assert correct_for_feature_learning("barlow_twins", 100, 100, 200) == 200  # just learned
+    assert correct_for_feature_learning("barlow_twins", 100, 150, 200) == pytest.approx(150 + 50 * (1 - 0.3 / 2))
+    assert correct_for_feature_learning("barlow_twins", 100, 199, 200) == pytest.approx(199.7, abs=0.01)
     for loss, learned_at, step, due in (
         ("vicreg", 100, 150, 200),
         ("simclr", 100, 150, 200),
         ("barlow_twins", 100, 150, math.inf),
         ("barlow_twins", 100, 150, 150),
     ):
-        assert quickened(loss, learned_at, step, due) == due
+        assert correct_for_feature_learning(loss, learned_at, step, due) == due
 
 
 def test_measurements_shorten_what_remains_after_the_last_mode_was_learned():
@@ -218,14 +220,14 @@ def test_measurements_shorten_what_remains_after_the_last_mode_was_learned():
     )  # fmt: skip
     values = torch.full((6, 3), 1e-6, dtype=torch.float64)
     values[2:, 0] = 0.1 + 1e-12  # from step 100 on
-    due = quickened("barlow_twins", 100, 150, 200)
+    due = correct_for_feature_learning("barlow_twins", 100, 150, 200)
     assert due < 199
-    known = said.after(SpectrumRecord.of(steps, values, steps=steps))
+    known = said.with_plateau_correction(SpectrumRecord.of(steps, values, steps=steps))
     assert known.next_mode == (2, pytest.approx(due, abs=1e-6)) and known.step_times[2] == math.inf
     unknown = SpectrumRecord.of(steps, values, matrix="covariance", steps=steps)
     learned_before = SpectrumRecord.of(steps[2:], values[2:], steps=steps[2:])
     for record in (unknown, learned_before, SpectrumRecord()):
-        assert said.after(record) is said
+        assert said.with_plateau_correction(record) is said
 
 
 class Pairs(L.LightningDataModule):
@@ -295,21 +297,23 @@ def test_live_forecasts_come_close_to_what_is_measured(tmp_path):
     second = [said for said in live.forecasts if said.num_learned == 1]
     assert second and measured[1].isfinite()
     remaining = float(measured[1]) - second[0].step
-    assert abs(second[0].due - float(measured[1])) < 0.5 * remaining
+    assert abs(second[0].expected_step - float(measured[1])) < 0.5 * remaining
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_live_forecasts_reckon_with_features_that_move(tmp_path, monkeypatch):
     moving = ForecastLogger(cost=1.0)
     trained(tmp_path, BarlowTwins, moving, steps=150)
-    monkeypatch.setattr("stepwise_lightning.forecasts.forecast._QUICKENING", {})
+    monkeypatch.setattr("stepwise_lightning.forecasts.forecast._FEATURE_LEARNING_CORRECTION", {})
     staying = ForecastLogger(cost=1.0)
     trained(tmp_path, BarlowTwins, staying, steps=150)
-    later = {(said.step, said.num_learned): said.due for said in staying.forecasts}
-    both = [(said, later[said[:2]]) for said in moving.forecasts if said[:2] in later and math.isfinite(said.due)]
+    later = {(said.step, said.num_learned): said.expected_step for said in staying.forecasts}
+    both = [
+        (said, later[said[:2]]) for said in moving.forecasts if said[:2] in later and math.isfinite(said.expected_step)
+    ]
     assert {said.num_learned for said, _ in both} >= {0, 1}
     for said, due in both:
-        assert said.due == due if said.num_learned == 0 else said.due < due
+        assert said.expected_step == due if said.num_learned == 0 else said.expected_step < due
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
@@ -317,11 +321,11 @@ def test_the_next_mode_is_said_marked_and_not_forecast_without_sgd(tmp_path, cap
     live, progress = ForecastLogger(cost=1.0), LineProgress()
     _, record = trained(tmp_path, BarlowTwins, live, progress, steps=80)
     first = live.forecasts[0]
-    assert f"forecast: 0 of {DIM} modes learned, next ≈ step {first.due:.0f}" in capsys.readouterr().out
+    assert f"forecast: 0 of {DIM} modes learned, next ≈ step {first.expected_step:.0f}" in capsys.readouterr().out
     assert f"of {DIM} modes learned" in progress.note
     # Time is learning rate × steps, from the last measurement on.
     marked = live._spectrum.due["cross_correlation"]
-    assert marked[0] == pytest.approx(first.due * 0.02, rel=1e-6)
+    assert marked[0] == pytest.approx(first.expected_step * 0.02, rel=1e-6)
     axis = run_figure(record, due={"cross_correlation": marked}).axes[
         len(record.matrices)
     ]  # the first below the losses

@@ -14,7 +14,7 @@ import torch
 
 from reproduce.__main__ import main
 from reproduce.figures import frozen_features, kernel_over_time
-from reproduce.networks.runs import Run, Training
+from reproduce.networks.runs import Run, SGDSettings
 from reproduce.networks.variants import VARIANTS
 from stepwise_lightning import BarlowTwins
 from stepwise_lightning.callbacks.clock import Clock
@@ -78,14 +78,14 @@ def _halved(training):
 
 def other_growth(patch):
     """Let modes grow with 4γ instead of 8γ in the forecast."""
-    of = Training.of
-    patch.setattr(Training, "of", lambda *given: _halved(of(*given)))
+    of = SGDSettings.of
+    patch.setattr(SGDSettings, "of", lambda *given: _halved(of(*given)))
 
 
 def without_momentum(patch):
     """Tell the forecast of no momentum."""
-    of = Training.of
-    patch.setattr(Training, "of", lambda *given: replace(of(*given), momentum=0.0))
+    of = SGDSettings.of
+    patch.setattr(SGDSettings, "of", lambda *given: replace(of(*given), momentum=0.0))
 
 
 def half_rate(patch):
