@@ -34,13 +34,13 @@ from torch import Tensor
 
 from stepwise_lightning import MLP, Encoder, FixedCropPairs
 from stepwise_lightning.theory import ContrastiveKernelPCA, EmpiricalNTK, rbf_kernel
-from stepwise_lightning.theory.block_lanczos import KernelProducts
+from stepwise_lightning.theory.block_lanczos import KernelOperator
 
 # About the median distance between such crops, in units of standard deviations per pixel.
 LENGTH_SCALE_PER_PIXEL = 0.6
 
 
-class TimedProducts(KernelProducts):
+class TimedOperator(KernelOperator):
     """Kernel products that add up their time."""
 
     seconds, count = 0.0, 0
@@ -48,14 +48,14 @@ class TimedProducts(KernelProducts):
     def __init__(self, *arguments: Any) -> None:
         start = time.perf_counter()
         super().__init__(*arguments)
-        TimedProducts.seconds += time.perf_counter() - start
+        TimedOperator.seconds += time.perf_counter() - start
 
-    def times(self, vectors: Tensor) -> Tensor:
+    def matmul(self, vectors: Tensor) -> Tensor:
         """Time one product."""
         start = time.perf_counter()
-        result = super().times(vectors)
-        TimedProducts.seconds += time.perf_counter() - start
-        TimedProducts.count += 1
+        result = super().matmul(vectors)
+        TimedOperator.seconds += time.perf_counter() - start
+        TimedOperator.count += 1
         return result
 
 
@@ -146,11 +146,11 @@ def speed() -> bool:
     x1, x2, kernel = crops(2000, 20)
     seconds, shares = [], []
     for _ in range(6):
-        TimedProducts.seconds = 0.0
+        TimedOperator.seconds = 0.0
         start = time.perf_counter()
-        model = ContrastiveKernelPCA(kernel, 10, progress=False).fit(x1, x2, TimedProducts)
+        model = ContrastiveKernelPCA(kernel, 10, progress=False).fit(x1, x2, TimedOperator)
         seconds.append(time.perf_counter() - start)
-        shares.append(seconds[-1] / TimedProducts.seconds)
+        shares.append(seconds[-1] / TimedOperator.seconds)
     ours, share = (statistics.median(values[1:]) for values in (seconds, shares))  # the first warms up
     start = time.perf_counter()
     eigenvalues = dense_route(x1, x2, kernel)
@@ -204,15 +204,15 @@ def stream(pairs: int, data: str) -> bool:
     x1, x2 = (view.flatten(1).to(device) for view in (drawn.x1, drawn.x2))
     kernel = partial(rbf_kernel, length_scale=LENGTH_SCALE_PER_PIXEL * x1.shape[1] ** 0.5)
     before, start = fresh_peak_bytes(), time.perf_counter()
-    model = ContrastiveKernelPCA(kernel, 10, max_bytes=2**30).fit(x1, x2, TimedProducts)
+    model = ContrastiveKernelPCA(kernel, 10, max_bytes=2**30).fit(x1, x2, TimedOperator)
     seconds = time.perf_counter() - start
-    one, products = TimedProducts.seconds / TimedProducts.count, TimedProducts.count
+    one, products = TimedOperator.seconds / TimedOperator.count, TimedOperator.count
     print(f"\n{pairs} pairs of 16×16 crops, streamed: {seconds:.0f} s on {torch.get_num_threads()} threads, {device}; "
           f"{products} products with the kernel matrix of {one:.0f} s")  # fmt: skip
     print("  eigenvalues:", *(f"{value:.6g}" for value in model.eigenvalues_.tolist()))
     residuals = (model.residuals_ / model.eigenvalues_[0]).tolist()
     print("  residuals / largest eigenvalue:", *(f"{residual:.1e}" for residual in residuals))
-    ok = within("time / its own kernel products", seconds / TimedProducts.seconds, 1.5)
+    ok = within("time / its own kernel products", seconds / TimedOperator.seconds, 1.5)
     return ok & within("peak memory, GB", (peak_bytes() - before) / 1e9, 1.0)
 
 

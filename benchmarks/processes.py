@@ -36,12 +36,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from kernel import TimedProducts, crops
+from kernel import TimedOperator, crops
 from timing import ratio, within
 from torch import Tensor
 
 from stepwise_lightning.theory import ContrastiveKernelPCA, rbf_kernel
-from stepwise_lightning.theory.block_lanczos import KernelProducts
+from stepwise_lightning.theory.block_lanczos import KernelOperator
 from stepwise_lightning.theory.process_group import one_process
 
 MODES, VECTORS = 10, 24
@@ -201,17 +201,17 @@ def scaling(pairs: int) -> bool:
     ok = True
     for name, max_bytes in (("held", HELD), ("recomputed", RECOMPUTED)):
         with one_process():
-            products = KernelProducts(kernel, torch.cat([x1, x2]), max_bytes, False)
+            products = KernelOperator(kernel, torch.cat([x1, x2]), max_bytes, False)
         vectors = torch.randn(2 * pairs, VECTORS).double()
-        share = least(lambda products=products, vectors=vectors: products.times(vectors))
+        share = least(lambda products=products, vectors=vectors: products.matmul(vectors))
         ok &= within(f"a product / formula, {name}", share / machine.product(pairs, 768, 1, name == "held"), 1.5)
     with one_process():
-        ContrastiveKernelPCA(kernel, MODES, progress=False).fit(x1, x2, TimedProducts)
-    print(f"\nextrapolated, not run: H100s, 768 features, {MODES} modes in {TimedProducts.count} products as here\n"
+        ContrastiveKernelPCA(kernel, MODES, progress=False).fit(x1, x2, TimedOperator)
+    print(f"\nextrapolated, not run: H100s, 768 features, {MODES} modes in {TimedOperator.count} products as here\n"
           "  pairs  GPUs  GB held by each  MB sent a product  product held  recomputed (sending)  fit")  # fmt: skip
     for number in (10**5, 10**6):
         for gpus in (1, 8, 64):
-            print(_row(number, gpus, TimedProducts.count))
+            print(_row(number, gpus, TimedOperator.count))
     return ok
 
 

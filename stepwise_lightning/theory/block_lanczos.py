@@ -34,7 +34,7 @@ _WAIT = 0.1
 _Tile = tuple[slice, slice, Tensor]
 
 
-class KernelProducts:
+class KernelOperator:
     """Products with the kernel matrix of a set of points, which is held if it fits and recomputed in tiles if not.
 
     Tiles on and above the diagonal stand for those below it, and small ones keep the kernel's temporaries in cache.
@@ -51,15 +51,15 @@ class KernelProducts:
         self.kernel, self.points, self.size = kernel, points, len(points)
         self.progress = progress and self.group.rank == 0
         self._compare_kernels(self.group.run_or_raise_everywhere(self._checked_sample))
-        self.side = self._side(self.side_within(max_bytes, points))
+        self.side = self._side(self.tile_size(max_bytes, points))
         if self.group.world_size > 1:
-            self.points = points[self.order()]
+            self.points = points[self.row_order()]
         own, most = self._own_places()
         self.held = self.group.run_or_raise_everywhere(lambda: self._kept(own)) if 8 * most <= max_bytes else None
         self._places = own
 
     @staticmethod
-    def side_within(max_bytes: int, points: Tensor) -> int:
+    def tile_size(max_bytes: int, points: Tensor) -> int:
         """Return the side of the tiles in which the kernel matrix of these points is made, within so many bytes."""
         largest, least = min(_SIDE.get(points.device.type, 4096), len(points)), min(_LEAST_SIDE, len(points))
         side = math.isqrt(max_bytes // (8 * _TEMPORARIES))
@@ -69,22 +69,22 @@ class KernelProducts:
             )
         return min(side, largest)
 
-    def order(self) -> Tensor:
+    def row_order(self) -> Tensor:
         """Return which view stands in which row, (2n,): those of rank 0's pairs, first and second ones, and so on."""
         both = torch.arange(self.size).view(2, -1)
         shares = [self.group.shard(both.shape[1], rank=rank) for rank in range(self.group.world_size)]
         return torch.cat([both[:, share].flatten() for share in shares])
 
-    def own(self, rows: Tensor) -> Tensor:
+    def local_rows(self, rows: Tensor) -> Tensor:
         """Return this rank's part of (2n, …), which is in the order of the points as they were given."""
-        return rows[self.order()[self.group.shard(self.size, 2)].to(rows.device)]
+        return rows[self.row_order()[self.group.shard(self.size, 2)].to(rows.device)]
 
-    def joined(self, own: Tensor) -> Tensor:
+    def gather_rows(self, own: Tensor) -> Tensor:
         """Return (2n, …) in the order of the points as they were given, of which every rank has its part."""
         rows = self.group.all_gather_rows(own, self.size, 2)
-        return rows[self.order().argsort().to(rows.device)]
+        return rows[self.row_order().argsort().to(rows.device)]
 
-    def times(self, vectors: Tensor) -> Tensor:
+    def matmul(self, vectors: Tensor) -> Tensor:
         """Return K̃ times (2n, b), of which this rank gives and gets its own rows."""
         vectors = self.group.all_gather_rows(vectors, self.size, 2)
         if self.held is None:
@@ -93,14 +93,14 @@ class KernelProducts:
             part = self._part(vectors, self.held)
         return self.group.reduce_scatter_sum(part, 2)
 
-    def whole(self) -> Tensor:
+    def to_dense(self) -> Tensor:
         """Return the matrix, if it is held, on every rank, (2n, 2n)."""
         assert self.held is not None
         matrix = torch.zeros(self.size, self.size, dtype=torch.float64, device=self.points.device)
         for rows, columns, tile in self.held:
             matrix[columns, rows] = tile.T
             matrix[rows, columns] = tile
-        places = self.order().argsort()
+        places = self.row_order().argsort()
         return self.group.all_reduce_sum(matrix)[places[:, None], places]
 
     @staticmethod
@@ -181,65 +181,65 @@ def _excess(tiles: int, number: int) -> float:
     return -(-tiles // number) * number / tiles - 1
 
 
-def top_modes(products: KernelProducts, count: int, tolerance: float) -> tuple[Tensor, Tensor, Tensor]:
+def top_eigenpairs(operator: KernelOperator, count: int, tolerance: float) -> tuple[Tensor, Tensor, Tensor]:
     """Return the ``count`` largest eigenvalues, K̃-orthonormal eigenvectors (2n, count), residuals; fewer if A has."""
-    if products.held is not None and products.size <= 2 * _DENSE:
-        eigenvalues, vectors, residuals = _dense(products, count)
+    if operator.held is not None and operator.size <= 2 * _DENSE:
+        eigenvalues, vectors, residuals = _dense(operator, count)
     else:
-        eigenvalues, vectors, residuals = _block_lanczos(products, count, tolerance)
+        eigenvalues, vectors, residuals = _block_lanczos(operator, count, tolerance)
     # A β / γ equals β, but is free of what K̃ does not see and of what small eigenvalues of K̃ have amplified.
     positive = eigenvalues > _ROUND_OFF * eigenvalues.abs().max()
-    improved = _swap(products.times(vectors[:, positive])) / (products.size * eigenvalues[positive])
+    improved = _swap_views(operator.matmul(vectors[:, positive])) / (operator.size * eigenvalues[positive])
     vectors = vectors.clone()
     vectors[:, positive] = improved
-    return eigenvalues, products.joined(vectors), residuals
+    return eigenvalues, operator.gather_rows(vectors), residuals
 
 
-def _swap(values: Tensor) -> Tensor:
+def _swap_views(values: Tensor) -> Tensor:
     return values.roll(len(values) // 2, 0)
 
 
-def _dense(products: KernelProducts, count: int) -> tuple[Tensor, Tensor, Tensor]:
-    weights, basis = _eigenpairs(products.group, products.whole())
+def _dense(operator: KernelOperator, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    weights, basis = _eigh(operator.group, operator.to_dense())
     kept = weights > _ROUND_OFF * weights[-1]
     root = basis[:, kept] * weights[kept].sqrt()
-    eigenvalues, vectors = _eigenpairs(products.group, root.T @ _swap(root) / products.size)
+    eigenvalues, vectors = _eigh(operator.group, root.T @ _swap_views(root) / operator.size)
     eigenvalues, vectors = eigenvalues.flip(0)[:count], vectors.flip(1)[:, :count]
     vectors = basis[:, kept] / weights[kept].sqrt() @ vectors
-    return eigenvalues, products.own(vectors), torch.zeros_like(eigenvalues)
+    return eigenvalues, operator.local_rows(vectors), torch.zeros_like(eigenvalues)
 
 
-def _block_lanczos(products: KernelProducts, count: int, tolerance: float) -> tuple[Tensor, Tensor, Tensor]:
-    group = products.group
+def _block_lanczos(operator: KernelOperator, count: int, tolerance: float) -> tuple[Tensor, Tensor, Tensor]:
+    group = operator.group
     generator = torch.Generator().manual_seed(0)
     # a few more than asked for converge together, and products are fastest at multiples of eight
-    width = min(-(-(count + 8) // 8) * 8, products.size)
-    start = torch.randn(products.size, width, dtype=torch.float64, generator=generator)
-    block = products.own(start).to(products.points.device)
-    block, images, _ = _orthonormalised(group, block, products.times(block), 0.0)
+    width = min(-(-(count + 8) // 8) * 8, operator.size)
+    start = torch.randn(operator.size, width, dtype=torch.float64, generator=generator)
+    block = operator.local_rows(start).to(operator.points.device)
+    block, images, _ = _orthonormalize(group, block, operator.matmul(block), 0.0)
     vectors, products_of = block, images
-    with tqdm(desc="kernel modes", unit="product", delay=2, disable=not products.progress, leave=False) as bar:
+    with tqdm(desc="kernel modes", unit="product", delay=2, disable=not operator.progress, leave=False) as bar:
         while True:
             bar.update()
-            applied = _swap(images) / products.size
-            ritz, coordinates = _eigenpairs(
-                group, group.all_reduce_sum(products_of.T @ _swap(products_of)) / products.size
+            applied = _swap_views(images) / operator.size
+            ritz, coordinates = _eigh(
+                group, group.all_reduce_sum(products_of.T @ _swap_views(products_of)) / operator.size
             )
             ritz, coordinates = ritz.flip(0)[:count], coordinates.flip(1)[:, :count]
             rest = applied
             for _ in range(2):
                 rest = rest - vectors @ group.all_reduce_sum(products_of.T @ rest)
             least = _ROUND_OFF * float(ritz.abs().max())
-            block, images, coupling = _orthonormalised(group, rest, products.times(rest), least)
+            block, images, coupling = _orthonormalize(group, rest, operator.matmul(rest), least)
             residuals = group.broadcast((coupling @ coordinates[-applied.shape[1] :]).norm(dim=0))
             bar.set_postfix_str(f"residual {float(residuals.max() / ritz.abs().max()):.1e}", refresh=False)
             enough = len(ritz) == count and bool((residuals <= tolerance * ritz.abs().max()).all())
-            if enough or block.shape[1] == 0 or vectors.shape[1] >= products.size:
+            if enough or block.shape[1] == 0 or vectors.shape[1] >= operator.size:
                 return ritz, vectors @ coordinates, residuals
             vectors, products_of = torch.cat([vectors, block], 1), torch.cat([products_of, images], 1)
 
 
-def _orthonormalised(
+def _orthonormalize(
     group: KernelProcessGroup, vectors: Tensor, images: Tensor, least: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return Q, K̃Q and B with vectors = Q B, Q orthonormal in K̃; directions of norm up to ``least`` are dropped."""
@@ -247,14 +247,14 @@ def _orthonormalised(
     # Columns differ by orders of magnitude: brought to one length, the Gram matrix resolves what they span.
     lengths = gram.diagonal().clamp(min=0).sqrt()
     scale = torch.where(lengths > least, 1 / lengths, 0.0)
-    squares, basis = _eigenpairs(group, scale[:, None] * gram * scale)
+    squares, basis = _eigh(group, scale[:, None] * gram * scale)
     kept = squares > _ROUND_OFF
     roots, basis = squares[kept].sqrt(), basis[:, kept]
     mixing = scale[:, None] * basis / roots
     return vectors @ mixing, images @ mixing, roots[:, None] * basis.T * torch.where(scale > 0, lengths, 0.0)
 
 
-def _eigenpairs(group: KernelProcessGroup, matrix: Tensor) -> tuple[Tensor, Tensor]:
+def _eigh(group: KernelProcessGroup, matrix: Tensor) -> tuple[Tensor, Tensor]:
     """Return eigenvalues, ascending, and eigenvectors of what all ranks hold, the same on all."""
     eigenvalues, vectors = torch.linalg.eigh(_symmetric(matrix))
     both = group.broadcast(torch.cat([eigenvalues[None], vectors]))

@@ -22,8 +22,8 @@ from torch import Tensor
 
 from stepwise_lightning.errors import UserError
 from stepwise_lightning.precision import as_float64, check_real, on_float64_device
-from stepwise_lightning.theory.block_lanczos import KernelProducts, top_modes
-from stepwise_lightning.theory.estimator import Parametrised, name_of
+from stepwise_lightning.theory.block_lanczos import KernelOperator, top_eigenpairs
+from stepwise_lightning.theory.estimator import Estimator, function_name
 from stepwise_lightning.theory.linear import LinearBarlowTwins
 from stepwise_lightning.theory.process_group import process_group
 
@@ -32,7 +32,7 @@ Kernel = Callable[[Tensor, Tensor], Tensor]
 _ZERO = 1e-12
 
 
-class ContrastiveKernelPCA(Parametrised):
+class ContrastiveKernelPCA(Estimator):
     r"""The embedding that kernel Barlow Twins learns from small initialisation, and the way there.
 
     The model minimises ‖C − I_d‖²_F, C = (1/2n) Σ_i (f(x_i) f(x'_i)ᵀ + f(x'_i) f(x_i)ᵀ), over functions of the kernel's
@@ -103,15 +103,15 @@ class ContrastiveKernelPCA(Parametrised):
 
     def __repr__(self) -> str:
         fitted = f"fitted on {len(self._views) // 2} pairs" if hasattr(self, "eigenvalues_") else "not fitted"
-        return f"ContrastiveKernelPCA(kernel={name_of(self.kernel)}, n_components={self.n_components}, {fitted})"
+        return f"ContrastiveKernelPCA(kernel={function_name(self.kernel)}, n_components={self.n_components}, {fitted})"
 
-    def fit(self, x1: Tensor, x2: Tensor, products: type[KernelProducts] = KernelProducts) -> Self:
+    def fit(self, x1: Tensor, x2: Tensor, operator: type[KernelOperator] = KernelOperator) -> Self:
         """Find the top modes on pairs of views.
 
         Args:
             x1: first views, (n, …), as the kernel takes them.
             x2: second views, (n, …).
-            products: what multiplies with the kernel matrix, for those who want to count or time that.
+            operator: what multiplies with the kernel matrix, for those who want to count or time that.
 
         Raises:
             ValueError: views that differ in shape, are empty, complex or not finite; a kernel matrix of wrong shape,
@@ -123,8 +123,8 @@ class ContrastiveKernelPCA(Parametrised):
         group = process_group()
         group.check_same_call("ContrastiveKernelPCA.fit", x1, x2, self.n_components, self.max_bytes, self.tolerance)
         self._views = torch.cat(group.run_or_raise_everywhere(lambda: _checked_views(x1, x2)))
-        multiplier = products(self.kernel, self._views, self.max_bytes, self.progress)
-        eigenvalues, coefficients, residuals = top_modes(multiplier, self.n_components, self.tolerance)
+        kernel_matrix = operator(self.kernel, self._views, self.max_bytes, self.progress)
+        eigenvalues, coefficients, residuals = top_eigenpairs(kernel_matrix, self.n_components, self.tolerance)
         positive = int((eigenvalues > _ZERO * eigenvalues.abs().max()).sum())
         if positive < self.n_components:
             raise UserError(
@@ -240,7 +240,7 @@ class ContrastiveKernelPCA(Parametrised):
             ValueError: it is damaged, or something else; nothing in it is run.
 
         """
-        fitted = read_fitted(path)
+        fitted = _read_fitted(path)
         model = cls(kernel, len(fitted["eigenvalues"]))
         model.eigenvalues_, model.coefficients_ = fitted["eigenvalues"], fitted["coefficients"]
         model.residuals_, model._views = fitted["residuals"], fitted["views"]
@@ -262,7 +262,7 @@ class ContrastiveKernelPCA(Parametrised):
 
     def _eigenfunctions(self, x: Tensor) -> Tensor:
         self._check_fitted()
-        side = KernelProducts.side_within(self.max_bytes, self._views)
+        side = KernelOperator.tile_size(self.max_bytes, self._views)
         parts = list(zip(self._views.split(side), self.coefficients_.split(side), strict=True))
 
         def values(points: Tensor) -> Tensor:
@@ -296,7 +296,7 @@ def _in_one_type(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     return (x, y) if x.dtype == y.dtype else (x.double(), y.double())
 
 
-def read_fitted(path: str | Path) -> dict[str, Tensor]:
+def _read_fitted(path: str | Path) -> dict[str, Tensor]:
     """Return what ``ContrastiveKernelPCA.save`` has written; nothing in the file is run.
 
     Raises:

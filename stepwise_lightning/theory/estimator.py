@@ -9,7 +9,7 @@ from typing import Any, Self
 from stepwise_lightning.errors import UserError
 
 
-class Parametrised:
+class Estimator:
     """Keeps the arguments of ``__init__`` in attributes of the same names."""
 
     def get_params(self, deep: bool = True) -> dict[str, Any]:
@@ -31,9 +31,9 @@ class Parametrised:
         return self
 
 
-def name_of(function: object) -> str:
+def function_name(function: object) -> str:
     """Return what a function is called, with the arguments that are bound to it."""
     if isinstance(function, partial):
         bound = [*map(repr, function.args), *(f"{name}={value!r}" for name, value in function.keywords.items())]
-        return f"{name_of(function.func)}({', '.join(bound)})"
+        return f"{function_name(function.func)}({', '.join(bound)})"
     return getattr(function, "__name__", None) or repr(function)

@@ -14,7 +14,7 @@ from torch import Tensor
 _INDEPENDENT = 1e-7
 
 
-def ordered_basis(columns: Tensor) -> tuple[Tensor, Tensor]:
+def row_echelon(columns: Tensor) -> tuple[Tensor, Tensor]:
     """Rotate the rows of ``columns`` (d, m) so that row i is zero before the i-th independent column.
 
     For generic columns this is the R factor of a QR decomposition. Where a column depends on earlier ones (a start
@@ -47,7 +47,7 @@ def ordered_basis(columns: Tensor) -> tuple[Tensor, Tensor]:
     return rows, torch.tensor(pivots, device=columns.device)
 
 
-def grown_eigenvalues(rows: Tensor, pivots: Tensor, weights: Tensor, log_squares: Tensor, start: Tensor) -> Tensor:
+def pencil_eigenvalues(rows: Tensor, pivots: Tensor, weights: Tensor, log_squares: Tensor, start: Tensor) -> Tensor:
     """Eigenvalues of the pencil (G, I − C_0 + G), G = rows diag(weights · e^log_squares) rowsᵀ, at T times, (T, d).
 
     Row and column i are scaled by b_i ≤ 1 so that every entry is bounded: entry (i, k ≥ i) of G sums over the columns
@@ -55,7 +55,7 @@ def grown_eigenvalues(rows: Tensor, pivots: Tensor, weights: Tensor, log_squares
     matters underflows.
 
     Args:
-        rows: from :func:`ordered_basis`, (d, m), as ``pivots`` (d,).
+        rows: from :func:`row_echelon`, (d, m), as ``pivots`` (d,).
         pivots: index of each row's first entry.
         weights: (m,), of any sign.
         log_squares: (T, m), descending along m.
@@ -76,10 +76,10 @@ def grown_eigenvalues(rows: Tensor, pivots: Tensor, weights: Tensor, log_squares
     factor = torch.linalg.cholesky(total)
     half = torch.linalg.solve_triangular(factor, grown, upper=False)
     pencil = torch.linalg.solve_triangular(factor, half.mT, upper=False)
-    return graded_eigenvalues((pencil + pencil.mT) / 2)
+    return jacobi_eigenvalues((pencil + pencil.mT) / 2)
 
 
-def graded_eigenvalues(matrices: Tensor, max_sweeps: int = 30) -> Tensor:
+def jacobi_eigenvalues(matrices: Tensor, max_sweeps: int = 30) -> Tensor:
     """Eigenvalues of symmetric (…, d, d) matrices by cyclic Jacobi rotations, descending, (…, d).
 
     Rotations go on until every off-diagonal entry is negligible against the geometric mean of its two diagonal

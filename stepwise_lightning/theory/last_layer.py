@@ -26,7 +26,7 @@ from stepwise_lightning.precision import as_float64, single_threaded
 from stepwise_lightning.spectrum.measures import tangent_coordinates
 from stepwise_lightning.theory.growth import growth_matrix
 from stepwise_lightning.theory.layer_gradients import layer_gradient
-from stepwise_lightning.theory.moments import FeatureMoments, checked_features
+from stepwise_lightning.theory.moments import FeatureMoments, validated_features
 
 __all__ = ["LastLayer", "LayerTrajectory"]
 
@@ -94,7 +94,7 @@ class LastLayer:
         **settings: Any,
     ) -> None:
         self.loss, self.settings = loss, loss_settings(loss, settings)
-        self._features = h1, h2 = checked_features(h1, h2)
+        self._features = h1, h2 = validated_features(h1, h2)
         m = h1.shape[-1]
         if weight.ndim != 2 or weight.shape[1] != m or (bias is not None and bias.shape != weight.shape[:1]):
             raise UserError(
@@ -159,7 +159,7 @@ class LastLayer:
         steps = sorted(set(range(len(rates) + 1) if measured_at is None else measured_at))
         if not steps or not 0 <= steps[0] <= steps[-1] <= len(rates):
             raise UserError(f"measured_at must name steps between 0 and {len(rates)}, the number of learning rates")
-        pairs = self._features if measured_on is None else checked_features(*measured_on)
+        pairs = self._features if measured_on is None else validated_features(*measured_on)
         w, v = self._weight0.clone(), self._start_velocity(velocity)
         measured, weights = set(steps), [self._weight0] if steps[0] == 0 else []
         for step, rate in enumerate(rates.tolist()):

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from stepwise_lightning.errors import UserError
 from stepwise_lightning.precision import as_float64
-from stepwise_lightning.theory.graded_matrices import graded_eigenvalues, grown_eigenvalues, ordered_basis
+from stepwise_lightning.theory.graded_matrices import jacobi_eigenvalues, pencil_eigenvalues, row_echelon
 
 Method = Literal["uniform", "qr"]
 
@@ -125,7 +125,7 @@ class LinearBarlowTwins:
         self.neighbour_overlap = self._neighbour_overlap()
 
         # For the uniform form: W(0) V in a basis where row i first sees the i-th fastest independent mode.
-        self._rows, self._pivots = ordered_basis(projected)
+        self._rows, self._pivots = row_echelon(projected)
         self._cross_correlation0 = (self._rows * self._spectrum) @ self._rows.T
 
     def singular_values(self, t: Tensor | float) -> Tensor:
@@ -258,7 +258,7 @@ class LinearBarlowTwins:
     def _uniform_eigenvalues(self, times: Tensor) -> Tensor:
         log_squares = 2 * self._log_growth(self._spectrum, times)
         start = self._cross_correlation0
-        return self._saturate(grown_eigenvalues(self._rows, self._pivots, self._spectrum, log_squares, start))
+        return self._saturate(pencil_eigenvalues(self._rows, self._pivots, self._spectrum, log_squares, start))
 
     def _saturate(self, eigenvalues: Tensor) -> Tensor:
         """Multiply the odds λ/(1−λ) by ((1−λ(0))/(1−λ))^{6ηγ_j}: what finite steps change while a mode saturates.
@@ -269,7 +269,7 @@ class LinearBarlowTwins:
         if self.learning_rate is None:
             return eigenvalues
         gamma = self._spectrum[self._pivots]
-        start = 1 - graded_eigenvalues(self._cross_correlation0)
+        start = 1 - jacobi_eigenvalues(self._cross_correlation0)
         left = 1 - eigenvalues
         ratio = torch.where(start == 0, 1.0, left / start).clamp(min=0)
         return eigenvalues / (eigenvalues + left * ratio ** (6 * self.learning_rate * gamma))

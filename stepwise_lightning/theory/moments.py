@@ -16,7 +16,7 @@ from torch import Tensor
 from stepwise_lightning.errors import UserError
 from stepwise_lightning.precision import as_float64
 
-__all__ = ["FeatureMoments", "checked_features", "feature_cross_correlation"]
+__all__ = ["FeatureMoments", "validated_features", "feature_cross_correlation"]
 
 
 def feature_cross_correlation(x1: Tensor, x2: Tensor) -> Tensor:
@@ -86,7 +86,7 @@ class FeatureMoments:
             ValueError: the views differ in shape, have fewer than 2 pairs, are complex or hold non-finite values.
 
         """
-        h1, h2 = checked_features(h1, h2)
+        h1, h2 = validated_features(h1, h2)
         batches, n, _ = h1.shape
         means1, means2 = h1.mean(1), h2.mean(1)
         shifts = means1 - means2
@@ -116,7 +116,7 @@ class FeatureMoments:
         return self.covariance * (1 - 0.5 / self.num_pairs)
 
 
-def checked_features(h1: Tensor, h2: Tensor) -> tuple[Tensor, Tensor]:
+def validated_features(h1: Tensor, h2: Tensor) -> tuple[Tensor, Tensor]:
     """Return two views' features as float64 of shape (batches, n, m), on one device.
 
     Raises:

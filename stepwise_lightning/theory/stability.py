@@ -19,7 +19,7 @@ from torch import Tensor
 from stepwise_lightning.precision import as_float64
 from stepwise_lightning.theory.growth import check_momentum, heavy_ball_growth
 
-__all__ = ["StabilityLimits", "diverging_share", "stability_limits"]
+__all__ = ["StabilityLimits", "diverging_fraction", "stability_limits"]
 
 
 class StabilityLimits(NamedTuple):
@@ -35,7 +35,7 @@ _PHASES = 128
 _SMALL, _ESCAPED = 1e-4, 1e3
 
 
-def diverging_share(drive: Tensor, momentum: float) -> Tensor:
+def diverging_fraction(drive: Tensor, momentum: float) -> Tensor:
     r"""Return which share of small starts diverges under analytical Barlow Twins, by following one mode.
 
     In units of its final size a mode's weights follow p ← βp + x u (1 − u²), u ← u + p with x = 4ηγ. A small start is
@@ -70,7 +70,7 @@ def stability_limits(momentum: float) -> StabilityLimits:
     happens above:
 
     - ``local`` = 1 + β: a mode that has been learned, λ = 1, does not stay so (curvature 8γ);
-    - ``safe``: some small starts diverge (:func:`diverging_share`), because with momentum a mode arrives with speed;
+    - ``safe``: some small starts diverge (:func:`diverging_fraction`), because with momentum a mode arrives with speed;
     - ``even``: half of them do.
 
     =====  =====  =====  =====
@@ -101,6 +101,6 @@ def stability_limits(momentum: float) -> StabilityLimits:
     """
     check_momentum(momentum)
     grid = torch.arange(0.2, 2.2, 0.01, dtype=torch.float64)
-    share = diverging_share(grid, momentum)
+    share = diverging_fraction(grid, momentum)
     safe, even = (float(grid[int((share > level).nonzero()[0]) - 1]) for level in (0.0, 0.5))
     return StabilityLimits(1 + momentum, safe, even)

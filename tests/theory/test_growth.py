@@ -13,7 +13,7 @@ from stepwise_lightning.theory import (
     heavy_ball_growth,
     stability_limits,
 )
-from stepwise_lightning.theory.stability import diverging_share
+from stepwise_lightning.theory.stability import diverging_fraction
 
 
 @pytest.mark.parametrize("momentum", [0.0, 0.5, 0.9, 0.99])
@@ -141,4 +141,4 @@ def test_in_between_it_is_the_start_that_decides():
     starts = [1e-5 * float(root) ** (k / 24) for k in range(24)]  # every phase of a step
     diverged = simulated_ends(0.9, 0.9, starts).isinf().double().mean()
     assert 0.3 < float(diverged) < 0.9
-    assert float(diverging_share(drive, 0.9)) == pytest.approx(float(diverged), abs=0.15)
+    assert float(diverging_fraction(drive, 0.9)) == pytest.approx(float(diverged), abs=0.15)

@@ -112,7 +112,7 @@ def refusals(rank):
 def held_values():
     """Return how many kernel values this rank holds of 130 views by each route, None where it holds none."""
     products = [
-        block_lanczos.KernelProducts(RBF, torch.cat(pairs()), size, False) for size in (HELD, HELD_BY_TWO, STREAMED)
+        block_lanczos.KernelOperator(RBF, torch.cat(pairs()), size, False) for size in (HELD, HELD_BY_TWO, STREAMED)
     ]
     return [None if each.held is None else sum(tile.numel() for _, _, tile in each.held) for each in products]
 

@@ -20,7 +20,7 @@ from torch.func import grad, vmap
 
 from stepwise_lightning.errors import UserError
 from stepwise_lightning.precision import without_autocast
-from stepwise_lightning.theory.estimator import Parametrised
+from stepwise_lightning.theory.estimator import Estimator
 from stepwise_lightning.theory.ntk.functional_module import Network, left_alone
 from stepwise_lightning.theory.ntk.layer_blocks import layerwise, least_numbers
 from stepwise_lightning.theory.ntk.layer_kernels import product
@@ -32,7 +32,7 @@ from stepwise_lightning.theory.process_group import process_group
 _COPIES = 4
 
 
-class EmpiricalNTK(Parametrised):
+class EmpiricalNTK(Estimator):
     r"""The tangent kernel K(x, y) = (1/d) Σ_o ⟨J_o(x), J_o(y)⟩ of a module's current parameters.
 
     It is called as a kernel, so that :class:`ContrastiveKernelPCA` takes it, and sees the parameters as they are at
