@@ -48,11 +48,11 @@ def imported(statement: str) -> float:
 def warm(folder: str) -> float:
     """Return the processor time of :func:`fit` in a process forked from a warm one."""
     sys.path.append(str(ROOT))
-    from reproduce.forkserver import WarmProcess
+    from reproduce.processes import ForkedProcess
 
     log = Path(folder, "log.txt")
     with log.open("w") as file:
-        status = WarmProcess(Path(__file__).stem, ["--fit", folder], file).wait()
+        status = ForkedProcess(Path(__file__).stem, ["--fit", folder], file).wait()
     if status:
         raise RuntimeError(log.read_text())
     return float(log.read_text().splitlines()[-1])

@@ -1,1 +1,1 @@
-"""The paper's figures, made again: ``python -m reproduce NAME`` from the root of a clone."""
+"""Scripts that reproduce the paper's figures: ``python -m reproduce NAME`` from the root of a clone."""

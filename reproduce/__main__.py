@@ -1,4 +1,4 @@
-"""Run figures by name, or all of them: ``python -m reproduce linear_model --profile smoke``."""
+"""Run one figure, several or all: ``python -m reproduce linear_model --profile smoke``."""
 
 from __future__ import annotations
 
@@ -9,23 +9,24 @@ from pathlib import Path
 from reproduce.figure import run_figure
 from reproduce.figures import FIGURES, LONG
 from reproduce.networks.training import PROFILES
-from reproduce.options import check_writable, new_parser, refusal
+from reproduce.options import check_writable, new_parser, report_error
 from reproduce.report import verdict_table, write_report
 
 USAGE = """usage: python -m reproduce FIGURE [FIGURE ...] [options]
-       python -m reproduce all [options]      all but those that take long
+       python -m reproduce all [options]      all figures except the long ones
        python -m reproduce list
 
-One figure runs anew unless --resume is given. Several, and all, run what is missing, go on after a failure, and write
-one page with every picture and verdict, <out>/report.html. Options: python -m reproduce FIGURE --help
-To train the networks alone, on several machines at once: python -m reproduce.train --help
+A single figure is computed again unless --resume is given. Several figures, and all, compute only what is missing,
+continue after a failure, and write one page with all pictures and verdicts, <out>/report.html.
+Options: python -m reproduce FIGURE --help
+Train networks only, in parallel on several machines: python -m reproduce.train --help
 
 figures:
 """
 
 
 def main(arguments: list[str]) -> int:
-    """Run the named figures with the remaining arguments; return 0, 1 if a claim fails, 2 for errors."""
+    """Run the named figures; return 0, 1 if a claim fails, or 2 for errors."""
     names = []
     while arguments and not arguments[0].startswith("-"):
         names.append(arguments[0])
@@ -42,30 +43,29 @@ def main(arguments: list[str]) -> int:
     if unknown := [name for name in names if name not in FIGURES]:
         print(f"error: unknown figure {unknown[0]!r}; {choices}", file=sys.stderr)
         return 2
-    return run_figure(FIGURES[names[0]], arguments) if len(names) == 1 else _several(names, arguments)
+    return run_figure(FIGURES[names[0]], arguments) if len(names) == 1 else _run_several(names, arguments)
 
 
-def _several(names: list[str], arguments: list[str]) -> int:
-    """Run what is missing; after each figure the report is written, so that a killed run leaves one too."""
-    out = (
-        new_parser("reproduce all", "Run several figures.", PROFILES).parse_args(arguments).out
-    )  # refuses bad options once, not for every figure
+def _run_several(names: list[str], arguments: list[str]) -> int:
+    """Run several figures, and update the report after each."""
+    # Parse once here: invalid options are reported once, not for every figure.
+    out = new_parser("reproduce all", "Run several figures.", PROFILES).parse_args(arguments).out
     try:
         check_writable(Path(out))
     except Exception as error:
-        return refusal(error)
+        return report_error(error)
     status = 0
     for number, name in enumerate(names, 1):
         print(f"\n=== {number}/{len(names)}  {name}", flush=True)
         try:
             status = max(status, run_figure(FIGURES[name], [*arguments, "--resume"]))
-        except Exception:  # one figure's bug must not cost the others
+        except Exception:  # a bug in one figure must not stop the others
             traceback.print_exc()
             status = 2
         try:
             path = write_report(out, names)
         except Exception as error:
-            return refusal(error)
+            return report_error(error)
     print(f"\n{verdict_table(out, names)}\n\nreport       {path.resolve()}")
     return status
 

@@ -1,4 +1,4 @@
-"""Claims: sentences with a number, judged over all seeds, each beside a control that it must not be true of."""
+"""Claims: a measured number with a bound, over all seeds, and a control that must violate the bound."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ _OPPOSITES: dict[str, Callable[[float, float], bool]] = {"<=": operator.gt, ">="
 
 @dataclass
 class Claim:
-    """One sentence with a number: ``measured relation bound``, relation ``<=`` or ``>=``.
+    """A statement ``measured relation bound``, with relation ``<=`` or ``>=``.
 
-    A number that a broken experiment would reach as well says nothing. So a claim can name a control, and then holds
-    only if the control, measured in the same way, is on the other side of the bound.
+    A claim with a control holds only if the same quantity, measured on the control, violates the bound. This excludes
+    numbers that a broken experiment reaches too.
     """
 
     name: str
@@ -26,9 +26,9 @@ class Claim:
     relation: str
     bound: float
     control: str = ""
-    """What must fail this claim; empty for none."""
+    """Description of the control; empty without one."""
     control_value: float | None = None
-    """The same number of the control."""
+    """The quantity measured on the control."""
     holds: bool = field(init=False)
 
     def __post_init__(self) -> None:
@@ -36,12 +36,12 @@ class Claim:
 
     @property
     def control_fails(self) -> bool:
-        """Whether the control, where there is one, is on the other side of the bound; NaN is on neither."""
+        """Return whether the control violates the bound; True without a control, False for NaN."""
         return self.control_value is None or _OPPOSITES[self.relation](self.control_value, self.bound)
 
     @property
     def distance(self) -> float:
-        """How far the number is from its bound, in its own unit; negative beyond it."""
+        """Distance of the measured number from its bound; negative if the bound is violated."""
         return self.bound - self.measured if self.relation == "<=" else self.measured - self.bound
 
     def __str__(self) -> str:
@@ -60,12 +60,9 @@ def worst(
     control: str = "",
     control_values: Iterable[float] = (),
 ) -> Claim:
-    """Return the claim about the value that is farthest off, and say of which seeds; a value or several for each.
-
-    Of the control's values the claim has that which comes nearest to the bound, or is farthest beyond it.
-    """
-    choose, word, nearest = (max, "most", min) if relation == "<=" else (min, "least", max)
-    sentence = f"{description}, {word} of {seeds_text(seeds)}"
+    """Return the claim about the worst value over seeds, and the control value closest to satisfying the bound."""
+    choose, extreme, nearest = (max, "maximum", min) if relation == "<=" else (min, "minimum", max)
+    sentence = f"{description}, {extreme} over {seeds_text(seeds)}"
     return Claim(name, sentence, choose(values), relation, bound, control, nearest(control_values, default=None))
 
 
@@ -80,15 +77,14 @@ def average(
     control_values: Sequence[float] = (),
     mean: Callable[[Iterable[float]], float] = statistics.fmean,
 ) -> Claim:
-    """Return the claim about the mean over seeds, with the values that it is of, where one seed says too little.
+    """Return the claim about the mean over seeds, compared with the mean of the control.
 
-    Of factors it is ``statistics.geometric_mean``. The control's is its own.
+    Use ``statistics.geometric_mean`` for factors. The description lists the individual values.
     """
-    each = f" ({', '.join(f'{value:.3g}' for value in values)})" * (len(values) > 1)
-    beside = mean(control_values) if control_values else None
-    return Claim(
-        name, f"{description}, mean of {seeds_text(seeds)}{each}", mean(values), relation, bound, control, beside
-    )
+    individual = f" ({', '.join(f'{value:.3g}' for value in values)})" * (len(values) > 1)
+    sentence = f"{description}, mean over {seeds_text(seeds)}{individual}"
+    control_value = mean(control_values) if control_values else None
+    return Claim(name, sentence, mean(values), relation, bound, control, control_value)
 
 
 def seeds_text(seeds: Sequence[int]) -> str:
@@ -97,17 +93,17 @@ def seeds_text(seeds: Sequence[int]) -> str:
 
 
 def read_claim(saved: Any) -> Claim:
-    """Return a claim from ``claims.json``, judged anew; ValueError, KeyError or TypeError if it is damaged."""
-    words = str(saved["name"]), str(saved["description"])
-    # Files of before there were controls have none.
+    """Return a claim from ``claims.json``, judged again; ValueError, KeyError or TypeError if it is damaged."""
+    texts = str(saved["name"]), str(saved["description"])
+    # Early versions wrote no controls.
     value = saved.get("control_value")
     control = str(saved.get("control", "")), None if value is None else float(value)
-    return Claim(*words, float(saved["measured"]), saved["relation"], float(saved["bound"]), *control)
+    return Claim(*texts, float(saved["measured"]), saved["relation"], float(saved["bound"]), *control)
 
 
 def claims_table(claims: Iterable[tuple[str, Claim]]) -> str:
-    """Return one line a claim, each with the name of its figure: how far it is from its bound, and what fails it."""
-    rows = [("", "claim", "measured", "bound", "distance", "fails it", "measured")]
+    """Return a table with one line per (figure name, claim): measured value, bound, distance and control."""
+    rows = [("", "claim", "measured", "bound", "distance", "control", "measured")]
     for figure, claim in claims:
         control = ("-", "") if claim.control_value is None else (claim.control, f"{claim.control_value:.4g}")
         rows.append((

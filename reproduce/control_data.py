@@ -1,4 +1,4 @@
-"""Data that has nothing to learn in common: what must not give a staircase."""
+"""Data modules for negative controls: wrong pairs, and images of noise."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from stepwise_lightning.seeding import hashed_seed
 
 
 class WrongPairs(TwoViewDataModule):
-    """Second views of other images: those of the next image of the batch. What is measured are right pairs."""
+    """Pair the first view of each image with the second view of another; the probe pairs stay correct."""
 
     def train_dataloader(self) -> ResumableLoader:
-        """Return batches (x1, x2, label) whose x2 do not belong to x1."""
+        """Return batches (x1, x2, label) with x2 rolled by one sample."""
         loader = super().train_dataloader()
-        loader.collate_fn = _exchanged(loader.collate_fn)
+        loader.collate_fn = _RollSecondViews(loader.collate_fn)
         return loader
 
 
-class _exchanged:
+class _RollSecondViews:
     def __init__(self, collate: Any) -> None:
         self.collate = collate
 
@@ -33,10 +33,10 @@ class _exchanged:
 
 
 class NoiseImages(TwoViewDataModule):
-    """Images of independent, uniformly random pixels, as many and as large as those of the data set."""
+    """Replace the images by independent, uniformly random pixels of the same shape."""
 
     def images(self, split: str) -> ImageSet:
-        """Return a split of noise; the labels stay."""
+        """Return a split of noise with the original labels."""
         if split not in self._sets:
             images = super().images(split)
             assert isinstance(images.images, Tensor)

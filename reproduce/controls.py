@@ -1,4 +1,4 @@
-"""What an alignment has to be told from: a theory that knows nothing of pairs, and subspaces that share nothing."""
+"""Baselines for alignments: a theory without pairs, and permuted images."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from stepwise_lightning.theory import subspace_alignment
 
 
 def ordinary_kernel_pca(k: Tensor, rows: Tensor, dim: int) -> Tensor:
-    """Return the embeddings of ordinary kernel PCA, uncentred, which is the closed form with P = I: it sees no pairs.
+    """Return the embeddings of uncentred kernel PCA, the closed form with P = I, which ignores the pairs.
 
     Args:
         k: K(Z, Z) of all views, (2n, 2n).
@@ -24,15 +24,15 @@ def ordinary_kernel_pca(k: Tensor, rows: Tensor, dim: int) -> Tensor:
 
 
 def permuted_alignment(f: Tensor, g: Tensor, draws: int = 20) -> float:
-    """Return the mean subspace alignment of embeddings, (2n, d) each, whose images are permuted against each other.
+    """Return the mean subspace alignment of two embeddings, (2n, d) each, over random permutations of the images.
 
-    This is chance: what two embeddings of these sizes share, though they are of different images. Both views of a pair
-    are moved together, and stay as alike as they are.
+    This is the chance level for embeddings of these sizes. Both views of a pair move together, which preserves their
+    correlation.
 
     Args:
-        f: first views before second views.
-        g: the same of another embedding.
-        draws: permutations to average over.
+        f: first embedding, first views before second views.
+        g: second embedding, in the same order.
+        draws: number of permutations.
 
     """
     generator = torch.Generator().manual_seed(0)

@@ -1,4 +1,4 @@
-"""One figure from its options to what it leaves behind, which is never half-written."""
+"""Run one figure, and write its outputs atomically."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ from matplotlib.figure import Figure
 import reproduce
 import stepwise_lightning
 from reproduce.claims import Claim, read_claim
-from reproduce.options import PLACES, check_writable, interrupted, new_parser, parse, refusal
+from reproduce.options import PLACES, check_writable, exit_interrupted, new_parser, parse, report_error
 from reproduce.processes import prepare_process
 from stepwise_lightning.files import atomic_write, atomic_write_text
 from stepwise_lightning.runs import provenance
 
-FILES = ("figure.png", "figure.pdf", "data.csv")  # and claims.json, which has their checksums
+FILES = ("figure.png", "figure.pdf", "data.csv")  # claims.json contains their checksums
 
 
 @dataclass
 class Outcome:
-    """What an experiment comes to: a figure, long-format data, claims, a row per run, and settings of its own."""
+    """Result of an experiment: figure, long-format data, claims, one row per run, and further settings."""
 
     figure: Figure
     columns: list[str]
@@ -42,16 +42,16 @@ class Outcome:
 
 @dataclass
 class PaperFigure:
-    """A figure of the paper, and how it is made again.
+    """A figure and the function that produces it.
 
     Args:
-        name: of the figure, and of the folder that it writes, under ``--out``.
-        description: its first line is the figure's title.
-        paper: what the paper shows, and where.
-        profiles: settings by profile, each an attribute of the options unless it was given as an option.
-        produce: from options and folder to the outcome; what it raises for bad input has one line to say
-            (:func:`stepwise_lightning.errors.one_line`).
-        add_options: adds options of its own.
+        name: name of the figure, and of its folder under ``--out``.
+        description: text for ``--help``; the first line is the title.
+        paper: corresponding place in the paper, and what it shows.
+        profiles: settings by profile; command-line options override them.
+        produce: function of options and output folder that returns the outcome. Bad input raises an exception with a
+            one-line message (:func:`stepwise_lightning.errors.one_line`).
+        add_options: function that adds further options to the parser.
 
     """
 
@@ -64,41 +64,41 @@ class PaperFigure:
 
     @property
     def title(self) -> str:
-        """The first line of its description."""
+        """First line of the description."""
         return self.description.splitlines()[0]
 
 
 def run_figure(figure: PaperFigure, arguments: list[str] | None = None) -> int:
-    """Make a figure; return 0 if every claim holds, 1 if one fails, 2 for bad input. A bug is raised."""
+    """Run a figure; return 0 if every claim holds, 1 if one fails, 2 for bad input. Raise other errors."""
     parser = new_parser(f"reproduce {figure.name}", figure.description, figure.profiles)
     figure.add_options(parser)
     options = parse(parser, figure.profiles, arguments)
     directory, started = Path(options.out) / figure.name, time.perf_counter()
-    asked = {k: v for k, v in vars(options).items() if k not in (*PLACES, "seeds", "data")}
-    identity = {"data_set": options.data, "seeds": options.seeds, "options": asked}
+    settings = {k: v for k, v in vars(options).items() if k not in (*PLACES, "seeds", "data")}
+    identity = {"data_set": options.data, "seeds": options.seeds, "options": settings}
     identity |= {"version": version("stepwise_lightning"), "source_sha256": source_digest()}
-    if options.resume and (kept := finished_claims(directory, identity)) is not None:
-        print(f"{figure.name}: kept, it was finished before")
-        return report(directory, kept)
+    if options.resume and (finished := finished_claims(directory, identity)) is not None:
+        print(f"{figure.name}: kept from an earlier run")
+        return print_verdict(directory, finished)
     prepare_process()
     try:
         check_writable(directory)
         outcome = figure.produce(options, directory)
-        facts = {
+        metadata = {
             "name": figure.name, "title": figure.title, "paper": figure.paper, **identity,
             "settings": outcome.settings, "runs": outcome.runs, "seconds": round(time.perf_counter() - started, 1),
         }  # fmt: skip
-        write_outputs(directory, outcome, facts)
+        write_outputs(directory, outcome, metadata)
     except Exception as error:
-        return refusal(error)
+        return report_error(error)
     except KeyboardInterrupt:
-        interrupted()
+        exit_interrupted()
     print_table(outcome.runs)
-    return report(directory, outcome.claims)
+    return print_verdict(directory, outcome.claims)
 
 
 def finished_claims(directory: Path, identity: dict[str, Any]) -> list[Claim] | None:
-    """Return the claims of an earlier call that was asked for the same, or None."""
+    """Return the claims of an earlier call with the same options and code, or None."""
     path = directory / "claims.json"
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
@@ -106,18 +106,19 @@ def finished_claims(directory: Path, identity: dict[str, Any]) -> list[Claim] | 
     except FileNotFoundError:
         return None
     except (ValueError, KeyError, TypeError, OSError, RecursionError):
-        print(f"warning: {path} cannot be read; the figure is made again", file=sys.stderr)
+        print(f"warning: {path} cannot be read; computing the figure again", file=sys.stderr)
         return None
     if json.loads(json.dumps(identity)) != {key: document.get(key) for key in identity}:
         return None
     if changed := [name for name in FILES if _digest(directory / name) != document.get("sha256", {}).get(name)]:
-        print(f"warning: {directory / changed[0]} is not what was written; the figure is made again", file=sys.stderr)
+        path = directory / changed[0]
+        print(f"warning: {path} is missing or was changed; computing the figure again", file=sys.stderr)
         return None
     return claims
 
 
 def _digest(path: Path) -> str | None:
-    """Return the SHA-256 of a file, None if there is none."""
+    """Return the SHA-256 of a file, or None if it does not exist."""
     if not path.is_file():
         return None
     with path.open("rb") as file:
@@ -125,22 +126,22 @@ def _digest(path: Path) -> str | None:
 
 
 def source_digest() -> str:
-    """Return one SHA-256 of the package's and the figures' code, as it is here, committed or not."""
+    """Return one SHA-256 of the source files of the package and the figures, including uncommitted changes."""
     digest = hashlib.sha256()
     for path in sorted(p for module in (stepwise_lightning, reproduce) for p in Path(module.__path__[0]).rglob("*.py")):
         digest.update(path.read_bytes())
     return digest.hexdigest()
 
 
-def write_outputs(directory: Path, outcome: Outcome, facts: dict[str, Any]) -> None:
-    """Write ``figure.png``, ``figure.pdf``, ``data.csv`` and ``claims.json``, each replaced only when complete.
+def write_outputs(directory: Path, outcome: Outcome, metadata: dict[str, Any]) -> None:
+    """Write ``figure.png``, ``figure.pdf``, ``data.csv`` and ``claims.json``, each atomically.
 
     Raises:
-        CannotWriteError: one of them cannot be written.
+        CannotWriteError: a file cannot be written.
 
     """
     atomic_write(directory / "figure.png", lambda path: outcome.figure.savefig(path, format="png", dpi=150))
-    with rc_context({"pdf.fonttype": 42}):  # TrueType, which publishers ask for
+    with rc_context({"pdf.fonttype": 42}):  # TrueType, as publishers require
         atomic_write(directory / "figure.pdf", lambda path: outcome.figure.savefig(path, format="pdf"))
 
     def write_csv(path: Path) -> None:
@@ -149,22 +150,22 @@ def write_outputs(directory: Path, outcome: Outcome, facts: dict[str, Any]) -> N
 
     atomic_write(directory / "data.csv", write_csv)
     claims = [asdict(claim) for claim in outcome.claims]
-    document = {"claims": claims, "all_hold": all(claim.holds for claim in outcome.claims)} | facts | provenance()
+    document = {"claims": claims, "all_hold": all(claim.holds for claim in outcome.claims)} | metadata | provenance()
     document["sha256"] = {name: _digest(directory / name) for name in FILES}
     text = json.dumps(document, indent=2, ensure_ascii=False) + "\n"
     atomic_write_text(directory / "claims.json", text)
 
 
 def print_table(table: list[dict[str, Any]]) -> None:
-    """Print rows of equal keys as Markdown."""
+    """Print rows with equal keys as a Markdown table."""
     print("\n| " + " | ".join(name.replace("_", " ") for name in table[0]) + " |\n" + "|---" * len(table[0]) + "|")
     for row in table:
         cells = ("" if v is None else f"{v:.4g}" if isinstance(v, float) else str(v) for v in row.values())
         print("| " + " | ".join(cells) + " |")
 
 
-def report(directory: Path, claims: list[Claim]) -> int:
-    """Print where everything lies and the verdict; return the exit status, 1 if a claim fails."""
+def print_verdict(directory: Path, claims: list[Claim]) -> int:
+    """Print the output paths and the claims; return 1 if a claim fails, else 0."""
     directory = directory.resolve()
     print(f"\nfigure       {directory / 'figure.png'} (and .pdf)")
     print(f"data         {directory / 'data.csv'}")

@@ -1,8 +1,8 @@
-"""What the configurations for GPUs will come to, forecast without one: ``python -m reproduce.gpu_configurations``.
+"""Forecast the training runs of the GPU configurations on a CPU: ``python -m reproduce.gpu_configurations``.
 
-Each is forecast from its own network, untrained, on a few batches of images, and becomes a row of a table, which is
-written to ``--out``. Where its data set is not at hand, ``--data`` names a folder of other images, which are brought to
-its size. A batch of 256 pairs takes a ResNet-50 about half a minute on a core.
+Each forecast uses the configuration's untrained network on a few batches of images, and becomes one row of the table in
+``--out``. ``--data`` replaces a missing data set by a folder of other images, which are resized. A batch of 256 pairs
+takes a ResNet-50 about half a minute on one core.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 import yaml
 
 from reproduce.networks.training import CONFIGS
-from reproduce.networks.variants import METHODS
+from reproduce.networks.variants import LOSS_SETTINGS
 from stepwise_lightning import Encoder, TwoViewDataModule
 from stepwise_lightning.files import atomic_write_text
 from stepwise_lightning.forecasts.forecast import Forecast
@@ -27,47 +27,47 @@ COLUMNS = (
     "configuration", "learning rate", "diverges above", "safe below", "suggested", "mode 1", "mode 2", "mode 3",
     "modes within max_steps", "pairs",
 )  # fmt: skip
-NAMES = [f"{loss}_{data}" for data in ("cifar10", "stl10") for loss in METHODS]
+NAMES = [f"{loss}_{data}" for data in ("cifar10", "stl10") for loss in LOSS_SETTINGS]
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Forecast the configurations that are named, all of them by default, and write the table."""
+    """Forecast the named configurations, all by default, and write the table."""
     parser = argparse.ArgumentParser("python -m reproduce.gpu_configurations", description=__doc__)
     parser.add_argument("names", nargs="*", default=[], choices=[*NAMES, []], metavar="NAME", help=", ".join(NAMES))
-    parser.add_argument("--data", help="a folder of images in place of the configurations' own data")
-    parser.add_argument("--batches", type=int, default=8)
-    parser.add_argument("--batch-size", type=int, default=512, help="pairs of a batch")
-    parser.add_argument("--out", type=Path, default=Path("gpu_configurations.md"), help="the table")
+    parser.add_argument("--data", help="folder of images that replaces the data set of the configurations")
+    parser.add_argument("--batches", type=int, default=8, help="number of batches (default: 8)")
+    parser.add_argument("--batch-size", type=int, default=512, help="pairs per batch (default: 512)")
+    parser.add_argument("--out", type=Path, default=Path("gpu_configurations.md"), help="output file with the table")
     options = parser.parse_args(arguments)
     command = f"python -m reproduce.gpu_configurations {' '.join(sys.argv[1:] if arguments is None else arguments)}"
     rows: list[list[str]] = []
     for name in options.names or NAMES:
         start = time.process_time()
-        said = forecast_configuration(name, options.data, options.batches, options.batch_size)
-        print(f"{name}, {time.process_time() - start:.0f} s of CPU time\n{said}\n", flush=True)
-        rows.append(_row(name, said))
+        result = forecast_configuration(name, options.data, options.batches, options.batch_size)
+        print(f"{name}, {time.process_time() - start:.0f} s of CPU time\n{result}\n", flush=True)
+        rows.append(_row(name, result))
         table = ["| " + " | ".join(row) + " |" for row in (COLUMNS, ["---"] * len(COLUMNS), *rows)]
         atomic_write_text(options.out, "\n".join([f"`{command.strip()}`", "", *table]) + "\n")
 
 
 def forecast_configuration(name: str, data: str | None, batches: int, batch_size: int) -> Forecast:
-    """Return the forecast of ``configs/<name>.yaml`` from so many batches of its data, or of other images."""
+    """Return the forecast of ``configs/<name>.yaml`` from batches of its data set, or of the images in ``data``."""
     config: dict[str, Any] = yaml.safe_load((CONFIGS / f"{name}.yaml").read_text(encoding="utf-8"))
     settings = config["model"]["init_args"]
     encoder = Encoder(**settings.pop("encoder")["init_args"])
-    module = METHODS[name.rsplit("_", 1)[0]].module(encoder, **settings)
-    own = config["data"]["init_args"] | {"global_batch_size": batch_size, "num_workers": 0}
-    images = TwoViewDataModule(**(own | ({"data": data} if data else {})))
+    module = LOSS_SETTINGS[name.rsplit("_", 1)[0]].module(encoder, **settings)
+    data_settings = config["data"]["init_args"] | {"global_batch_size": batch_size, "num_workers": 0}
+    images = TwoViewDataModule(**(data_settings | ({"data": data} if data else {})))
     images.setup("fit")
     if torch.cuda.is_available():
         module.cuda()
     return forecast(module, unseen_batches(images), config["trainer"]["max_steps"], num_pairs=batches * batch_size)
 
 
-def _row(name: str, said: Forecast) -> list[str]:
-    steps = [f"{step:.0f}" if step < said.max_steps else "–" for step in said.step_times[:3].tolist()]
-    rates = [f"{rate:.2g}" for rate in (said.learning_rate, *said.rates)]
-    return [name, *rates, *steps, str(int(said.step_times.isfinite().sum())), str(said.num_pairs)]
+def _row(name: str, result: Forecast) -> list[str]:
+    steps = [f"{step:.0f}" if step < result.max_steps else "–" for step in result.step_times[:3].tolist()]
+    rates = [f"{rate:.2g}" for rate in (result.learning_rate, *result.rates)]
+    return [name, *rates, *steps, str(int(result.step_times.isfinite().sum())), str(result.num_pairs)]
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""What the modes of the middle-scale networks are worth on CIFAR-10: ``python -m reproduce.middle_worth OUT``.
+"""Classify CIFAR-10 from the modes of the middle-scale networks: ``python -m reproduce.middle_worth OUT``.
 
-OUT is where ``python -m reproduce middle_scale --out OUT`` has left its runs. Each of their networks embeds held-out
-images, evenly spaced. A table says how often a ridge classifier that sees k of their modes is right, each image left
-out in turn (:func:`stepwise_lightning.modes.mode_worth`): modes of the covariance of the embedding, and of the hidden
-representation, beside those of the untrained network and of pixels. Batch normalisation uses its running statistics,
-of the untrained network those of these images.
+OUT is the output folder of ``python -m reproduce middle_scale``. The script embeds evenly spaced held-out images with
+each network, and prints the leave-one-out accuracy of a ridge classifier on the first k modes
+(:func:`stepwise_lightning.modes.mode_worth`) of the covariance of the embedding and of the hidden representation, for
+trained and untrained networks, and of the pixels. Batch normalisation uses its running statistics; in the untrained
+network, the batch statistics of these images.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from reproduce.networks.variants import METHODS
+from reproduce.networks.variants import LOSS_SETTINGS
 from stepwise_lightning.data.views import plain_view
 from stepwise_lightning.features import capture
 from stepwise_lightning.modes import mode_worth
@@ -30,11 +30,11 @@ NUM_MODES = (0, 1, 3, 6, 10, 100)
 def main(arguments: list[str] | None = None) -> None:
     """Print the table."""
     parser = argparse.ArgumentParser("python -m reproduce.middle_worth", description=__doc__)
-    parser.add_argument("out", type=Path, metavar="OUT", help="the folder with the runs of middle_scale")
-    parser.add_argument("--images", type=int, default=1000, help="how many of the held-out ones (%(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of the runs (%(default)s)")
+    parser.add_argument("out", type=Path, metavar="OUT", help="output folder of middle_scale")
+    parser.add_argument("--images", type=int, default=1000, help="number of held-out images (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the runs (default: %(default)s)")
     options = parser.parse_args(arguments)
-    runs = {loss: options.out / "runs" / f"{loss}_small_seed{options.seed}" / "version_0" for loss in METHODS}
+    runs = {loss: options.out / "runs" / f"{loss}_small_seed{options.seed}" / "version_0" for loss in LOSS_SETTINGS}
     checkpoint = checkpoint_of(runs["barlow_twins"])
     settings = input_settings(checkpoint)
     view = plain_view(settings["image_size"], settings["mean"], settings["std"])
@@ -44,7 +44,7 @@ def main(arguments: list[str] | None = None) -> None:
     print("|---" * (len(NUM_MODES) + 1) + "|")
     for loss, run in runs.items():
         for name, z in _representations(load_encoder(run), x).items():
-            print(_row(f"{METHODS[loss].title}, {name}", z, labels), flush=True)
+            print(_row(f"{LOSS_SETTINGS[loss].title}, {name}", z, labels), flush=True)
     for name, z in _representations(configured_encoder(checkpoint).train(), x).items():
         print(_row(f"untrained, {name}", z, labels), flush=True)
     print(_row("pixels", x.flatten(1), labels))

@@ -1,4 +1,4 @@
-"""The command lines: options that all figures have, and how a command says that it cannot go on."""
+"""Command-line options that all figures share, and error reporting."""
 
 from __future__ import annotations
 
@@ -11,41 +11,47 @@ from typing import Any, NoReturn
 from stepwise_lightning.errors import CannotWriteError, one_line
 from stepwise_lightning.signals import INTERRUPTED
 
-# Options that say where and how, not what.
+# Options that do not affect the numbers.
 PLACES = ("out", "root", "download", "resume", "launcher")
 
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        """Say what is wrong in one line, without the usage."""
+        """Print the error in one line, without the usage."""
         self.exit(2, f"error: {message} (see --help)\n")
 
 
 def new_parser(command: str, description: str, profiles: dict[str, dict[str, Any]]) -> argparse.ArgumentParser:
-    """Return a parser of the options that every figure has; ``command`` is what is typed after ``python -m``."""
+    """Return a parser with the shared options; ``command`` follows ``python -m`` in the usage."""
     parser = _Parser(
         prog=f"python -m {command}",
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    usual = "cpu" if "cpu" in profiles else next(iter(profiles))
-    parser.add_argument("--profile", choices=profiles, default=usual, help=f"size of the experiment (default: {usual})")
-    parser.add_argument("--data", help="photos, cifar10, stl10 or a folder of images (default: the profile's, photos)")
-    parser.add_argument("--out", default="results", help="folder for the outputs (default: results)")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of data and weights (default: 0 1 2)")
+    default = "cpu" if "cpu" in profiles else next(iter(profiles))
     parser.add_argument(
-        "--resume", action="store_true", help="keep what an earlier call of these options and this code finished"
+        "--profile", choices=profiles, default=default, help=f"size of the experiment (default: {default})"
     )
-    parser.add_argument("--root", default="data", help="where cifar10 and stl10 lie (default: data)")
-    parser.add_argument("--download", action="store_true", help="fetch them if they are not there")
-    parser.add_argument("--launcher", default="", help="put before the commands that train ResNets, for instance srun")
+    parser.add_argument(
+        "--data", help="photos, cifar10, stl10 or a folder of images (default: set by the profile, usually photos)"
+    )
+    parser.add_argument("--out", default="results", help="output folder (default: results)")
+    parser.add_argument(
+        "--seeds", type=int, nargs="+", default=[0, 1, 2], help="seeds of data and weights (default: 0 1 2)"
+    )
+    parser.add_argument(
+        "--resume", action="store_true", help="keep results that were computed with the same options and code"
+    )
+    parser.add_argument("--root", default="data", help="folder of cifar10 and stl10 (default: data)")
+    parser.add_argument("--download", action="store_true", help="download missing data sets")
+    parser.add_argument("--launcher", default="", help="prefix of the commands that train ResNets, for example srun")
     return parser
 
 
 def parse(
     parser: argparse.ArgumentParser, profiles: dict[str, dict[str, Any]], arguments: list[str] | None = None
 ) -> argparse.Namespace:
-    """Return the options, with what the profile says of those that were not given."""
+    """Return the options; the profile sets those that are missing."""
     options = parser.parse_args(arguments)
     for key, value in ({"data": "photos"} | profiles[options.profile]).items():
         if getattr(options, key, None) is None:
@@ -54,16 +60,16 @@ def parse(
 
 
 def data_name(data: str) -> str:
-    """Return what a figure calls the data set that an option names."""
+    """Return the display name of a data set option."""
     names = {"photos": "scikit-image's photographs (not the paper's data)", "cifar10": "CIFAR-10", "stl10": "STL-10"}
     return names.get(data, f"{Path(data).resolve().name} (folder)")
 
 
 def check_writable(directory: Path) -> None:
-    """Refuse an output folder before hours are spent; nothing is left behind.
+    """Check an output folder before a long computation, without creating it.
 
     Raises:
-        CannotWriteError: it is not a folder, or cannot be written to.
+        CannotWriteError: the path is not a folder, or not writable.
 
     """
     existing = next(path for path in (directory, *directory.resolve().parents) if path.exists())
@@ -71,8 +77,8 @@ def check_writable(directory: Path) -> None:
         raise CannotWriteError(f"cannot write to {str(existing)!r}: choose another folder with --out")
 
 
-def refusal(error: Exception) -> int:
-    """Say in one line why a command cannot go on, and return its exit status, 2; a bug is raised again."""
+def report_error(error: Exception) -> int:
+    """Print a user error in one line and return exit status 2; raise any other exception again."""
     line = one_line(error)
     if line is None:
         raise error
@@ -80,7 +86,7 @@ def refusal(error: Exception) -> int:
     return 2
 
 
-def interrupted() -> NoReturn:
-    """End the program, not one figure only, after Ctrl-C."""
-    print("\ninterrupted: what is finished is kept, and with --resume the rest goes on", file=sys.stderr)
+def exit_interrupted() -> NoReturn:
+    """Exit after Ctrl-C, also when more figures are waiting."""
+    print("\ninterrupted: finished results are kept; continue with --resume", file=sys.stderr)
     sys.exit(INTERRUPTED)

@@ -1,4 +1,4 @@
-"""Small copies of the figures for README.md: ``python -m reproduce.pictures results`` writes ``docs/<figure>.png``."""
+"""Write small copies of the figures to ``docs/<figure>.png``: ``python -m reproduce.pictures results``."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ WIDTH = 1200
 
 
 def write_pictures(out: str | Path) -> list[Path]:
-    """Shrink the figures that ``python -m reproduce … --out OUT`` has left, and return the copies' paths."""
+    """Shrink the figures in ``out`` and return the paths of the copies."""
     written = []
     for name in (name for name in FIGURES if (Path(out) / name / "figure.png").exists()):
         with Image.open(Path(out) / name / "figure.png") as figure:

@@ -1,4 +1,4 @@
-"""What figures do with the records of runs: rows of ``data.csv``, events for TensorBoard, predictions beside them."""
+"""Convert spectrum records to rows of ``data.csv``, TensorBoard events and theoretical records."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from stepwise_lightning.callbacks.tensorboard import scalars
 
 
 def theory_record(record: SpectrumRecord, eigenvalues: Tensor) -> SpectrumRecord:
-    """Return what theory says of a record's steps, from its eigenvalues of C, (T, d), and the loss ‖C − I‖² of them."""
+    """Return a record of predicted eigenvalues of C, (T, d), and their loss ‖C − I‖², at the times of a record."""
     return SpectrumRecord.of(record.times, eigenvalues, (1 - eigenvalues).square().sum(1), steps=record.steps)
 
 
@@ -25,14 +25,14 @@ def data_rows(
     theories: Sequence[SpectrumRecord] = (),
     others: Mapping[str, Tensor] | None = None,
 ) -> list[list[Any]]:
-    """Return rows ``*run, step, time, quantity, mode, value, *theories' values``, one measurement after the other.
+    """Return rows ``*run, step, time, quantity, mode, value, *theoretical values``, ordered by step.
 
     Args:
-        run: what the rows begin with, which tells this run from others.
-        record: its loss (mode empty) and its eigenvalues (modes 0, 1, …) of ``matrix`` become rows.
+        run: first cells of each row, which identify the run.
+        record: measured loss (empty mode) and eigenvalues (modes 0, 1, …) of ``matrix``.
         matrix: name of the matrix.
-        theories: what they say of the same quantities at the same steps.
-        others: quantities of which theories say nothing, by name: (T,) or, with modes, (T, k).
+        theories: predictions of loss and eigenvalues at the same steps.
+        others: further measured quantities by name, (T,) or, with modes, (T, k).
 
     """
     sources = (record, *theories)
@@ -55,7 +55,7 @@ def data_rows(
 
 
 def write_events(folder: Path, record: SpectrumRecord) -> None:
-    """Write a record as a TensorBoard run, under the tags and at the optimiser steps of a trained one."""
+    """Write a record as a TensorBoard run, with the tags and steps of a training run."""
     with SummaryWriter(str(folder)) as writer:
         for index in range(len(record)):
             for tag, value in scalars(record, index, record.matrices[0]).items():

@@ -1,4 +1,4 @@
-"""One self-contained page with every figure and its verdict."""
+"""Self-contained HTML page with all figures and claims."""
 
 from __future__ import annotations
 
@@ -40,10 +40,10 @@ code { overflow-wrap: anywhere; } summary { cursor: pointer; } pre { overflow-x:
 
 
 def write_report(out: str | Path, names: list[str]) -> Path:
-    """Write ``<out>/report.html`` from what the named figures have left in ``<out>``, and return its path.
+    """Write ``<out>/report.html`` from the outputs of the named figures, and return its path.
 
     Raises:
-        CannotWriteError: it cannot be written.
+        CannotWriteError: the page cannot be written.
 
     """
     entries = [_entry(Path(out) / name) for name in names]
@@ -53,9 +53,8 @@ def write_report(out: str | Path, names: list[str]) -> Path:
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>stepwise_lightning: figures and verdicts</title><style>{STYLE}</style></head><body>"
         "<h1>On the stepwise nature of self-supervised learning: figures and verdicts</h1>"
-        "<p>Each figure of <a href='https://arxiv.org/abs/2303.15438'>Simon et al., ICML 2023</a>, made again, with "
-        "what it claims in numbers. A claim holds when the number measured is on the right side of its bound, and the "
-        "same number of its control, where it names one, is not.</p>"
+        "<p>Reproduced figures of <a href='https://arxiv.org/abs/2303.15438'>Simon et al., ICML 2023</a>, with their "
+        "claims. A claim holds if the measured number satisfies its bound and the control violates it.</p>"
         "<div class='table'><table><tr><th>figure</th><th>claims</th><th>data</th><th>time</th></tr>"
         f"{lines}</table></div>"
         f"{sections}</body></html>\n"
@@ -66,20 +65,20 @@ def write_report(out: str | Path, names: list[str]) -> Path:
 
 
 def verdict_table(out: str | Path, names: list[str]) -> str:
-    """Return what the named figures in ``out`` claim, a line each: see :func:`reproduce.claims.claims_table`."""
+    """Return a table of all claims of the named figures: see :func:`reproduce.claims.claims_table`."""
     claims = []
     for name in names:
         try:
             document = json.loads((Path(out) / name / "claims.json").read_text(encoding="utf-8"))
             claims += [(name, read_claim(saved)) for saved in document["claims"]]
-        except _UNREADABLE:  # the figure has said so, and so does the report
+        except _UNREADABLE:  # the report lists the figure as unreadable
             continue
     return claims_table(claims)
 
 
 def _entry(directory: Path) -> tuple[str, str]:
-    """Return a figure's line in the table, and its section."""
-    state = "not there"
+    """Return a figure's row in the overview table, and its section."""
+    state = "missing"
     try:
         document = json.loads((directory / "claims.json").read_text(encoding="utf-8"))
         return _line(directory.name, document), _section(directory, document)
@@ -123,12 +122,12 @@ def _section(directory: Path, document: dict[str, Any]) -> str:
     details = json.dumps({key: document[key] for key in keys}, indent=1, ensure_ascii=False)
     return (
         f"<section id='{directory.name}'><h2>{escape(document['title'])}</h2>"
-        f"<p><b>The paper.</b> {escape(document['paper'])}</p>"
-        f"<p><b>Here.</b> {escape(data_name(document['data_set']))}, seeds {seeds}, "
+        f"<p><b>Paper.</b> {escape(document['paper'])}</p>"
+        f"<p><b>Reproduction.</b> {escape(data_name(document['data_set']))}, seeds {seeds}, "
         f"{document['seconds']:.0f} s. {_verdict(document)}</p>{''.join(pictures)}"
         f"<div class='table'><table><tr><th></th><th>claim</th><th>measured</th><th>bound</th>"
-        f"<th>what fails it</th></tr>{rows}</table></div>"
-        f"<p>Again: <code>{escape(command)}</code></p>"
+        f"<th>control</th></tr>{rows}</table></div>"
+        f"<p>Command: <code>{escape(command)}</code></p>"
         f"<details><summary>settings, versions, machine</summary><pre>{escape(details)}</pre></details></section>"
     )
 
@@ -140,7 +139,7 @@ def _control(claim: Claim) -> str:
 def _picture(path: Path) -> str:
     kind = path.suffix[1:]
     data = base64.b64encode(path.read_bytes()).decode()
-    # A checkbox, since a page without scripts cannot open an image that lies in itself.
+    # A checkbox toggles the full size without a script.
     return (
         "<label class='picture' title='click for full size'><input type='checkbox' aria-label='full size'>"
         f"<img alt='{path.parent.name}, {path.stem}' src='data:image/{kind};base64,{data}'></label>"

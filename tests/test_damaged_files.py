@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from tiny_sets import Touch, damaged
 
 from reproduce.claims import Claim, read_claim
-from reproduce.figure import Outcome, finished_claims, report, write_outputs
+from reproduce.figure import Outcome, finished_claims, print_verdict, write_outputs
 from reproduce.networks.runs import Run
 from reproduce.networks.training import PROFILES
 from reproduce.options import new_parser
@@ -172,7 +172,7 @@ def test_a_damaged_run_is_not_taken_for_a_finished_one(run, scale, capsys):
             if run.is_finished():
                 assert content == whole or path.suffix == ".npz"  # not all of a zip file carries information
             else:
-                assert re.fullmatch(r"warning: [^\n]* is trained again\n", capsys.readouterr().err)
+                assert re.fullmatch(r"warning: [^\n]* training [^\n]* again\n", capsys.readouterr().err)
         path.write_bytes(whole)
     assert run.is_finished()
 
@@ -220,7 +220,7 @@ def test_claims_and_report(scale, tmp_path, capsys):
         page = write_report(tmp_path, ["figure", "kernel_pca"]).read_text(encoding="utf-8")
         assert "kernel_pca</td><td class='fails'>not there" in page
         kept = finished_claims(path.parent, identity)
-        assert kept is None or report(path.parent, kept) in (0, 1)
+        assert kept is None or print_verdict(path.parent, kept) in (0, 1)
         outcomes.add(("claims.json cannot be read" in page, kept is None))
         assert re.fullmatch(r"(warning: [^\n]*; the figure is made again\n)?", capsys.readouterr().err)
     assert {(True, True), (False, False)} <= outcomes

@@ -1,6 +1,6 @@
-"""The figures, in the order of the paper; those that share their training runs follow each other.
+"""All figures, in the order of the paper; figures that share training runs are adjacent.
 
-``LONG`` ones take more than minutes, and are made when they are asked for by name.
+``LONG`` figures take much longer than the others and are run only by name.
 """
 
 from reproduce.figure import PaperFigure

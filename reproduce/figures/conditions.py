@@ -18,7 +18,7 @@ from reproduce.claims import Claim, worst
 from reproduce.figure import Outcome, PaperFigure
 from reproduce.networks.runs import ROW_COLUMNS, Run, trained_runs
 from reproduce.networks.training import PROFILES
-from reproduce.networks.variants import METHODS, STARTS, VARIANT_TITLES
+from reproduce.networks.variants import INITIALIZATIONS, LOSS_SETTINGS, VARIANT_TITLES
 from reproduce.options import data_name
 from stepwise_lightning.plots import Panel, eigenvalues_figure
 
@@ -30,7 +30,9 @@ LEAST_STEPS = {"alpha0.01": 5, "standard_augmentation": 3, "weight_decay": 5}
 
 def produce(options: argparse.Namespace, directory: Path) -> Outcome:
     """Train every loss under every condition for every seed, and count steps."""
-    kinds = [(loss, start) for loss in METHODS for start in STARTS] + [("barlow_twins", other) for other in OTHERS]
+    kinds = [(loss, start) for loss in LOSS_SETTINGS for start in INITIALIZATIONS] + [
+        ("barlow_twins", other) for other in OTHERS
+    ]
     runs = trained_runs(options, kinds)
     first = {(run.loss, run.variant): _panel(run) for run in runs if run.seed == options.seeds[0]}
     figure = eigenvalues_figure(
@@ -50,7 +52,7 @@ def produce(options: argparse.Namespace, directory: Path) -> Outcome:
 
 def _panel(run: Run) -> Panel:
     panel = run.panel()
-    loss = "" if run.loss == "barlow_twins" else f"{run.method.title}, "
+    loss = "" if run.loss == "barlow_twins" else f"{run.loss_settings.title}, "
     panel.title = f"{loss}{VARIANT_TITLES[run.variant]}: {run.steps.num_distinct} distinct"
     return panel
 

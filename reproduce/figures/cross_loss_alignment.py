@@ -28,7 +28,7 @@ from reproduce.controls import permuted_alignment
 from reproduce.figure import Outcome, PaperFigure
 from reproduce.networks.runs import Run, trained_runs
 from reproduce.networks.training import PROFILES
-from reproduce.networks.variants import METHODS
+from reproduce.networks.variants import LOSS_SETTINGS
 from reproduce.options import data_name
 from reproduce.plots import alignments_figure
 from stepwise_lightning.theory import subspace_alignment
@@ -37,7 +37,7 @@ PAPER = (
     "Last experiment: subspace alignment between the embeddings of Barlow Twins, SimCLR and VICReg; the losses learn "
     "similar top directions, far above chance."
 )
-TITLES = [method.title for method in METHODS.values()]
+TITLES = [method.title for method in LOSS_SETTINGS.values()]
 MODES = (1, 3, 5)  # numbers of learned modes at which embeddings are compared
 JUDGED = 3
 SAME_SEED, OTHER_SEED = "same seed", "another seed"
@@ -72,7 +72,7 @@ def _alignments(run: Run, runs: list[Run], modes: int) -> list[list[Any]]:
     rows: list[list[Any]] = []
     for other in runs:
         theirs = _subspace(other.embeddings(modes), modes)
-        start = [run.seed, modes, run.method.title, other.method.title]
+        start = [run.seed, modes, run.loss_settings.title, other.loss_settings.title]
         kind = SAME_SEED if other.seed == run.seed else OTHER_SEED
         if theirs is not None:
             rows.append([*start, kind, float(subspace_alignment(own, theirs))])

@@ -33,9 +33,9 @@ from reproduce.claims import Claim, seeds_text
 from reproduce.figure import Outcome, PaperFigure
 from reproduce.networks.runs import SMALL_STARTS, Run, trained_runs
 from reproduce.networks.training import PROFILES
-from reproduce.networks.variants import METHODS
+from reproduce.networks.variants import LOSS_SETTINGS
 from reproduce.options import data_name
-from reproduce.processes import each
+from reproduce.processes import map_parallel
 from stepwise_lightning.encoders import bias_of
 from stepwise_lightning.forecasts.forecast import Forecast, correct_for_feature_learning
 from stepwise_lightning.forecasts.sgd import SGDSettings, last_features, last_layer
@@ -59,8 +59,8 @@ _LABELS = {"start": "before training", "live": "while training", "line": "line t
 
 def produce(options: argparse.Namespace, directory: Path) -> Outcome:
     """Train where that is missing, forecast every run, and compare."""
-    runs = trained_runs(options, [*SMALL_STARTS, *((loss, "schedule") for loss in METHODS)])
-    rows = [row for part in each(forecasts, [(run,) for run in runs], "forecasting") for row in part]
+    runs = trained_runs(options, [*SMALL_STARTS, *((loss, "schedule") for loss in LOSS_SETTINGS)])
+    rows = [row for part in map_parallel(forecasts, [(run,) for run in runs], "forecast") for row in part]
     figure = _figure(rows, options)
     return Outcome(figure, COLUMNS, rows, _claims(rows, options), _summaries(rows, runs))
 
@@ -81,7 +81,7 @@ def forecasts(run: Run) -> list[list[Any]]:
         for share in SHARES:
             gap = measured[mode] - measured[mode - 1]
             wanted = measured[mode - 1] + share * gap
-            kept = min(run.kept_steps(), key=lambda step: abs(step - wanted), default=0)
+            kept = min(run.saved_steps(), key=lambda step: abs(step - wanted), default=0)
             if abs(kept - wanted) < NEAR * gap and kept < measured[mode]:
                 head = [run.loss, run.seed]
                 rows.append([*head, f"live {share:g}", kept, mode + 1, measured[mode], _live(run, kept, mode)])
@@ -118,7 +118,7 @@ def _controls(run: Run) -> dict[str, Forecast]:
     if run.optimization()[1]:
         return controls | {"no momentum": run.forecast_of(h1, h2, momentum=0.0)}
     other = "vicreg" if run.loss == "barlow_twins" else "barlow_twins"
-    settings = SGDSettings.of(METHODS[other].module(run.encoder(), 0.1), 0, 1).settings
+    settings = SGDSettings.of(LOSS_SETTINGS[other].module(run.encoder(), 0.1), 0, 1).settings
     return controls | {"another loss": run.forecast_of(h1, h2, loss=other, settings=settings)}
 
 
@@ -127,7 +127,7 @@ def _live(run: Run, step: int, mode: int) -> float:
     module = run.module
     start = {name: value.clone() for name, value in module.state_dict().items()}
     layer, length = last_layer(module), int(run.record.steps[-1])
-    before = max((kept for kept in run.kept_steps() if kept < step), default=0)
+    before = max((kept for kept in run.saved_steps() if kept < step), default=0)
     try:
         earlier = _weights(run, before, start)
         module.load_state_dict(_weights(run, step, start))
@@ -189,7 +189,7 @@ def _median(values: list[float]) -> float:
 def _claims(rows: list[list[Any]], options: argparse.Namespace) -> list[Claim]:
     claims = []
     later, every = range(2, LAST_OF_LATER + 1), range(1, 1000)
-    for loss, method in METHODS.items():
+    for loss, method in LOSS_SETTINGS.items():
 
         def median(name: str, modes: Sequence[int], loss: str = loss) -> float:
             return _median(_errors(rows, loss, name, modes))
@@ -237,8 +237,8 @@ def _summaries(rows: list[list[Any]], runs: list[Run]) -> list[dict[str, Any]]:
 def _figure(rows: list[list[Any]], options: argparse.Namespace) -> Figure:
     """Draw forecast against measured steps, and errors of live forecasts against the time that remained."""
     figure = Figure(figsize=(12, 7.4), layout="constrained")
-    axes = figure.subplots(2, len(METHODS))
-    for column, (loss, method) in enumerate(METHODS.items()):
+    axes = figure.subplots(2, len(LOSS_SETTINGS))
+    for column, (loss, method) in enumerate(LOSS_SETTINGS.items()):
         upper, lower = axes[0, column], axes[1, column]
         own = [row for row in rows if row[0] == loss]
         promised = 1 if loss == "vicreg" else math.inf

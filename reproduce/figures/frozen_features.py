@@ -23,7 +23,7 @@ from reproduce.figure import Outcome, PaperFigure
 from reproduce.networks.runs import Run, trained_runs
 from reproduce.networks.training import PROFILES
 from reproduce.options import data_name
-from reproduce.processes import each
+from reproduce.processes import map_parallel
 from reproduce.records import data_rows, theory_record
 from stepwise_lightning import BarlowTwins, FixedCropPairs, LinearEncoder, SpectrumLogger, SpectrumRecord
 from stepwise_lightning.plots import Panel, trajectories_figure
@@ -79,7 +79,7 @@ def _time_error(times: Tensor, eigenvalues: Tensor, theory: SpectrumRecord) -> f
 def produce(options: argparse.Namespace, directory: Path) -> Outcome:
     """Train the whole network where that is missing, then its last layer alone, for every seed."""
     runs = trained_runs(options, [("barlow_twins", "small")])
-    results = each(experiment, [(run, directory) for run in runs], "training last layers")
+    results = map_parallel(experiment, [(run, directory) for run in runs], "frozen_features")
     first = results[0]
     figure = trajectories_figure(
         [

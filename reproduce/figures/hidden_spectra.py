@@ -21,7 +21,7 @@ from reproduce.claims import average, worst
 from reproduce.figure import Outcome, PaperFigure
 from reproduce.networks.runs import ROW_COLUMNS, Run, trained_runs
 from reproduce.networks.training import PROFILES
-from reproduce.networks.variants import METHODS
+from reproduce.networks.variants import LOSS_SETTINGS
 from reproduce.options import data_name
 from stepwise_lightning.plots import Panel, eigenvalues_figure
 
@@ -55,7 +55,7 @@ def produce(options: argparse.Namespace, directory: Path) -> Outcome:
     )
     summaries = [run.summary() | _growth(run) for run in runs]
     claims = []
-    for loss, method in METHODS.items():
+    for loss, method in LOSS_SETTINGS.items():
         growth, unlearned, factors, reversed_factors = (
             [summary[key] for summary in summaries if summary["loss"] == loss]
             for key in ("relative_growth", "unlearned_growth", "time_factor", "reversed_time_factor")

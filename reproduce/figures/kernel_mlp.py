@@ -31,7 +31,7 @@ from reproduce.controls import ordinary_kernel_pca, permuted_alignment
 from reproduce.figure import Outcome, PaperFigure
 from reproduce.options import data_name
 from reproduce.plots import alignment_figure
-from reproduce.processes import each, is_alone, progress_bar
+from reproduce.processes import map_parallel, step_progress
 from reproduce.records import data_rows
 from stepwise_lightning import MLP, BarlowTwins, FixedCropPairs, SpectrumLogger, SpectrumRecord, scale_last_layer
 from stepwise_lightning.plots import Panel
@@ -118,7 +118,7 @@ def produce(options: argparse.Namespace, directory: Path) -> Outcome:
     if options.download:
         _pairs(options.seeds[0], options).prepare_data()
     _pairs(options.seeds[0], options).setup()  # refuses bad data before any process starts
-    results = each(experiment, runs, "training networks")
+    results = map_parallel(experiment, runs, "kernel_mlp")
     first = [result for result in results if result.seed == options.seeds[0]]
     figure = alignment_figure(
         [result.panel() for result in first],
@@ -146,7 +146,7 @@ def experiment(variant: str, seed: int, options: argparse.Namespace, directory: 
         with torch.no_grad():
             for parameter in encoder.parameters():
                 parameter.mul_(ALL_WEIGHTS)
-    pairs.x1, pairs.x2 = into_their_span(encoder, pairs.x1, pairs.x2)
+    pairs.x1, pairs.x2 = project_to_span(encoder, pairs.x1, pairs.x2)
     # A copy: the kernel at initialisation must not follow the training, as that of the control does.
     before, following = (
         ContrastiveKernelPCA(EmpiricalNTK(network), options.dim).fit(pairs.x1, pairs.x2)
@@ -168,7 +168,7 @@ def experiment(variant: str, seed: int, options: argparse.Namespace, directory: 
 
 
 @torch.no_grad()
-def into_their_span(encoder: MLP, x1: Tensor, x2: Tensor) -> tuple[Tensor, Tensor]:
+def project_to_span(encoder: MLP, x1: Tensor, x2: Tensor) -> tuple[Tensor, Tensor]:
     """Express the views, (n, …) each, in an orthonormal basis of their span, and the first layer's weights too.
 
     Gradient descent never moves these weights out of that span, so that outputs, tangent kernel and training stay
@@ -195,8 +195,8 @@ def _pairs(seed: int, options: argparse.Namespace) -> FixedCropPairs:
 
 def _train(module: BarlowTwins, pairs: FixedCropPairs, log: SpectrumLogger, logger: Any, steps: int) -> None:
     trainer = L.Trainer(
-        max_steps=steps, accelerator="cpu", logger=logger, callbacks=[log, *progress_bar(steps)],
-        enable_checkpointing=False, enable_progress_bar=is_alone(), enable_model_summary=False, limit_val_batches=0,
+        max_steps=steps, accelerator="cpu", logger=logger, callbacks=[log, *step_progress("kernel_mlp", steps)],
+        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, limit_val_batches=0,
         log_every_n_steps=50,
     )  # fmt: skip
     trainer.fit(module, datamodule=pairs)

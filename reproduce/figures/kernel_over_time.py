@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from reproduce.claims import Claim, seeds_text, worst
@@ -29,11 +29,10 @@ from reproduce.controls import permuted_alignment
 from reproduce.figure import Outcome, PaperFigure
 from reproduce.networks.runs import Run, trained_runs
 from reproduce.networks.training import PROFILES
-from reproduce.networks.variants import METHODS
+from reproduce.networks.variants import LOSS_SETTINGS
 from reproduce.options import data_name
 from reproduce.plots import alignments_figure
-from reproduce.processes import each
-from stepwise_lightning import Encoder
+from reproduce.processes import map_parallel
 from stepwise_lightning.features import capture
 from stepwise_lightning.theory import ContrastiveKernelPCA, EmpiricalNTK, subspace_alignment
 
@@ -56,9 +55,9 @@ COLUMNS = ["loss", "seed", "moment", "modes", "step", "kernel", "alignment"]
 def produce(options: argparse.Namespace, directory: Path) -> Outcome:
     """Train what is missing, make the tangent kernels, and align."""
     runs = trained_runs(options)
-    rows = [row for rows in each(alignments, [(run,) for run in runs], "tangent kernels") for row in rows]
+    rows = [row for rows in map_parallel(alignments, [(run,) for run in runs], "kernel_over_time") for row in rows]
     moments = [*(str(modes) for modes in MODES), END]
-    titles = [method.title for method in METHODS.values()]
+    titles = [method.title for method in LOSS_SETTINGS.values()]
     figure = alignments_figure(
         [_matrix(rows, moment) for moment in moments],
         [f"{m} learned mode{'s' * (m != '1')}" if m != END else "end of training" for m in moments],
@@ -97,10 +96,10 @@ def _kept_step(run: Run, modes: int) -> int | None:
     """Return the first step after which weights were kept once so many modes were learned; None if they never were."""
     plateau = run.plateau(modes)
     first = int(run.record.steps[plateau[0]]) if plateau else None
-    return next((step for step in run.kept_steps() if first is not None and step >= first), None)
+    return next((step for step in run.saved_steps() if first is not None and step >= first), None)
 
 
-def closed_form(encoder: Encoder, pairs: list[Tensor], modes: int) -> Tensor:
+def closed_form(encoder: nn.Module, pairs: list[Tensor], modes: int) -> Tensor:
     """Return the closed form from a network's tangent kernel, (2 · KERNEL_PAIRS, modes), centred."""
     x = torch.cat(pairs)
     kernel = EmpiricalNTK(_with_statistics(encoder, x))(x, x)
@@ -111,7 +110,7 @@ def closed_form(encoder: Encoder, pairs: list[Tensor], modes: int) -> Tensor:
     return torch.cat(machine.fit_transform(*index.chunk(2)))
 
 
-def _with_statistics(encoder: Encoder, x: Tensor) -> Encoder:
+def _with_statistics(encoder: nn.Module, x: Tensor) -> nn.Module:
     """Give batch normalisation the statistics of these images, layer after layer, and switch it to use them."""
     encoder = copy.deepcopy(encoder)
     for part in encoder.modules():
@@ -123,7 +122,7 @@ def _with_statistics(encoder: Encoder, x: Tensor) -> Encoder:
     return encoder.eval()
 
 
-def _embedded(encoder: Encoder, pairs: list[Tensor]) -> Tensor:
+def _embedded(encoder: nn.Module, pairs: list[Tensor]) -> Tensor:
     with torch.no_grad():
         z = torch.cat(list(capture(encoder, pairs, [""])[""])).double()
     return z - z.mean(0)
@@ -139,9 +138,9 @@ def _align(z: Tensor, predicted: Tensor, modes: int) -> float:
 
 def _matrix(rows: list[list[Any]], moment: str) -> np.ndarray[Any, Any]:
     """Return the mean over seeds: rows kernels and controls, columns losses."""
-    matrix = np.full((len(KERNELS), len(METHODS)), np.nan)
+    matrix = np.full((len(KERNELS), len(LOSS_SETTINGS)), np.nan)
     for i, kernel in enumerate(KERNELS):
-        for j, loss in enumerate(METHODS):
+        for j, loss in enumerate(LOSS_SETTINGS):
             values = [row[-1] for row in rows if (row[0], row[2], row[5]) == (loss, moment, kernel)]
             matrix[i, j] = np.mean(values) if values else np.nan
     return matrix
@@ -155,7 +154,7 @@ def _claims(rows: list[list[Any]], options: argparse.Namespace) -> list[Claim]:
     claims = []
     count, least = LEAST_LEARNED[options.profile]
     learned = (str(count), f"{count} mode{'s' * (count > 1)} just learned", least)
-    for loss, method in METHODS.items():
+    for loss, method in LOSS_SETTINGS.items():
         for moment, when, least in (learned, (END, "end of training", LEAST_FINAL[options.profile])):
             sentence = f"{method.title}, {when}: alignment with the kernel of the moment"
             claims.append(

@@ -23,14 +23,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import trange
 
 from reproduce.claims import Claim, worst
 from reproduce.controls import ordinary_kernel_pca, permuted_alignment
 from reproduce.figure import Outcome, PaperFigure
 from reproduce.options import data_name
 from reproduce.plots import eigenfunctions_figure
-from reproduce.processes import each, is_alone
+from reproduce.processes import Progress, is_main_process, map_parallel
 from reproduce.records import data_rows, theory_record, write_events
 from stepwise_lightning import SpectrumRecord
 from stepwise_lightning.data import crop_pairs, download_images, load_images
@@ -105,7 +104,7 @@ def produce(options: argparse.Namespace, directory: Path) -> Outcome:
         download_images(options.data, options.root)
     draws = {seed: _draw(seed, options) for seed in options.seeds}
     items = [(name, seed, options) for seed in options.seeds for name in KERNELS]
-    results = each(experiment, items, "training machines")
+    results = map_parallel(experiment, items, "kernel_pca")
     for result in results:
         folder = directory / "tensorboard" / f"{_key(result.kernel)}_seed{result.seed}"
         write_events(folder, result.record)
@@ -145,7 +144,7 @@ def experiment(name: str, seed: int, options: argparse.Namespace) -> Result:
     """Fit the closed form, train the machine, and compare."""
     n, kernel, views = options.num_pairs, _kernel(name, options.crop_size), _draw(seed, options)
     x1, x2 = (view[:n] for view in views)
-    machine = down_to_a_gap(kernel, options.dim, x1, x2)
+    machine = fit_above_gap(kernel, options.dim, x1, x2)
     z, held_out = torch.cat([x1, x2]), torch.cat([view[n:] for view in views])
     k = kernel(z, z)
     generator = torch.Generator().manual_seed(seed)
@@ -176,7 +175,7 @@ def experiment(name: str, seed: int, options: argparse.Namespace) -> Result:
     return Result(name, seed, machine, record, predicted, start, step_times, alignments)
 
 
-def down_to_a_gap(kernel: Any, most: int, x1: Tensor, x2: Tensor) -> ContrastiveKernelPCA:
+def fit_above_gap(kernel: Any, most: int, x1: Tensor, x2: Tensor) -> ContrastiveKernelPCA:
     """Fit as many modes, ``most`` at most, as there are above a gap; above the widest one if there is none."""
     gamma = ContrastiveKernelPCA(kernel, most + 1).fit(x1, x2).eigenvalues_
     ratios = gamma[1:] / gamma[:-1]
@@ -199,16 +198,20 @@ def _train(a: Tensor, k: Tensor, rate: float, steps: int, title: str) -> tuple[T
 
     """
     n, f = len(k) // 2, a @ k
-    measured_at, eigenvalues = set(log_spaced_steps(steps, 200)), {}
-    for step in trange(steps + 1, desc=title, leave=False, disable=not is_alone()):
-        if step in measured_at:
+    measured_steps, eigenvalues = set(log_spaced_steps(steps, 200)), {}
+    progress = Progress(title, steps + 1, "steps") if is_main_process() else None
+    for step in range(steps + 1):
+        if step in measured_steps:
             eigenvalues[step] = cross_correlation_eigenvalues(f[:, :n].T, f[:, n:].T)
         swapped = f.roll(n, 1)
         c = f @ swapped.T / (2 * n)
         a = a - 4 * rate * (c - torch.eye(len(a))) @ swapped / (2 * n)
         f = a @ k
-    values = torch.stack(list(eigenvalues.values()))
-    done = torch.tensor(list(eigenvalues))
+        if progress is not None:
+            progress.update()
+    if progress is not None:
+        progress.close()
+    values, done = torch.stack(list(eigenvalues.values())), torch.tensor(list(eigenvalues))
     return a, SpectrumRecord.of(rate * done.double(), values, (1 - values).square().sum(1), steps=done)
 
 

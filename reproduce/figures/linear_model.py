@@ -25,7 +25,7 @@ from torch import Tensor
 from reproduce.claims import Claim, worst
 from reproduce.figure import Outcome, PaperFigure
 from reproduce.options import data_name
-from reproduce.processes import each, is_alone, progress_bar
+from reproduce.processes import map_parallel, step_progress
 from reproduce.records import data_rows, theory_record, write_events
 from stepwise_lightning import BarlowTwins, FixedCropPairs, LinearEncoder, SpectrumLogger, SpectrumRecord
 from stepwise_lightning.errors import UserError
@@ -84,7 +84,7 @@ def produce(options: argparse.Namespace, directory: Path) -> Outcome:
     for seed in options.seeds:
         _prepare(seed, options)  # every reason to refuse, before any process starts
     items = [(seed, options, directory) for seed in options.seeds]
-    results = each(experiment, items, "training linear models")
+    results = map_parallel(experiment, items, "linear_model")
     figure = trajectories_figure(
         results[0].panels,
         title="Linear Barlow Twins learns one eigenmode at a time",
@@ -171,8 +171,9 @@ def _train(plan: Plan, seed: int, pairs: FixedCropPairs, precision: Any, directo
     logger = TensorBoardLogger(directory / "tensorboard", name=f"{plan.name}_seed{seed}", default_hp_metric=False)
     trainer = L.Trainer(
         max_steps=plan.steps, accelerator="cpu", precision=precision, logger=logger,
-        callbacks=[log, *progress_bar(plan.steps)], enable_checkpointing=False, enable_progress_bar=is_alone(),
-        enable_model_summary=False, limit_val_batches=0, log_every_n_steps=min(50, plan.steps),
+        callbacks=[log, *step_progress(f"linear_model, {plan.name}", plan.steps)], enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False, limit_val_batches=0,
+        log_every_n_steps=min(50, plan.steps),
     )  # fmt: skip
     trainer.fit(module, datamodule=pairs)
     return log

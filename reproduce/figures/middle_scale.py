@@ -15,8 +15,8 @@ from pathlib import Path
 from reproduce.claims import Claim, worst
 from reproduce.figure import Outcome, PaperFigure
 from reproduce.networks.runs import ROW_COLUMNS, SMALL_STARTS, Run, trained_runs
-from reproduce.networks.training import MIDDLE
-from reproduce.networks.variants import METHODS, VARIANT_TITLES
+from reproduce.networks.training import MIDDLE_PROFILE
+from reproduce.networks.variants import LOSS_SETTINGS, VARIANT_TITLES
 from reproduce.options import data_name
 from stepwise_lightning.plots import Panel, trajectories_figure
 
@@ -54,11 +54,11 @@ def _claims(runs: list[Run], options: argparse.Namespace) -> list[Claim]:
     }
     return [
         worst(
-            f"{loss}_steps", f"{METHODS[loss].title}: distinct steps", counts[loss, "small"], ">=", least,
+            f"{loss}_steps", f"{LOSS_SETTINGS[loss].title}: distinct steps", counts[loss, "small"], ">=", least,
             options.seeds, "Barlow Twins from ordinary initialisation", counts[CONTROL],
         )
         for loss, least in LEAST_STEPS.items()
     ]  # fmt: skip
 
 
-FIGURE = PaperFigure("middle_scale", __doc__, PAPER, MIDDLE, produce)
+FIGURE = PaperFigure("middle_scale", __doc__, PAPER, MIDDLE_PROFILE, produce)

@@ -34,10 +34,10 @@ from reproduce.claims import Claim, worst
 from reproduce.figure import Outcome, PaperFigure
 from reproduce.networks.runs import Run, trained_runs
 from reproduce.networks.training import PROFILES
-from reproduce.networks.variants import METHODS, STARTS
+from reproduce.networks.variants import INITIALIZATIONS, LOSS_SETTINGS
 from reproduce.options import data_name
 from reproduce.plots import WorthPanel, worth_figure
-from reproduce.processes import each
+from reproduce.processes import map_parallel
 from stepwise_lightning import mode_worth
 from stepwise_lightning.features import capture
 
@@ -59,13 +59,13 @@ OVER_PIXELS = ("barlow_twins", "vicreg")  # as many of SimCLR's modes, five or s
 
 def produce(options: argparse.Namespace, directory: Path) -> Outcome:
     """Train what is missing, and ask classifiers."""
-    runs = trained_runs(options, [(loss, start) for start in STARTS for loss in METHODS])
-    rows = [row for rows in each(worths, [(run,) for run in runs], "classifiers") for row in rows]
+    runs = trained_runs(options, [(loss, start) for start in INITIALIZATIONS for loss in LOSS_SETTINGS])
+    rows = [row for rows in map_parallel(worths, [(run,) for run in runs], "mode_worth") for row in rows]
     panels = [
-        [_panel(rows, loss, start, classifier, options.seeds) for loss in METHODS]
+        [_panel(rows, loss, start, classifier, options.seeds) for loss in LOSS_SETTINGS]
         for start, classifier in (("small", "ridge"), ("ordinary", "ridge"), ("small", "knn"))
     ]
-    for panel, method in zip(panels[0], METHODS.values(), strict=True):
+    for panel, method in zip(panels[0], LOSS_SETTINGS.values(), strict=True):
         panel.title = method.title
     figure = worth_figure(
         panels,
@@ -81,9 +81,9 @@ def worths(run: Run) -> list[list[Any]]:
     """Return the rows of one run."""
     labels, pairs = run.data.probe_labels(), run.data.probe_pairs()
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
-    moments, steps, matrix = _moments(run), run.record.steps.tolist(), run.method.matrix
+    moments, steps, matrix = _moments(run), run.record.steps.tolist(), run.loss_settings.matrix
     dim = run.record.embeddings(0).shape[-1]
-    kept = run.kept_steps()
+    kept = run.saved_steps()
     hidden = {step: _hidden(run, step) for step in {_next(kept, steps[index]) for index in moments.values()}}
     fixed = {
         UNTRAINED: ([*run.record.embeddings(0)], matrix),
@@ -170,7 +170,7 @@ def _summary(run: Run, rows: list[list[Any]]) -> dict[str, Any]:
 
 def _claims(rows: list[list[Any]], options: argparse.Namespace) -> list[Claim]:
     claims, smoke = [], options.profile == "smoke"
-    for loss, method in METHODS.items():
+    for loss, method in LOSS_SETTINGS.items():
         if smoke and loss not in OVER_PIXELS:
             continue
         last = [_last(rows, (loss, "small", seed)) for seed in options.seeds]

@@ -55,10 +55,10 @@ def produce(options: argparse.Namespace, directory: Path) -> Outcome:
 def _panel(run: Run, steps: int) -> Panel:
     """Return what is compared: the first so many training steps."""
     within = run.record.steps <= steps
-    record = SpectrumRecord.of(run.record.times[within], run.eigenvalues()[within], matrix=run.method.matrix)
+    record = SpectrumRecord.of(run.record.times[within], run.eigenvalues()[within], matrix=run.loss_settings.matrix)
     found = _steps(run, steps)
     title = f"{VARIANT_TITLES[run.variant]}: {found.num_distinct} distinct"
-    return Panel(record, run.method.matrix, title, step_times=found.step_times)
+    return Panel(record, run.loss_settings.matrix, title, step_times=found.step_times)
 
 
 def _steps(run: Run, steps: int) -> Steps:

@@ -21,7 +21,7 @@ from reproduce.claims import Claim, average, worst
 from reproduce.figure import Outcome, PaperFigure
 from reproduce.networks.runs import ROW_COLUMNS, Run, trained_runs
 from reproduce.networks.training import PROFILES
-from reproduce.networks.variants import METHODS, VARIANT_TITLES
+from reproduce.networks.variants import LOSS_SETTINGS, VARIANT_TITLES
 from reproduce.options import data_name
 from stepwise_lightning.forecasts.sgd import SGDSettings
 from stepwise_lightning.plots import trajectories_figure
@@ -61,7 +61,7 @@ def produce(options: argparse.Namespace, directory: Path) -> Outcome:
 def _claims(
     small: list[Run], control: list[Run], factors: list[dict[str, float]], options: argparse.Namespace
 ) -> list[Claim]:
-    seeds, least = options.seeds, METHODS["barlow_twins"].least_steps[options.profile]
+    seeds, least = options.seeds, LOSS_SETTINGS["barlow_twins"].min_steps[options.profile]
     steps, without = ([run.steps.num_distinct for run in runs] for runs in (small, control))
     errors, others = ([_plateau_error(run) for run in runs] for runs in (small, control))
     measured, one_view, half = ([factor[name] for factor in factors] for name in ("theory", "one view", "half"))

@@ -25,9 +25,9 @@ from reproduce.claims import Claim, seeds_text, worst
 from reproduce.figure import Outcome, PaperFigure
 from reproduce.networks.runs import Run, trained_runs
 from reproduce.networks.training import PROFILES
-from reproduce.networks.variants import METHODS
+from reproduce.networks.variants import LOSS_SETTINGS
 from reproduce.options import data_name
-from reproduce.processes import each
+from reproduce.processes import map_parallel
 from stepwise_lightning.errors import DivergedError, UserError
 from stepwise_lightning.forecasts.simulate import forecast, unseen_batches
 from stepwise_lightning.losses import LOSSES
@@ -53,7 +53,7 @@ def produce(options: argparse.Namespace, directory: Path) -> Outcome:
         (run.loss, run.seed): run for run in trained_runs(options, [("barlow_twins", "small"), ("vicreg", "small")])
     }
     items = [(kind, runs[loss, seed]) for kind, (_, loss, _) in KINDS.items() for seed in options.seeds]
-    rows = [row for part in each(lasting, items, "training at many rates") for row in part]
+    rows = [row for part in map_parallel(lasting, items, "stable_rates") for row in part]
     return Outcome(_figure(rows, options), COLUMNS, rows, _claims(rows, options), _summaries(rows))
 
 
@@ -82,7 +82,7 @@ def _module(kind: str, run: Run, rate: float | None) -> JointEmbedding:
     changes = {"learning_rate": rate, "momentum": momentum}
     settings = {name: value for name, value in run.module.hparams.items() if name != "encoder"}
     settings |= {name: value for name, value in changes.items() if value is not None}
-    return METHODS[loss].module(run.encoder(), **settings)
+    return LOSS_SETTINGS[loss].module(run.encoder(), **settings)
 
 
 class _Watch(L.Callback):

@@ -22,7 +22,7 @@ from reproduce.claims import Claim, average
 from reproduce.figure import Outcome, PaperFigure
 from reproduce.networks.runs import ROW_COLUMNS, Run, trained_runs
 from reproduce.networks.training import PROFILES
-from reproduce.networks.variants import METHODS, STARTS, VARIANT_TITLES
+from reproduce.networks.variants import INITIALIZATIONS, LOSS_SETTINGS, VARIANT_TITLES
 from reproduce.options import data_name
 from stepwise_lightning.plots import Panel, eigenvalues_figure
 
@@ -48,12 +48,12 @@ JUDGED = (
 
 def produce(options: argparse.Namespace, directory: Path) -> Outcome:
     """Train both starts for every loss and seed, and see which modes rise apart."""
-    kinds = [(loss, start) for start in STARTS for loss in METHODS] + [("vicreg", "no_covariance")]
+    kinds = [(loss, start) for start in INITIALIZATIONS for loss in LOSS_SETTINGS] + [("vicreg", "no_covariance")]
     runs = trained_runs(options, kinds)
-    shown = [[r for r in runs if r.seed == options.seeds[0] and r.variant == start] for start in STARTS]
+    shown = [[r for r in runs if r.seed == options.seeds[0] and r.variant == start] for start in INITIALIZATIONS]
     figure = eigenvalues_figure(
         [[_panel(run) for run in row] for row in shown],
-        [VARIANT_TITLES[start] for start in STARTS],
+        [VARIANT_TITLES[start] for start in INITIALIZATIONS],
         title="From ordinary initialisation, modes rise together, but for VICReg's",
         same_time=False,
         note=f"ResNet on {data_name(options.data)}, seed {options.seeds[0]}",
@@ -65,7 +65,7 @@ def produce(options: argparse.Namespace, directory: Path) -> Outcome:
 
 def _panel(run: Run) -> Panel:
     panel, rises = run.panel(), run.rises
-    panel.title = f"{run.method.title}: {rises.num_apart} of {rises.num_modes} apart"
+    panel.title = f"{run.loss_settings.title}: {rises.num_apart} of {rises.num_modes} apart"
     panel.step_times = rises.times
     return panel
 
@@ -78,7 +78,7 @@ def _claims(runs: list[Run], options: argparse.Namespace) -> list[Claim]:
     claims = []
     for loss, start, control in JUDGED:
         sentence = (
-            f"{METHODS[loss].title}, {VARIANT_TITLES[start]}: time between modes over rise width, median of modes"
+            f"{LOSS_SETTINGS[loss].title}, {VARIANT_TITLES[start]}: time between modes over rise width, median of modes"
         )
         least, beside = LEAST_SEPARATION[options.profile][loss], (VARIANT_TITLES[control], separations[loss, control])
         claims.append(

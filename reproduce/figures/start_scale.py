@@ -22,7 +22,7 @@ from reproduce.claims import Claim, worst
 from reproduce.figure import Outcome, PaperFigure
 from reproduce.options import data_name
 from reproduce.plots import Response, doses_figure
-from reproduce.processes import each
+from reproduce.processes import map_parallel
 from reproduce.records import data_rows, theory_record
 from stepwise_lightning import FixedCropPairs, LinearEncoder, SpectrumRecord
 from stepwise_lightning.plots import Panel
@@ -86,7 +86,9 @@ def produce(options: argparse.Namespace, directory: Path) -> Outcome:
     """Train every seed from every scale."""
     for seed in options.seeds:
         _gamma(seed, options)  # every reason to refuse, before any process starts
-    results = each(experiment, [(scale, seed, options) for seed in options.seeds for scale in SCALES], "training")
+    results = map_parallel(
+        experiment, [(scale, seed, options) for seed in options.seeds for scale in SCALES], "training"
+    )
     summaries = [result.summary() for result in results]
     doses = [result.dose for result in results[: len(SCALES)]]
     by_dose = {

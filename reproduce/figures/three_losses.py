@@ -22,7 +22,7 @@ from reproduce.claims import worst
 from reproduce.figure import Outcome, PaperFigure
 from reproduce.networks.runs import ROW_COLUMNS, trained_runs
 from reproduce.networks.training import PROFILES
-from reproduce.networks.variants import METHODS, VARIANT_TITLES
+from reproduce.networks.variants import LOSS_SETTINGS, VARIANT_TITLES
 from reproduce.options import data_name
 from stepwise_lightning.plots import trajectories_figure
 
@@ -34,7 +34,7 @@ PAPER = (
 
 def produce(options: argparse.Namespace, directory: Path) -> Outcome:
     """Train each loss and its control for every seed, and count steps."""
-    kinds = [(loss, variant) for loss, method in METHODS.items() for variant in ("small", method.control)]
+    kinds = [(loss, variant) for loss, method in LOSS_SETTINGS.items() for variant in ("small", method.control)]
     runs = trained_runs(options, kinds)
     figure = trajectories_figure(
         [run.panel(with_forecast=True) for run in runs if run.seed == options.seeds[0] and run.variant == "small"],
@@ -45,7 +45,7 @@ def produce(options: argparse.Namespace, directory: Path) -> Outcome:
         same_axes=False,
     )
     claims = []
-    for loss, method in METHODS.items():
+    for loss, method in LOSS_SETTINGS.items():
         counts, control = (
             [run.steps.num_distinct for run in runs if (run.loss, run.variant) == (loss, variant)]
             for variant in ("small", method.control)
@@ -53,7 +53,7 @@ def produce(options: argparse.Namespace, directory: Path) -> Outcome:
         claims.append(
             worst(
                 f"{loss}_steps", f"{method.title}: distinct steps ({', '.join(map(str, counts))})", counts, ">=",
-                method.least_steps[options.profile], options.seeds, VARIANT_TITLES[method.control], control,
+                method.min_steps[options.profile], options.seeds, VARIANT_TITLES[method.control], control,
             )
         )  # fmt: skip
     return Outcome(

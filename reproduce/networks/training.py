@@ -1,4 +1,4 @@
-"""Train one network behind the figures, with the command that anybody would use, and go on where that was cut short."""
+"""Train one network with the ``stepwise fit`` command, and resume interrupted training."""
 
 from __future__ import annotations
 
@@ -20,31 +20,31 @@ from zipfile import ZipFile
 
 import torch
 
-from reproduce.forkserver import WarmProcess
-from reproduce.networks.variants import CPU_STEPS, METHODS, VARIANTS
+from reproduce.networks.variants import CPU_STEPS, LOSS_SETTINGS, VARIANTS
+from reproduce.processes import ForkedProcess
 from stepwise_lightning.errors import UserError
 from stepwise_lightning.files import atomic_write_text
 from stepwise_lightning.signals import EX_TEMPFAIL
 
 CONFIGS = Path(__file__).parent.parent / "configs"
-# cpu is the shipped configuration as it is; smoke is a size for tests; full is the paper's.
+# cpu: the shipped configuration; smoke: a size for tests; full: the paper's size.
 PROFILES: dict[str, dict[str, Any]] = {"smoke": {}, "cpu": {}, "full": {"data": "stl10"}}
-# Between the two: hours on a CPU, so that one figure has it alone.
-MIDDLE: dict[str, dict[str, Any]] = {"middle": {"data": "cifar10"}}
+# Between cpu and full: hours on a CPU, used by one figure only.
+MIDDLE_PROFILE: dict[str, dict[str, Any]] = {"middle": {"data": "cifar10"}}
 _CONFIGURATION = {"smoke": "photos", "cpu": "photos", "middle": "cifar10_cpu", "full": "stl10"}
 _MODULE = "stepwise_lightning"
 _PLACES = (
     "data.init_args.root", "trainer.logger.init_args.save_dir", "trainer.default_root_dir", "trainer.callbacks.dirpath"
 )  # fmt: skip
-WEIGHTS_EVERY = 40  # training steps, between the weights that are kept of a run from small initialisation
+WEIGHTS_INTERVAL = 40  # training steps between the saved weights of a run from small initialisation
 
 
 class RunFailedError(RuntimeError, UserError):
-    """Training has failed; the message ends with the last line that it wrote."""
+    """Training failed; the message ends with its last line of output."""
 
 
 class TrainingRun:
-    """How one network is trained: once, however often and from wherever that is asked for."""
+    """One training run, identified by loss, variant, seed and options, and executed at most once."""
 
     def __init__(self, loss: str, variant: str, seed: int, options: argparse.Namespace) -> None:
         self.loss, self.variant, self.seed, self.options = loss, variant, seed, options
@@ -55,10 +55,10 @@ class TrainingRun:
         self.launcher = shlex.split(options.launcher)
         overlays, self._variant = VARIANTS[variant]
         self.configs = [CONFIGS / name for name in (f"{loss}_{_CONFIGURATION[options.profile]}.yaml", *overlays)]
-        self._process: subprocess.Popen[bytes] | WarmProcess | None = None
+        self._process: subprocess.Popen[bytes] | ForkedProcess | None = None
 
     def settings(self) -> dict[str, Any]:
-        """Return what the command line says besides the configurations."""
+        """Return the command-line settings that override the configuration files."""
         settings: dict[str, Any] = {
             "seed_everything": self.seed,
             "model.init_args.encoder.init_args.seed": self.seed,
@@ -67,7 +67,7 @@ class TrainingRun:
             "data.init_args.root": self.options.root,
             "trainer.logger.init_args.save_dir": str(self.logs),
             "trainer.logger.init_args.name": self.name,
-            # Where Lightning saves when SLURM warns it: jobs side by side must not find each other's checkpoints.
+            # Lightning saves here when SLURM warns it; parallel jobs must not find each other's checkpoints.
             "trainer.default_root_dir": str(self.logs / self.name),
             "trainer.enable_progress_bar": "false",
         } | self._variant
@@ -76,7 +76,7 @@ class TrainingRun:
                 "trainer.callbacks+": "lightning.pytorch.callbacks.ModelCheckpoint",
                 "trainer.callbacks.dirpath": str(self.weights),
                 "trainer.callbacks.filename": "{step}",
-                "trainer.callbacks.every_n_train_steps": WEIGHTS_EVERY,
+                "trainer.callbacks.every_n_train_steps": WEIGHTS_INTERVAL,
                 "trainer.callbacks.save_top_k": -1,
                 "trainer.callbacks.save_weights_only": "true",
             }
@@ -85,7 +85,7 @@ class TrainingRun:
         if self.options.profile == "smoke":
             settings |= {
                 "model.init_args.encoder.init_args.out_features": 4,
-                "model.init_args.learning_rate": METHODS[self.loss].smoke_learning_rate,
+                "model.init_args.learning_rate": LOSS_SETTINGS[self.loss].smoke_learning_rate,
                 "model.init_args.momentum": 0.9,
                 "data.init_args.global_batch_size": 32,
                 "data.init_args.num_probe_pairs": 64,
@@ -95,47 +95,47 @@ class TrainingRun:
 
     @property
     def command(self) -> list[str]:
-        """What trains it."""
+        """Command that trains the network."""
         configs = [f"--config={path}" for path in self.configs]
         settings = [f"--{name}={value}" for name, value in self.settings().items()]
         return [*self.launcher, sys.executable, "-m", _MODULE, "fit", *configs, *settings]
 
     @property
     def _identity(self) -> str:
-        """What must be the same for an earlier run to serve; where its files lie is no part of it."""
+        """Text that an earlier run must match to be reused; it contains no paths of outputs or data."""
         settings = {name: value for name, value in self.settings().items() if name not in _PLACES}
         text = "".join(path.read_text(encoding="utf-8") for path in self.configs)
         return json.dumps({"settings": settings, "config": text, "version": version("stepwise_lightning")})
 
     def is_finished(self) -> bool:
-        """Return whether it was trained, to the end, with these very settings, and all of it is still there.
+        """Return True if the run was trained completely with these settings and its files are intact.
 
-        What has to be trained again, though it looks finished, is told in one line.
+        Print a warning if a finished run cannot be reused.
         """
         note = self.directory.parent / "settings.json"
         if not note.exists():
             return False
         if note.read_text(encoding="utf-8", errors="replace") != self._identity:
-            problem = f"{note} is not of these settings"
+            problem = f"{note} has other settings"
         elif damaged := [path for path in (self.directory / "spectrum.npz", self.checkpoint) if not _intact(path)]:
             problem = f"{damaged[0]} is missing or damaged"
         else:
             return True
-        print(f"warning: {problem}; {self.name} is trained again", file=sys.stderr)
+        print(f"warning: {problem}; training {self.name} again", file=sys.stderr)
         return False
 
     def train(self, resume: bool = False) -> None:
-        """Train it anew, or go on where earlier training of the same was cut short.
+        """Train from the start, or with ``resume`` from the last checkpoint of interrupted training.
 
-        What it prints is in ``log.txt``. ``started.json`` becomes ``settings.json`` when it is finished.
+        The output goes to ``log.txt``. ``started.json`` is renamed to ``settings.json`` when training has finished.
 
         Raises:
-            RunFailedError: it failed.
-            CannotWriteError: there is no room for its settings.
-            SystemExit: it was told to stop, by SIGTERM or SIGUSR1.
+            RunFailedError: training failed.
+            CannotWriteError: the settings cannot be written.
+            SystemExit: training was stopped by SIGTERM or SIGUSR1.
 
         """
-        with self._alone() as (lock, waited):
+        with self._locked() as (lock, waited):
             if not (waited and resume and self.is_finished()):
                 self._train(resume, lock)
 
@@ -153,9 +153,9 @@ class TrainingRun:
             self._process = self._begin(command, file, lock)
             status = self._process.wait()
             self._process = None
-        # The other two, of which srun makes the second: the signal came before it was ready to listen.
+        # SIGUSR1 before its handler was installed ends the process with −SIGUSR1, or 128 + SIGUSR1 under srun.
         if status in (EX_TEMPFAIL, -signal.SIGUSR1, 128 + signal.SIGUSR1):
-            print(f"{self.name} was told to stop: it goes on with --resume", file=sys.stderr)
+            print(f"training of {self.name} was stopped: continue with --resume", file=sys.stderr)
             raise SystemExit(EX_TEMPFAIL)
         if status:
             lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
@@ -164,30 +164,30 @@ class TrainingRun:
             raise RunFailedError(f"{self.name} failed, see {log}: {last}")
         os.replace(started, folder / "settings.json")
 
-    def _begin(self, command: list[str], output: IO[str], lock: int) -> subprocess.Popen[bytes] | WarmProcess:
-        """Start the command; what it prints goes to ``output``, and it keeps the lock until it ends."""
-        if self.is_warm:
-            return WarmProcess(_MODULE, command[command.index(_MODULE) + 1 :], output, [lock])
-        environment = os.environ | {"PYTHONUNBUFFERED": "1"}  # or its last line would not be its last
+    def _begin(self, command: list[str], output: IO[str], lock: int) -> subprocess.Popen[bytes] | ForkedProcess:
+        """Start the command with its output in ``output``; the process holds the lock until it ends."""
+        if self.can_fork:
+            return ForkedProcess(_MODULE, command[command.index(_MODULE) + 1 :], output, [lock])
+        environment = os.environ | {"PYTHONUNBUFFERED": "1"}  # keeps stdout and stderr in order
         if not torch.cuda.is_available():
             environment["OMP_NUM_THREADS"] = "1"
         return subprocess.Popen(command, stdout=output, stderr=output, env=environment, pass_fds=[lock])
 
     @property
-    def is_warm(self) -> bool:
-        """Whether it need not be started anew: no launcher does that, and no GPU, which a fork might not find."""
+    def can_fork(self) -> bool:
+        """Return True if training can run in a forked process: without a launcher and without a GPU."""
         return not self.launcher and not torch.cuda.is_available()
 
     def stop(self) -> None:
-        """Tell training that is under way to save itself and end."""
+        """Make running training save a checkpoint and end."""
         if (process := self._process) is not None:
-            process.terminate()  # a second SIGINT, where a terminal has sent one, would end it at once
+            process.terminate()  # a second SIGINT, after one from the terminal, would end it without a checkpoint
 
     @contextmanager
-    def _alone(self) -> Iterator[tuple[int, bool]]:
-        """Wait until no other process trains this run; yield the lock, as a file descriptor, and whether one did.
+    def _locked(self) -> Iterator[tuple[int, bool]]:
+        """Acquire the lock of this run; yield its file descriptor, and whether another process held it.
 
-        Training inherits it: were this process killed, nobody else may write there until that has saved itself too.
+        Training inherits the lock, which protects the folder until training has ended, even if this process is killed.
         """
         path = self.logs.parent / ".locks" / self.name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -197,21 +197,21 @@ class TrainingRun:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 waited = True
-                print(f"{self.name} is being trained by another process: waiting until that ends", file=sys.stderr)
+                print(f"another process trains {self.name}: waiting until it ends", file=sys.stderr)
                 fcntl.flock(file, fcntl.LOCK_EX)
             yield file.fileno(), waited
 
     @property
     def checkpoint(self) -> Path:
-        """The last checkpoint; if there is none, the folder where it should be."""
+        """Path of the last checkpoint, or of the checkpoint folder if there is none."""
         folder = self.directory / "checkpoints"
         return max(folder.glob("*.ckpt"), key=lambda path: path.stat().st_mtime_ns, default=folder)
 
 
 def _intact(path: Path) -> bool:
-    """Return whether a file of NumPy or torch, which both are zip archives with checksums, is whole."""
+    """Return True if the checksums of a NumPy or torch file, a zip archive, are correct."""
     try:
         with ZipFile(path) as archive:
             return archive.testzip() is None
-    except Exception:  # zipfile and zlib raise whatever they come across
+    except Exception:  # zipfile and zlib raise many types
         return False

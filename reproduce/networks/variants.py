@@ -1,4 +1,4 @@
-"""What the three losses are to the figures."""
+"""Losses and training variants that the figures compare."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from stepwise_lightning.modules import JointEmbedding
 
 
 @dataclass(frozen=True)
-class Method:
-    """Module of a loss, and the criteria for its runs."""
+class LossSettings:
+    """Per-loss settings used by the figure scripts."""
 
     module: type[JointEmbedding]
     smoke_learning_rate: float
-    least_steps: dict[str, int]
-    """Least number of distinct steps for every seed, by profile; smoke has four dimensions."""
+    min_steps: dict[str, int]
+    """Minimum number of distinct steps for every seed, by profile; the smoke profile has four dimensions."""
     control: str
-    """Variant that must show fewer steps: without a term that decorrelates dimensions, or without a small start."""
+    """Variant that must show fewer steps: without decorrelation, or from ordinary initialisation."""
 
     @property
     def loss(self) -> Loss:
-        """Name, title and driven matrix."""
+        """Name, title and driven matrix of the loss."""
         return LOSSES[str(self.module.loss_name)]
 
     @property
@@ -33,22 +33,20 @@ class Method:
 
     @property
     def matrix(self) -> str:
-        """Matrix in whose eigenvalues steps are counted."""
+        """Matrix whose eigenvalues are counted as steps: the one that the loss drives."""
         return self.loss.driven_matrix
 
 
-# By the names of the losses, in configurations and run folders.
-METHODS = {
-    method.loss.name: method
-    for method in (
-        Method(BarlowTwins, 0.003, {"smoke": 3, "cpu": 5, "full": 5}, "no_off_diagonal"),
-        Method(VICReg, 0.001, {"smoke": 2, "cpu": 4, "full": 4}, "no_covariance"),
-        Method(SimCLR, 0.0005, {"smoke": 2, "cpu": 4, "full": 4}, "ordinary"),
+# Keys are the names in configuration files and run folders.
+LOSS_SETTINGS = {
+    settings.loss.name: settings
+    for settings in (
+        LossSettings(BarlowTwins, 0.003, {"smoke": 3, "cpu": 5, "full": 5}, "no_off_diagonal"),
+        LossSettings(VICReg, 0.001, {"smoke": 2, "cpu": 4, "full": 4}, "no_covariance"),
+        LossSettings(SimCLR, 0.0005, {"smoke": 2, "cpu": 4, "full": 4}, "ordinary"),
     )
 }
-# Each is trained from both.
-STARTS = ("small", "ordinary")
-# What the variants are called.
+INITIALIZATIONS = ("small", "ordinary")
 VARIANT_TITLES = {
     "small": "small initialisation",
     "ordinary": "ordinary initialisation",
@@ -56,14 +54,14 @@ VARIANT_TITLES = {
     "noise_images": "images of noise",
     "no_off_diagonal": "no off-diagonal term",
     "no_covariance": "no covariance term",
-    "published_loss": "the published loss",
-    "alpha0.01": "start ten times as large",
-    "alpha0.1": "start a hundred times as large",
+    "published_loss": "published loss",
+    "alpha0.01": "initialisation × 10",
+    "alpha0.1": "initialisation × 100",
     "standard_augmentation": "standard augmentation",
     "weight_decay": "weight decay 1e-4",
     "schedule": "warm-up and cosine",
 }
-# By what a run differs from its shipped configuration: files laid over that, and settings of the command line.
+# Differences from the shipped configuration: additional configuration files, and command-line settings.
 VARIANTS: dict[str, tuple[list[str], dict[str, Any]]] = {
     "small": ([], {}),
     "ordinary": (["ordinary.yaml"], {}),
@@ -78,15 +76,15 @@ VARIANTS: dict[str, tuple[list[str], dict[str, Any]]] = {
     "noise_images": ([], {"data.class_path": "reproduce.control_data.NoiseImages"}),
     "no_off_diagonal": ([], {"model.init_args.off_diagonal_weight": 0.0}),
     "no_covariance": ([], {"model.init_args.covariance_weight": 0.0}),
-    # As published, but for ε: from a small start the gradient would grow with its inverse root.
+    # As published except for a larger ε: from a small initialisation the gradient grows with its inverse root.
     "published_loss": ([], {
         "model.init_args.normalize": "true", "model.init_args.off_diagonal_weight": OFF_DIAGONAL_WEIGHT,
         "model.init_args.eps": 0.01,
     }),
 }  # fmt: skip
-# On CPUs, what is shorter than the 1200 steps of its configuration. From ordinary initialisation all modes have risen
-# by then, and the staircase of every seed so far has three steps: one of CIFAR-10 not before step 395. After 400 or 600
-# steps every claim of seeds 3 to 5 (both data sets) and 31 to 33 (photographs) is as after these.
+# Variants that train for fewer steps on CPUs than the 1200 of the configuration. After 450 steps all modes from
+# ordinary initialisation have risen, and every small initialisation has three steps, the latest at step 395. Runs of
+# 400 and 600 steps gave the same verdicts (docs/evidence.md).
 CPU_STEPS = dict.fromkeys(
     ("ordinary", "wrong_pairs", "noise_images", "no_off_diagonal", "no_covariance", "published_loss"), 450
 )

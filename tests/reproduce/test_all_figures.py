@@ -1,4 +1,4 @@
-"""All figures, for real, at their smallest size: the numbers of the references, and what is kept."""
+"""All figures with the smoke profile: numbers against the references, report and --resume."""
 
 import json
 
@@ -13,7 +13,7 @@ TINY = ["--profile", "smoke", "--seeds", "0", "--crop-size", "6", "--dim", "2"]
 
 
 @pytest.mark.slow
-def test_resume_keeps_a_finished_figure_and_only_that(tmp_path, capsys):
+def test_resume_keeps_a_finished_figure_of_the_same_code(tmp_path, capsys):
     arguments = ["linear_model", *TINY, "--out", str(tmp_path), "--resume"]
     status, path = main(arguments), tmp_path / "linear_model" / "claims.json"
     text, written = path.read_text(encoding="utf-8"), path.stat().st_mtime_ns
@@ -22,7 +22,7 @@ def test_resume_keeps_a_finished_figure_and_only_that(tmp_path, capsys):
     digest = json.loads(text)["source_sha256"]
     for changed, warning in (
         (text.replace(digest, 64 * "0"), ""),
-        (text[:100], "cannot be read; the figure is made again"),
+        (text[:100], "cannot be read; computing the figure again"),
     ):
         path.write_text(changed, encoding="utf-8")
         assert main(arguments) == status
@@ -33,8 +33,7 @@ def test_resume_keeps_a_finished_figure_and_only_that(tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_all_figures_and_the_report(tmp_path, capsys):
-    """Every script runs, from shared runs, and finds the numbers that it is to find."""
+def test_all_figures_match_the_references_and_share_runs(tmp_path, capsys):
     arguments = ["all", "--profile", "smoke", "--seeds", "0", "--out", str(tmp_path)]
     assert main(arguments) == 0
     assert "error" not in capsys.readouterr().err
@@ -44,14 +43,13 @@ def test_all_figures_and_the_report(tmp_path, capsys):
         assert document["claims"] and f"id='{name}'" in page and differences(document) == []
         assert all((tmp_path / name / file).stat().st_size > 1000 for file in ("figure.png", "figure.pdf", "data.csv"))
     assert page.count("data:image/png;base64") == len(names) and "data:image/gif;base64" in page
-    # Each run once, however many figures it is for, and read as SpectrumLogger wrote it: of seed 0 the three losses
-    # from both starts, two without what keeps dimensions apart, three other controls; of seed 1 the three losses.
+    # Seed 0: three losses from both initialisations, two without decorrelation, three controls; seed 1: three losses.
     assert len(list((tmp_path / "runs").iterdir())) == 6 + 2 + 3 + 3
     steps = SpectrumRecord.load(tmp_path / "runs/vicreg_small_seed0/version_0").detect_steps("covariance")
     runs = json.loads((tmp_path / "three_losses" / "claims.json").read_text(encoding="utf-8"))["runs"]
     assert steps.num_distinct == next(run for run in runs if run["loss"] == "vicreg")["distinct_steps"]
     kept = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/claims.json")}
     (tmp_path / "hidden_spectra" / "claims.json").unlink()
-    assert main(arguments) == 0  # only what is missing is made
+    assert main(arguments) == 0  # computes only the missing figure
     again = {path: path.stat().st_mtime_ns for path in kept}
     assert [path.parent.name for path in kept if kept[path] != again[path]] == ["hidden_spectra"]

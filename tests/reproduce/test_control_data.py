@@ -1,4 +1,4 @@
-"""Data of the negative controls: pairs that are none, and images without structure."""
+"""Data modules of the negative controls."""
 
 import torch
 
@@ -12,7 +12,7 @@ def prepared(cls, **settings):
     return data
 
 
-def test_wrong_pairs_are_the_right_ones_exchanged_within_the_batch():
+def test_wrong_pairs_roll_the_second_views_within_the_batch():
     right, wrong = prepared(TwoViewDataModule), prepared(WrongPairs)
     (x1, x2, labels), (y1, y2, others) = (next(iter(data.train_dataloader())) for data in (right, wrong))
     assert torch.equal(x1, y1) and torch.equal(labels, others)
@@ -20,7 +20,7 @@ def test_wrong_pairs_are_the_right_ones_exchanged_within_the_batch():
     assert all(torch.equal(a, b) for a, b in zip(right.probe_pairs(), wrong.probe_pairs(), strict=True))
 
 
-def test_noise_has_no_pixel_that_knows_its_neighbour():
+def test_noise_images_have_uncorrelated_pixels():
     noise, photographs = (prepared(cls).images("train").images.double() for cls in (NoiseImages, TwoViewDataModule))
     assert noise.shape == photographs.shape
 

@@ -1,4 +1,4 @@
-"""The figure of faster modes: its descents are training by the module, and what counts as learned."""
+"""Figure faster_modes: gradient descent in the eigenbasis, convergence criterion, and rate search."""
 
 import math
 from argparse import Namespace
@@ -7,7 +7,14 @@ import pytest
 import torch
 
 from reproduce.figures import faster_modes
-from reproduce.figures.acceleration.descent import FEATURES, Descent, LinearProblem, Setting, Watch, tuned
+from reproduce.figures.acceleration.descent import (
+    SCALED_FEATURES,
+    ConvergenceMonitor,
+    Descent,
+    LinearProblem,
+    Setting,
+    fastest_descent,
+)
 from stepwise_lightning import BarlowTwins, FixedCropPairs, LinearEncoder
 from stepwise_lightning.theory import feature_cross_correlation
 
@@ -21,9 +28,9 @@ def pairs():
 @pytest.mark.parametrize(
     "setting", [Setting("plain", 0.5), Setting("momentum", 0.4, 0.9), Setting("gate", 0.5), Setting("lyapunov", 0.5)]
 )
-def test_descent_in_the_eigenbasis_is_training_on_the_pairs(setting):
+def test_descent_in_the_eigenbasis_matches_training_on_the_pairs(setting):
     x1, x2 = pairs()
-    problem = LinearProblem.of(x1, x2, (3, 3), 1e-3, seed=0)
+    problem = LinearProblem.from_features(x1, x2, (3, 3), 1e-3, seed=0)
     path = problem.descend(setting, 25).path
     encoder = LinearEncoder(108, 3).double()
     with torch.no_grad():
@@ -40,47 +47,47 @@ def test_descent_in_the_eigenbasis_is_training_on_the_pairs(setting):
         optimizer.zero_grad()
         module.loss(z1, z2).backward()
         optimizer.step()
-    assert path[25][0] > 100 * path[0][0]  # something has grown
+    assert path[25][0] > 100 * path[0][0]  # the first mode has grown
 
 
-def test_modes_are_learned_since_all_stay():
-    def until(levels):
-        watch = Watch(Descent(Setting("plain", 0.1)), most=8)
-        steps = next(k for k, level in enumerate(levels) if not watch.goes_on(level * torch.eye(2)))
-        return steps, watch.descent.steps
+def test_monitor_requires_modes_to_remain_learned():
+    def run(levels):
+        monitor = ConvergenceMonitor(Descent(Setting("plain", 0.1)), max_steps=8)
+        steps = next(k for k, level in enumerate(levels) if not monitor.update(level * torch.eye(2)))
+        return steps, monitor.descent.steps
 
-    assert until([0.1, 0.1, 0.6, 0.9, 0.9, 0.9]) == (3, 2)
-    assert until([0.1, 0.1, 0.6, 0.4, 0.6, 0.9, 0.9, 0.9]) == (6, 4)  # below again: counted anew
-    assert until([0.1, 0.1, 1.6, 0.9, 0.9, 0.9]) == (5, 3)  # above 1½: not yet
-    steps, learned = until([0.1] * 20)
+    assert run([0.1, 0.1, 0.6, 0.9, 0.9, 0.9]) == (3, 2)
+    assert run([0.1, 0.1, 0.6, 0.4, 0.6, 0.9, 0.9, 0.9]) == (6, 4)  # falls below ½ once
+    assert run([0.1, 0.1, 1.6, 0.9, 0.9, 0.9]) == (5, 3)  # overshoots 1.5 first
+    steps, learned = run([0.1] * 20)
     assert steps == 8 and math.isnan(learned)
-    assert until([0.1, 1e9])[0] == 1
+    assert run([0.1, 1e9])[0] == 1
 
 
-def test_of_a_grid_the_fastest_counts_and_others_are_cut_short():
-    asked = []
+def test_fastest_descent_limits_later_settings_to_the_best_steps():
+    limits = []
 
-    def run(setting, most):
-        asked.append(most)
+    def run(setting, max_steps):
+        limits.append(max_steps)
         return Descent(setting, {1: 90.0, 2: math.nan, 3: 40.0, 4: 60.0}[setting.rate])
 
-    best = tuned(run, [Setting("plain", rate) for rate in (2, 1, 3, 4)], most=200)
-    assert best.setting.rate == 3 and asked == [200, 200, 90, 40]
+    best = fastest_descent(run, [Setting("plain", rate) for rate in (2, 1, 3, 4)], max_steps=200)
+    assert best.setting.rate == 3 and limits == [200, 200, 90, 40]
 
 
-def test_dimensions_end_where_gamma_falls_most_and_the_control_loses_their_subspace():
+def test_dimension_is_chosen_at_the_widest_gap_and_scaled_features_miss_the_subspace():
     x1, x2 = pairs()
-    problem = LinearProblem.of(x1, x2, (5, 8), 1e-6, seed=0)
+    problem = LinearProblem.from_features(x1, x2, (5, 8), 1e-6, seed=0)
     falls = problem.gamma[5:9] / problem.gamma[4:8]
     assert int(falls.argmin()) == len(problem.weights0) - 5
     lyapunov, control = (
-        faster_modes._aligned(problem, problem.descend(setting, 200))
-        for setting in (Setting("lyapunov", 0.5), Setting(FEATURES, 0.25))
+        faster_modes._alignment(problem, problem.descend(setting, 200))
+        for setting in (Setting("lyapunov", 0.5), Setting(SCALED_FEATURES, 0.25))
     )
     assert lyapunov > 0.99 and control < 0.9
 
 
-def test_a_wide_network_learns_all_modes_in_fewer_steps_by_the_gate():
+def test_gate_reduces_the_steps_of_a_wide_network():
     options = Namespace(
         data="photos", num_pairs=20, crop_size=6, root=None, download=False, wide_pairs=20, width=32, wide_dim=2
     )

@@ -1,4 +1,4 @@
-"""The command line of the figures: what it lists, what it refuses, and how it tells errors from bugs."""
+"""Command line of the figures: list, help, invalid options, errors and bugs."""
 
 import json
 
@@ -22,14 +22,14 @@ from stepwise_lightning.errors import UserError
         (["--resume", "three_losses"], "'--resume' comes before the name of a figure; choose from: all, "),
     ],
 )
-def test_no_figure_of_that_name(arguments, message, capsys):
+def test_unknown_figures_are_rejected(arguments, message, capsys):
     assert main(arguments) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1 and all(name in error for name in FIGURES)
 
 
 @pytest.mark.parametrize("arguments", [[], ["list"], ["-h"], ["--help"]])
-def test_the_front_door_lists_every_figure(arguments, capsys):
+def test_list_and_help_name_every_figure(arguments, capsys):
     assert main(arguments) == 0
     printed = capsys.readouterr().out
     assert printed.startswith("usage: ") and all(f"  {name} " in printed for name in FIGURES)
@@ -52,25 +52,25 @@ def test_help_names_every_option(name, capsys):
         (["three_losses", "--seeds", "x"], "argument --seeds: invalid int value: 'x'"),
     ],
 )
-def test_bad_options_are_one_line(arguments, message, capsys):
+def test_invalid_options_are_reported_in_one_line(arguments, message, capsys):
     with pytest.raises(SystemExit, match="2"):
         main(arguments)
     error = capsys.readouterr().err
     assert message in error and error.startswith("error: ") and error.count("\n") == 1
 
 
-def test_three_losses_refuses_what_is_not_there(tmp_path, capsys):
+def test_missing_data_folder_is_rejected_before_anything_is_written(tmp_path, capsys):
     assert main(["three_losses", "--data", str(tmp_path / "nowhere"), "--out", str(tmp_path / "out")]) == 2
     assert "neither one of photos, cifar10, stl10 nor the path" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
 class Bug(RuntimeError):
-    """What nobody raises on purpose."""
+    """An unexpected exception."""
 
 
 def replace_figures(monkeypatch, **errors):
-    """Let these figures, and no others, exist, each of which raises an error or is made of nothing."""
+    """Replace all figures by empty ones that raise the given errors, or succeed for None."""
 
     def figure(name, error):
         def produce(options, directory):
@@ -86,7 +86,7 @@ def replace_figures(monkeypatch, **errors):
         monkeypatch.setitem(FIGURES, name, figure(name, error))
 
 
-def test_an_error_is_one_line_and_a_bug_keeps_its_traceback(tmp_path, monkeypatch, capsys):
+def test_user_errors_are_one_line_and_bugs_are_raised(tmp_path, monkeypatch, capsys):
     replace_figures(monkeypatch, refused=UserError("no such\ncolour"), full=OSError(28, "No space"), broken=Bug("oh"))
     out = ["--out", str(tmp_path)]
     assert main(["refused", *out]) == 2
@@ -98,18 +98,18 @@ def test_an_error_is_one_line_and_a_bug_keeps_its_traceback(tmp_path, monkeypatc
         main(["broken", *out])
 
 
-def test_a_bug_in_one_figure_does_not_cost_the_others(tmp_path, monkeypatch, capsys):
+def test_bug_in_one_figure_does_not_stop_the_others(tmp_path, monkeypatch, capsys):
     replace_figures(monkeypatch, broken=Bug("oh"), refused=UserError("no such colour"), whole=None)
     assert main(["all", "--out", str(tmp_path)]) == 2
     printed, error = capsys.readouterr()
     assert error.startswith("Traceback") and error.endswith("Bug: oh\nerror: no such colour\n")
-    assert "\nholds  whole: one  0         <= 1   1         -\n" in printed  # the table of all claims, at the end
+    assert "\nholds  whole: one  0         <= 1   1         -\n" in printed  # table of all claims
     assert json.loads((tmp_path / "whole" / "claims.json").read_text(encoding="utf-8"))["all_hold"]
     assert "id='whole'" in (tmp_path / "report.html").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("error", [UserError("no such\ncolour"), Bug("oh")])
-def test_training_alone_tells_errors_from_bugs(error, tmp_path, monkeypatch, capsys):
+def test_train_command_reports_user_errors_and_raises_bugs(error, tmp_path, monkeypatch, capsys):
     def trained_runs(*arguments):
         raise error
 

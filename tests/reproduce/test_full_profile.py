@@ -1,4 +1,4 @@
-"""The full profile, end to end, on a few images in STL-10's real format: the same commands, a few steps, on a CPU."""
+"""Full profile on a few images in STL-10's format: the same commands with few steps on a CPU."""
 
 import csv
 import json
@@ -13,22 +13,22 @@ from torchvision.datasets import STL10
 
 from reproduce.__main__ import main
 from reproduce.networks.training import CONFIGS, TrainingRun
-from reproduce.networks.variants import METHODS
+from reproduce.networks.variants import LOSS_SETTINGS
 
 FIGURES = ["resnet_barlow_twins", "three_losses", "standard_init", "hidden_spectra", "cross_loss_alignment",
            "embedding_growth"]  # fmt: skip
 ENCODER = "model.init_args.encoder.init_args"
-# What a machine without GPUs, and a data set of a few images, must have otherwise.
+# Required by a machine without GPUs and a small data set.
 TINY = {
     "trainer.accelerator": "cpu",
     "trainer.devices": 1,
     "data.init_args.num_workers": 0,
     "data.init_args.global_batch_size": 16,
     "data.init_args.num_probe_pairs": 16,
-    # Runs are shorter than the time between two checkpoints of the full profile.
+    # Runs are shorter than the checkpoint interval of the full profile.
     "trainer.callbacks+": "lightning.pytorch.callbacks.ModelCheckpoint",
 }
-# One keeps the network of the paper, for a step or two; in the others the first modes are learned within seconds.
+# One run keeps the paper's network for a few steps; the others learn the first modes within seconds.
 LARGE = {"trainer.max_steps": 4}
 SMALL = {
     "data.init_args.augmentation": "weak",
@@ -47,21 +47,21 @@ def shortened(run, settings):
 
 
 @pytest.mark.slow
-def test_all_figures_of_networks_at_full_profile(tmp_path, monkeypatch, capfd):
+def test_network_figures_run_with_the_full_profile(tmp_path, monkeypatch, capfd):
     root = write_stl10(tmp_path / "data", monkeypatch, train=61, test=32, photographs=True)
-    # The commands run in processes of their own, which must believe these files, too.
+    # Child processes must accept these files too.
     (tmp_path / "sitecustomize.py").write_text(
         "from torchvision.datasets import STL10\n"
         f"STL10.train_list, STL10.test_list = {STL10.train_list!r}, {STL10.test_list!r}\n"
     )
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")]))
-    whole = TrainingRun.settings
-    monkeypatch.setattr(TrainingRun, "settings", lambda run: shortened(run, whole(run)))
+    full_settings = TrainingRun.settings
+    monkeypatch.setattr(TrainingRun, "settings", lambda run: shortened(run, full_settings(run)))
     out = tmp_path / "results"
-    places = ["--root", str(root), "--out", str(out), "--launcher", "env"]  # processes that are started anew
+    places = ["--root", str(root), "--out", str(out), "--launcher", "env"]  # fresh processes
     status = main([*FIGURES, "--profile", "full", "--seeds", "0", *places])
     printed = capfd.readouterr().err
-    # Claims are about networks that were trained for longer: they may fail here.
+    # The claims are about longer training and may fail here.
     assert status in (0, 1), printed
     assert not any(word in printed for word in ("error", "Warning", "warning")), printed
     for name in FIGURES:
@@ -73,40 +73,40 @@ def test_all_figures_of_networks_at_full_profile(tmp_path, monkeypatch, capfd):
         with (out / name / "data.csv").open(newline="") as file:
             assert len(list(csv.reader(file))) > 10
     assert f"id='{FIGURES[-1]}'" in (out / "report.html").read_text(encoding="utf-8")
-    # The three losses from both starts, two of them without what keeps dimensions apart, and three of another seed.
+    # Three losses from both initialisations, two without decorrelation, and three with another seed.
     assert len(list((out / "runs").iterdir())) == 6 + 2 + 3
     for run in (out / "runs").iterdir():
-        check_that_it_is_the_full_run(run)
+        check_configuration(run)
 
 
-def check_that_it_is_the_full_run(run):
-    """Compare its configuration, as run, with the shipped one: only what was shortened may differ."""
-    loss = next(loss for loss in METHODS if run.name.startswith(loss))
+def check_configuration(run):
+    """Compare the configuration of a run with the shipped one: only the shortened settings may differ."""
+    loss = next(loss for loss in LOSS_SETTINGS if run.name.startswith(loss))
     variant = run.name.removeprefix(f"{loss}_").rpartition("_")[0]
-    asked, used = (
+    expected, used = (
         yaml.safe_load(path.read_text(encoding="utf-8"))
         for path in (CONFIGS / f"{loss}_stl10.yaml", run / "version_0" / "config.yaml")
     )
     seed = int(run.name.rpartition("seed")[2])
-    asked["seed_everything"] = asked["data"]["init_args"]["seed"] = seed
-    asked["model"]["init_args"]["encoder"]["init_args"]["seed"] = seed
+    expected["seed_everything"] = expected["data"]["init_args"]["seed"] = seed
+    expected["model"]["init_args"]["encoder"]["init_args"]["seed"] = seed
     if variant in ("no_off_diagonal", "no_covariance"):
-        asked["model"]["init_args"][f"{variant.removeprefix('no_')}_weight"] = 0.0
+        expected["model"]["init_args"][f"{variant.removeprefix('no_')}_weight"] = 0.0
     if variant == "ordinary":
-        asked["model"]["init_args"]["encoder"]["init_args"] |= {"alpha": 1.0, "bias_norm": None}
+        expected["model"]["init_args"]["encoder"]["init_args"] |= {"alpha": 1.0, "bias_norm": None}
     places = ("root", "save_dir", "name", "learning_rate", "max_steps", "callbacks", "accelerator", "devices",
               "num_workers", "global_batch_size")  # fmt: skip
     shorter = {key.split(".")[-1] for key in SMALL} if run.name != "vicreg_ordinary_seed0" else set()
-    assert not list(differences(asked, used, {*places, *shorter}))
-    callbacks = [[callback["class_path"] for callback in config["trainer"]["callbacks"]] for config in (asked, used)]
+    assert not list(differences(expected, used, {*places, *shorter}))
+    callbacks = [[callback["class_path"] for callback in config["trainer"]["callbacks"]] for config in (expected, used)]
     assert callbacks[1][: len(callbacks[0])] == callbacks[0]
     with np.load(run / "version_0" / "spectrum.npz") as spectra:
         assert spectra["step"][-1] == used["trainer"]["max_steps"] and np.isfinite(spectra["covariance"]).all()
 
 
-def differences(asked, used, allowed, path=""):
-    """Yield what was asked for in a configuration and is not so in another."""
-    for key, value in asked.items():
+def differences(expected, used, allowed, path=""):
+    """Yield the settings of a configuration that differ in another one."""
+    for key, value in expected.items():
         if isinstance(value, dict):
             yield from differences(value, used[key], allowed, f"{path}.{key}")
         elif key not in allowed and value != used[key]:

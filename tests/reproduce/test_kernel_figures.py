@@ -1,4 +1,4 @@
-"""The figures of kernels: their claims, their events, and the training that they rest on."""
+"""Figures kernel_pca and kernel_mlp: claims, events and training."""
 
 import csv
 import json
@@ -12,7 +12,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from reproduce.__main__ import main
 from reproduce.controls import ordinary_kernel_pca, permuted_alignment
 from reproduce.figures import kernel_pca
-from reproduce.figures.kernel_mlp import into_their_span
+from reproduce.figures.kernel_mlp import project_to_span
 from reproduce.reference import differences
 from stepwise_lightning import BarlowTwins, FixedCropPairs
 from stepwise_lightning.encoders import MLP
@@ -41,7 +41,7 @@ def test_kernel_pca_claims_hold(machines):
     assert all(abs(float(row["experiment"]) - float(row["theory"])) < 1e-3 for row in rows[-2:])
     with Image.open(machines / "figure.png") as figure:
         assert figure.size[0] > 1000
-    for run in document["runs"]:  # beside the closed form: what knows nothing of pairs, and chance
+    for run in document["runs"]:  # ordinary kernel PCA, and chance
         assert run["alignment_held_out"] > run["ordinary_held_out"] > run["permuted_held_out"]
 
 
@@ -63,30 +63,30 @@ def test_kernel_pca_writes_events_at_optimiser_steps(machines):
         assert [event.step for event in board.Scalars("At a glance/loss")] == steps
 
 
-def test_machines_have_as_many_dimensions_as_there_are_modes_above_a_gap():
-    """γ is 4, 2, 1.9, 1, with feature j seen in both views of pair j alone."""
+def test_kernel_machine_dimension_ends_at_a_gap():
+    """γ = 4, 2, 1.9, 1: feature j is nonzero in the views of pair j only."""
     gamma = torch.tensor([4.0, 2.0, 1.9, 1.0], dtype=torch.float64)
     views = torch.diag((gamma * 4).sqrt())
     for most, dimensions in ((3, 3), (2, 1), (1, 1)):
-        machine = kernel_pca.down_to_a_gap(linear_kernel, most, views, views)
+        machine = kernel_pca.fit_above_gap(linear_kernel, most, views, views)
         torch.testing.assert_close(machine.eigenvalues_, gamma[:dimensions])
 
 
-def test_ordinary_kernel_pca_is_the_closed_form_of_pairs_of_one_view():
+def test_ordinary_kernel_pca_equals_the_closed_form_for_identical_views():
     views = torch.randn(30, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     k = linear_kernel(views, views)
     machine = ContrastiveKernelPCA(linear_kernel, 3).fit(views, views)
     torch.testing.assert_close(subspace_alignment(ordinary_kernel_pca(k, k, 3), machine.transform(views)).item(), 1.0)
 
 
-def test_chance_is_dimensions_over_pairs_where_views_agree():
+def test_permuted_alignment_of_identical_views_is_dimension_over_pairs():
     f, g = torch.randn(2, 40, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     same, other = (permuted_alignment(torch.cat([f, f]), torch.cat([h, h]), draws=200) for h in (f, g))
     assert same == pytest.approx(8 / 40, abs=0.02) and other == pytest.approx(8 / 40, abs=0.02)
 
 
-def test_the_last_mode_of_a_kernel_machine_is_on_time():
-    """It starts at 1e-20, and grows beside learned modes in which float64 would lose it, in most bases."""
+def test_last_mode_of_a_kernel_machine_keeps_float64_precision():
+    """A mode that starts at 1e-20 is lost to round-off next to learned modes in most bases."""
     options = Namespace(num_pairs=60, held_out=40, crop_size=8, dim=5, data="photos", root=None)
     assert kernel_pca.experiment("RBF", 0, options).summary()["largest_step_time_error"] < 3e-3
 
@@ -97,16 +97,15 @@ def test_kernel_mlp_claims_hold(tmp_path):
     document = json.loads((tmp_path / "kernel_mlp" / "claims.json").read_text(encoding="utf-8"))
     assert [run["variant"] for run in document["runs"]] == ["lazy", "rich"]
     assert all(run["modes_crossed"] >= 2 for run in document["runs"]) and differences(document) == []
-    # The tangent kernel at initialisation says less of the rich run, whose kernel changes.
+    # The kernel of the rich run changes, and the kernel at initialisation predicts it less well.
     assert document["runs"][1]["largest_step_time_error"] > document["runs"][0]["largest_step_time_error"]
 
 
-def test_training_in_the_span_of_the_inputs_is_training():
-    """The same outputs at the start and after gradient descent, with and without the change of basis."""
+def test_training_in_the_span_of_the_inputs_gives_the_same_outputs():
     pairs = FixedCropPairs(num_pairs=10, crop_size=6, seed=3)
     pairs.setup()
     plain, reduced = (MLP(108, [32], 3, seed=1) for _ in range(2))
-    inputs = [pairs.x1, pairs.x2], list(into_their_span(reduced, pairs.x1, pairs.x2))
+    inputs = [pairs.x1, pairs.x2], list(project_to_span(reduced, pairs.x1, pairs.x2))
     assert inputs[1][0].shape == (10, 20) and sum(p.numel() for p in reduced.parameters()) < 1000
     for encoder, views in zip((plain, reduced), inputs, strict=True):
         module = BarlowTwins(encoder, 0.002, off_diagonal_weight=1.0, normalize=False)
@@ -117,7 +116,7 @@ def test_training_in_the_span_of_the_inputs_is_training():
             optimiser.step()
     with torch.no_grad():
         expected, output = plain(inputs[0][0]), reduced(inputs[1][0])
-        assert not torch.allclose(expected, MLP(108, [32], 3, seed=1)(inputs[0][0]), atol=0.1)  # it learned
+        assert not torch.allclose(expected, MLP(108, [32], 3, seed=1)(inputs[0][0]), atol=0.1)
         torch.testing.assert_close(output, expected, rtol=1e-4, atol=1e-4)
     kernels = [
         EmpiricalNTK(encoder)(views[0], views[1]) for encoder, views in zip((plain, reduced), inputs, strict=True)

@@ -1,4 +1,4 @@
-"""Figures killed on the way, while the training that they have started saves itself, and asked for again."""
+"""Figures that are killed or interrupted, and resumed."""
 
 import json
 import os
@@ -31,7 +31,7 @@ def measured(out):
 
 
 @pytest.mark.slow
-def test_killed_at_any_moment_and_run_again_they_end_as_if_nothing_had_happened(tmp_path):
+def test_killed_figures_resume_with_the_same_results(tmp_path):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
     subprocess.run(command(whole), env=environment, check=False, capture_output=True, timeout=900)
@@ -43,23 +43,23 @@ def test_killed_at_any_moment_and_run_again_they_end_as_if_nothing_had_happened(
         try:
             process.wait(seconds)
         except subprocess.TimeoutExpired:
-            process.send_signal(signal.SIGKILL)  # it alone: what it has started saves itself
+            process.send_signal(signal.SIGKILL)  # training processes save a checkpoint and end
             process.wait()
-        assert kept.items() <= finished(killed).items()  # nothing that was finished is made again
+        assert kept.items() <= finished(killed).items()  # finished figures are not computed again
         kept = finished(killed)
     done = subprocess.run(command(killed), env=environment, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0 and "warning" not in done.stderr, done.stderr
     assert kept.items() <= finished(killed).items() and len(finished(killed)) == len(FIGURES)
     assert measured(killed) == measured(whole)
     assert (killed / "report.html").stat().st_size > 100_000
-    assert len(list((killed / "runs").iterdir())) == 2 + 2  # and their controls
+    assert len(list((killed / "runs").iterdir())) == 2 + 2  # two runs and their controls
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("to_all", [False, True])
 @pytest.mark.parametrize("figure", ["linear_model", "resnet_barlow_twins"])
-def test_ctrl_c_ends_a_figure_with_one_line(figure, to_all, tmp_path):
-    """A terminal sends it to all processes; another program may send it to one. Networks under training are saved."""
+def test_ctrl_c_ends_a_figure_with_one_line_and_saves_training(figure, to_all, tmp_path):
+    """A terminal sends SIGINT to all processes; another program may send it to one."""
     command = [sys.executable, "-m", "reproduce", figure, "--seeds", "0", "1", "--out", str(tmp_path / "out")]
     begun = 2 if figure == "resnet_barlow_twins" else 0
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
@@ -68,18 +68,18 @@ def test_ctrl_c_ends_a_figure_with_one_line(figure, to_all, tmp_path):
     try:
         deadline = time.monotonic() + 120
         while (
-            "training" not in (tmp_path / "log.txt").read_text()
+            "0 of " not in (tmp_path / "log.txt").read_text()
             or len(list(tmp_path.glob("out/runs/*/version_0/checkpoints"))) < begun
         ):
             assert process.poll() is None and time.monotonic() < deadline
             time.sleep(0.1)
-        time.sleep(1 if begun else 8)  # for what has been started to get under way
+        time.sleep(1 if begun else 8)  # until the processes compute
         (os.killpg if to_all else os.kill)(process.pid, signal.SIGINT)
         assert process.wait(30) == 130
         assert len(list(tmp_path.glob("out/runs/*/version_0/checkpoints/last.ckpt"))) == begun
-        said = (tmp_path / "log.txt").read_text()
-        assert "Traceback" not in said
-        assert said.splitlines()[-1] == "interrupted: what is finished is kept, and with --resume the rest goes on"
+        output = (tmp_path / "log.txt").read_text()
+        assert "Traceback" not in output
+        assert output.splitlines()[-1] == "interrupted: finished results are kept; continue with --resume"
     finally:
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)

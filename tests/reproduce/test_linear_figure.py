@@ -1,4 +1,4 @@
-"""The figure of the linear model: its claims, its files, and what it refuses."""
+"""Figure linear_model: claims, files and invalid input."""
 
 import csv
 import json
@@ -22,7 +22,7 @@ def outputs(tmp_path_factory):
     return out / "linear_model"
 
 
-def test_linear_model_claims_hold_and_carry_their_evidence(outputs):
+def test_linear_model_claims_hold_and_are_documented(outputs):
     document = json.loads((outputs / "claims.json").read_text(encoding="utf-8"))
     assert document["all_hold"]
     names = {"distinct", "crossed", "detected", "deviation", "log_deviation", "objective", "loss"}
@@ -45,7 +45,7 @@ def test_linear_model_files(outputs):
     assert not list(outputs.glob("*.partial*"))
 
 
-def test_theory_and_experiment_lie_under_one_tag_in_tensorboard(outputs):
+def test_theory_and_experiment_share_a_tensorboard_tag(outputs):
     runs = [outputs / "tensorboard" / name / "version_0" for name in ("small_init_seed0", "small_init_seed0_theory")]
     measured, predicted = (
         EventAccumulator(str(run), size_guidance={"scalars": 0}).Reload().Scalars("C/eig_000") for run in runs
@@ -54,11 +54,11 @@ def test_theory_and_experiment_lie_under_one_tag_in_tensorboard(outputs):
     assert max(abs(a.value - b.value) for a, b in zip(measured, predicted, strict=True)) <= 0.05
 
 
-def test_a_failing_claim_is_exit_status_1(tmp_path, capsys):
+def test_failing_claim_gives_exit_status_1(tmp_path, capsys):
     pairs = FixedCropPairs(num_pairs=64, crop_size=6)
     pairs.setup()
     limit = 1 / (4 * torch.linalg.eigvalsh(feature_cross_correlation(pairs.x1, pairs.x2))[-1])
-    # Just below the limit of stability the first mode rises in a few steps and no closed form follows it.
+    # Just below the stability limit the first mode rises in a few steps, and the closed form is inaccurate.
     assert main(["linear_model", *TINY, "--learning-rate", f"{0.9 * limit:.6g}", "--out", str(tmp_path)]) == 1
     printed = capsys.readouterr().out
     assert "FAILS" in printed and "claims FAIL" in printed
@@ -82,7 +82,7 @@ def test_a_failing_claim_is_exit_status_1(tmp_path, capsys):
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_bad_input_is_one_line_status_2_and_nothing_written_over(arguments, message, tmp_path, capsys):
+def test_invalid_input_is_reported_in_one_line_without_overwriting(arguments, message, tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     (tmp_path / "texts").mkdir()
     (tmp_path / "texts" / "a.txt").write_text("no image")

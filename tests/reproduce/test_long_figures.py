@@ -1,4 +1,4 @@
-"""Figures that are made by name alone, for real, at their smallest size."""
+"""Long figures with the smoke profile."""
 
 import json
 
@@ -12,7 +12,7 @@ from reproduce.figures import FIGURES, LONG
 def test_long_figures_run(tmp_path, capsys):
     names = [name for name in LONG if "smoke" in FIGURES[name].profiles]
     assert set(names) == {"conditions", "forecast", "stable_rates"}
-    # their bounds are for networks of full size: a claim may fail here, the figure may not
+    # The bounds are for the cpu profile: a claim may fail here.
     assert main([*names, "--profile", "smoke", "--seeds", "0", "--out", str(tmp_path)]) in (0, 1)
     assert "error" not in capsys.readouterr().err
     documents = {name: json.loads((tmp_path / name / "claims.json").read_text(encoding="utf-8")) for name in names}

@@ -1,7 +1,7 @@
-"""Break the experiment or the theory behind a figure in one way, and see that a claim fails, the one that is named.
+"""Mutation tests: change one thing in an experiment or theory, and check that the named claim fails.
 
-The figures are the real ones, at their smallest size, where all of their claims hold. A mutation is a function that
-patches this process, and a line in ``MUTATIONS``.
+The figures run with the smoke profile, with which all claims hold. A mutation is a function that patches this process,
+and a line in ``MUTATIONS``.
 """
 
 import copy
@@ -23,9 +23,9 @@ from stepwise_lightning.theory import ContrastiveKernelPCA, LinearBarlowTwins, f
 
 
 def change_source(patch, module, name, old, new):
-    """Replace a function of a module by itself with one expression changed."""
+    """Replace one expression in a function of a module."""
     source = inspect.getsource(getattr(module, name))
-    assert source.count(old) == 1, f"{name} has changed: {old!r} is not in it"
+    assert source.count(old) == 1, f"{old!r} is not in the source of {name}"
     namespace = dict(vars(module))
     exec(compile(source.replace(old, new), module.__file__, "exec"), namespace)
     patch.setattr(module, name, namespace[name])
@@ -35,7 +35,7 @@ def change_source(patch, module, name, old, new):
 
 
 def unsymmetrised(patch):
-    """Leave the transpose out of C in the loss."""
+    """Omit the transpose of C in the loss."""
     change_source(patch, losses, "barlow_twins_terms", "(c + c.T) / (2 * len(z1))", "c / len(z1)")
 
 
@@ -45,7 +45,7 @@ def without_half(patch):
 
 
 def lighter_off_diagonal(patch):
-    """Weigh the loss off the diagonal with 0.9."""
+    """Weight the off-diagonal term with 0.9."""
     change_source(patch, losses, "barlow_twins_terms", "off_diagonal_weight * _off", "0.9 * off_diagonal_weight * _off")
 
 
@@ -59,7 +59,7 @@ def adam(patch):
 
 
 def momentum(patch):
-    """Train with momentum, of which theory is not told."""
+    """Train with momentum that the theory ignores."""
 
     def configure(module):
         return torch.optim.SGD(module.parameters(), lr=module.hparams["learning_rate"], momentum=0.5)
@@ -68,7 +68,7 @@ def momentum(patch):
 
 
 def ordinary_as_small(patch):
-    """Pass an ordinary start off as a small one."""
+    """Use ordinary instead of small initialisation."""
 
     def encoder(in_features, out_features, init_std=None, seed=0):
         return LinearEncoder(in_features, out_features, None, seed)
@@ -90,7 +90,7 @@ def wrong_pairs(patch):
 
 
 def noise_images(patch):
-    """Train on noise, each pixel of each view its own."""
+    """Train on independent noise in each view."""
     setup = FixedCropPairs.setup
 
     def setup_with_noise(pairs, stage=None):
@@ -115,25 +115,25 @@ def machine_of_wrong_pairs(patch):
 
 
 def half_rate(patch):
-    """Let modes grow with 4γ instead of 8γ in theory."""
+    """Use a growth rate of 4γ instead of 8γ in the theory."""
     growth = LinearBarlowTwins._log_growth
     patch.setattr(LinearBarlowTwins, "_log_growth", lambda *arguments: growth(*arguments) / 2)
 
 
 def one_view(patch):
-    """Take Γ of the first views alone."""
+    """Compute Γ from the first views only."""
     for figure in (linear_model, start_scale):
         patch.setattr(figure, "feature_cross_correlation", lambda x1, x2: feature_cross_correlation(x1, x1))
 
 
 def kernel_of_one_view(patch):
-    """Take the contrastive kernel of the first views alone."""
+    """Compute the contrastive kernel from the first views only."""
     fit = ContrastiveKernelPCA.fit
     patch.setattr(ContrastiveKernelPCA, "fit", lambda self, x1, x2, **options: fit(self, x1, x1.clone(), **options))
 
 
 def theory_without_pairs(patch):
-    """Take P = I in contrastive kernel PCA."""
+    """Set P = I in contrastive kernel PCA."""
 
     def fit(self, x1, x2):
         self._views = torch.cat([x1, x2])
@@ -147,13 +147,13 @@ def theory_without_pairs(patch):
 
 
 def without_finite_steps(patch):
-    """Tell theory of no learning rate."""
+    """Omit the learning rate in the theory."""
     for figure in (linear_model, kernel_pca, start_scale):
         patch.setattr(figure, "LinearBarlowTwins", lambda gamma, start, **_: LinearBarlowTwins(gamma, start))
 
 
 def centred_kernel(patch):
-    """Centre the kernel of the closed form, but not of what is trained."""
+    """Centre the kernel of the closed form, but not of the trained machine."""
     fit = ContrastiveKernelPCA.fit
 
     def fit_centred(self, x1, x2, **options):
@@ -171,12 +171,12 @@ def centred_kernel(patch):
 
 
 def kernel_that_follows(patch):
-    """Let the tangent kernel at initialisation follow the training."""
+    """Let the tangent kernel at initialisation change during training."""
     patch.setattr(kernel_mlp, "copy", SimpleNamespace(deepcopy=lambda network: network))
 
 
 def kernel_after_as_before(patch):
-    """Take the tangent kernel at initialisation for that after training."""
+    """Use the tangent kernel at initialisation as the kernel after training."""
     initial, kernel = {}, kernel_mlp.EmpiricalNTK
     patch.setattr(
         kernel_mlp,
@@ -189,24 +189,24 @@ def kernel_after_as_before(patch):
 
 
 def time_without_rate(patch):
-    """Leave the learning rate out of time."""
+    """Omit the learning rate in the effective time."""
     patch.setattr(Clock, "time", property(lambda clock: float(clock.steps)))
 
 
 def float32_spectra(patch):
-    """Form C in float32 when spectra are measured."""
+    """Compute C in float32 for the measured spectra."""
     change_source(
         patch, measures, "cross_correlation_eigenvalues", "c = z1.T @ z2 / n", "c = z1.float().T @ z2.float() / n"
     )
 
 
 def lower_threshold(patch):
-    """Lower the threshold of a step to a hundredth of the largest eigenvalue."""
+    """Lower the step threshold to a hundredth of the largest eigenvalue."""
     change_source(patch, steps, "detect_steps", "0.1 * tail", "0.01 * tail")
     patch.setattr(record, "detect_steps", steps.detect_steps)
 
 
-# (figure, what breaks it, a claim that must fail). reproduce/README.md has the same table.
+# (figure, mutation, claim that must fail). reproduce/README.md contains the same table.
 MUTATIONS = [
     ("linear_model", unsymmetrised, "objective"),
     ("linear_model", without_half, "objective"),
@@ -246,29 +246,29 @@ SMALLER = {"linear_model": ["--dim", "2"]}
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("figure", "mutate", "claim"), MUTATIONS, ids=lambda part: getattr(part, "__name__", part))
-def test_a_broken_experiment_fails_a_claim(figure, mutate, claim, tmp_path, monkeypatch):
+def test_mutation_fails_the_claim(figure, mutate, claim, tmp_path, monkeypatch):
     assert claim in failing_claims(figure, tmp_path, mutate, monkeypatch)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("figure", MODULES)
-def test_what_is_not_broken_fails_none(figure, tmp_path, monkeypatch):
+def test_all_claims_hold_without_mutation(figure, tmp_path, monkeypatch):
     assert failing_claims(figure, tmp_path, lambda patch: None, monkeypatch) == set()
 
 
-def test_the_table_of_mutations_is_in_the_readme():
+def test_readme_lists_the_mutations():
     text = (Path(__file__).parents[2] / "reproduce" / "README.md").read_text(encoding="utf-8")
     rows = [f"| {mutate.__doc__} | `{figure}` | `{claim}` |" for figure, mutate, claim in MUTATIONS]
-    start = text.index("| the mutation | figure |")
+    start = text.index("| mutation | figure |")
     assert text[start:].split("\n\n")[0].splitlines()[2:] == rows
 
 
 def failing_claims(figure, folder, mutate, patch):
-    """Make a figure at its smallest size, broken; return the names of the claims that fail."""
-    # Mutations are of this process: nothing may run in another.
-    patch.setattr(MODULES[figure], "each", lambda function, items, title: [function(*item) for item in items])
+    """Run a mutated figure with the smoke profile; return the names of the claims that fail."""
+    # Patches apply to this process only.
+    patch.setattr(MODULES[figure], "map_parallel", lambda function, items, title: [function(*item) for item in items])
     mutate(patch)
-    # What float32 hides is seen in late modes, of which two dimensions have none.
+    # The error of float32 appears in late modes, which two dimensions do not have.
     smaller = [] if mutate is float32_spectra else SMALLER.get(figure, [])
     main([figure, "--profile", "smoke", "--seeds", "0", "--out", str(folder), *smaller])
     document = json.loads((folder / figure / "claims.json").read_text(encoding="utf-8"))

@@ -1,7 +1,6 @@
-"""Break what stands behind the figures of trained networks in one way, and see that the claim that is named fails.
+"""Mutation tests of the figures with trained networks, as in ``test_mutations``.
 
-As ``test_mutations`` does for those without networks. Networks are trained once, by other processes, which a patch does
-not reach: what trains them otherwise is another command line.
+Other processes train the networks, once. Mutations of training change their command line.
 """
 
 import json
@@ -30,18 +29,18 @@ def as_if_small(variant):
 
 
 ordinary, wrong_pairs, noise_images = map(as_if_small, ("ordinary", "wrong_pairs", "noise_images"))
-ordinary.__doc__ = "Pass an ordinary start off as a small one."
+ordinary.__doc__ = "Use ordinary instead of small initialisation."
 wrong_pairs.__doc__ = "Train on wrong pairs."
 noise_images.__doc__ = "Train on images of noise."
 
 
 def staircase_as_control(patch):
-    """Train the run that must not have a staircase on right pairs."""
+    """Train the control with wrong pairs on correct pairs."""
     patch.setitem(VARIANTS, "wrong_pairs", VARIANTS["small"])
 
 
 def one_run(patch):
-    """Take one run for those of all three losses."""
+    """Use one run for all three losses."""
     embeddings = Run.embeddings
 
     def of_barlow_twins(run, learned):
@@ -51,7 +50,7 @@ def one_run(patch):
 
 
 def permuted_images(patch):
-    """Compare embeddings of images in another order."""
+    """Compare embeddings of images in different orders."""
     embedded = Run.embedded
 
     def reordered(run, index):
@@ -62,14 +61,14 @@ def permuted_images(patch):
 
 
 def kernel_of_the_start(patch):
-    """Take the tangent kernel at initialisation for that of the moment."""
+    """Use the tangent kernel at initialisation as the current kernel."""
     closed_form, first = kernel_over_time.closed_form, {}
 
-    def of_the_start(encoder, pairs, modes):
-        # The first that is asked for is that of the start.
+    def initial_closed_form(encoder, pairs, modes):
+        # The first call is for the initial network.
         return closed_form(first.setdefault(id(pairs), encoder), pairs, modes)
 
-    patch.setattr(kernel_over_time, "closed_form", of_the_start)
+    patch.setattr(kernel_over_time, "closed_form", initial_closed_form)
 
 
 def _halved(training):
@@ -77,30 +76,30 @@ def _halved(training):
 
 
 def other_growth(patch):
-    """Let modes grow with 4γ instead of 8γ in the forecast."""
+    """Use a growth rate of 4γ instead of 8γ in the forecast."""
     of = SGDSettings.of
-    patch.setattr(SGDSettings, "of", lambda *given: _halved(of(*given)))
+    patch.setattr(SGDSettings, "of", lambda *arguments: _halved(of(*arguments)))
 
 
 def without_momentum(patch):
-    """Tell the forecast of no momentum."""
+    """Omit momentum in the forecast."""
     of = SGDSettings.of
-    patch.setattr(SGDSettings, "of", lambda *given: replace(of(*given), momentum=0.0))
+    patch.setattr(SGDSettings, "of", lambda *arguments: replace(of(*arguments), momentum=0.0))
 
 
 def half_rate(patch):
-    """Let modes grow with 4γ instead of 8γ in theory."""
+    """Use a growth rate of 4γ instead of 8γ in the theory."""
     growth = LinearBarlowTwins._log_growth
     patch.setattr(LinearBarlowTwins, "_log_growth", lambda *arguments: growth(*arguments) / 2)
 
 
 def one_view(patch):
-    """Take Γ of the first views alone."""
+    """Compute Γ from the first views only."""
     patch.setattr(frozen_features, "feature_cross_correlation", lambda x1, x2: feature_cross_correlation(x1, x1))
 
 
 def momentum(patch):
-    """Train the last layer with momentum, of which theory is not told."""
+    """Train the last layer with momentum that the theory ignores."""
 
     def configure(module):
         return torch.optim.SGD(module.parameters(), lr=module.hparams["learning_rate"], momentum=0.5)
@@ -109,11 +108,11 @@ def momentum(patch):
 
 
 def time_without_rate(patch):
-    """Leave the learning rate out of time."""
+    """Omit the learning rate in the effective time."""
     patch.setattr(Clock, "time", property(lambda clock: float(clock.steps)))
 
 
-# (figure, what breaks it, a claim that must fail). reproduce/README.md has the same table.
+# (figure, mutation, claim that must fail). reproduce/README.md contains the same table.
 MUTATIONS = [
     ("three_losses", ordinary, "barlow_twins_steps"),
     ("three_losses", wrong_pairs, "barlow_twins_steps"),
@@ -135,8 +134,8 @@ FIGURES = list(dict.fromkeys(figure for figure, _, _ in MUTATIONS))
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """Return a folder with all figures unbroken, and the runs behind them."""
-    folder = tmp_path_factory.mktemp("unbroken")
+    """Return a folder with all figures without mutation, and their runs."""
+    folder = tmp_path_factory.mktemp("original")
     for figure in FIGURES:
         make(figure, folder)
     return folder
@@ -153,10 +152,10 @@ def failing(figure, folder):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("figure", "mutate", "claim"), MUTATIONS, ids=lambda part: getattr(part, "__name__", part))
-def test_a_broken_experiment_fails_a_claim(figure, mutate, claim, trained, tmp_path, monkeypatch):
+def test_mutation_fails_the_claim(figure, mutate, claim, trained, tmp_path, monkeypatch):
     shutil.copytree(trained / "runs", tmp_path / "runs")
-    for module in (frozen_features, kernel_over_time):  # mutations are of this process: nothing may run in another
-        monkeypatch.setattr(module, "each", lambda function, items, title: [function(*item) for item in items])
+    for module in (frozen_features, kernel_over_time):  # patches apply to this process only
+        monkeypatch.setattr(module, "map_parallel", lambda function, items, title: [function(*item) for item in items])
     mutate(monkeypatch)
     make(figure, tmp_path)
     assert claim in failing(figure, tmp_path)
@@ -164,12 +163,12 @@ def test_a_broken_experiment_fails_a_claim(figure, mutate, claim, trained, tmp_p
 
 @pytest.mark.slow
 @pytest.mark.parametrize("figure", FIGURES)
-def test_what_is_not_broken_fails_none(figure, trained):
+def test_all_claims_hold_without_mutation(figure, trained):
     assert failing(figure, trained) == set()
 
 
-def test_the_table_of_mutations_is_in_the_readme():
+def test_readme_lists_the_mutations():
     text = (Path(__file__).parents[2] / "reproduce" / "README.md").read_text(encoding="utf-8")
     rows = [f"| {mutate.__doc__} | `{figure}` | `{claim}` |" for figure, mutate, claim in MUTATIONS]
-    start = text.index("| the mutation, with networks | figure |")
+    start = text.index("| mutation of networks | figure |")
     assert text[start:].split("\n\n")[0].splitlines()[2:] == rows

@@ -1,4 +1,4 @@
-"""What a figure leaves behind: whole, kept when it is asked for again, made again when it is damaged."""
+"""Outputs of a figure: --resume, damaged files, checksums, and claims."""
 
 import json
 import math
@@ -13,11 +13,11 @@ from reproduce.__main__ import main
 from reproduce.claims import Claim, average, claims_table, read_claim, worst
 from reproduce.figure import FILES, Outcome, PaperFigure, run_figure
 
-MADE = "the figure is made again"
+COMPUTED_AGAIN = "computing the figure again"
 
 
 def figure(out, *arguments, measured=1.0):
-    """Make a figure that costs nothing; return the exit status."""
+    """Run a trivial figure; return the exit status."""
 
     def produce(options, directory):
         drawing = Figure()
@@ -32,7 +32,7 @@ def figure(out, *arguments, measured=1.0):
 
 @pytest.mark.parametrize("file", [*FILES, "claims.json"])
 @pytest.mark.parametrize("damage", ["half", "empty", "gone", "other text"])
-def test_a_damaged_output_is_told_in_one_line_and_made_again(file, damage, tmp_path, capsys):
+def test_damaged_output_is_reported_and_computed_again(file, damage, tmp_path, capsys):
     assert figure(tmp_path) == 0
     path = tmp_path / "plot" / file
     whole = path.read_bytes()
@@ -42,26 +42,26 @@ def test_a_damaged_output_is_told_in_one_line_and_made_again(file, damage, tmp_p
     assert figure(tmp_path, "--resume") == 0
     printed = capsys.readouterr()
     if (file, damage) == ("claims.json", "gone"):
-        assert printed.err == ""  # as if it had never been made
+        assert printed.err == ""
     else:
         assert printed.err.startswith("warning: ") and str(path) in printed.err and printed.err.count("\n") == 1
-        assert printed.err.endswith(f"{MADE}\n")
+        assert printed.err.endswith(f"{COMPUTED_AGAIN}\n")
     assert "kept" not in printed.out and {entry.name for entry in path.parent.iterdir()} == {*FILES, "claims.json"}
     assert figure(tmp_path, "--resume") == 0
     printed = capsys.readouterr()
-    assert "kept, it was finished before" in printed.out and printed.err == ""
+    assert "kept from an earlier run" in printed.out and printed.err == ""
 
 
-def test_what_is_kept_depends_on_what_was_asked_and_not_on_where(tmp_path, monkeypatch, capsys):
+def test_resume_depends_on_settings_and_not_on_paths(tmp_path, monkeypatch, capsys):
     assert figure(tmp_path) == 0
     monkeypatch.chdir(tmp_path)
-    where = ["--out", ".", "--root", "elsewhere", "--launcher", "srun"]
+    places = ["--out", ".", "--root", "elsewhere", "--launcher", "srun"]
     for arguments, kept in (
-        (where, True), (["--seeds", "3"], False), (["--data", "cifar10"], False), (["--profile", "full"], False)
+        (places, True), (["--seeds", "3"], False), (["--data", "cifar10"], False), (["--profile", "full"], False)
     ):  # fmt: skip
         capsys.readouterr()
         assert figure(tmp_path, "--resume", *arguments) == 0
-        assert ("kept, it was" in capsys.readouterr().out) is kept
+        assert ("kept from" in capsys.readouterr().out) is kept
         assert figure(tmp_path) == 0
     assert figure(tmp_path, "--resume", measured=2.0) == 0  # no new measurement
     assert figure(tmp_path, measured=2.0) == 1
@@ -69,11 +69,11 @@ def test_what_is_kept_depends_on_what_was_asked_and_not_on_where(tmp_path, monke
 
 @pytest.mark.parametrize("name", ["kernel_pca", "linear_model", "three_losses", "all"])
 @pytest.mark.parametrize("obstacle", ["a file", "no permission"])
-def test_an_output_that_cannot_be_written_is_one_line(name, obstacle, tmp_path, capsys, monkeypatch):
+def test_unwritable_output_folder_is_reported_in_one_line(name, obstacle, tmp_path, capsys, monkeypatch):
     out = tmp_path / "out"
     if obstacle == "a file":
         out.write_text("a file")
-    else:  # root may write anywhere
+    else:  # root can write everywhere
         monkeypatch.setattr(os, "access", lambda path, mode: False)
     assert main([name, "--profile", "smoke", "--out", str(out / "deeper")]) == 2
     error = capsys.readouterr().err
@@ -81,14 +81,14 @@ def test_an_output_that_cannot_be_written_is_one_line(name, obstacle, tmp_path, 
     assert error.count("\n") == 1
 
 
-def test_claims_carry_the_checksums_of_what_they_belong_to(tmp_path):
+def test_claims_contain_the_checksums_of_the_other_files(tmp_path):
     assert figure(tmp_path) == 0
     document = json.loads((tmp_path / "plot" / "claims.json").read_text(encoding="utf-8"))
     assert set(document["sha256"]) == set(FILES) and all(len(value) == 64 for value in document["sha256"].values())
 
 
 @pytest.mark.parametrize(("measured", "relation", "holds"), [(1, "<=", True), (2.1, "<=", False), (1, ">=", False)])
-def test_claims(measured, relation, holds):
+def test_claim_compares_the_measured_number_with_its_bound(measured, relation, holds):
     assert Claim("name", "text", measured, relation, 2).holds is holds
 
 
@@ -96,37 +96,37 @@ def test_claims(measured, relation, holds):
     ("relation", "control", "holds"),
     [("<=", 2.1, True), ("<=", 2.0, False), (">=", 1.9, True), (">=", 2.0, False), ("<=", math.nan, False)],
 )
-def test_a_claim_that_its_control_meets_fails(relation, control, holds):
+def test_claim_fails_if_its_control_satisfies_the_bound(relation, control, holds):
     claim = Claim("name", "text", 2.0, relation, 2.0, "wrong pairs", control)
     assert claim.holds is holds and claim.distance == 0
     assert f"(<= 2; wrong pairs: {control:.4g})".replace("<=", relation) in str(claim)
 
 
 @pytest.mark.parametrize(("relation", "measured", "control"), [("<=", 0.2, 0.7), (">=", 0.1, 0.9)])
-def test_a_claim_over_seeds_is_about_the_worst_seed_and_the_best_control(relation, measured, control):
+def test_worst_takes_the_worst_seed_and_the_best_control(relation, measured, control):
     claim = worst("name", "text", [0.1, 0.2], relation, 0.5, [0, 1], "wrong pairs", [0.9, 0.7])
     assert (claim.measured, claim.control_value) == (measured, control)
     assert worst("name", "text", [0.1, 0.2], relation, 0.5, [0, 1]).control_value is None
 
 
-def test_a_claim_of_a_mean_says_of_what_and_judges_the_control_by_its_own():
+def test_average_lists_its_values_and_averages_the_control():
     claim = average("name", "text", [0.5, 2.0], "<=", 1.1, [3, 4], "wrong pairs", [1.0, 4.0], geometric_mean)
     assert claim.measured == pytest.approx(1.0) and claim.control_value == pytest.approx(2.0) and claim.holds
-    assert claim.description == "text, mean of seeds 3, 4 (0.5, 2)"
+    assert claim.description == "text, mean over seeds 3, 4 (0.5, 2)"
     assert not average("name", "text", [0.5, 2.0], "<=", 1.1, [3, 4], "wrong pairs", [1.0, 4.0]).holds  # 1.25
     assert not average("name", "text", [1.0, float("nan")], "<=", 1.1, [3, 4]).holds
-    alone = average("name", "text", [0.5], "<=", 1.1, [3])
-    assert alone.control_value is None and alone.description == "text, mean of seed 3"
+    single = average("name", "text", [0.5], "<=", 1.1, [3])
+    assert single.control_value is None and single.description == "text, mean over seed 3"
 
 
-def test_claims_of_before_there_were_controls_are_read():
+def test_saved_claims_without_controls_are_read():
     saved = {"name": "n", "description": "d", "measured": 1.5, "relation": "<=", "bound": 2}
     assert read_claim(saved) == Claim("n", "d", 1.5, "<=", 2.0)
     claim = Claim("n", "d", 1.5, "<=", 2.0, "wrong pairs", 3.0)
     assert read_claim(json.loads(json.dumps(asdict(claim)))) == claim
 
 
-def test_the_table_of_claims_says_how_far_each_is_from_its_bound_and_what_fails_it():
+def test_claims_table_shows_distances_and_controls():
     claims = [("one", Claim("a", "text", 1.5, "<=", 2.0, "wrong pairs", 3.0)), ("two", Claim("b", "text", 1, ">=", 2))]
     lines = [line.split() for line in claims_table(claims).splitlines()]
     assert lines[1:] == [

@@ -1,4 +1,4 @@
-"""The figure of starts of different scale: descent in the eigenbasis of Γ is training on the pairs."""
+"""Figure start_scale: gradient descent in the eigenbasis of Γ, and the effect of the initial scale."""
 
 from argparse import Namespace
 
@@ -10,7 +10,7 @@ from stepwise_lightning import FixedCropPairs, LinearEncoder, barlow_twins_loss
 OPTIONS = Namespace(num_pairs=20, crop_size=6, dim=2, data="photos", root=None, download=False)
 
 
-def test_descent_in_the_eigenbasis_is_training_on_the_pairs():
+def test_descent_in_the_eigenbasis_matches_training_on_the_pairs():
     record = start_scale.experiment(1e-3, 0, OPTIONS).record
     pairs = FixedCropPairs(num_pairs=20, crop_size=6, seed=0)
     pairs.setup()
@@ -30,6 +30,6 @@ def test_descent_in_the_eigenbasis_is_training_on_the_pairs():
     torch.testing.assert_close(record.losses[early], torch.stack(losses)[record.steps[early]], rtol=1e-6, atol=1e-6)
 
 
-def test_a_smaller_start_separates_steps_and_follows_theory():
+def test_smaller_initialisation_separates_steps_and_follows_theory():
     small, ordinary = (start_scale.experiment(scale, 0, OPTIONS).summary() for scale in (1e-4, None))
     assert small["separation"] > ordinary["separation"] and small["deviation"] < 0.01 < ordinary["deviation"]

@@ -11,7 +11,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from reproduce.networks.variants import METHODS
+from reproduce.networks.variants import LOSS_SETTINGS
 from stepwise_lightning import BarlowTwins, SimCLR, SpectrumLogger, SpectrumRecord, VICReg
 from stepwise_lightning.callbacks.tensorboard import Lead, layout, scalars
 from stepwise_lightning.features import batch_statistics, capture
@@ -89,7 +89,7 @@ def test_tensorboard_has_one_chart_a_matrix_and_the_figure(run):
 @pytest.mark.parametrize("module", [BarlowTwins, VICReg, SimCLR])
 def test_what_a_loss_drives_comes_first_and_is_marked(module):
     lead = Lead.of(module(nn.Linear(2, 2), 0.1), list(MATRICES))
-    assert lead.matrix == module.driven_matrix == METHODS[module.loss_name].matrix
+    assert lead.matrix == module.driven_matrix == LOSS_SETTINGS[module.loss_name].matrix
     charts = list(layout(MATRICES, lead, "spectrum", 2).items())
     assert charts[0][0] == "At a glance" and list(charts[0][1])[-1].endswith(f", driven by {module.__name__}")
     assert list(charts[1][1]) == ["mode 0", "mode 1"]  # each of them one line a run

@@ -1,1 +1,1 @@
-"""Accelerated Barlow Twins: descent in full view, and networks."""
+"""Accelerated Barlow Twins: full-batch gradient descent, and networks."""

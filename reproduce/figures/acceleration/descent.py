@@ -1,7 +1,7 @@
-"""Descents of the analytical loss in full view: plain, with momentum, accelerated; and which is the fastest.
+"""Gradient descent on the analytical loss: plain, with momentum and accelerated, with a search for the best rate.
 
-A model that is linear in features is descended in the eigenbasis of Γ, in float64, which is training on the pairs. What
-is counted are optimiser steps until all d eigenvalues of C are at ½, and stay there.
+Training of a model that is linear in its features is computed in the eigenbasis of Γ, in float64. The result is the
+number of optimiser steps until all d eigenvalues of C are above ½ and remain there.
 """
 
 from __future__ import annotations
@@ -18,17 +18,15 @@ from stepwise_lightning import SpectrumRecord
 from stepwise_lightning.acceleration import gate, lyapunov
 from stepwise_lightning.theory import feature_cross_correlation
 
-LEARNED = 0.5
-STAYS = (
-    1.5  # all modes are learned since all eigenvalues lie between ½ and this, as they have to for half as long again
-)
+# All modes are learned when all eigenvalues are in this range, and remain there for half as many steps again.
+LEARNED, OVERSHOOT = 0.5, 1.5
 RULES = ("plain", "momentum", "gate", "lyapunov")
-# The control: features are divided by |Γ|, so that all modes are equally fast.
-FEATURES = "features"
+# Control: features divided by |Γ|, which makes all modes equally fast.
+SCALED_FEATURES = "features"
 
 
 class Setting(NamedTuple):
-    """How is descended: by which rule, and at which rate: relative to 1/(4γ_1), but for Lyapunov and the control."""
+    """Update rule, learning rate (in units of 1/(4γ_1) except for Lyapunov and the control) and momentum."""
 
     rule: str
     rate: float
@@ -37,83 +35,85 @@ class Setting(NamedTuple):
 
 @dataclass
 class Descent:
-    """One descent: when all modes were learned, and what it has come to."""
+    """Result of one training run by gradient descent."""
 
     setting: Setting
     steps: float = math.nan
-    """Since which all modes are learned; NaN if that has not been."""
+    """Step after which all modes are learned, or NaN."""
     path: dict[int, Tensor] = field(default_factory=dict)
-    """Eigenvalues of C by step, (d,) each, where they were kept."""
+    """Eigenvalues of C by step, (d,) each."""
     final: Tensor = field(default_factory=lambda: torch.zeros(0))
     """Weights, or embeddings of both views, at the end."""
 
     def record(self) -> SpectrumRecord:
-        """Return what was kept, with steps for times."""
+        """Return the eigenvalues as a record with steps as times."""
         values, steps = torch.stack(list(self.path.values())), torch.tensor(list(self.path))
         return SpectrumRecord.of(steps.double(), values, (1 - values).square().sum(1), steps=steps)
 
 
-class Watch:
-    """Looks at C before each step, and says when to stop."""
+class ConvergenceMonitor:
+    """Record the eigenvalues of C before each step, and detect when all modes are learned."""
 
-    def __init__(self, descent: Descent, most: int) -> None:
-        self.descent, self._most, self._since, self._step = descent, most, math.nan, -1
+    def __init__(self, descent: Descent, max_steps: int) -> None:
+        self.descent, self._max_steps, self._since, self._step = descent, max_steps, math.nan, -1
 
-    def goes_on(self, c: Tensor) -> bool:
-        """Take in C, (d, d), and return whether there is a reason to take another step."""
+    def update(self, c: Tensor) -> bool:
+        """Record C, (d, d), and return True if training should continue."""
         self._step += 1
         if not c.isfinite().all() or float(c.abs().max()) > 100:
             return False
         values = torch.linalg.eigvalsh(c).flip(0)
         self.descent.path[self._step] = values
-        if not (float(values[-1]) >= LEARNED and float(values[0]) <= STAYS):
+        if not (float(values[-1]) >= LEARNED and float(values[0]) <= OVERSHOOT):
             self._since = math.nan
         elif math.isnan(self._since):
             self._since = self._step
         if math.isnan(self._since):
-            return self._step < self._most
+            return self._step < self._max_steps
         if self._step >= 1.5 * self._since:
             self.descent.steps = self._since
         return math.isnan(self.descent.steps)
 
 
-def tuned(run: Callable[[Setting, int], Descent], settings: Iterable[Setting], most: int) -> Descent:
-    """Return the descent that learns all modes in the fewest steps; of none that does, the first, with NaN steps.
+def fastest_descent(run: Callable[[Setting, int], Descent], settings: Iterable[Setting], max_steps: int) -> Descent:
+    """Return the descent with the fewest steps, or the first one if none learns all modes.
 
     Args:
-        run: from a setting, and the most steps to wait for all modes, to a descent.
-        settings: those to choose from; the promising ones first, because those after them are cut short.
-        most: steps that are waited for the first.
+        run: function of a setting and the maximum number of steps.
+        settings: candidates, promising ones first: the best number of steps so far limits later candidates.
+        max_steps: limit for the first candidate.
 
     """
     best: Descent | None = None
     for setting in settings:
-        descent = run(setting, most)
+        descent = run(setting, max_steps)
         if best is None or descent.steps < best.steps or (math.isnan(best.steps) and descent.steps < math.inf):
             best = descent
         if not math.isnan(best.steps):
-            most = int(best.steps)
+            max_steps = int(best.steps)
     assert best is not None
     return best
 
 
 @dataclass
 class LinearProblem:
-    """Features of pairs, in the eigenbasis of their Γ, and a small start."""
+    """Features of the pairs in the eigenbasis of Γ, and small initial weights."""
 
     gamma: Tensor
     """Eigenvalues of Γ, (m,), descending."""
     views: tuple[Tensor, Tensor]
     """Features in that basis, (n, m) each."""
     weights0: Tensor
-    """(d, m)."""
+    """Initial weights, (d, m)."""
 
     @classmethod
-    def of(cls, h1: Tensor, h2: Tensor, dimensions: tuple[int, int], init_std: float, seed: int) -> LinearProblem:
-        """Return it for features (n, m), with as many dimensions, between two numbers, as have the widest gap behind.
+    def from_features(
+        cls, h1: Tensor, h2: Tensor, dimensions: tuple[int, int], init_std: float, seed: int
+    ) -> LinearProblem:
+        """Return the problem for features (n, m), with d chosen in a range at the smallest ratio γ_{d+1}/γ_d.
 
-        Where γ_{d+1} is hardly smaller than γ_d, no descent of a usual length tells the two apart, and there is no
-        top-d subspace to be found.
+        At a ratio near 1, training of usual length does not separate the two modes, and the top-d subspace is not
+        defined.
         """
         gamma, basis = torch.linalg.eigh(feature_cross_correlation(h1, h2))
         gamma, basis = gamma.flip(0), basis.flip(1)
@@ -122,38 +122,41 @@ class LinearProblem:
         weights0 = init_std * torch.randn(d, len(gamma), generator=generator, dtype=torch.float64)
         return cls(gamma, (h1 @ basis, h2 @ basis), weights0)
 
-    def descend(self, setting: Setting, most: int) -> Descent:
-        """Descend with all pairs at every step."""
-        return self._descend(setting, most, lambda weights: (weights * self.gamma @ weights.T, weights * self.gamma))
+    def descend(self, setting: Setting, max_steps: int) -> Descent:
+        """Train with all pairs at every step."""
+        return self._descend(
+            setting, max_steps, lambda weights: (weights * self.gamma @ weights.T, weights * self.gamma)
+        )
 
-    def descend_fresh(self, setting: Setting, most: int, batch_size: int, seed: int) -> Descent:
-        """Descend with other pairs at every step, drawn at random; C that is looked at is that of all pairs."""
+    def descend_minibatches(self, setting: Setting, max_steps: int, batch_size: int, seed: int) -> Descent:
+        """Train with a random batch at every step; the recorded C is computed from all pairs."""
         generator = torch.Generator().manual_seed(seed)
 
-        def batch(weights: Tensor) -> tuple[Tensor, Tensor]:
-            drawn = torch.randint(len(self.views[0]), (batch_size,), generator=generator)
-            h1, h2 = (h[drawn] for h in self.views)
+        def batch_moments(weights: Tensor) -> tuple[Tensor, Tensor]:
+            indices = torch.randint(len(self.views[0]), (batch_size,), generator=generator)
+            h1, h2 = (h[indices] for h in self.views)
             f1, f2 = h1 @ weights.T, h2 @ weights.T
             return (f1.T @ f2 + f2.T @ f1) / (2 * batch_size), (f1.T @ h2 + f2.T @ h1) / (2 * batch_size)
 
-        return self._descend(setting, most, batch)
+        return self._descend(setting, max_steps, batch_moments)
 
-    def _descend(self, setting: Setting, most: int, moments: Callable[[Tensor], tuple[Tensor, Tensor]]) -> Descent:
-        """Descend ΔW = η P G; ``moments`` gives C and G = W Γ, as they are seen at a step."""
-        watch = Watch(Descent(setting), most)
+    def _descend(self, setting: Setting, max_steps: int, moments: Callable[[Tensor], tuple[Tensor, Tensor]]) -> Descent:
+        """Iterate ΔW = η P G; ``moments`` returns C and G = W Γ for the current weights."""
+        monitor = ConvergenceMonitor(Descent(setting), max_steps)
         weights, velocity = self.weights0, torch.zeros_like(self.weights0)
-        unitless = setting.rule in ("lyapunov", FEATURES)
+        unitless = setting.rule in ("lyapunov", SCALED_FEATURES)
         rate = setting.rate if unitless else setting.rate / (4 * float(self.gamma[0]))
-        while watch.goes_on(weights * self.gamma @ weights.T):
+        while monitor.update(weights * self.gamma @ weights.T):
             c, g = moments(weights)
             if not c.isfinite().all():
                 break
             p = _matrix(setting.rule, c, g)
-            g = g / self.gamma.abs().clamp(min=1e-9 * float(self.gamma[0])) if setting.rule == FEATURES else g
+            if setting.rule == SCALED_FEATURES:
+                g = g / self.gamma.abs().clamp(min=1e-9 * float(self.gamma[0]))
             velocity = setting.momentum * velocity + p @ g
             weights = weights + rate * velocity
-        watch.descent.final = weights
-        return watch.descent
+        monitor.descent.final = weights
+        return monitor.descent
 
 
 def _matrix(rule: str, c: Tensor, g: Tensor) -> Tensor:
