@@ -26,7 +26,7 @@ from stepwise_lightning.errors import UserError
 from stepwise_lightning.files import atomic_write_text
 from stepwise_lightning.signals import EX_TEMPFAIL
 
-CONFIGS = Path(__file__).parent.parent / "configs"
+CONFIGS = Path(__file__).parents[2] / "configs"
 # cpu: the shipped configuration; smoke: a size for tests; full: the paper's size.
 PROFILES: dict[str, dict[str, Any]] = {"smoke": {}, "cpu": {}, "full": {"data": "stl10"}}
 # Between cpu and full: hours on a CPU, used by one figure only.
