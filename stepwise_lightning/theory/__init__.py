@@ -1,13 +1,8 @@
-"""Closed-form predictions. Knows nothing of Lightning."""
+"""Closed-form predictions of learning dynamics. Does not import Lightning."""
 
-from stepwise_lightning.theory.alignment import (
-    chance_alignment,
-    linear_cka,
-    procrustes_distance,
-    subspace_alignment,
-)
+from stepwise_lightning.theory.alignment import chance_alignment, subspace_alignment
 from stepwise_lightning.theory.contrastive import ContrastiveKernelPCA
-from stepwise_lightning.theory.growth import expected_steps, growth_matrix, heavy_ball_growth
+from stepwise_lightning.theory.growth import growth_matrix, heavy_ball_growth
 from stepwise_lightning.theory.kernels import laplace_kernel, linear_kernel, rbf_kernel, relu_ntk
 from stepwise_lightning.theory.last_layer import LastLayer
 from stepwise_lightning.theory.linear import LinearBarlowTwins
@@ -22,14 +17,11 @@ __all__ = [
     "LastLayer",
     "LinearBarlowTwins",
     "chance_alignment",
-    "expected_steps",
     "feature_cross_correlation",
     "growth_matrix",
     "heavy_ball_growth",
     "laplace_kernel",
-    "linear_cka",
     "linear_kernel",
-    "procrustes_distance",
     "rbf_kernel",
     "relu_ntk",
     "stability_limits",

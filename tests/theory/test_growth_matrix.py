@@ -1,4 +1,4 @@
-"""Growth matrices against Hessian–vector products of the losses themselves, by autograd in float64."""
+"""Growth matrices against Hessian–vector products of the losses, by autograd in float64."""
 
 from itertools import combinations
 
@@ -17,7 +17,7 @@ def normal(*shape, seed=0):
 
 
 def features(num_pairs=NUM_PAIRS, seed=0):
-    """Two views that share some of what varies, each about a mean of its own."""
+    """Return two views with shared content, noise and different means."""
     content = normal(num_pairs, NUM_FEATURES, seed=seed)
     views = [content + 0.7 * normal(num_pairs, NUM_FEATURES, seed=seed + k) + 0.5 * k for k in (1, 2)]
     return views[0], views[1]
@@ -48,7 +48,7 @@ def error(actual, expected):
         ("simclr", {"temperature": 0.1}),
     ],
 )
-def test_early_growth_is_that_of_the_loss(loss, settings):
+def test_growth_matrix_matches_hessian_of_loss(loss, settings):
     direction, bias = normal(DIM, NUM_FEATURES, seed=8), torch.zeros(DIM, dtype=torch.float64)
     growth = growth_matrix(loss, *features(), DIM, **settings)
     expected = -direction @ growth
@@ -60,42 +60,27 @@ def test_early_growth_is_that_of_the_loss(loss, settings):
     assert error(product, expected) < 1e-10
 
 
-def test_early_growth_of_simclr_with_dot_products():
-    def loss(z1, z2):
-        z = torch.cat([z1, z2])
-        similarities = z @ z.T / 0.2
-        others = similarities.masked_fill(torch.eye(len(z), dtype=torch.bool), -torch.inf).logsumexp(1)
-        return others.mean() - similarities.diagonal(len(z1)).mean()
-
-    direction = normal(DIM, NUM_FEATURES, seed=8)
-    product = hessian_product(loss, torch.zeros(DIM, dtype=torch.float64), direction)
-    growth = growth_matrix("dot_simclr", *features(), DIM, temperature=0.2)
-    assert error(product, -direction @ growth) < 1e-10
-    # the same as with a bias of norm 1, but without the direction that the bias takes
-    torch.testing.assert_close(growth, growth_matrix("simclr", *features(), DIM, temperature=0.2), rtol=1e-12, atol=0)
-
-
-def test_cosines_without_a_bias_have_no_small_start():
+def test_simclr_gradient_without_bias_diverges_at_small_weights():
     h1, h2 = features()
     weights = normal(DIM, NUM_FEATURES, seed=8)
     gradients = [
         torch.autograd.functional.jacobian(lambda w: simclr_loss(h1 @ w.T, h2 @ w.T), scale * weights)
         for scale in (1.0, 1e-3)
     ]
-    # were the loss of second order in small weights, the smaller weights would have the smaller gradient
+    # a loss of second order in small weights would have a gradient proportional to them
     torch.testing.assert_close(gradients[1], 1e3 * gradients[0], rtol=1e-9, atol=1e-9)
 
 
-def test_the_bias_of_simclr_gets_no_force_of_first_order():
+def test_simclr_bias_gradient_is_second_order_in_weights():
     h1, h2 = features()
     weights, bias = normal(DIM, NUM_FEATURES, seed=8), normal(DIM, seed=9)
-    forces = [
+    gradients = [
         torch.autograd.functional.jacobian(
             lambda b, scale=scale: simclr_loss(h1 @ (scale * weights).T + b, h2 @ (scale * weights).T + b), bias
         ).norm()
         for scale in (1e-3, 1e-4)
     ]
-    assert float(forces[0] / forces[1]) == pytest.approx(100, rel=0.02)
+    assert float(gradients[0] / gradients[1]) == pytest.approx(100, rel=0.02)
 
 
 @pytest.mark.parametrize(
@@ -107,8 +92,8 @@ def test_the_bias_of_simclr_gets_no_force_of_first_order():
     ],
     ids=["barlow_twins", "vicreg", "simclr"],
 )
-def test_growth_in_batches_against_that_of_all_pairs(loss, settings, share):
-    """The mean over all batches of 3 of 8 pairs, which is what batches drawn at random have in expectation."""
+def test_growth_matrix_of_batches_has_documented_expectation(loss, settings, share):
+    """The mean over all batches of 3 of 8 pairs is the expectation over random batches."""
     h1, h2 = features(8)
     drawn = torch.tensor(list(combinations(range(8), 3)))
     in_batches = growth_matrix(loss, h1[drawn], h2[drawn], DIM, **settings)
@@ -117,7 +102,7 @@ def test_growth_in_batches_against_that_of_all_pairs(loss, settings, share):
     assert error(in_batches / share(3), growth_matrix(loss, h1, h2, DIM, **settings) / share(8)) < 1e-12
 
 
-def test_moments_of_features_against_their_definitions():
+def test_feature_moments_match_definitions():
     h1, h2 = features()
     moments = FeatureMoments.of(h1.float(), h2)
     h1 = h1.float().double()
@@ -136,14 +121,14 @@ def test_moments_of_features_against_their_definitions():
         torch.testing.assert_close(getattr(moments, name), value, rtol=1e-12, atol=1e-12, msg=name)
 
 
-def test_moments_keep_what_varies_little_about_a_large_mean():
+def test_feature_moments_are_accurate_for_large_means():
     h1, h2 = features()
     shifted = FeatureMoments.of(h1 + 2.0**20, h2 + 2.0**20)
     torch.testing.assert_close(shifted.difference, FeatureMoments.of(h1, h2).difference, rtol=1e-8, atol=1e-8)
     torch.testing.assert_close(shifted.covariance, FeatureMoments.of(h1, h2).covariance, rtol=1e-8, atol=1e-8)
 
 
-def test_what_cannot_be_is_refused():
+def test_invalid_arguments_raise():
     h1, h2 = features()
     with pytest.raises(ValueError, match="loss must be one of 'barlow_twins', 'vicreg', 'simclr', got 'byol'"):
         growth_matrix("byol", h1, h2, DIM)
