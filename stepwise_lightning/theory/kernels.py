@@ -6,9 +6,9 @@ Legend
     κ_0, κ_1    arc-cosine kernels of degree 0 and 1 (Cho and Saul, NeurIPS 2009), as functions of θ
     Σ, Θ    covariance of a layer's units, and tangent kernel, both divided by |x||y|
 
-All are symmetric, positive semi-definite, and deterministic; inputs of any real type are cast to float64 first, and the
-result lies on the device of ``x``, or on the CPU where that has no float64. Each raises a ValueError for inputs that
-are empty, complex, or of different lengths.
+All are symmetric, positive semi-definite and deterministic. Inputs of any real type are cast to float64 first; the
+result is on the device of ``x``, or on the CPU if that device has no float64. Each kernel raises a ValueError for
+inputs that are empty, complex, or of different lengths.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch import Tensor
 from stepwise_lightning.errors import UserError
 from stepwise_lightning.precision import as_float64
 
-# Below this share of |x|² + |y|² a squared distance from products has lost half of its digits.
+# Below this fraction of |x|² + |y|², a squared distance computed from products has lost half of its digits.
 _CLOSE = 1e-8
 
 
@@ -46,36 +46,39 @@ def laplace_kernel(x: Tensor, y: Tensor, length_scale: float = 1.0) -> Tensor:
 def relu_ntk(x: Tensor, y: Tensor, depth: int = 1) -> Tensor:
     """Return the neural tangent kernel of an infinitely wide ReLU network with ``depth`` hidden layers, (k, l).
 
-    No biases, NTK parametrisation, weights of unit variance, activations scaled to keep |x| (Jacot et al., NeurIPS
-    2018). With Θ_0 = cos θ_0 and cos θ_{l+1} = κ_1(θ_l), Θ_{l+1} = κ_1(θ_l) + Θ_l κ_0(θ_l), and K = |x||y| Θ_depth;
-    κ_0 = (π − θ)/π, κ_1 = (sin θ + (π − θ) cos θ)/π. For one hidden layer that is
-    K = |x||y| [(sin θ + (π − θ) cos θ) + (π − θ) cos θ] / π. The recursion runs in θ, since cos θ loses half of the
-    digits where inputs are nearly parallel.
+    Source: Jacot et al., NeurIPS 2018, arXiv 1806.07572. No biases, NTK parametrisation, weights of unit variance,
+    activations scaled to preserve |x|. With Θ_0 = cos θ_0,
+
+        cos θ_{l+1} = κ_1(θ_l),  Θ_{l+1} = κ_1(θ_l) + Θ_l κ_0(θ_l),  K = |x||y| Θ_depth,
+        κ_0 = (π − θ)/π,  κ_1 = (sin θ + (π − θ) cos θ)/π.
+
+    For one hidden layer K = |x||y| [sin θ + 2 (π − θ) cos θ] / π. The recursion is in θ, because cos θ loses half of
+    the digits for nearly parallel inputs.
 
     Raises:
         ValueError: ``depth`` below 1.
 
     """
     if depth < 1:
-        raise UserError(f"depth must be at least 1 hidden layer, got {depth}")
+        raise UserError(f"depth must be at least 1 (hidden layers), got {depth}")
     x, y = _flattened(x, y)
     lengths = [z.norm(dim=1, keepdim=True) for z in (x, y)]
     u, v = (z / length.where(length > 0, 1.0) for z, length in zip((x, y), lengths, strict=True))
     theta = 2 * (_squared_distances(u, v).sqrt_() / 2).clamp_(max=1).asin_()
     tangent = theta.cos()
     for _ in range(depth):
-        share = 1 - theta / math.pi
+        kappa0 = 1 - theta / math.pi
         # 1 − κ_1, without the cancellation of κ_1 against 1
-        missing = 2 * (theta / 2).sin().square() - (theta.sin() - theta * theta.cos()) / math.pi
-        tangent = 1 - missing + tangent * share
-        theta = 2 * (missing / 2).clamp(0, 1).sqrt_().asin_()
+        complement = 2 * (theta / 2).sin().square() - (theta.sin() - theta * theta.cos()) / math.pi
+        tangent = 1 - complement + tangent * kappa0
+        theta = 2 * (complement / 2).clamp(0, 1).sqrt_().asin_()
     return tangent * lengths[0] * lengths[1].T
 
 
 def _flattened(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     if x.ndim < 2 or y.ndim < 2 or not x.numel() or not y.numel() or x[0].numel() != y[0].numel():
         raise UserError(
-            "a kernel needs inputs (k, …) and (l, …) with equally many features, got "
+            "kernel inputs must be (k, …) and (l, …) with the same number of features and not empty, got "
             f"{tuple(x.shape)} and {tuple(y.shape)}"
         )
     x = as_float64(x.flatten(1), "the first inputs")
@@ -89,7 +92,7 @@ def _positive(length_scale: float) -> float:
 
 
 def _squared_distances(x: Tensor, y: Tensor) -> Tensor:
-    """Return |x − y|², (k, l): from products, which is fast, and directly where these cancel."""
+    """Return |x − y|², (k, l), from products, and from differences where products would cancel."""
     norms = x.square().sum(1)[:, None], y.square().sum(1)[None]
     squared = torch.addmm(norms[0] + norms[1], x, y.T, alpha=-2)
     rows, columns = (squared <= _CLOSE * (norms[0] + norms[1])).nonzero(as_tuple=True)

@@ -1,17 +1,17 @@
-r"""Gradients of the three losses with respect to the weights W of a last linear layer z = W h, on features that stay.
+r"""Gradients of the three losses with respect to the weights W of a last linear layer z = W h on fixed features.
 
 ============================  ===========================================================================
 loss                          gradient
 ============================  ===========================================================================
 Barlow Twins                  2 G W Γ, G = 2(C − I) on the diagonal, 2κC off it (κ its weight)
-the same, normalised          N W Xᵀ + Nᵀ W X − diag(s_1² (G∘C)1) W S_1 − diag(s_2² (G∘C)ᵀ1) W S_2
+… normalised                  N W Xᵀ + Nᵀ W X − diag(s_1² (G∘C)1) W S_1 − diag(s_2² (G∘C)ᵀ1) W S_2
 VICReg                        (2λ/d) W D + Σ_v [(4ν/d) off(C_v) − diag(μ 1[σ_v < 1] / 2dσ_v)] W Σ_v
 SimCLR                        Σ_i (du_i − u_i u_i·du_i)/‖z_i‖ h_iᵀ, du = (E + Eᵀ) u / 2nτ
 ============================  ===========================================================================
 
 Legend
     n, d, m     pairs of a batch, with features h_i, h'_i in R^m; W (d, m)
-    Γ, Σ_v, D   moments of the features: cross-correlation, covariance of view v, mean square of the pairs' differences
+    Γ, Σ_v, D   moments of the features: cross-correlation, covariance of view v, mean square of pair differences
                 (:class:`stepwise_lightning.theory.moments.FeatureMoments`)
     C           Barlow Twins: W Γ Wᵀ; normalised: s_1 W X Wᵀ s_2, with X the cross-correlation of the views' features
                 and s_v the diagonal matrix of 1/√(diag(W S_v Wᵀ) + ε), S_v = Σ_v (n − 1)/n
@@ -20,7 +20,7 @@ Legend
     C_v, σ_v    VICReg: W Σ_v Wᵀ, √(diag C_v + ε); λ, μ, ν the weights of invariance, variance, covariance
     u, E        SimCLR: z/‖z‖; the softmax of uuᵀ/τ without the diagonal, less one at each pair; τ the temperature
 
-Source: derived here, from the losses as :mod:`stepwise_lightning.losses` defines them.
+Source: derived here from the losses in :mod:`stepwise_lightning.losses`.
 """
 
 from __future__ import annotations
@@ -36,20 +36,20 @@ from stepwise_lightning.theory.moments import FeatureMoments
 
 __all__ = ["Gradient", "layer_gradient"]
 
-# From the weights and the number of steps before to the gradient.
+# Maps the weights and the index of the step to the gradient.
 Gradient = Callable[[Tensor, int], Tensor]
 
 
 def layer_gradient(loss: str, h1: Tensor, h2: Tensor, dim: int, settings: Mapping[str, Any]) -> Gradient:
-    """Return the gradient of a loss, a function of W (d, m) and of the number of steps before.
+    """Return the gradient of a loss as a function of W (d, m) and of the index of the step.
 
     Args:
         loss: ``barlow_twins``, ``vicreg`` or ``simclr``.
-        h1: features of the first views, float64, (batches, n, m). Barlow Twins and VICReg take the batches' mean
-            moments, SimCLR the batches in turn.
+        h1: features of the first views, float64, (batches, n, m). Barlow Twins and VICReg use the mean
+            moments of the batches; SimCLR uses one batch per step, cyclically.
         h2: features of the second views.
         dim: d.
-        settings: all of the loss's own arguments.
+        settings: all arguments of the loss.
 
     """
     if loss == "simclr":
@@ -121,7 +121,7 @@ def _simclr(h1: Tensor, h2: Tensor, temperature: float) -> Gradient:
     def gradient(w: Tensor, step: int) -> Tensor:
         h = features[step % len(features)]
         z = h @ w.T
-        norms = z.norm(dim=1, keepdim=True).clamp(min=1e-12)  # as torch's normalize
+        norms = z.norm(dim=1, keepdim=True).clamp(min=1e-12)  # as torch.nn.functional.normalize
         u = z / norms
         similarities = (u @ u.T).div_(temperature)
         similarities.fill_diagonal_(-math.inf)

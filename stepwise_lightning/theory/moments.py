@@ -1,9 +1,9 @@
-"""The second moments of two views' features, on which the losses of a last linear layer depend.
+"""Second moments of two views' features, from which the losses of a last linear layer are computed.
 
 Legend
     n           number of positive pairs, with features h_i, h'_i in R^m; h̄, h̄' their means
     Γ (m, m)    the features' cross-correlation (1/2n) Σ_i (h_i h'_iᵀ + h'_i h_iᵀ)
-    Σ_1, Σ_2    covariance of either view; Σ that of all 2n views together about one mean; all unbiased
+    Σ_1, Σ_2    covariance of each view; Σ: covariance of all 2n views about their common mean; all unbiased
     D (m, m)    (1/n) Σ_i (h_i − h'_i)(h_i − h'_i)ᵀ
 """
 
@@ -22,15 +22,15 @@ __all__ = ["FeatureMoments", "validated_features", "feature_cross_correlation"]
 def feature_cross_correlation(x1: Tensor, x2: Tensor) -> Tensor:
     """Return Γ = (1/2n) Σ_i (x_i x'_iᵀ + x'_i x_iᵀ), the features' cross-correlation between two views.
 
-    Γ is symmetric, not centred, and may have negative eigenvalues: it equals shared content
-    minus augmentation noise, (1/n) Σ_i (μ_i μ_iᵀ − δ_i δ_iᵀ) with μ = (x + x')/2 and δ = (x − x')/2.
+    Γ is symmetric, not centred, and may have negative eigenvalues: shared content minus augmentation noise,
+    Γ = (1/n) Σ_i (μ_i μ_iᵀ − δ_i δ_iᵀ) with μ = (x + x')/2 and δ = (x − x')/2.
 
     Args:
-        x1: first views, (n, …); everything after the first dimension is flattened to m features.
+        x1: first views, (n, …), flattened to m features.
         x2: second views, of the same shape.
 
     Returns:
-        Γ, (m, m), float64, on the device of ``x1``, or on the CPU where that has no float64.
+        Γ, (m, m), float64, on the device of ``x1``, or on the CPU if that device has no float64.
 
     Example:
         >>> import torch
@@ -44,10 +44,7 @@ def feature_cross_correlation(x1: Tensor, x2: Tensor) -> Tensor:
         ValueError: the views differ in shape, are empty or complex, or hold non-finite values.
 
     """
-    if x1.shape != x2.shape:
-        raise UserError(f"the two views must have one shape, got {tuple(x1.shape)} and {tuple(x2.shape)}")
-    if x1.ndim < 2 or x1.numel() == 0:
-        raise UserError(f"views must have shape (pairs, features…) and not be empty, got {tuple(x1.shape)}")
+    check_view_shapes(x1, x2)
     a = as_float64(x1.flatten(1), "the first views")
     b = as_float64(x2.flatten(1), "the second views").to(a.device)
     product = a.T @ b / len(a)
@@ -56,15 +53,20 @@ def feature_cross_correlation(x1: Tensor, x2: Tensor) -> Tensor:
     return (product + product.T) / 2
 
 
+def check_view_shapes(x1: Tensor, x2: Tensor) -> None:
+    """Raise a ValueError unless both views have the same shape (n, …), not empty."""
+    if x1.shape != x2.shape:
+        raise UserError(f"the two views must have the same shape, got {tuple(x1.shape)} and {tuple(x2.shape)}")
+    if x1.ndim < 2 or x1.numel() == 0:
+        raise UserError(f"views must have shape (pairs, features…) and not be empty, got {tuple(x1.shape)}")
+
+
 @dataclass(frozen=True)
 class FeatureMoments:
-    """The second moments of two views' features on which losses depend, (m, m) each, float64.
-
-    Of batches they are the means of the batches' own moments, which is what mini-batches do to a last layer on average.
-    """
+    """Second moments of two views' features, (m, m) each, float64; for batches, means of the batches' moments."""
 
     num_pairs: int
-    """n, pairs in a batch."""
+    """n, pairs per batch."""
     cross: Tensor
     """(1/n) Σ_i (h_i − h̄)(h'_i − h̄')ᵀ; not symmetric."""
     uncentered_cross: Tensor
@@ -74,13 +76,13 @@ class FeatureMoments:
     covariance2: Tensor
     """Σ_2, of the second views."""
     covariance: Tensor
-    """Σ, of all 2n views about one mean, with 1/(2n − 1)."""
+    """Σ, of all 2n views about their common mean, with 1/(2n − 1)."""
     difference: Tensor
     """D, not centred."""
 
     @classmethod
     def of(cls, h1: Tensor, h2: Tensor) -> FeatureMoments:
-        """Return the moments of features (n, m), or of batches of them (batches, n, m).
+        """Return the moments of features (n, m), or of batches of features (batches, n, m).
 
         Raises:
             ValueError: the views differ in shape, have fewer than 2 pairs, are complex or hold non-finite values.
@@ -90,8 +92,7 @@ class FeatureMoments:
         batches, n, _ = h1.shape
         means1, means2 = h1.mean(1), h2.mean(1)
         shifts = means1 - means2
-        # Centred before they are multiplied, or the means would take the digits of what varies. Sums over batches and
-        # pairs are then one product.
+        # Centre before multiplying, to avoid cancellation; sums over batches and pairs are then one product.
         c1, c2 = ((h - mean[:, None]).flatten(0, 1) for h, mean in ((h1, means1), (h2, means2)))
         delta = (h1 - h2).flatten(0, 1)
         scatter1, scatter2, cross = c1.T @ c1 / batches, c2.T @ c2 / batches, c1.T @ c2 / len(c1)
@@ -106,13 +107,13 @@ class FeatureMoments:
         )
 
     def gamma(self, center: bool = True) -> Tensor:
-        """Return Γ, of centred features or of the features themselves."""
+        """Return Γ of the centred features, or of the features without centring."""
         cross = self.cross if center else self.uncentered_cross
         return (cross + cross.T) / 2
 
     @property
     def pooled(self) -> Tensor:
-        """Σ with 1/2n: of embeddings, it is the covariance whose eigenvalues are measured."""
+        """Σ with 1/2n in place of 1/(2n − 1), the normalisation of the measured covariance of embeddings."""
         return self.covariance * (1 - 0.5 / self.num_pairs)
 
 
@@ -125,13 +126,13 @@ def validated_features(h1: Tensor, h2: Tensor) -> tuple[Tensor, Tensor]:
     """
     if h1.shape != h2.shape or h1.ndim not in (2, 3) or h1.numel() == 0:
         raise UserError(
-            "the two views' features must have one shape (pairs, features) or (batches, pairs, features), not empty, "
-            f"got {tuple(h1.shape)} and {tuple(h2.shape)}"
+            "features of both views must have the same shape, (pairs, features) or (batches, pairs, features), "
+            f"and not be empty, got {tuple(h1.shape)} and {tuple(h2.shape)}"
         )
     if h1.shape[-2] < 2:
-        raise UserError(f"features need at least 2 pairs in a batch for a covariance, got {h1.shape[-2]}: give more")
+        raise UserError(f"a covariance needs at least 2 pairs per batch, got {h1.shape[-2]}: use larger batches")
     a = as_float64(h1.detach(), "the first views' features")
     b = as_float64(h2.detach(), "the second views' features").to(a.device)
     if not (a.isfinite().all() and b.isfinite().all()):
-        raise UserError("the features hold NaN or infinite values: look at the data, or lower the learning rate")
+        raise UserError("the features hold NaN or infinite values: check the data, or lower the learning rate")
     return (a, b) if a.ndim == 3 else (a[None], b[None])

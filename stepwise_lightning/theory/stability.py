@@ -1,11 +1,11 @@
-r"""Up to which learning rate analytical Barlow Twins trains from a small start, with momentum (beyond the paper).
+r"""Stability limits of the learning rate for analytical Barlow Twins from a small start, with momentum.
 
 Legend
-    γ_1         largest eigenvalue of Γ; the features' largest cross-correlation
+    Γ (m, m)    cross-correlation of the features; γ_1 its largest eigenvalue
     η, β        learning rate, momentum
-    x           4ηγ_1, what drives the first mode at each step
-    r           what a small mode's weights are multiplied by at each step
-    u           a mode's weights in units of what they end at, λ = u²
+    x           4ηγ_1, the drive of the first mode
+    r           factor by which the weights of a small mode are multiplied at each step
+    u           weights of a mode in units of their final value; its eigenvalue of C is λ = u²
 """
 
 from __future__ import annotations
@@ -23,32 +23,31 @@ __all__ = ["StabilityLimits", "diverging_fraction", "stability_limits"]
 
 
 class StabilityLimits(NamedTuple):
-    """Values of x = 4ηγ_1, of analytical Barlow Twins, that :func:`stability_limits` returns."""
+    """Limits of x = 4ηγ_1 for analytical Barlow Twins; see :func:`stability_limits`."""
 
     local: float
     safe: float
     even: float
 
 
-# Small starts differ in when they arrive within a step: so many of these phases are followed.
+# Number of simulated phases: the fraction of a step at which a mode reaches its final size.
 _PHASES = 128
 _SMALL, _ESCAPED = 1e-4, 1e3
 
 
 def diverging_fraction(drive: Tensor, momentum: float) -> Tensor:
-    r"""Return which share of small starts diverges under analytical Barlow Twins, by following one mode.
+    r"""Return the fraction of small starts that diverge under analytical Barlow Twins, by simulating one mode.
 
-    In units of its final size a mode's weights follow p ← βp + x u (1 − u²), u ← u + p with x = 4ηγ. A small start is
-    by the time that it matters u = u_0 r^φ, p = (1 − 1/r) u, where the phase φ in [0, 1) is whatever its size makes it:
-    128 phases are followed. Near the limit their fates alternate on ever finer scales, so that a share is good to
-    some hundredths.
+    A mode follows p ← βp + x u (1 − u²), u ← u + p. Near the end of its linear growth a small start is
+    u = u_0 r^φ, p = (1 − 1/r) u with a phase φ in [0, 1) that depends on its initial size; 128 phases are simulated.
+    Near the limit convergence depends on the phase at ever finer scales, which limits the accuracy to a few hundredths.
 
     Args:
         drive: x > 0, (k,).
         momentum: β in [0, 1).
 
     Returns:
-        (k,) float64, shares between 0 and 1.
+        (k,) float64, between 0 and 1.
 
     """
     root, _ = heavy_ball_growth(drive, momentum)
@@ -59,19 +58,18 @@ def diverging_fraction(drive: Tensor, momentum: float) -> Tensor:
     growing = math.log(1 / _SMALL) / float(root.min().log())
     for _ in range(round(growing + 200 + 20 / (1 - momentum))):
         p = momentum * p + x * u * (1 - u.square())
-        u = (u + p).clamp(-_ESCAPED, _ESCAPED)  # one that has escaped is not to overflow
+        u = (u + p).clamp(-_ESCAPED, _ESCAPED)  # avoid overflow
     return (~(u.abs() < _ESCAPED)).double().mean(1)
 
 
 def stability_limits(momentum: float) -> StabilityLimits:
-    r"""Return up to which x = 4ηγ_1 analytical Barlow Twins trains from a small start.
+    r"""Return the largest x = 4ηγ_1 at which analytical Barlow Twins trains from a small start.
 
-    γ_1 is the largest eigenvalue of Γ: that of the batch in which it is largest. Three limits, and what
-    happens above:
+    For batches, γ_1 is the largest over batches. Above
 
-    - ``local`` = 1 + β: a mode that has been learned, λ = 1, does not stay so (curvature 8γ);
-    - ``safe``: some small starts diverge (:func:`diverging_fraction`), because with momentum a mode arrives with speed;
-    - ``even``: half of them do.
+    - ``local`` = 1 + β, the fixed point λ = 1 of a learned mode is unstable (curvature 8γ);
+    - ``safe``, some small starts diverge (:func:`diverging_fraction`), because a mode overshoots under momentum;
+    - ``even``, half of the small starts diverge.
 
     =====  =====  =====  =====
     β      local  safe   even
@@ -85,12 +83,12 @@ def stability_limits(momentum: float) -> StabilityLimits:
     0.99   1.99   0.46   0.60
     =====  =====  =====  =====
 
-    Train below the lesser of the first two. Without momentum all starts diverge above 2, where
-    (1 + x)³ = (27/4)(2 + x): the largest value that x u (1 − u²) + u takes is then its cycle of period 2. With momentum
-    there is no sharp limit: between ``safe`` and about 2 it is the start that decides, which
-    :class:`stepwise_lightning.theory.last_layer.LastLayer` simulates. Layers of ten dimensions on features of
-    photographs diverge as one mode does: at β = 0.9, 0, 5, 18, 32 and 36 of 36 starts at x = 0.68, 0.79, 0.90, 1.08 and
-    1.44. Other losses have other limits, which it simulates too.
+    Train below the smaller of the first two. Without momentum all starts diverge above 2, where
+    (1 + x)³ = (27/4)(2 + x): the maximum of u + x u (1 − u²) lies on its cycle of period 2. With momentum the limit is
+    not sharp: between ``safe`` and about 2 convergence depends on the start. Ten-dimensional layers on features of
+    photographs diverge at the same x as one mode: with β = 0.9, in 0, 5, 18, 32 and 36 of 36 starts at x = 0.68, 0.79,
+    0.90, 1.08 and 1.44. To simulate a given start, or another loss, use
+    :class:`stepwise_lightning.theory.last_layer.LastLayer`.
 
     Args:
         momentum: β in [0, 1).
@@ -101,6 +99,6 @@ def stability_limits(momentum: float) -> StabilityLimits:
     """
     check_momentum(momentum)
     grid = torch.arange(0.2, 2.2, 0.01, dtype=torch.float64)
-    share = diverging_fraction(grid, momentum)
-    safe, even = (float(grid[int((share > level).nonzero()[0]) - 1]) for level in (0.0, 0.5))
+    fraction = diverging_fraction(grid, momentum)
+    safe, even = (float(grid[int((fraction > level).nonzero()[0]) - 1]) for level in (0.0, 0.5))
     return StabilityLimits(1 + momentum, safe, even)

@@ -1,4 +1,4 @@
-"""What theory's models say of themselves, and their arguments by name."""
+"""Representations and named parameters of the estimators."""
 
 from functools import partial
 
@@ -9,7 +9,7 @@ from torch import nn
 from stepwise_lightning.theory import ContrastiveKernelPCA, EmpiricalNTK, rbf_kernel
 
 
-def test_a_model_says_what_it_is_and_whether_it_is_fitted():
+def test_repr_shows_arguments_and_fitted_state():
     model = ContrastiveKernelPCA(partial(rbf_kernel, length_scale=2.0), n_components=2)
     assert repr(model) == "ContrastiveKernelPCA(kernel=rbf_kernel(length_scale=2.0), n_components=2, not fitted)"
     x = torch.randn(7, 3, generator=torch.Generator().manual_seed(0))
@@ -27,17 +27,17 @@ def test_a_model_says_what_it_is_and_whether_it_is_fitted():
     ],
     ids=["ContrastiveKernelPCA", "EmpiricalNTK"],
 )
-def test_arguments_are_got_and_set_by_name(model, changes):
+def test_parameters_are_read_and_set_by_name(model, changes):
     before = model.get_params(deep=False)
-    again = type(model)(**before)
-    assert again.get_params() == before
-    assert again.set_params(**changes) is again and again.get_params() == before | changes
+    copy = type(model)(**before)
+    assert copy.get_params() == before
+    assert copy.set_params(**changes) is copy and copy.get_params() == before | changes
     with pytest.raises(ValueError, match=r"has no nonsense; choose from: "):
-        again.set_params(nonsense=1)
-    assert again.get_params() == before | changes
+        copy.set_params(nonsense=1)
+    assert copy.get_params() == before | changes
 
 
-def test_a_value_out_of_range_is_refused_and_changes_nothing():
+def test_set_params_with_invalid_value_changes_nothing():
     model = ContrastiveKernelPCA(rbf_kernel, 2)
     with pytest.raises(ValueError, match="tolerance must lie between 0 and 1"):
         model.set_params(n_components=5, tolerance=2.0)

@@ -1,4 +1,4 @@
-"""Kernels against their definitions, wide networks drawn at random, and each other."""
+"""Kernels against their definitions, random wide networks, and each other."""
 
 import math
 
@@ -21,7 +21,7 @@ def inputs() -> tuple[torch.Tensor, torch.Tensor]:
     return x, y
 
 
-def test_definitions():
+def test_kernels_match_definitions():
     x, y = inputs()
     for i, a in enumerate(x.flatten(1)):
         for j, b in enumerate(y.flatten(1)):
@@ -37,7 +37,7 @@ def test_definitions():
 
 
 @pytest.mark.parametrize("kernel", KERNELS.values(), ids=KERNELS)
-def test_symmetric_and_positive_with_repeated_and_nearly_repeated_inputs(kernel):
+def test_kernels_are_positive_semidefinite_for_repeated_inputs(kernel):
     x, _ = inputs()
     x = torch.cat([x, x[:3], x[:2] * (1 + 1e-9), x[:1] + 1e-10])
     k = kernel(x, x)
@@ -46,7 +46,7 @@ def test_symmetric_and_positive_with_repeated_and_nearly_repeated_inputs(kernel)
     torch.testing.assert_close(k[:3], k[7:10], rtol=1e-14, atol=1e-14)
 
 
-def test_identical_inputs_have_no_distance_whatever_their_size():
+def test_identical_large_inputs_have_zero_distance():
     x = 1e4 * inputs()[0]
     for kernel in (rbf_kernel, laplace_kernel):
         assert torch.equal(kernel(x, x.clone()).diagonal(), torch.ones(7, dtype=torch.float64))
@@ -55,8 +55,8 @@ def test_identical_inputs_have_no_distance_whatever_their_size():
         torch.testing.assert_close(relu_ntk(x, x, depth).diagonal(), expected, rtol=1e-14, atol=0)
 
 
-def test_nearly_parallel_inputs_keep_their_digits():
-    """To first order in a small angle, Θ falls by its size: 1 − Θ/2 = θ/2π for one hidden layer."""
+def test_relu_ntk_is_accurate_for_nearly_parallel_inputs():
+    """For one hidden layer, 1 − Θ/2 = θ/2π to first order in a small angle."""
     angle = 1e-7
     x = torch.tensor([[1.0, 0.0]], dtype=torch.float64)
     y = torch.tensor([[math.cos(angle), math.sin(angle)]], dtype=torch.float64)
@@ -64,8 +64,8 @@ def test_nearly_parallel_inputs_keep_their_digits():
 
 
 @pytest.mark.parametrize("depth", [1, 2, 3])
-def test_relu_ntk_is_that_of_wide_networks(depth):
-    """Monte Carlo: gradients of random networks in the NTK parametrisation, averaged over draws."""
+def test_relu_ntk_matches_wide_random_networks(depth):
+    """The mean over random networks in the NTK parametrisation of their tangent kernels."""
     generator = torch.Generator().manual_seed(depth)
     x, width, draws = torch.randn(6, 4, dtype=torch.float64, generator=generator), 1000, 12
     total = torch.zeros(6, 6, dtype=torch.float64)
@@ -87,16 +87,16 @@ def test_relu_ntk_is_that_of_wide_networks(depth):
     assert (total - exact).norm() < 0.03 * exact.norm()
 
 
-def test_float32_is_cast_first_and_bad_input_is_refused():
+def test_float32_is_cast_and_invalid_input_raises():
     x, y = inputs()
     for kernel in KERNELS.values():
         assert torch.equal(kernel(x.float(), y.float()), kernel(x.float().double(), y.float().double()))
         for wrong in (y[:, :1], y[:0], torch.zeros(4)):
-            with pytest.raises(ValueError, match="equally many features, got"):
+            with pytest.raises(ValueError, match="same number of features and not empty, got"):
                 kernel(x, wrong)
     for kernel in (rbf_kernel, laplace_kernel):
         with pytest.raises(ValueError, match="length_scale must be positive and finite, got 0"):
             kernel(x, y, 0)
-    with pytest.raises(ValueError, match="depth must be at least 1 hidden layer, got 0"):
+    with pytest.raises(ValueError, match=r"depth must be at least 1 \(hidden layers\), got 0"):
         relu_ntk(x, y, depth=0)
     assert torch.equal(relu_ntk(torch.zeros(2, 3), torch.ones(1, 3)), torch.zeros(2, 1, dtype=torch.float64))
