@@ -1,11 +1,9 @@
-"""Theory's computations, shared by the processes of a distributed run. Knows nothing of Lightning.
+"""Divide kernel computations between the processes of a distributed run, without Lightning.
 
-The rule: once ``torch.distributed`` is initialised, all ranks call what is shared together, with the same arguments,
-and each gets the whole result. What one rank calls alone, as in a callback of training that runs on rank zero, or what
-they call with different arguments, stands in ``with one_process():``.
+Once ``torch.distributed`` is initialised, all ranks make the same calls with the same arguments, and each gets the
+whole result. Wrap a call that only one rank makes, or that differs between ranks, in ``with one_process():``.
 
-Mismatched calls raise on every rank: arguments are compared, and a rank times out after five minutes. An error on one
-rank is raised on all ranks, and the loss of a process ends the others.
+Mismatched calls raise on every rank; a rank times out after five minutes. An error on one rank is raised on all ranks.
 """
 
 from __future__ import annotations
@@ -28,46 +26,45 @@ __all__ = ["KernelProcessGroup", "one_process", "process_group"]
 
 Result = TypeVar("Result")
 _REMEDY = (
-    "call it on all of them with the same arguments, or in `with one_process():` "
-    "(stepwise_lightning.theory.process_group), which shares nothing"
+    "call it on all ranks with the same arguments, or on some ranks in `with one_process():` "
+    "(stepwise_lightning.theory.process_group)"
 )
-# How long a rank waits for the others to call the same; they may still be reading their data.
+# Ranks may still be reading their data when the first one arrives.
 _TIMEOUT = timedelta(minutes=5)
-# Rows that are compared between ranks, of each argument.
-_COMPARED = 256
-_alone = ContextVar("alone", default=False)
-# How often this process has met the others.
-_meetings = 0
+# Maximum number of rows of a tensor argument to compare between ranks.
+_COMPARED_ROWS = 256
+_single_process = ContextVar("single_process", default=False)
+_num_checked_calls = 0
 
 
 @contextmanager
 def one_process() -> Iterator[None]:
-    """Let theory compute here as in one process: no rank has to call the same, and no work is shared."""
-    token = _alone.set(True)
+    """Compute on this rank only, without communication, inside this context."""
+    token = _single_process.set(True)
     try:
         yield
     finally:
-        _alone.reset(token)
+        _single_process.reset(token)
 
 
 def process_group() -> KernelProcessGroup:
-    """Return the ranks that share a computation called here: one where there are no others, or in ``one_process``."""
-    if _alone.get() or not dist.is_available() or not dist.is_initialized():
+    """Return the group of all ranks; a group of one without ``torch.distributed`` or inside :func:`one_process`."""
+    if _single_process.get() or not dist.is_available() or not dist.is_initialized():
         return KernelProcessGroup(1, 0)
     return KernelProcessGroup(dist.get_world_size(), dist.get_rank())
 
 
 class KernelProcessGroup:
-    """The processes that share a computation; all must call the same methods in the same order.
+    """Collective operations for kernel matrices; all ranks must call the same methods in the same order.
 
-    In one process every method returns what it is given, and nothing is sent.
+    In a group of one, every method returns its input and sends nothing.
 
     Args:
         world_size: number of processes, P.
         rank: index of this process, from 0.
 
     Raises:
-        UserError: (all methods) a process is lost; uncaught, this one ends the program with its line alone.
+        UserError: (all methods) the connection to another process is lost.
 
     """
 
@@ -75,45 +72,36 @@ class KernelProcessGroup:
         self.world_size, self.rank = world_size, rank
 
     def check_same_call(self, name: str, *arguments: Any) -> None:
-        """Wait until all ranks call ``name``, and compare its arguments.
-
-        Raises:
-            UserError: some rank does not come, or arguments differ.
-
-        """
+        """Raise if a rank calls ``name`` with different arguments, or not within the timeout."""
         if self.world_size == 1:
             return
         self._wait(name)
-        with _errors_of_communication():
-            of_all: list[Any] = [None] * self.world_size
-            dist.all_gather_object(of_all, [_compared(argument) for argument in arguments])
-        if any(other != of_all[0] for other in of_all):
-            raise UserError(f"the {self.world_size} ranks have called {name} with different arguments: {_REMEDY}")
+        fingerprints = self._gather_objects([_fingerprint(argument) for argument in arguments])
+        if any(other != fingerprints[0] for other in fingerprints):
+            raise UserError(f"the {self.world_size} ranks called {name} with different arguments: {_REMEDY}")
 
     def _wait(self, name: str) -> None:
-        """Wait by the store, not by a collective, which would be taken for what a rank that is elsewhere calls next."""
-        global _meetings
-        store, key = dist.distributed_c10d._get_default_store(), f"stepwise_lightning/{_meetings}"
+        """Wait with a store, because a collective would match the next, different collective of another rank."""
+        global _num_checked_calls
+        store, key = dist.distributed_c10d._get_default_store(), f"stepwise_lightning/{_num_checked_calls}"
         try:
             if store.add(key, 1) == self.world_size:
-                store.set(f"{key}/all", "met")
+                store.set(f"{key}/all", "arrived")
             store.wait([f"{key}/all"], _TIMEOUT)
         except RuntimeError as error:
             if lost := lost_process(error):
                 raise lost from None
-            store.add(key, -1)  # they can still meet here later
+            store.add(key, -1)  # a later call can still succeed under this key
             raise UserError(
-                f"rank {self.rank} of {self.world_size} has called {name} and waited {_TIMEOUT.total_seconds():.0f} s "
-                f"for the others: {_REMEDY}"
+                f"rank {self.rank} of {self.world_size} called {name} and waited {_TIMEOUT.total_seconds():.0f} s "
+                f"for the other ranks: {_REMEDY}"
             ) from error
-        _meetings += 1
+        _num_checked_calls += 1
 
     def run_or_raise_everywhere(self, compute: Callable[[], Result]) -> Result:
-        """Return what ``compute`` gives on this rank, with nothing in it shared, if none of the ranks raises.
+        """Return the result of ``compute``, run inside :func:`one_process`; an error on one rank is raised on all.
 
-        Raises:
-            UserError: on all ranks, that of the first one that has raised; a bug keeps its traceback where it is.
-
+        Other ranks raise the error of the first failed rank as a `UserError`.
         """
         if self.world_size == 1:
             return compute()
@@ -124,97 +112,101 @@ class KernelProcessGroup:
             error = raised
         if self.all_reduce_sum(torch.tensor([error is not None], dtype=torch.int64)) == 0:
             return result
-        texts: list[Any] = [None] * self.world_size
-        own = str(error) if isinstance(error, UserError) else error and f"a rank has failed: {reason(error)}"
-        with _errors_of_communication():
-            dist.all_gather_object(texts, own)
-        if error is not None and not isinstance(error, UserError):
+        is_expected = error is None or isinstance(error, UserError)
+        messages = self._gather_objects(
+            error and (str(error) if is_expected else f"an error was raised on another rank: {reason(error)}")
+        )
+        if error is not None and not is_expected:
             raise error
-        raise UserError(next(text for text in texts if text is not None)) from error
+        raise UserError(next(message for message in messages if message is not None)) from error
 
     def all_reduce_sum(self, values: Tensor) -> Tensor:
-        """Return the sum over the ranks, the same bits on all."""
-        if self.world_size == 1:
-            return values
-        sent = _sendable(values).clone(memory_format=torch.contiguous_format)
-        with _errors_of_communication():
-            dist.all_reduce(sent)
-        return sent.to(values.device)
+        """Return the sum over ranks, bitwise equal on all ranks."""
+        return self._communicate(dist.all_reduce, values)
 
     def broadcast(self, values: Tensor) -> Tensor:
-        """Return what rank 0 holds, where others may differ in the last digits, and would decide differently."""
-        if self.world_size == 1:
-            return values
-        sent = _sendable(values).clone(memory_format=torch.contiguous_format)
-        with _errors_of_communication():
-            dist.broadcast(sent, 0)
-        return sent.to(values.device)
+        """Return the values of rank 0, because round-off that differs between ranks would change decisions."""
+        return self._communicate(lambda buffer: dist.broadcast(buffer, 0), values)
 
     def shard(self, size: int, multiple: int = 1, rank: int | None = None) -> slice:
-        """Return which of so many rows this rank holds (or another), in multiples of ``multiple``."""
+        """Return the slice of ``size`` rows that a rank holds; its bounds are multiples of ``multiple``."""
         chunk = self._chunk(size, multiple)
         start = min((self.rank if rank is None else rank) * chunk, size)
         return slice(start, min(start + chunk, size))
 
-    def all_gather_rows(self, own: Tensor, size: int, multiple: int = 1) -> Tensor:
-        """Return all rows, (size, …), of which each rank holds its :meth:`shard`."""
+    def all_gather_rows(self, rows: Tensor, size: int, multiple: int = 1) -> Tensor:
+        """Return all rows, (size, …), from the :meth:`shard` of each rank."""
         if self.world_size == 1:
-            return own
+            return rows
         chunk = self._chunk(size, multiple)
-        sent = _sendable(_padded(own, chunk))
-        rows = sent.new_empty(self.world_size * chunk, *own.shape[1:])
-        with _errors_of_communication():
-            dist.all_gather_into_tensor(rows, sent)
-        return rows[:size].to(own.device)
+        shard = _communicable(_zero_pad(rows, chunk))
+        gathered = shard.new_empty(self.world_size * chunk, *rows.shape[1:])
+        with _lost_process_errors():
+            dist.all_gather_into_tensor(gathered, shard)
+        return gathered[:size].to(rows.device)
 
     def reduce_scatter_sum(self, rows: Tensor, multiple: int = 1) -> Tensor:
-        """Return this rank's :meth:`shard` of the sum over the ranks of (size, …)."""
+        """Return this rank's :meth:`shard` of the sum over ranks of (size, …)."""
         if self.world_size == 1:
             return rows
         chunk = self._chunk(len(rows), multiple)
-        sent = _sendable(_padded(rows, self.world_size * chunk))
-        own = sent.new_empty(chunk, *rows.shape[1:])
-        with _errors_of_communication():
-            dist.reduce_scatter_tensor(own, sent)
+        terms = _communicable(_zero_pad(rows, self.world_size * chunk))
+        total = terms.new_empty(chunk, *rows.shape[1:])
+        with _lost_process_errors():
+            dist.reduce_scatter_tensor(total, terms)
         shard = self.shard(len(rows), multiple)
-        return own[: shard.stop - shard.start].to(rows.device)
+        return total[: shard.stop - shard.start].to(rows.device)
 
     def map_rows(self, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-        """Return ``function(x)``, of (k, …) to (k, …) row by row, each rank with its share of the rows."""
+        """Return ``function(x)``, (k, …), for a function of single rows of x, (k, …); each rank computes its shard."""
         if self.world_size == 1:
             return function(x)
         shard = self.shard(len(x))
-        # a rank without a row takes one all the same, to know what a row of the result is
+        # a rank with an empty shard computes one row, because all_gather_rows needs the shape of a row
         rows = self.run_or_raise_everywhere(lambda: function(x[shard] if shard.start < shard.stop else x[:1]))
         return self.all_gather_rows(rows[: shard.stop - shard.start], len(x))
 
-    def symmetric_kernel(self, function: Callable[[Tensor, Tensor], Tensor], x: Tensor) -> Tensor:
-        """Return ``function(x, x)``, a symmetric (k, k), each rank with as much of what is above the diagonal."""
+    def symmetric_kernel(self, kernel: Callable[[Tensor, Tensor], Tensor], x: Tensor) -> Tensor:
+        """Return ``kernel(x, x)``, (k, k); each rank computes rows with an equal area above the diagonal."""
         if self.world_size == 1:
-            return function(x, x)
+            return kernel(x, x)
         start, stop = (
             len(x) - round(len(x) * math.sqrt(1 - rank / self.world_size)) for rank in (self.rank, self.rank + 1)
         )
 
-        def part() -> Tensor:
-            rows, rest = x[start:stop] if start < stop else x[:1], x[stop:]
-            square = function(rows, rows)
-            whole = square.new_zeros(len(x), len(x))
+        def compute_rows() -> Tensor:
+            rows, columns = x[start:stop] if start < stop else x[:1], x[stop:]
+            block = kernel(rows, rows)
+            matrix = block.new_zeros(len(x), len(x))
             if start < stop:
-                whole[start:stop, start:stop] = square
+                matrix[start:stop, start:stop] = block
             if start < stop < len(x):
-                whole[start:stop, stop:] = function(rows, rest)
-                whole[stop:, start:stop] = whole[start:stop, stop:].T
-            return whole
+                matrix[start:stop, stop:] = kernel(rows, columns)
+                matrix[stop:, start:stop] = matrix[start:stop, stop:].T
+            return matrix
 
-        return self.all_reduce_sum(self.run_or_raise_everywhere(part))
+        return self.all_reduce_sum(self.run_or_raise_everywhere(compute_rows))
+
+    def _communicate(self, collective: Callable[[Tensor], Any], values: Tensor) -> Tensor:
+        if self.world_size == 1:
+            return values
+        buffer = _communicable(values).clone(memory_format=torch.contiguous_format)
+        with _lost_process_errors():
+            collective(buffer)
+        return buffer.to(values.device)
 
     def _chunk(self, size: int, multiple: int) -> int:
         return multiple * -(-size // (multiple * self.world_size))
 
+    def _gather_objects(self, item: Any) -> list[Any]:
+        items: list[Any] = [None] * self.world_size
+        with _lost_process_errors():
+            dist.all_gather_object(items, item)
+        return items
+
 
 @contextmanager
-def _errors_of_communication() -> Iterator[None]:
+def _lost_process_errors() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
@@ -223,23 +215,23 @@ def _errors_of_communication() -> Iterator[None]:
         raise
 
 
-def _sendable(values: Tensor) -> Tensor:
-    """Return the values where the back-end takes them: NCCL from GPUs alone, gloo most things from the CPU alone."""
+def _communicable(values: Tensor) -> Tensor:
+    """Return the values on a device that the back-end supports: GPUs for NCCL, the CPU for gloo."""
     backend = dist.get_backend()
     if backend == "nccl":
         return values.cuda()
     return values.cpu() if backend == "gloo" else values
 
 
-def _padded(rows: Tensor, size: int) -> Tensor:
+def _zero_pad(rows: Tensor, size: int) -> Tensor:
     padding = rows.new_zeros(size - len(rows), *rows.shape[1:])
     return torch.cat([rows, padding]) if len(padding) else rows.contiguous()
 
 
-def _compared(argument: Any) -> Any:
-    """Return what tells whether two ranks hold the same argument: of a tensor, some of its bytes."""
+def _fingerprint(argument: Any) -> Any:
+    """Return a small value to compare between ranks: for a tensor, shape, dtype and a hash of some rows."""
     if not isinstance(argument, Tensor) or argument.device.type == "meta":
         return repr(argument)
-    some = argument.detach().flatten(1) if argument.ndim > 1 else argument.detach().reshape(-1, 1)
-    some = some[:: max(1, len(some) // _COMPARED)].contiguous().cpu()
-    return tuple(argument.shape), str(argument.dtype), sha256(some.view(torch.uint8).numpy().tobytes()).hexdigest()
+    rows = argument.detach().flatten(1) if argument.ndim > 1 else argument.detach().reshape(-1, 1)
+    rows = rows[:: max(1, len(rows) // _COMPARED_ROWS)].contiguous().cpu()
+    return tuple(argument.shape), str(argument.dtype), sha256(rows.view(torch.uint8).numpy().tobytes()).hexdigest()

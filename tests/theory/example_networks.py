@@ -1,4 +1,4 @@
-"""Networks of any kind, small and drawn from a fixed seed, what they are given, and their tangent kernels."""
+"""Small networks and inputs from fixed seeds, and their explicit tangent kernels."""
 
 import copy
 import warnings
@@ -7,13 +7,13 @@ import torch
 from torch import Tensor, nn
 
 
-def made(forward, **named: nn.Module | nn.Parameter | Tensor) -> nn.Module:
+def custom(forward, **members: nn.Module | nn.Parameter | Tensor) -> nn.Module:
     """Return a module with these layers, parameters or buffers and ``forward(self, x)``."""
 
-    class Made(nn.Module):
+    class Custom(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            for name, value in named.items():
+            for name, value in members.items():
                 if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
                     self.register_buffer(name, value)
                 else:
@@ -23,25 +23,25 @@ def made(forward, **named: nn.Module | nn.Parameter | Tensor) -> nn.Module:
             return forward(self, x)
 
     torch.manual_seed(0)
-    return Made()
+    return Custom()
 
 
-def linear(wide: int = 6, narrow: int = 6, **options) -> nn.Linear:
-    torch.manual_seed(wide + 10 * narrow)
-    return nn.Linear(wide, narrow, **options)
+def linear(in_features: int = 6, out_features: int = 6, **options) -> nn.Linear:
+    torch.manual_seed(in_features + 10 * out_features)
+    return nn.Linear(in_features, out_features, **options)
 
 
-def with_old(norm) -> nn.Module:
+def with_deprecated_norm(norm) -> nn.Module:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         module = nn.Sequential(norm(linear(6, 5)), nn.Tanh(), norm(linear(5, 3)))
-        with torch.no_grad():  # or the module could not be copied
+        with torch.no_grad():  # makes the module copyable
             module(torch.randn(4, 6))
     return module.eval()
 
 
 def jacobian(module: nn.Module, x: Tensor, names: list[str] | None = None) -> Tensor:
-    """Gradients of all outputs by all parameters, one sample and output at a time, in float64: (k, d, p)."""
+    """Return the gradients of all outputs by all parameters, one sample and output at a time, in float64: (k, d, p)."""
     module = copy.deepcopy(module).double()
     parameters = [p.requires_grad_() for name, p in module.named_parameters() if names is None or name in names]
     rows = []
@@ -51,11 +51,11 @@ def jacobian(module: nn.Module, x: Tensor, names: list[str] | None = None) -> Te
             torch.autograd.grad(o, parameters, retain_graph=True, allow_unused=True, materialize_grads=True)
             for o in outputs
         ]
-        rows.append(torch.stack([torch.cat([g.to_dense().flatten() for g in given]) for given in gradients]))
+        rows.append(torch.stack([torch.cat([g.to_dense().flatten() for g in output]) for output in gradients]))
     return torch.stack(rows)
 
 
-def brute_force(module: nn.Module, x: Tensor, y: Tensor, names: list[str] | None = None) -> Tensor:
+def explicit_kernel(module: nn.Module, x: Tensor, y: Tensor, names: list[str] | None = None) -> Tensor:
     left, right = jacobian(module, x, names), jacobian(module, y, names)
     return torch.einsum("kop,lop->kl", left, right) / left.shape[1]
 

@@ -1,31 +1,16 @@
-"""The empirical tangent kernel against explicit Jacobians, a closed form, and the infinitely wide network."""
+"""The empirical tangent kernel equals explicit Jacobians, a closed form, and the infinite-width limit."""
 
 import pytest
 import torch
+from example_networks import explicit_kernel
 from torch import Tensor, nn
 
 from stepwise_lightning.encoders import MLP, Encoder
 from stepwise_lightning.theory import ContrastiveKernelPCA, EmpiricalNTK, relu_ntk
 
 
-def explicit(module: nn.Module, x: Tensor, y: Tensor, names: list[str] | None = None) -> Tensor:
-    """Average over outputs of the inner products of gradients, one backward pass per sample and output."""
-    parameters = [p for name, p in module.named_parameters() if names is None or name in names]
-
-    def rows(z: Tensor) -> Tensor:
-        outputs = [module(sample[None]).flatten() for sample in z]
-        gradients = [
-            [torch.cat([g.flatten() for g in torch.autograd.grad(o, parameters, retain_graph=True)]) for o in out]
-            for out in outputs
-        ]
-        return torch.stack([torch.stack(g) for g in gradients])  # (k, d, p)
-
-    left, right = rows(x), rows(y)
-    return torch.einsum("kdp,ldp->kl", left, right) / left.shape[1]
-
-
 class Shared(nn.Module):
-    """One linear layer used twice, another on a sequence, a bare parameter and an output with two axes."""
+    """One linear layer called twice, another on a sequence, a bare parameter and an output with two axes."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -40,7 +25,7 @@ def networks() -> dict[str, tuple[nn.Module, Tensor]]:
     torch.manual_seed(0)
     images = torch.randn(7, 3, 8, 8, dtype=torch.float64)
     resnet = Encoder(3, "resnet_small", projector_depth=2, hidden_features=5)
-    resnet(torch.randn(16, 3, 8, 8))  # running statistics that are not the initial ones
+    resnet(torch.randn(16, 3, 8, 8))  # sets the running statistics
     convolution = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Tanh(), nn.Flatten(), nn.Linear(144, 2))
     return {
         "mlp": (MLP(192, [16, 8], 3), images),
@@ -53,27 +38,29 @@ def networks() -> dict[str, tuple[nn.Module, Tensor]]:
 
 @pytest.mark.parametrize("name", networks())
 @pytest.mark.parametrize("max_bytes", [2**30, 8 * 2 * 4 * 80_000])
-def test_it_is_the_product_of_explicit_jacobians(name, max_bytes):
+def test_kernel_equals_explicit_jacobians(name, max_bytes):
     module, x = networks()[name]
     module = module.double().eval()
     kernel = EmpiricalNTK(module, max_bytes=max_bytes)
-    torch.testing.assert_close(kernel(x, x), explicit(module, x, x), rtol=1e-10, atol=1e-12)
-    torch.testing.assert_close(kernel(x[:4], x[3:]), explicit(module, x[:4], x[3:]), rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(kernel(x, x), explicit_kernel(module, x, x), rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(kernel(x[:4], x[3:]), explicit_kernel(module, x[:4], x[3:]), rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize("name", ["mlp", "resnet"])
-def test_chosen_parameters(name):
+def test_selected_parameters(name):
     module, x = networks()[name]
     module = module.double().eval()
     names = [name for name, _ in module.named_parameters()]
     torch.testing.assert_close(
-        EmpiricalNTK(module, "last")(x, x), explicit(module, x, x, names[-2:]), rtol=1e-10, atol=0
+        EmpiricalNTK(module, "last")(x, x), explicit_kernel(module, x, x, names[-2:]), rtol=1e-10, atol=0
     )
     some = [names[0], names[-1]]
-    torch.testing.assert_close(EmpiricalNTK(module, some)(x, x), explicit(module, x, x, some), rtol=1e-10, atol=0)
+    torch.testing.assert_close(
+        EmpiricalNTK(module, some)(x, x), explicit_kernel(module, x, x, some), rtol=1e-10, atol=0
+    )
 
 
-def test_float32_gives_six_digits_and_leaves_the_module_alone():
+def test_float32_is_accurate_to_1e5_and_module_is_unchanged():
     module, x = networks()["resnet"]
     module.eval()
     before = {name: value.clone() for name, value in module.state_dict().items()}
@@ -84,7 +71,7 @@ def test_float32_gives_six_digits_and_leaves_the_module_alone():
     assert all(p.grad is None for p in module.parameters())
 
 
-def test_it_sees_the_parameters_as_they_are():
+def test_kernel_uses_current_parameters():
     module, x = networks()["mlp"]
     kernel = EmpiricalNTK(module)
     first = kernel(x, x)
@@ -93,7 +80,7 @@ def test_it_sees_the_parameters_as_they_are():
     assert not torch.allclose(kernel(x, x), first)
 
 
-def test_a_one_hidden_layer_network_has_this_closed_form():
+def test_one_hidden_layer_has_a_closed_form():
     """K = (x·x' + 1) Σ_o Σ_h w_oh² σ'σ'/d + σ·σ' + 1 for f_o = Σ_h w_oh σ(u_h·x + b_h) + c_o."""
     module = MLP(5, [300], 4, seed=3).double()
     x = torch.randn(6, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
@@ -104,12 +91,12 @@ def test_a_one_hidden_layer_network_has_this_closed_form():
     torch.testing.assert_close(EmpiricalNTK(module)(x, x), expected, rtol=1e-12, atol=0)
 
 
-def test_wide_networks_approach_the_infinite_one():
+def test_wide_network_approaches_infinite_width_kernel():
     width, generator = 20_000, torch.Generator().manual_seed(1)
     x = torch.randn(8, 4, dtype=torch.float64, generator=generator)
 
     class Wide(nn.Module):
-        """NTK parametrisation: unit variance, and the scale in the forward pass."""
+        """NTK parametrisation: weights of unit variance, scaled in the forward pass."""
 
         def __init__(self) -> None:
             super().__init__()
@@ -124,7 +111,7 @@ def test_wide_networks_approach_the_infinite_one():
     assert (EmpiricalNTK(Wide().double())(x, x) - exact).norm() < 0.03 * exact.norm()
 
 
-def test_it_serves_contrastive_kernel_pca():
+def test_contrastive_kernel_pca_accepts_empirical_ntk():
     module, x = networks()["resnet"]
     module.eval()
     generator = torch.Generator().manual_seed(0)
@@ -133,15 +120,15 @@ def test_it_serves_contrastive_kernel_pca():
     assert model.loss(x, other) < 1e-12
 
 
-def test_bad_use_gets_one_clear_line():
+def test_invalid_arguments_raise_one_clear_line():
     module, x = networks()["resnet"]
     with pytest.raises(ValueError, match=r"'backbone.network.bn1' \(BatchNorm2d\) is in training mode.*call eval\(\)"):
         EmpiricalNTK(module)(x, x)
     with pytest.raises(ValueError, match="Dropout.* is in training mode"):
         EmpiricalNTK(nn.Sequential(nn.Linear(2, 2), nn.Dropout()))(torch.ones(2, 2), torch.ones(2, 2))
-    with pytest.raises(ValueError, match="max_bytes 1000 cannot hold the gradients of a pair: at least [0-9]{6}"):
+    with pytest.raises(ValueError, match="max_bytes 1000 cannot hold the gradients of a pair: use at least [0-9]{6}"):
         EmpiricalNTK(module.eval(), max_bytes=1000)(x, x)
-    with pytest.raises(ValueError, match=r"no parameters \['weigth'\]; give 'all', 'last', or names among backbone"):
+    with pytest.raises(ValueError, match=r"unknown parameters \['weigth'\]: use 'all', 'last' or names among backbone"):
         EmpiricalNTK(module, ["weigth"])
     with pytest.raises(ValueError, match="float32 or torch.float64, got torch.float16"):
         EmpiricalNTK(module, dtype=torch.float16)

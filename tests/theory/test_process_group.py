@@ -1,4 +1,4 @@
-"""Real processes share kernel fits and tangent kernels: all get what one process gets, or all get the same refusal."""
+"""Kernel fits and tangent kernels in several processes match one process; errors are raised on all ranks."""
 
 import os
 import re
@@ -28,7 +28,7 @@ from stepwise_lightning.theory import (
 from stepwise_lightning.theory.process_group import one_process
 
 RBF = partial(rbf_kernel, length_scale=2.0)
-# Of about 130 views: all tiles fit one process, they fit when two share them, and they do not fit.
+# max_bytes for 130 views: the kernel fits in one process, in two processes, in neither.
 HELD, HELD_BY_TWO, STREAMED = 2**30, 50_000, 12_288
 
 
@@ -45,7 +45,7 @@ def network(seed=0):
 
 
 def fitted(n, kernel, max_bytes, dense):
-    """Return what a fit leaves, and embeddings of other points than those of the fit."""
+    """Return the fitted attributes and embeddings of held-out points."""
     block_lanczos._DENSE = 300 if dense else 0
     model = ContrastiveKernelPCA(kernel, min(4, n), max_bytes).fit(*pairs(n))
     points, start = pairs(7, seed=1)[0], torch.full((min(4, n),), 1e-3)
@@ -56,8 +56,8 @@ def fitted(n, kernel, max_bytes, dense):
     return model.eigenvalues_, model.coefficients_, embeddings, model.residuals_ / model.eigenvalues_[0]
 
 
-def everything():
-    """Return tensors by name: fits by each route, of pairs that the ranks divide and that they do not."""
+def all_results():
+    """Return tensors by name: fits by each route, for numbers of pairs with and without a remainder."""
     results = {}
     for n, name in ((65, "rbf"), (65, "relu"), (64, "rbf"), (2, "relu"), (1, "rbf")):
         kernel = {"rbf": RBF, "relu": relu_ntk}[name]
@@ -71,8 +71,8 @@ def everything():
     return results
 
 
-class Spoilt:
-    """An RBF kernel that from its third call on raises on one rank."""
+class FailingKernel:
+    """RBF kernel that raises on rank one from its third call."""
 
     def __init__(self, rank, error):
         self.rank, self.error, self.calls = rank, error, count()
@@ -83,14 +83,14 @@ class Spoilt:
         return RBF(x, y)
 
 
-def refusals(rank):
-    """Return what each rank is told by name: its kind and its text."""
+def errors(rank):
+    """Return type and message of each error on this rank, by name."""
     (x1, x2), (y1, y2) = pairs(), pairs(seed=rank)
     tile = UserError("no such tile")
-    uses = {
-        "tile, held": lambda: ContrastiveKernelPCA(Spoilt(rank, tile), 2).fit(x1, x2),
-        "tile, recomputed": lambda: ContrastiveKernelPCA(Spoilt(rank, tile), 2, STREAMED).fit(x1, x2),
-        "bug": lambda: ContrastiveKernelPCA(Spoilt(rank, KeyError("a bug")), 2).fit(x1, x2),
+    calls = {
+        "tile, held": lambda: ContrastiveKernelPCA(FailingKernel(rank, tile), 2).fit(x1, x2),
+        "tile, recomputed": lambda: ContrastiveKernelPCA(FailingKernel(rank, tile), 2, STREAMED).fit(x1, x2),
+        "bug": lambda: ContrastiveKernelPCA(FailingKernel(rank, KeyError("a bug")), 2).fit(x1, x2),
         "views": lambda: ContrastiveKernelPCA(RBF, 2).fit(y1, y2),
         "number of pairs": lambda: ContrastiveKernelPCA(RBF, 2).fit(x1[rank:], x2[rank:]),
         "settings": lambda: ContrastiveKernelPCA(RBF, 2 + rank).fit(x1, x2),
@@ -100,38 +100,38 @@ def refusals(rank):
         "modes": lambda: ContrastiveKernelPCA(linear_kernel, 2).fit(x1, -x1),
         "not finite": lambda: ContrastiveKernelPCA(RBF, 2).fit(x1, x2.index_fill(0, torch.tensor([rank]), torch.nan)),
     }  # fmt: skip
-    told = {}
-    for name, use in uses.items():
+    raised = {}
+    for name, call in calls.items():
         try:
-            use()
+            call()
         except Exception as error:
-            told[name] = type(error).__name__, str(error)
-    return told
+            raised[name] = type(error).__name__, str(error)
+    return raised
 
 
-def held_values():
-    """Return how many kernel values this rank holds of 130 views by each route, None where it holds none."""
+def num_held_values():
+    """Return the number of kernel values that this rank stores of 130 views by each route, or None."""
     products = [
         block_lanczos.KernelOperator(RBF, torch.cat(pairs()), size, False) for size in (HELD, HELD_BY_TWO, STREAMED)
     ]
     return [None if each.held is None else sum(tile.numel() for _, _, tile in each.held) for each in products]
 
 
-def alone(rank):
-    """Return a model and a kernel that rank zero alone has made, and what it is told where it should have said so."""
+def single_rank_call(rank):
+    """Return a fit and a kernel from one_process on rank zero, and the error of the same call outside it."""
     if rank:
         return None
     with one_process():
-        made = fitted(64, RBF, HELD, dense=False), EmpiricalNTK(network())(pairs()[0], pairs()[1])
+        results = fitted(64, RBF, HELD, dense=False), EmpiricalNTK(network())(pairs()[0], pairs()[1])
     process_group._TIMEOUT = timedelta(seconds=0.2)
     try:
         EmpiricalNTK(network())(*pairs())
     except UserError as error:
-        return made, str(error)
+        return results, str(error)
 
 
-def killed_in_a_fit():
-    """Kill rank one in the middle of a fit."""
+def kill_rank_during_fit():
+    """Kill rank one during a fit."""
     dist.init_process_group("gloo")
     rank, calls = dist.get_rank(), count()
 
@@ -146,14 +146,19 @@ def killed_in_a_fit():
 def rank_results():
     dist.init_process_group("gloo")
     rank = dist.get_rank()
-    results = {"everything": everything(), "refusals": refusals(rank), "held": held_values(), "alone": alone(rank)}
-    dist.barrier()  # rank zero keeps the store that the others still use
+    results = {
+        "results": all_results(),
+        "errors": errors(rank),
+        "held": num_held_values(),
+        "single rank": single_rank_call(rank),
+    }
+    dist.barrier()  # rank zero serves the store until all ranks are done
     return results
 
 
 @pytest.fixture(scope="module")
 def one():
-    return everything()
+    return all_results()
 
 
 @pytest.fixture(scope="module", params=[2, pytest.param(3, marks=pytest.mark.slow)])
@@ -162,62 +167,66 @@ def ranks(request, processes):
     return processes.run_ranks(request.param, rank_results)
 
 
-def test_every_rank_has_what_one_process_has(one, ranks):
+def test_every_rank_matches_one_process(one, ranks):
     for rank in ranks:
-        assert rank["everything"].keys() == one.keys()
+        assert rank["results"].keys() == one.keys()
         for name, expected in one.items():
-            for actual, value in zip(rank["everything"][name], expected, strict=True):
+            for actual, value in zip(rank["results"][name], expected, strict=True):
                 torch.testing.assert_close(
                     actual, value, rtol=0, atol=1e-12 * float(value.abs().max() + 1e-3), msg=name
                 )
 
 
-def test_all_ranks_have_the_same_bits(ranks):
-    first, *others = (rank["everything"] for rank in ranks)
+def test_results_are_bitwise_equal_on_all_ranks(ranks):
+    first, *others = (rank["results"] for rank in ranks)
     assert all(
         torch.equal(a, b) for other in others for name in first for a, b in zip(first[name], other[name], strict=True)
     )
 
 
-def test_a_refusal_on_one_rank_is_the_same_on_all(ranks):
-    told = [rank["refusals"] for rank in ranks]
+def test_error_on_one_rank_is_raised_on_all(ranks):
+    raised = [rank["errors"] for rank in ranks]
     for name, text in {
         "tile, held": "no such tile", "tile, recomputed": "no such tile", "modes": "no positive mode",
         "kernels": "the ranks have different kernels",
     }.items():  # fmt: skip
-        assert {rank[name][0] for rank in told} == {"UserError"} and len({rank[name] for rank in told}) == 1
-        assert text in told[0][name][1]
+        assert {rank[name][0] for rank in raised} == {"UserError"} and len({rank[name] for rank in raised}) == 1
+        assert text in raised[0][name][1]
     for name in ("views", "number of pairs", "settings", "networks", "inputs", "not finite"):
-        assert len({rank[name] for rank in told}) == 1
-        assert f"{len(told)} ranks have called" in told[0][name][1] and "different arguments" in told[0][name][1]
+        assert len({rank[name] for rank in raised}) == 1
+        assert f"{len(raised)} ranks called" in raised[0][name][1] and "different arguments" in raised[0][name][1]
 
 
-def test_a_bug_on_one_rank_keeps_its_traceback_there_and_ends_the_others(ranks):
+def test_unexpected_error_keeps_its_type_and_ends_the_other_ranks(ranks):
     for index, rank in enumerate(ranks):
-        expected = ("KeyError", "'a bug'") if index == 1 else ("UserError", "a rank has failed: KeyError: 'a bug'")
-        assert rank["refusals"]["bug"] == expected
+        expected = (
+            ("KeyError", "'a bug'")
+            if index == 1
+            else ("UserError", "an error was raised on another rank: KeyError: 'a bug'")
+        )
+        assert rank["errors"]["bug"] == expected
 
 
-def test_no_rank_holds_more_than_its_share(ranks):
+def test_ranks_store_equal_parts_of_the_kernel(ranks):
     half = 130**2 / 2
-    one = held_values()
-    assert one == [130**2, None, None]  # so few that they are one tile
+    one = num_held_values()
+    assert one == [130**2, None, None]  # one tile
     held = [rank["held"] for rank in ranks]
     for shares in zip(*(values[:2] for values in held), strict=True):
         assert half < sum(shares) < 1.4 * half and max(shares) < 1.4 * half / len(held)
     assert all(values[2] is None for values in held)
 
 
-def test_one_rank_can_compute_alone_and_is_told_if_it_does_not_say_so(one, ranks):
-    (fit, kernel), told = ranks[0]["alone"]
+def test_one_process_computes_on_one_rank_and_its_absence_times_out(one, ranks):
+    (fit, kernel), message = ranks[0]["single rank"]
     assert all(torch.equal(a, b) for a, b in zip(fit, one[64, "rbf", HELD], strict=True))
     assert torch.equal(kernel, EmpiricalNTK(network())(*pairs()))
-    assert "\n" not in told and "has called EmpiricalNTK and waited" in told and "with one_process():" in told
+    assert "\n" not in message and "called EmpiricalNTK and waited" in message and "with one_process():" in message
 
 
 @pytest.mark.parametrize("num_ranks", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_killed_rank_ends_the_others_with_one_line(num_ranks, processes):
-    for rank, outcome in enumerate(processes.launch(killed_in_a_fit, ranks=num_ranks)):
+    for rank, outcome in enumerate(processes.launch(kill_rank_during_fit, ranks=num_ranks)):
         if rank == 1:
             assert outcome.status == -signal.SIGKILL
         else:
@@ -227,7 +236,7 @@ def test_killed_rank_ends_the_others_with_one_line(num_ranks, processes):
 
 
 @pytest.mark.slow
-def test_the_program_in_the_documentation_runs_under_torchrun(tmp_path):
+def test_documented_program_runs_under_torchrun(tmp_path):
     root = Path(__file__).parents[2]
     page = (root / "docs" / "clusters.md").read_text(encoding="utf-8")
     program = next(

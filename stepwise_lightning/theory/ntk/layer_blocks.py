@@ -1,183 +1,175 @@
-"""The share of all layers that can be taken one by one in a tangent kernel, in bounded memory."""
+"""Tangent kernel of all layer-wise layers, in blocks that fit a memory bound."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from stepwise_lightning.theory.ntk.functional_module import Network
-from stepwise_lightning.theory.ntk.layer_kernels import Part, gradients, share
-from stepwise_lightning.theory.ntk.layers import NotLayerwiseError, Sizes, Watch, kinds, watched
+from stepwise_lightning.theory.ntk.functional_module import FunctionalModule
+from stepwise_lightning.theory.ntk.layer_kernels import LayerTensors, layer_kernel, parameter_gradients
+from stepwise_lightning.theory.ntk.layers import LayerRecorder, LayerSizes, NotLayerwiseError, chosen_kinds
 
-# Outputs, or samples, at once, so that what they share is small against what each costs.
+# Outputs, or samples, in a pass; more of them save little.
 _ENOUGH = 8
 
 
-def least_numbers(layers: Sizes) -> int:
-    """Return how many numbers must be held for each sample of a pair."""
-    largest = max((size.held(1) for size in layers.values()), default=0)
-    return -(-(3 * (largest + 1) + _of_a_pass(layers, 1)) // 2) + 1
+def min_numbers(layers: LayerSizes) -> int:
+    """Return the minimum numbers to store for each sample of a pair."""
+    largest = max((size.stored(1) for size in layers.values()), default=0)
+    return -(-(3 * (largest + 1) + _numbers_in_pass(layers, 1)) // 2) + 1
 
 
-def layerwise(
-    network: Network, names: list[str], layers: Sizes, x: Tensor, y: Tensor, outputs: int, most: int, max_bytes: int
+def layerwise_kernel(
+    network: FunctionalModule,
+    layers: LayerSizes,
+    x: Tensor,
+    y: Tensor,
+    num_outputs: int,
+    max_batch: int,
+    max_bytes: int,
 ) -> Tensor:
-    """Return Σ_o ⟨J_o(x), J_o(y)⟩ of what is chosen of some layers, (k, l), float64.
+    """Return Σ_o ⟨J_o(x), J_o(y)⟩ for the chosen parameters of these layers, (k, l), float64.
 
-    As many samples as possible are held at once, and as many layers as then fit: to split layers costs as many passes
-    through the network as to split samples, but what many samples share is computed once.
-
-    Args:
-        network: what they are part of.
-        names: the chosen parameters.
-        layers: their sizes.
-        x: samples (k, …).
-        y: samples (l, …), or the same object, of which half is computed then.
-        outputs: d.
-        most: how many samples may be given at once.
-        max_bytes: memory for what is held.
+    Blocks hold as many samples as possible, then as many layers as fit: splitting layers costs as many passes through
+    the network as splitting samples, but results that samples share are then computed once.
 
     Raises:
-        NotLayerwiseError: a layer that does not run once, on one row a sample.
+        NotLayerwiseError: a layer does not run once on one row per sample.
 
     """
-    plan = _plan(layers, outputs, min(most, max(len(x), len(y))), x is y, max_bytes // network.dtype.itemsize)
+    max_numbers = max_bytes // network.dtype.itemsize
+    plan = _plan(layers, num_outputs, min(max_batch, max(len(x), len(y))), x is y, max_numbers)
     kernel = torch.zeros(len(x), len(y), dtype=torch.float64, device=x.device)
-    for group in _groups(layers, plan):
-        for start in range(0, outputs, plan.outputs):
-            _Shares(network, names, group, slice(start, start + plan.outputs), plan).add_to(kernel, x, y)
+    for group in _group_layers(layers, plan):
+        for start in range(0, num_outputs, plan.outputs):
+            block = _LayerGroup(network, group, slice(start, start + plan.outputs), plan)
+            add_blocks(kernel, x, y, plan.rows, block.tensors, block.kernel)
     return kernel
+
+
+def add_blocks(
+    kernel: Tensor, x: Tensor, y: Tensor, rows: int, compute: Callable[[Tensor], Any], contract: Callable[..., Tensor]
+) -> None:
+    """Add contract(compute(x), compute(y)) to a kernel, (k, l), in blocks of samples; if x is y, half is computed."""
+    for i in range(0, len(x), rows):
+        left = compute(x[i : i + rows])
+        for j in range(i if x is y else 0, len(y), rows):
+            right = left if x is y and i == j else compute(y[j : j + rows])
+            block = contract(left, right)
+            kernel[i : i + rows, j : j + rows] += block
+            if x is y and i != j:
+                kernel[j : j + rows, i : i + rows] += block.T
+            del right  # free its memory before the next block
+        del left
 
 
 @dataclass(frozen=True)
 class _Plan:
-    """How many outputs, and rows of the kernel, are taken at once; in passes of how many samples.
+    """Outputs and kernel rows in a block, samples in a pass, and numbers to store for a row and for temporary results.
 
-    Of all memory a quarter is for passes, and of what is left a third for temporary results.
+    A quarter of the memory is for passes, and a third of the rest for temporary results.
     """
 
     outputs: int
     rows: int
     batch: int
-    held: int  # numbers, for each row
-    temporary: int  # numbers, for each side
+    numbers_per_row: int
+    temporary: int  # for each side
 
 
-def _plan(layers: Sizes, outputs: int, most: int, symmetric: bool, room: int) -> _Plan:
-    at_once = outputs
+def _plan(layers: LayerSizes, num_outputs: int, max_batch: int, symmetric: bool, max_numbers: int) -> _Plan:
+    outputs = num_outputs
     while True:
-        a_pass = _of_a_pass(layers, at_once)
-        batch = max(1, min(most, room // (4 * a_pass)))
-        left = room - batch * a_pass
-        temporary = left // 6
-        largest = max(size.held(at_once) for size in layers.values())
-        rows = (left - 2 * temporary) // largest
-        sides = 1 if symmetric and rows >= most else 2
-        rows = min(rows // sides, most)
-        # all outputs if all samples go in with them
-        enough = rows >= (most if at_once > _ENOUGH else 1) and batch >= min(most, _ENOUGH)
-        if enough or at_once == 1:
+        numbers_in_pass = _numbers_in_pass(layers, outputs)
+        batch = max(1, min(max_batch, max_numbers // (4 * numbers_in_pass)))
+        remaining = max_numbers - batch * numbers_in_pass
+        temporary = remaining // 6
+        largest = max(size.stored(outputs) for size in layers.values())
+        rows = (remaining - 2 * temporary) // largest
+        sides = 1 if symmetric and rows >= max_batch else 2
+        rows = min(rows // sides, max_batch)
+        # all outputs only if all samples fit with them
+        enough = rows >= (max_batch if outputs > _ENOUGH else 1) and batch >= min(max_batch, _ENOUGH)
+        if enough or outputs == 1:
             rows = max(1, rows)
-            return _Plan(at_once, rows, batch, (left - 2 * temporary) // (sides * rows), temporary)
-        at_once = -(-at_once // 2)
+            return _Plan(outputs, rows, batch, (remaining - 2 * temporary) // (sides * rows), temporary)
+        outputs = -(-outputs // 2)
 
 
-def _of_a_pass(layers: Sizes, outputs: int) -> int:
-    """Return about how many numbers a sample takes in a pass forwards, and backwards from some outputs."""
-    return max(1, sum(size.given + (outputs + 1) * size.returned for size in layers.values()))
+def _numbers_in_pass(layers: LayerSizes, num_outputs: int) -> int:
+    """Return an estimate of the numbers per sample in a forward pass and backward passes from some outputs."""
+    return max(1, sum(size.inputs + (num_outputs + 1) * size.outputs for size in layers.values()))
 
 
-def _groups(layers: Sizes, plan: _Plan) -> list[Sizes]:
-    """Return layers that are held together, in their order."""
-    groups: list[Sizes] = []
-    taken = plan.held
+def _group_layers(layers: LayerSizes, plan: _Plan) -> list[LayerSizes]:
+    """Return consecutive groups of layers that fit the memory of a block."""
+    groups: list[LayerSizes] = []
+    used = plan.numbers_per_row
     for layer, size in layers.items():
-        taken += size.held(plan.outputs)
-        if taken > plan.held:
+        used += size.stored(plan.outputs)
+        if used > plan.numbers_per_row:
             groups.append({})
-            taken = size.held(plan.outputs)
+            used = size.stored(plan.outputs)
         groups[-1][layer] = size
     return groups
 
 
-class _Shares:
-    """The shares of a few layers and outputs.
+class _LayerGroup:
+    """Tensors and kernels of some layers for a slice of the outputs."""
 
-    Args:
-        network: what they are part of.
-        names: the chosen parameters.
-        layers: the layers.
-        outputs: the outputs.
-        plan: of how many samples at once.
-
-    """
-
-    def __init__(self, network: Network, names: list[str], layers: Sizes, outputs: slice, plan: _Plan) -> None:
+    def __init__(self, network: FunctionalModule, layers: LayerSizes, outputs: slice, plan: _Plan) -> None:
         self._network, self._outputs, self._plan = network, outputs, plan
         self._layers = {layer: network.module.get_submodule(layer) for layer in layers}
-        self._chosen = {layer: kinds(layer, names) for layer in layers}
-        self._compact = {layer: size.compact(plan.outputs) for layer, size in layers.items()}
+        self._kinds = {layer: chosen_kinds(layer, network.names) for layer in layers}
+        self._stores_gradients = {layer: size.stores_gradients(plan.outputs) for layer, size in layers.items()}
 
-    def add_to(self, kernel: Tensor, x: Tensor, y: Tensor) -> None:
-        """Add the shares to the kernel, (k, l)."""
-        rows = self._plan.rows
-        for i in range(0, len(x), rows):
-            left = self._parts(x[i : i + rows])
-            for j in range(i if x is y else 0, len(y), rows):
-                right = left if x is y and i == j else self._parts(y[j : j + rows])
-                block = self._contract(left, right)
-                kernel[i : i + rows, j : j + rows] += block
-                if x is y and i != j:
-                    kernel[j : j + rows, i : i + rows] += block.T
-                del right  # before others are made
-            del left
+    def tensors(self, x: Tensor) -> list[LayerTensors | Tensor]:
+        """Return gradients or `LayerTensors` of each layer for samples (k, …)."""
+        passes = [self._run(batch) for batch in x.split(self._plan.batch)]
+        # pop frees the parts of a layer when they are joined
+        return passes[0] if len(passes) == 1 else [_join([layers.pop(0) for layers in passes]) for _ in self._layers]
 
-    def _parts(self, x: Tensor) -> list[Part | Tensor]:
-        """Return for each layer what its share is computed from, for samples (k, …)."""
-        passes = [self._pass(samples) for samples in x.split(self._plan.batch)]
-        # what is joined is let go
-        return passes[0] if len(passes) == 1 else [_joined([given.pop(0) for given in passes]) for _ in self._layers]
-
-    def _contract(self, left: list[Part | Tensor], right: list[Part | Tensor]) -> Tensor:
-        """Return the sum of the shares, (k, l)."""
-        shares = [
-            share(part, self._chosen[layer], a, b, self._plan.temporary)
-            for (layer, part), a, b in zip(self._layers.items(), left, right, strict=True)
+    def kernel(self, left: list[LayerTensors | Tensor], right: list[LayerTensors | Tensor]) -> Tensor:
+        """Return the sum of the layer kernels, (k, l)."""
+        kernels = [
+            layer_kernel(layer, self._kinds[name], a, b, self._plan.temporary)
+            for (name, layer), a, b in zip(self._layers.items(), left, right, strict=True)
         ]
-        return torch.stack(shares).sum(0)
+        return torch.stack(kernels).sum(0)
 
-    def _pass(self, x: Tensor) -> list[Part | Tensor]:
-        watch = Watch(tapped=True)
+    def _run(self, x: Tensor) -> list[LayerTensors | Tensor]:
+        recorder = LayerRecorder(add_probes=True)
 
-        def backwards(f: Tensor) -> list[Sequence[Tensor]]:
-            if not all(watch.once(layer, len(x)) for layer in self._layers):
+        def backward(outputs: Tensor) -> list[Sequence[Tensor]]:
+            if not all(recorder.ran_once(layer, len(x)) for layer in self._layers):
                 raise NotLayerwiseError
-            taps = [watch.taps[layer] for layer in self._layers]
-            # Samples do not mix, so that the gradient of a sum holds each sample's own.
-            some = f.sum(0)[self._outputs]
-            if not f.requires_grad:
-                return [[torch.zeros_like(tap) for tap in taps]] * len(some)
-            return [torch.autograd.grad(out, taps, retain_graph=True, materialize_grads=True) for out in some]
+            probes = [recorder.probes[layer] for layer in self._layers]
+            # samples do not mix, and the gradient of their sum consists of the gradients of each
+            sums = outputs.sum(0)[self._outputs]
+            if not outputs.requires_grad:
+                return [[torch.zeros_like(probe) for probe in probes]] * len(sums)
+            return [torch.autograd.grad(o, probes, retain_graph=True, materialize_grads=True) for o in sums]
 
-        with torch.enable_grad(), watched(self._network.module, self._layers, watch):
-            deltas = self._network(x, then=backwards)
+        with torch.enable_grad(), recorder.attach(self._network.module, self._layers):
+            deltas = self._network(x, callback=backward)
         return [
-            self._reduced(layer, (watch.features[layer], list(of_layer)))
-            for layer, of_layer in zip(self._layers, zip(*deltas, strict=True), strict=True)
+            self._reduce(layer, (recorder.inputs[layer], list(layer_deltas)))
+            for layer, layer_deltas in zip(self._layers, zip(*deltas, strict=True), strict=True)
         ]
 
-    def _reduced(self, layer: str, part: Part) -> Part | Tensor:
-        if not self._compact[layer]:
-            return part
-        return gradients(self._layers[layer], self._chosen[layer], part, self._plan.temporary)
+    def _reduce(self, layer: str, tensors: LayerTensors) -> LayerTensors | Tensor:
+        if not self._stores_gradients[layer]:
+            return tensors
+        return parameter_gradients(self._layers[layer], self._kinds[layer], tensors, self._plan.temporary)
 
 
-def _joined(parts: Sequence[Part | Tensor]) -> Part | Tensor:
-    """Return the parts of some samples after each other as one."""
+def _join(parts: Sequence[LayerTensors | Tensor]) -> LayerTensors | Tensor:
+    """Concatenate the tensors of several batches."""
     if isinstance(parts[0], Tensor):
         return torch.cat([part for part in parts if isinstance(part, Tensor)])
-    given, deltas = zip(*parts, strict=True)
-    return torch.cat(given), [torch.cat(of_output) for of_output in zip(*deltas, strict=True)]
+    inputs, deltas = zip(*parts, strict=True)
+    return torch.cat(inputs), [torch.cat(output_deltas) for output_deltas in zip(*deltas, strict=True)]

@@ -1,186 +1,178 @@
-r"""The layers of a network whose gradients are made of their input and the gradients of their output.
+r"""Layers whose parameter gradients are computed from the layer's input and the gradient of its output.
 
-That is all of the gradient only where a layer runs once, on one row a sample, and nobody else uses its weights, which
-is looked at, not assumed.
+This is the whole gradient only if the layer runs once, on one row per sample, and shares no weights, which a few
+samples show.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from stepwise_lightning.theory.ntk.functional_module import Network
-from stepwise_lightning.theory.ntk.layer_kernels import KINDS, SUMS, Size, features
+from stepwise_lightning.theory.ntk.functional_module import FunctionalModule
+from stepwise_lightning.theory.ntk.layer_kernels import LAYER_TYPES, MATRIX_LAYERS, LayerSize, layer_inputs
 
-# Layers by name, with their sizes.
-Sizes = dict[str, Size]
+# Sizes by layer name.
+LayerSizes = dict[str, LayerSize]
 
 
 class NotLayerwiseError(Exception):
-    """A batch on which the layers do not run as they did on the samples that were looked at; caught within theory."""
+    """A layer does not run once on one row per sample, unlike on the checked samples; caught by EmpiricalNTK."""
 
 
-class Layers:
-    """The layers with chosen parameters, of `KINDS`, that run once, on one row a sample, and share no weights.
+class LayerCandidates:
+    """Find the layers of `LAYER_TYPES` that run once, on one row per sample, and share no weights.
 
-    They are found out on a few samples, once with the layers' outputs cut off from their weights: what then still has
-    a gradient is used elsewhere, and an output that has one of another sample's row is not in the samples' order.
-
-    Args:
-        network: what they are part of.
-        names: the chosen parameters.
+    One forward pass runs with the layer outputs detached from the weights. A weight that still has a gradient is used
+    elsewhere, and an output that depends on another sample's row of a layer is not in the order of the samples.
 
     Attributes:
-        parameters: those of the layers that may be such, to run the network with while they are looked at.
+        layers: names of the candidates.
+        parameters: leaf copies of their parameters for the checked forward pass.
 
     """
 
-    def __init__(self, network: Network, names: list[str]) -> None:
-        self._module, self._names = network.module, names
-        self._candidates = _candidates(network.module, names)
+    def __init__(self, network: FunctionalModule) -> None:
+        self._module, self._names = network.module, network.names
+        self.layers = _candidates(network.module, network.names)
         self.parameters = {
-            name: network.values[name].detach().requires_grad_()
-            for layer in self._candidates
+            name: network.state[name].detach().requires_grad_()
+            for layer in self.layers
             for name in (f"{layer}.weight", f"{layer}.bias")
-            if name in network.values
+            if name in network.state
         }
-        self._together = Watch(cut=True, tapped=True)
-        self._alone: list[tuple[int, Watch]] = []
-        self._reused: set[str] = set()
-        self._reordered: set[str] = set()
+        self._batch = LayerRecorder(add_probes=True, detach_weights=True)
+        self._rejected: set[str] = set()
 
-    def cut_off(self) -> AbstractContextManager[None]:
-        """Return a context in which outputs do not depend on the layers' weights, but for other uses of these."""
-        return watched(self._module, self._candidates, self._together)
+    @contextmanager
+    def record_batch(self, num_samples: int) -> Iterator[None]:
+        """Record a batch, with layer outputs detached from the weights."""
+        with self._batch.attach(self._module, self.layers):
+            yield
+        self._rejected |= {layer for layer in self.layers if not self._batch.ran_once(layer, num_samples)}
 
-    def watched_alone(self, index: int) -> AbstractContextManager[None]:
-        """Return a context in which the sample that has this index among the others is seen alone."""
-        self._alone.append((index, Watch()))
-        return watched(self._module, self._candidates, self._alone[-1][1])
+    @contextmanager
+    def record_single_sample(self, index: int) -> Iterator[None]:
+        """Record the batch's sample ``index`` alone and reject layers with another input than in the batch."""
+        recorder = LayerRecorder()
+        with recorder.attach(self._module, self.layers):
+            yield
+        for layer in set(self.layers) - self._rejected:
+            if not recorder.ran_once(layer, 1) or not _same_inputs(
+                recorder.inputs[layer][0], self._batch.inputs[layer][index]
+            ):
+                self._rejected.add(layer)
 
-    def find_other_uses(self, f: Tensor) -> Tensor:
-        """Look for gradients of outputs that were cut off, (k, d), and return these."""
-        taps, weights = self._together.taps, self.parameters
-        given = [*taps.values(), *weights.values()]
-        # by two of three rows, because a change of order leaves one of them where it is, or none
-        for index in range(min(2, len(f)) if f.requires_grad and given else 0):
-            gradients = torch.autograd.grad(f[index].sum(), given, retain_graph=True, allow_unused=True)
-            for layer, gradient in zip(taps, gradients, strict=False):
-                others = [row for row in range(len(f)) if row != index]
-                if gradient is not None and len(gradient) == len(f) and gradient[others].any():
-                    self._reordered.add(layer)
-            for name, gradient in zip(weights, gradients[len(taps) :], strict=True):
+    def find_other_uses(self, outputs: Tensor) -> Tensor:
+        """Find shared weights and reordered rows by gradients of the recorded outputs, (k, d); return them detached."""
+        probes, weights = self._batch.probes, self.parameters
+        tensors = [*probes.values(), *weights.values()]
+        # two of three rows are enough: a permutation of three moves one or more of two
+        for index in range(min(2, len(outputs)) if outputs.requires_grad and tensors else 0):
+            gradients = torch.autograd.grad(outputs[index].sum(), tensors, retain_graph=True, allow_unused=True)
+            for layer, gradient in zip(probes, gradients, strict=False):
+                others = [row for row in range(len(outputs)) if row != index]
+                if gradient is not None and len(gradient) == len(outputs) and gradient[others].any():
+                    self._rejected.add(layer)
+            for name, gradient in zip(weights, gradients[len(probes) :], strict=True):
                 if gradient is not None:
-                    self._reused.add(name.rpartition(".")[0])
-        return f.detach()
+                    self._rejected.add(name.rpartition(".")[0])
+        return outputs.detach()
 
-    def usable(self, samples: int) -> Sizes:
-        """Return the layers that have shown to be such, with so many samples."""
-        return {
-            layer: self._size(layer)
-            for layer in self._candidates
-            if layer not in self._reused | self._reordered
-            and self._together.once(layer, samples)
-            and all(self._same_row(layer, index, watch) for index, watch in self._alone)
-        }  # fmt: skip
+    def layerwise(self) -> LayerSizes:
+        """Return the sizes of the layers that passed all checks."""
+        return {layer: self._size(layer) for layer in self.layers if layer not in self._rejected}
 
-    def _size(self, layer: str) -> Size:
-        chosen = [self.parameters[f"{layer}.{kind}"] for kind in kinds(layer, self._names)]
-        return Size(
-            given=self._together.features[layer][0].numel(),
-            returned=self._together.taps[layer][0].numel(),
-            gradients=sum(parameter.numel() for parameter in chosen),
-            reduces=not isinstance(self._module.get_submodule(layer), SUMS),
+    def _size(self, layer: str) -> LayerSize:
+        return LayerSize(
+            inputs=self._batch.inputs[layer][0].numel(),
+            outputs=self._batch.probes[layer][0].numel(),
+            gradients=sum(self.parameters[f"{layer}.{kind}"].numel() for kind in chosen_kinds(layer, self._names)),
+            per_channel=not isinstance(self._module.get_submodule(layer), MATRIX_LAYERS),
         )
 
-    def _same_row(self, layer: str, index: int, alone: Watch) -> bool:
-        if not alone.once(layer, 1):
-            return False
-        row, same = self._together.features[layer][index], alone.features[layer][0]
-        tolerance = 1e-3 * float(row.abs().max())
-        return row.shape == same.shape and torch.allclose(same, row, rtol=0, atol=tolerance, equal_nan=True)
+
+def _same_inputs(alone: Tensor, in_batch: Tensor) -> bool:
+    tolerance = 1e-3 * float(in_batch.abs().max())
+    return alone.shape == in_batch.shape and torch.allclose(alone, in_batch, rtol=0, atol=tolerance, equal_nan=True)
 
 
 def _candidates(module: nn.Module, names: list[str]) -> list[str]:
-    owners = Counter(id(p) for part in module.modules() for p in part.parameters(recurse=False))
+    owners = Counter(id(p) for layer in module.modules() for p in layer.parameters(recurse=False))
     return [
         name
-        for name, part in module.named_modules()
-        if type(part) in KINDS
-        and kinds(name, names)
-        and all(owners[id(p)] == 1 for p in part.parameters(recurse=False))
-        # no weights computed on the way, and nothing between the layer and its output
-        and set(dict(part.named_parameters(recurse=False))) <= {"weight", "bias"}
-        and "weight" in dict(part.named_parameters(recurse=False))
-        and not part._forward_hooks and not part._forward_pre_hooks and "forward" not in vars(part)
-    ]  # fmt: skip
+        for name, layer in module.named_modules()
+        if type(layer) in LAYER_TYPES
+        and chosen_kinds(name, names)
+        and all(owners[id(p)] == 1 for p in layer.parameters(recurse=False))
+        # no parametrisations
+        and {"weight"} <= set(dict(layer.named_parameters(recurse=False))) <= {"weight", "bias"}
+        and not (layer._forward_hooks or layer._forward_pre_hooks or "forward" in vars(layer))
+    ]
 
 
-def kinds(layer: str, names: list[str]) -> list[str]:
-    """Return which of a layer's weight and bias are among the names."""
+def chosen_kinds(layer: str, names: list[str]) -> list[str]:
+    """Return "weight", "bias" or both: the kinds of a layer's parameters that are among the names."""
     return [kind for kind in ("weight", "bias") if f"{layer}.{kind}" in names]
 
 
-class Watch:
-    """What layers were given in one forward pass, and what stands in for their outputs.
+class LayerRecorder:
+    """Record layer inputs in one forward pass.
 
     Args:
-        cut: let an output depend on the input alone, not on the weights; it is as large as ever.
-        tapped: add zeros to the output, whose gradient is that of the output.
+        add_probes: add zeros to each layer output; their gradient is the gradient of the output.
+        detach_weights: make each layer output depend on the layer input only, not on the weights, at equal value.
+
+    Attributes:
+        inputs: by layer, as returned by :func:`layer_inputs`.
+        probes: the added zeros by layer.
 
     """
 
-    def __init__(self, cut: bool = False, tapped: bool = False) -> None:
-        self.calls: Counter[str] = Counter()
-        self.features: dict[str, Tensor] = {}
-        self.taps: dict[str, Tensor] = {}
+    def __init__(self, add_probes: bool = False, detach_weights: bool = False) -> None:
+        self.inputs: dict[str, Tensor] = {}
+        self.probes: dict[str, Tensor] = {}
+        self._num_calls: Counter[str] = Counter()
         self._versions: dict[str, int] = {}
-        self.cut, self.tapped = cut, tapped
+        self._add_probes, self._detach_weights = add_probes, detach_weights
 
-    def hook(self, layer: str) -> Callable[[nn.Module, Any, Tensor], Tensor | None]:
-        """Return the forward hook of one layer."""
+    @contextmanager
+    def attach(self, module: nn.Module, layers: Iterable[str]) -> Iterator[None]:
+        """Record these layers inside this context."""
+        with ExitStack() as handles:
+            for name in layers:
+                handles.enter_context(module.get_submodule(name).register_forward_hook(partial(self._hook, name)))
+            yield
 
-        def note(part: nn.Module, given: Any, output: Tensor) -> Tensor | None:
-            self.calls[layer] += 1
-            seen = features(part, given[0]) if given else None
-            if seen is None:
-                self.calls[layer] += 1
-                return None
-            if layer not in self.features:
-                self.features[layer], self._versions[layer] = seen, seen._version
-            if not self.tapped:
-                return None
-            if self.cut:
-                dependence = (given[0] - given[0].detach()).flatten(1).sum(1)
-                output = output.detach() + dependence.view(-1, *[1] * (output.ndim - 1))
-            if layer not in self.taps:
-                nothing = torch.zeros((), dtype=output.dtype, device=output.device)
-                self.taps[layer] = nothing.expand_as(output).requires_grad_()
-            # the same one when a layer runs again, as it does under checkpointing; elsewhere its output may be another
-            return output + self.taps[layer] if output.shape == self.taps[layer].shape else output
+    def _hook(self, name: str, layer: nn.Module, args: Any, output: Tensor) -> Tensor | None:
+        self._num_calls[name] += 1
+        inputs = layer_inputs(layer, args[0]) if args else None
+        if inputs is None:
+            self._num_calls[name] += 1  # ran_once is False
+            return None
+        if name not in self.inputs:
+            self.inputs[name], self._versions[name] = inputs, inputs._version
+        if not self._add_probes:
+            return None
+        if self._detach_weights:
+            dependence = (args[0] - args[0].detach()).flatten(1).sum(1)
+            output = output.detach() + dependence.view(-1, *[1] * (output.ndim - 1))
+        if name not in self.probes:
+            zero = torch.zeros((), dtype=output.dtype, device=output.device)
+            self.probes[name] = zero.expand_as(output).requires_grad_()
+        # activation checkpointing runs the layer again and needs the same probe; other reuse may change the shape
+        return output + self.probes[name] if output.shape == self.probes[name].shape else output
 
-        return note
-
-    def once(self, layer: str, samples: int) -> bool:
-        """Whether the layer ran once, on one row a sample that has not been changed in place since."""
+    def ran_once(self, layer: str, num_samples: int) -> bool:
+        """Whether the layer ran once, on one row per sample, and its input was not changed in place afterwards."""
         return (
-            self.calls[layer] == 1
-            and len(self.features[layer]) == samples
-            and self.features[layer]._version == self._versions[layer]
+            self._num_calls[layer] == 1
+            and len(self.inputs[layer]) == num_samples
+            and self.inputs[layer]._version == self._versions[layer]
         )
-
-
-@contextmanager
-def watched(module: nn.Module, layers: Iterable[str], watch: Watch) -> Iterator[None]:
-    """Watch these layers for a while."""
-    hooks = [module.get_submodule(layer).register_forward_hook(watch.hook(layer)) for layer in layers]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
