@@ -29,7 +29,7 @@ from torchvision.datasets import ImageFolder
 from torchvision.transforms.functional import pil_to_tensor
 
 from stepwise_lightning.data import load_image_set
-from stepwise_lightning.data.splits import split_folder
+from stepwise_lightning.data.folders import split_folder
 
 CLASSES, SIDE = 100, 32
 

@@ -39,7 +39,7 @@ class NoiseImages(TwoViewDataModule):
         """Return a split of noise with the original labels."""
         if split not in self._sets:
             images = super().images(split)
-            assert isinstance(images.images, Tensor)
+            assert not isinstance(images.images, list)
             generator = torch.Generator().manual_seed(hashed_seed(self.hparams["seed"], "noise", split))
             noise = torch.randint(0, 256, images.images.shape, dtype=torch.uint8, generator=generator)
             self._sets[split] = ImageSet(noise, images.labels, images.class_names)

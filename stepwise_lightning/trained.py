@@ -12,9 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import ConcatDataset, DataLoader
 
-from stepwise_lightning.data.image_files import list_images
+from stepwise_lightning.data.folders import list_images, split_name
 from stepwise_lightning.data.image_sets import DATA_SETS, ImageSet, load_image_set
-from stepwise_lightning.data.splits import split_named
 from stepwise_lightning.data.two_view_datamodule import TwoViewDataModule
 from stepwise_lightning.data.views import PlainImages, plain_view
 from stepwise_lightning.encoders import ResNet
@@ -163,7 +162,7 @@ def all_images(data: str, root: str) -> tuple[list[ImageSet], list[str]]:
         raise UserError(f"data {data!r} is neither one of {', '.join(DATA_SETS)} nor the path of an existing folder")
     paths = list_images(Path(data)).paths
     inside = [Path(path).relative_to(data).parts[:-1] for path in paths]
-    if all(folders and split_named(folders[0]) for folders in inside):
+    if all(folders and split_name(folders[0]) for folders in inside):
         inside = [folders[1:] for folders in inside]
     classes = sorted({folders[0] for folders in inside if folders})
     labels = [classes.index(folders[0]) if folders else -1 for folders in inside]

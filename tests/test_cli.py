@@ -30,7 +30,7 @@ MISTAKES = {
     "unknown backbone": (["--model.init_args.encoder.init_args.backbone=vgg"], "unknown ResNet 'vgg'; choose from"),
     "no dimensions": (["--model.init_args.encoder.init_args.out_features=0"], "at least 1, got in_features=64, out"),
     "no number": (["--model.init_args.learning_rate=fast"], 'key "learning_rate": Expected a <class \'float\'>. Got'),
-    "batch of one": (["--data.init_args.global_batch_size=1"], "global_batch_size must be at least 2, since the"),
+    "batch of one": (["--data.init_args.global_batch_size=1"], "global_batch_size must be at least 2, because the"),
     "batch too large": (["--data.init_args.global_batch_size=9999"], "global_batch_size 9999 is larger than the"),
     "unknown data": (["--data.init_args.data=imagenet"], "data set 'imagenet' is neither one of photos, cifar10"),
     "missing data": (["--data.init_args.data=stl10"], "stepwise download stl10 --root data"),

@@ -1,4 +1,4 @@
-"""CIFAR-10 and STL-10 in their real formats with a few images, patched checksums, and damaged files."""
+"""Small image folders, CIFAR-10 and STL-10 in their real formats with a few images, and damaged files."""
 
 import hashlib
 import io
@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 from torchvision.datasets import CIFAR10, STL10
 
 from stepwise_lightning.data.photographs import cut_photos
@@ -18,6 +19,14 @@ STL_CLASSES = ["airplane", "bird", "car", "cat", "deer", "dog", "horse", "monkey
 
 def noise(*shape: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
+
+
+def fill(folder: Path, count: int = 3, seed: int = 0, size: tuple[int, int] = (12, 12)) -> Path:
+    """Write ``count`` images of noise, 00.png, 01.png, …, and return the folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for number in range(count):
+        Image.fromarray(noise(*size, 3, seed=100 * seed + number)).save(folder / f"{number:02d}.png")
+    return folder
 
 
 def enlarged_tiles(count: int, seed: int) -> np.ndarray:
@@ -31,9 +40,9 @@ def md5(path: Path) -> str:
 
 
 def old_pickle(content: dict) -> bytes:
-    """Pickle in the format of the published files: protocol 2, with the arrays and dtypes of NumPy in 2009."""
+    """Return a pickle in the format of the published files: protocol 2, with arrays and dtypes of NumPy of 2009."""
 
-    class Pickler(pickle._Pickler):  # the pure-Python class, whose reducer can be overridden for NumPy
+    class Pickler(pickle._Pickler):  # the pure-Python pickler, whose reducers can be overridden
         def reducer_override(self, value):
             if isinstance(value, np.dtype):
                 return np.dtype, ("u1", 0, 1), (3, "|", None, None, None, -1, -1, 0)
@@ -45,7 +54,7 @@ def old_pickle(content: dict) -> bytes:
 
 
 def write_cifar10(root: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Write the six files of CIFAR-10 with four images each, and return ``root``."""
+    """Write four images into each of the six files of CIFAR-10 in its real format; return ``root``."""
     folder = root / CIFAR10.base_folder
     folder.mkdir(parents=True)
     for number, (name, _) in enumerate(CIFAR10.train_list + CIFAR10.test_list):
@@ -63,9 +72,9 @@ def write_cifar10(root: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def write_stl10(
     root: Path, monkeypatch: pytest.MonkeyPatch, train: int = 2, test: int = 2, photographs: bool = False
 ) -> Path:
-    """Write the files of STL-10 with a few training, three unlabelled and a few test images; return ``root``.
+    """Write a few training, three unlabelled and a few test images in the real format of STL-10; return ``root``.
 
-    The format stores columns first and counts labels from 1. The images are noise, or enlarged tiles of photographs.
+    The format stores columns first, and labels from 1. Images are noise or enlarged tiles of the bundled photographs.
     """
     folder = root / STL10.base_folder
     folder.mkdir(parents=True)
@@ -82,7 +91,7 @@ def write_stl10(
 
 
 def damaged(content: bytes, draw: random.Random) -> bytes:
-    """Return the content truncated, with a few bytes overwritten, or with a part set to zero."""
+    """Return the content of a file truncated, with up to 8 bytes overwritten, or with up to 64 bytes set to zero."""
     kind = draw.choice(("cut", "bytes", "blank"))
     if kind == "cut":
         return content[: draw.randrange(len(content))]
@@ -98,7 +107,7 @@ def damaged(content: bytes, draw: random.Random) -> bytes:
 
 
 class Touch:
-    """Creates a file when it is unpickled, as code in a malicious file would."""
+    """Create a file when unpickled, as malicious code in a pickle could."""
 
     def __init__(self, path: Path) -> None:
         self.path = path

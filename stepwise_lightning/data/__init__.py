@@ -1,4 +1,4 @@
-"""Images, views of them, and the data modules that make batches of these."""
+"""Image sets, augmented views, and Lightning data modules."""
 
 from stepwise_lightning.data.fixed_crop_pairs import FixedCropPairs
 from stepwise_lightning.data.image_sets import ImageSet, download_images, load_image_set, load_images

@@ -1,4 +1,4 @@
-"""How strong an augmentation is: the same numbers for views made one at a time and in batches."""
+"""Parameters of the augmentations, shared by per-image and batched views."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ __all__ = ["AugmentationParameters"]
 class AugmentationParameters:
     """Ranges and probabilities of an augmentation.
 
-    ``standard`` has the strengths of Barlow Twins (Zbontar et al. 2021); ``weak`` is crop and flip alone.
+    ``standard`` follows Barlow Twins (Zbontar et al. 2021); ``weak`` is crop and flip only.
 
     Attributes:
-        crop_scale: area of the crop as a share of the image's, uniform.
-        crop_ratio: width over height of the crop, uniform in its logarithm.
-        jitter: brightness, contrast and saturation are multiplied by 1 ± up to this, hue is turned by ± this; or None.
-        jitter_probability: as are the next two, of the operation's being applied.
-        gray_probability: of grayscale.
-        blur_probability: of a Gaussian blur.
-        blur_sigma: σ of that in pixels, uniform.
+        crop_scale: range of the crop's area as a share of the image's, sampled uniformly.
+        crop_ratio: range of the crop's width over height, sampled uniformly in the logarithm.
+        jitter: largest change of brightness, contrast, saturation (factors 1 ± value) and hue (share of the circle).
+        jitter_probability: probability of colour jitter.
+        gray_probability: probability of conversion to grayscale.
+        blur_probability: probability of a Gaussian blur.
+        blur_sigma: range of the blur's σ in pixels, sampled uniformly.
 
     """
 
@@ -36,13 +36,13 @@ class AugmentationParameters:
 
     @classmethod
     def of(cls, augmentation: str) -> AugmentationParameters:
-        """Return those of ``standard`` or ``weak``; ValueError for another name."""
-        if augmentation not in _STRENGTHS:
-            raise UserError(f"augmentation {augmentation!r} is none of {', '.join(_STRENGTHS)}")
-        return _STRENGTHS[augmentation]
+        """Return the parameters of ``standard`` or ``weak``; ValueError for another name."""
+        if augmentation not in _PARAMETERS:
+            raise UserError(f"unknown augmentation {augmentation!r}: choose one of {', '.join(_PARAMETERS)}")
+        return _PARAMETERS[augmentation]
 
 
-_STRENGTHS = {
+_PARAMETERS = {
     "standard": AugmentationParameters(
         (0.2, 1.0), jitter=(0.4, 0.4, 0.2, 0.1), jitter_probability=0.8, gray_probability=0.2, blur_probability=0.5
     ),

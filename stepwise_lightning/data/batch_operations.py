@@ -1,10 +1,10 @@
-"""Image operations on a whole batch, each sample with its own parameters: crop, colour jitter, grayscale, blur.
+"""Crop, colour jitter, grayscale and blur of a batch of images with separate parameters for each image.
 
-Between operations a batch is in planes: float32, (3, n, h, w), values in [0, 1], so that a colour channel of all images
-is one piece of memory. Nothing but sums of a few terms at fixed places is used, no matrix products: the result for an
-image does not depend on which others are in the batch, nor on a BLAS library, nor on TF32.
+The functions work on planes: float32, (3, n, h, w), values in [0, 1], one contiguous block per colour channel. They use
+sums of a few terms in a fixed order and no matrix products: the result for an image is independent of the rest of the
+batch, of the BLAS library and of TF32.
 
-Definitions are those of torchvision's transforms (v2) on floats; the blur is Pillow's.
+Definitions follow torchvision's transforms v2 on floats; the blur follows Pillow.
 """
 
 from __future__ import annotations
@@ -19,16 +19,20 @@ from torch.nn.functional import embedding_bag
 __all__ = ["Jitters", "Taps", "blur", "grayscale", "jitter", "resized_crops"]
 
 _GRAY = (0.2989, 0.587, 0.114)  # torchvision's weights of red, green and blue
-_MAX_HUE = 1 / 6  # a colour moves to a neighbouring sextant of the circle at most
-_MAX_SIGMA = 2.0  # the boxes whose iteration is the blur reach two pixels then
+_MAX_HUE = 1 / 6  # colours move at most to a neighbouring sextant of the circle
+_MAX_SIGMA = 2.0  # the boxes of the blur then reach two pixels
 _NUM_BOXES = 3  # Pillow's number of passes
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
 
 
 class Taps(NamedTuple):
-    """Which lines (rows or columns) of an image make each line of another, and with what weights.
+    """Indices and weights of the input lines (rows or columns) that are summed into each output line.
 
-    ``lines``: int64, and ``weights``: float32, (n, size, taps) each; ``extent``: number of lines of the image.
+    Attributes:
+        lines: int64, (n, size, taps).
+        weights: float32, (n, size, taps).
+        extent: number of lines of the input.
+
     """
 
     lines: Tensor
@@ -39,15 +43,15 @@ class Taps(NamedTuple):
     def of_crops(
         cls, start: Tensor, length: Tensor, extent: int, size: int, flip: Tensor | None = None, factor: float = 1.0
     ) -> Taps:
-        """Return those of crops resized to ``size`` lines by Pillow's and torchvision's antialiased triangle filter.
+        """Return the taps of crops resized with the antialiased triangle filter of Pillow and torchvision.
 
         Args:
             start: first line of each crop, int64, (n,).
-            length: number of its lines, int64, (n,).
+            length: number of lines of each crop, int64, (n,).
             extent: number of lines of the images.
-            size: number of lines of the result.
-            flip: whether the order of lines is reversed, bool, (n,); None for no.
-            factor: of all weights.
+            size: number of lines of the output.
+            flip: bool, (n,), True to reverse the lines; None for no flips.
+            factor: multiplies all weights.
 
         """
         start, length = start.float()[:, None, None], length.float()[:, None, None]
@@ -61,15 +65,15 @@ class Taps(NamedTuple):
         weights = (offsets - (centre - 0.5)).div_(support).abs_().neg_().add_(1).clamp_(min=0)
         weights.masked_fill_(offsets >= length, 0.0)
         weights.mul_(factor / weights.sum(-1, keepdim=True))
-        # A tap beyond the crop weighs nothing, but must lie in the image.
+        # Taps beyond the crop have weight zero, but their index must be valid.
         return cls(torch.minimum(offsets, length - 1).add_(start).long(), weights, extent)
 
     def of_images(self, images: slice) -> Taps:
-        """Return the taps of some of the images."""
+        """Return the taps of a slice of the images."""
         return Taps(self.lines[images], self.weights[images], self.extent)
 
     def summed(self, table: Tensor, times: int = 1) -> Tensor:
-        """Return the weighted sums of lines of a table (n · extent, …), (n · size, …); of these again, ``times``."""
+        """Return weighted sums of the lines of a table (n · extent, …), as (n · size, …); applied ``times`` times."""
         count, size, taps = self.lines.shape
         lines = self.lines + self.extent * torch.arange(count)[:, None, None]
         lines, weights = (values.reshape(count * size, taps).to(table.device) for values in (lines, self.weights))
@@ -79,7 +83,7 @@ class Taps(NamedTuple):
 
 
 def resized_crops(images: Tensor, rows: Taps, columns: Taps) -> Tensor:
-    """Return the crops of uint8 images, (n, 3, h, w), as planes; the taps are on the CPU, for levels of 0 to 255."""
+    """Return the crops of uint8 images (n, 3, h, w) as planes; the taps are on the CPU."""
     count, _, height, width = images.shape
     table = images.transpose(1, 2).to(torch.float32, memory_format=torch.contiguous_format)
     table = rows.summed(table.view(count * height, 3 * width))
@@ -89,46 +93,50 @@ def resized_crops(images: Tensor, rows: Taps, columns: Taps) -> Tensor:
 
 
 class Jitters(NamedTuple):
-    """Changes of colour of each image, sorted by when its hue is changed; on the CPU.
+    """Colour jitter of each image, on the CPU, sorted by the turn of the hue.
 
-    Brightness, contrast and saturation are clamp(f x + (1 − f) y), y being black, the mean of the gray image, or that:
-    ``own``, ``mean`` and ``gray`` are the coefficients of x, of the mean and of the gray image at each of the four
-    turns, float32, (n, 4); ``hue``: float32, (n,), in sextants; ``place``: int64, (n,), the turn of the hue.
+    Brightness, contrast and saturation are clamp(f x + (1 − f) y), where y is black, the mean of the gray image, or the
+    gray image.
+
+    Attributes:
+        image, mean, gray: coefficients of x, of the mean and of the gray image in each of four turns, float32, (n, 4).
+        hue: shift of the hue in sextants, float32, (n,).
+        hue_turn: turn in which the hue is shifted, int64, (n,).
+
     """
 
-    own: Tensor
+    image: Tensor
     mean: Tensor
     gray: Tensor
     hue: Tensor
-    place: Tensor
+    hue_turn: Tensor
 
     @classmethod
     def of(cls, factors: Tensor, hue: Tensor, order: Tensor) -> Self:
-        """Return them from what torchvision's ColorJitter draws.
+        """Return the coefficients for the parameters of torchvision's ColorJitter.
 
         Args:
             factors: of brightness, contrast and saturation, float64, (n, 3).
-            hue: in turns, |hue| ≤ 1/6, float64, (n,).
-            order: which of BRIGHTNESS, CONTRAST, SATURATION, HUE comes first, second, …, int64, (n, 4); sorted by the
-                place of HUE.
+            hue: shift as a share of the circle, |hue| ≤ 1/6, float64, (n,).
+            order: permutation of BRIGHTNESS, CONTRAST, SATURATION, HUE, int64, (n, 4); rows sorted by the turn of HUE.
 
         """
-        place = (order == HUE).long().argmax(1)
+        hue_turn = (order == HUE).long().argmax(1)
         assert (hue.abs() <= _MAX_HUE).all()
-        assert (place.diff() >= 0).all()
-        own = factors.gather(1, order.clamp(max=HUE - 1))
-        mean, gray = (1 - own) * (order == CONTRAST), (1 - own) * (order == SATURATION)
-        return cls(own.float(), mean.float(), gray.float(), (6 * hue).float(), place)
+        assert (hue_turn.diff() >= 0).all()
+        image = factors.gather(1, order.clamp(max=HUE - 1))
+        mean, gray = (1 - image) * (order == CONTRAST), (1 - image) * (order == SATURATION)
+        return cls(image.float(), mean.float(), gray.float(), (6 * hue).float(), hue_turn)
 
     def of_images(self, images: slice) -> Jitters:
-        """Return those of some of the images."""
+        """Return the jitters of a slice of the images."""
         return Jitters(*(values[images] for values in self))
 
 
 def jitter(planes: Tensor, jitters: Jitters) -> Tensor:
-    """Change brightness, contrast, saturation and hue in each image's own order, in place; return the planes."""
-    bounds = torch.searchsorted(jitters.place, torch.arange(5)).tolist()
-    own, mean, gray = (values.to(planes.device)[..., None, None] for values in jitters[:3])
+    """Change brightness, contrast, saturation and hue in the order of each image, in place; return the planes."""
+    bounds = torch.searchsorted(jitters.hue_turn, torch.arange(5)).tolist()
+    image, mean, gray = (values.to(planes.device)[..., None, None] for values in jitters[:3])
     hue = jitters.hue.to(planes.device)[:, None, None]
     for turn in range(4):
         start, stop = bounds[turn], bounds[turn + 1]
@@ -136,14 +144,14 @@ def jitter(planes: Tensor, jitters: Jitters) -> Tensor:
             _shift_hue(planes[:, start:stop], hue[start:stop])
         for part in (slice(start), slice(stop, None)):
             if planes[0, part].numel():
-                _blend(planes[:, part], own[part, turn], mean[part, turn], gray[part, turn])
+                _blend(planes[:, part], image[part, turn], mean[part, turn], gray[part, turn])
     return planes
 
 
-def _blend(planes: Tensor, own: Tensor, mean_share: Tensor, gray_share: Tensor) -> None:
+def _blend(planes: Tensor, image_share: Tensor, mean_share: Tensor, gray_share: Tensor) -> None:
     gray = _gray(planes)
     other = gray.mean((1, 2), keepdim=True).mul_(mean_share)
-    planes.mul_(own).add_(gray.mul_(gray_share).add_(other)).clamp_(0, 1)
+    planes.mul_(image_share).add_(gray.mul_(gray_share).add_(other)).clamp_(0, 1)
 
 
 def _gray(planes: Tensor) -> Tensor:
@@ -152,13 +160,13 @@ def _gray(planes: Tensor) -> Tensor:
 
 
 def _shift_hue(planes: Tensor, hue: Tensor) -> None:
-    """Turn each pixel's colour in the HSV model, where h in [0, 6) counts sextants from red."""
+    """Shift the hue of each pixel in the HSV model, where h in [0, 6) counts sextants from red."""
     red, green, blue = planes
     largest, smallest = planes.amax(0), planes.amin(0)
     chroma = largest - smallest
-    scale = 1 / chroma.clamp(min=1e-12)  # of a gray pixel all differences are 0, and so is what is added
-    # Around red, h = (green − blue) / chroma; green and blue come 2 and 4 later. Chosen by factors of zero and one,
-    # which are several times as fast as torch.where.
+    scale = 1 / chroma.clamp(min=1e-12)  # for a gray pixel all differences, and their products with this, are 0
+    # Around red, h = (green − blue) / chroma; green and blue follow at 2 and 4. Factors of zero and one are several
+    # times as fast as torch.where.
     is_red = torch.eq(red, largest, out=torch.empty_like(red))
     is_green = torch.eq(green, largest, out=torch.empty_like(red))
     sextant = (red - green).mul_(scale).add_(4)
@@ -172,17 +180,17 @@ def _shift_hue(planes: Tensor, hue: Tensor) -> None:
 
 
 def grayscale(planes: Tensor, chosen: Tensor) -> Tensor:
-    """Replace the images numbered ``chosen`` (int64, on the CPU) by their gray values, in place; return the planes."""
+    """Replace the images with indices ``chosen`` (int64, on the CPU) by gray images in place; return the planes."""
     chosen = chosen.to(planes.device)
     gray = _gray(planes.index_select(1, chosen))
     return planes.index_copy_(1, chosen, gray.expand(3, *gray.shape))
 
 
 def blur(planes: Tensor, sigma: Tensor) -> Tensor:
-    """Return the images after a Gaussian blur of σ = ``sigma`` pixels each (float64, (n,), 0 < σ ≤ 2), as Pillow's.
+    """Return the images after Pillow's Gaussian blur of σ = ``sigma`` pixels (float64, (n,), 0 < σ ≤ 2).
 
-    Three times the mean over a box of fractional width, whose outermost pixels count in part, with the image's edge
-    repeated beyond it. Pillow rounds to whole levels after each; here nothing is rounded.
+    Pillow averages three times over a box of fractional width, with edge pixels repeated outside the image. It also
+    rounds to whole levels after each pass, which this function does not.
     """
     assert (sigma <= _MAX_SIGMA).all()
     variance = sigma.square() / _NUM_BOXES

@@ -1,4 +1,4 @@
-"""Pairs of crops that are drawn once, and seen as one batch at every step."""
+"""Pairs of random crops, drawn once and used as one full batch."""
 
 from __future__ import annotations
 
@@ -15,22 +15,23 @@ from stepwise_lightning.seeding import checked_seed
 
 
 class FixedCropPairs(L.LightningDataModule):
-    """The data of the linear experiment: pairs of random crops, drawn once, given as one full batch at every step.
+    """Data of the linear experiment: pairs of random crops, drawn once and returned as one full batch at every step.
 
     Args:
         data: see :func:`stepwise_lightning.data.image_sets.load_images`.
-        num_pairs: see :func:`stepwise_lightning.data.views.crop_pairs`, as the next two.
+        num_pairs: number of pairs, at most the number of images.
         crop_size: side of the crops in pixels.
-        seed: of the draw.
-        steps_per_epoch: how often the batch is repeated before Lightning counts an epoch.
-        root: see :func:`stepwise_lightning.data.image_sets.load_images`, as ``download``.
-        download: fetch the data set if it is not there.
+        seed: seed of the images and crop positions.
+        steps_per_epoch: number of times that the batch is repeated in one epoch.
+        root: folder of ``cifar10`` and ``stl10``.
+        download: download the data set if missing.
 
     Attributes:
         x1, x2: the views after ``setup``, float32, (num_pairs, 3, crop_size, crop_size).
 
-    Raises (in ``setup``, if not for ``steps_per_epoch`` or ``seed``):
-        ValueError, FileNotFoundError: see ``load_images`` and ``crop_pairs``.
+    Raises:
+        ValueError, FileNotFoundError: see ``load_images`` and ``crop_pairs``; raised in ``setup``, except for
+            ``steps_per_epoch`` and ``seed``.
 
     """
 
@@ -54,30 +55,30 @@ class FixedCropPairs(L.LightningDataModule):
         checked_seed(seed)
 
     def prepare_data(self) -> None:
-        """Download, if asked to (one process only)."""
+        """Download the data set if ``download`` is set (in one process only)."""
         if self.hparams["download"]:
             download_images(self.hparams["data"], self.hparams["root"])
 
     def setup(self, stage: str | None = None) -> None:
-        """Load the images and cut the pairs."""
+        """Load the images and draw the pairs."""
         if not hasattr(self, "x1"):
             h = self.hparams
             images = load_images(h["data"], h["root"], h["download"])
             self.x1, self.x2 = crop_pairs(images, h["num_pairs"], h["crop_size"], h["seed"])
 
     def train_dataloader(self) -> _Repeated:
-        """Return the full batch (x1, x2), ``steps_per_epoch`` times."""
+        """Return an iterable of the full batch (x1, x2), repeated ``steps_per_epoch`` times."""
         return _Repeated((self.x1, self.x2), self.hparams["steps_per_epoch"])
 
     def val_dataloader(self) -> _Repeated:
-        """Return the same batch once: no images are held out."""
+        """Return an iterable of the same batch, once: no images are held out."""
         return _Repeated((self.x1, self.x2), 1)
 
 
 class _Repeated:
-    """An iterable of one batch, many times over: a DataLoader would copy it at every step.
+    """Iterable that repeats one batch without copying it, unlike a DataLoader.
 
-    Where an epoch was left makes no difference, which the last two methods tell Lightning.
+    The position within an epoch is irrelevant, and the state is empty.
     """
 
     def __init__(self, batch: tuple[Tensor, Tensor], times: int) -> None:

@@ -1,4 +1,4 @@
-"""The bundled data set: tiles of eight photographs that scikit-image ships inside its wheel."""
+"""The bundled data set: tiles of eight photographs from the wheel of scikit-image."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ TRAIN, HELD_OUT, BETWEEN = 0, 1, 2
 def cut_photos(
     size: int = 32, stride: int = 12, shrink: int = 3, min_std: float = 5.0, held_out: float = 0.1
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Cut the photographs into tiles. Needs no network; the order is fixed.
+    """Cut the photographs into tiles in a fixed order, without a network.
 
-    Photographs are shrunk ``shrink`` times by averaging and cut into tiles of ``size`` at every ``stride``-th pixel;
-    tiles whose pixels have a standard deviation of at most ``min_std`` (of 255) are dropped.
+    Each photograph is downscaled by ``shrink`` (local mean) and cut into tiles of ``size`` pixels at every
+    ``stride``-th pixel. Tiles with a standard deviation of at most ``min_std`` (of 255) are dropped.
 
-    Neighbouring tiles overlap, so a random split would leak. Each photograph is split by a vertical line instead:
-    the tiles to its right, about a share ``held_out`` of all, are held out, those to its left are for training, and
-    those that it crosses are in between. By default 2190, 268 and 232 tiles.
+    Neighbouring tiles overlap, and a random split would leak. A vertical line splits each photograph instead: tiles on
+    its right, about a share ``held_out`` of all, are held out, tiles on its left are for training, and tiles that it
+    crosses belong to neither. By default 2190 tiles are for training, 268 held out, and 232 unused.
 
     Returns:
         Tiles, uint8, (2690, 3, 32, 32) by default; the photograph of each, an index into ``PHOTOGRAPHS``, int64,
-        (2690,); and its place, ``TRAIN``, ``HELD_OUT`` or ``BETWEEN``, int64, (2690,).
+        (2690,); and its split, ``TRAIN``, ``HELD_OUT`` or ``BETWEEN``, int64, (2690,).
 
     """
     from skimage import data

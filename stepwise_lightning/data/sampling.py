@@ -1,4 +1,4 @@
-"""Which samples are in which step: the same ones, however many processes share the work and whenever it is resumed."""
+"""Sampler and loader whose global batches depend neither on the number of processes nor on resuming."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from stepwise_lightning.seeding import hashed_seed
 
 
 class GlobalBatchSampler(DistributedSampler[Any]):
-    """One rank's share of every global batch, as addresses (epoch, index).
+    """Yield one rank's share of every global batch as keys (epoch, index).
 
-    The samples are permuted by (seed, epoch) and dealt out in global batches; an incomplete last one is dropped. Rank r
-    of R gets the r-th of R equal slices of *each* global batch, so that step k sees the same samples for every R.
+    The samples are permuted by (seed, epoch) and divided into global batches; an incomplete last batch is dropped.
+    Rank r of R gets the r-th of R equal slices of each global batch: step k uses the same samples for every R.
 
-    It is a DistributedSampler so that Lightning keeps it, also under DDP, and tells it the epoch.
+    Lightning keeps a DistributedSampler under DDP and sets its epoch.
 
     Args:
-        dataset: only its length matters.
+        dataset: only its length is used.
         global_batch_size: samples per step over all ranks.
-        num_replicas: R, number of processes.
-        rank: r, of this process.
-        seed: of the order.
+        num_replicas: number of processes R.
+        rank: rank r of this process.
+        seed: seed of the order.
 
     Raises:
         ValueError: ``global_batch_size`` is below 2, not a multiple of ``num_replicas``, or larger than the data set;
@@ -42,17 +42,19 @@ class GlobalBatchSampler(DistributedSampler[Any]):
         self.global_batch_size = global_batch_size
         self.num_batches = len(dataset) // global_batch_size
         if len(dataset) < 2:
-            raise UserError(f"the losses compare samples, but the data set has {len(dataset)} training image: add some")
+            raise UserError(
+                f"the data set has {len(dataset)} training image, but the losses compare samples: add more images"
+            )
         if not self.num_batches:
             raise UserError(
                 f"global_batch_size {global_batch_size} is larger than the {len(dataset)} training images: "
                 f"choose 2 to {len(dataset)}"
             )
         self.num_images = len(dataset)
-        self.skip = 0  # batches of this epoch that were done before training was resumed
+        self.skip = 0  # batches of this epoch that were completed before resuming
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the permutation; a new epoch begins at its first batch."""
+        """Set the epoch of the permutation; a new epoch starts at its first batch."""
         if epoch != self.epoch:
             self.epoch, self.skip = epoch, 0
 
@@ -67,9 +69,11 @@ class GlobalBatchSampler(DistributedSampler[Any]):
 
 
 def local_batch_size(global_batch_size: int, num_replicas: int) -> int:
-    """Return the samples of one rank in each step; ValueError where the ranks do not divide the batch."""
+    """Return the number of samples per rank and step; ValueError if the ranks do not divide the batch."""
     if global_batch_size < 2:
-        raise UserError(f"global_batch_size must be at least 2, since the losses compare samples: {global_batch_size}")
+        raise UserError(
+            f"global_batch_size must be at least 2, because the losses compare samples, got {global_batch_size}"
+        )
     if global_batch_size % num_replicas:
         nearest = max(1, round(global_batch_size / num_replicas)) * num_replicas
         raise UserError(
@@ -80,18 +84,18 @@ def local_batch_size(global_batch_size: int, num_replicas: int) -> int:
 
 
 class ResumableLoader(DataLoader[Any]):
-    """A DataLoader over a :class:`GlobalBatchSampler` that can be resumed within an epoch.
+    """DataLoader over a :class:`GlobalBatchSampler` that resumes within an epoch.
 
-    Lightning keeps ``state_dict()`` in its checkpoints: the epoch and the number of batches handed out, not those that
-    workers have prepared in advance.
+    Lightning stores ``state_dict()`` in its checkpoints. It counts the batches yielded, without those that workers have
+    prefetched.
     """
 
     sampler: GlobalBatchSampler
     _done = 0
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]  # promises its own iterator class
-        # A generator begins at the first next(). Lightning asks for an iterator before it tells the sampler the epoch
-        # of a resumed run, and workers would by then have prepared batches of the wrong one.
+        # A generator starts at the first next(). Lightning requests the iterator before it sets the epoch of a resumed
+        # run, and workers would prefetch batches of the wrong epoch.
         done = self.sampler.skip
         for batch in super().__iter__():
             self.sampler.skip = 0
@@ -100,11 +104,11 @@ class ResumableLoader(DataLoader[Any]):
             yield batch
 
     def state_dict(self) -> dict[str, int]:
-        """Return the epoch and the number of its batches that were handed out."""
+        """Return the epoch and the number of its batches yielded."""
         return {"epoch": self.sampler.epoch, "batches": self._done}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Continue where the loader that gave ``state`` stopped."""
+        """Resume after the last batch that ``state`` counts."""
         finished = state["batches"] >= len(self)
         self.sampler.set_epoch(state["epoch"] + finished)
         self._done = self.sampler.skip = 0 if finished else state["batches"]

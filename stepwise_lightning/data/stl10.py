@@ -1,33 +1,61 @@
-"""STL-10, checked and downloaded by torchvision, but mapped into memory: torchvision would load 2.9 GB."""
+"""Memory-map STL-10: torchvision would load 2.9 GB into each process."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from stepwise_lightning.data.mapped_files import mapped_bytes
-
-__all__ = ["stl10"]
+__all__ = ["JoinedImages", "load_stl10"]
 
 
-def stl10(root: str, train: bool, download: bool) -> tuple[Tensor, Tensor, list[str]]:
-    """Return images, labels and the names of the classes of ``train+unlabeled`` or of ``test``.
+class JoinedImages:
+    """Several uint8 tensors of images, indexed as one without copying them.
 
     Args:
-        root: where the folder ``stl10_binary`` lies, or is put.
-        train: which.
-        download: fetch them unless they are there and intact.
+        parts: (n_i, 3, h, w) each.
+
+    """
+
+    def __init__(self, parts: list[Tensor]) -> None:
+        self.parts = parts
+        self.shape = torch.Size([sum(map(len, parts)), *parts[0].shape[1:]])
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, indices: Tensor) -> Tensor:
+        """Return a copy of the images with these indices, int64, (n,), as (n, 3, h, w)."""
+        images, start = torch.empty(len(indices), *self.shape[1:], dtype=torch.uint8), 0
+        for part in self.parts:
+            inside = (indices >= start) & (indices < start + len(part))
+            images[inside] = part[indices[inside] - start]
+            start += len(part)
+        return images
+
+    def split(self, size: int) -> Iterator[Tensor]:
+        """Yield at most ``size`` images at a time."""
+        for part in self.parts:
+            yield from part.split(size)
+
+
+def load_stl10(root: str, train: bool, download: bool) -> tuple[JoinedImages, Tensor, list[str]]:
+    """Return images, labels and class names of ``train+unlabeled`` or of ``test``.
+
+    Args:
+        root: parent of the folder ``stl10_binary``.
+        train: choice of the split.
+        download: download the files unless they are intact.
 
     Returns:
-        images, uint8, (N, 3, 96, 96), not contiguous: the files have columns first. Labels, int64, (N,), from 0; −1
-        where unknown. Names.
+        Memory-mapped images (N, 3, 96, 96); labels, int64, (N,), from 0, −1 for unknown; class names.
 
     Raises:
-        RuntimeError: they are not there, or not intact.
-        OSError: they cannot be read, or downloaded.
+        RuntimeError: the files are missing or damaged.
+        OSError: they cannot be read or downloaded.
 
     """
     from torchvision.datasets import STL10
@@ -36,12 +64,13 @@ def stl10(root: str, train: bool, download: bool) -> tuple[Tensor, Tensor, list[
     folder, files = Path(root, STL10.base_folder), STL10.train_list if train else STL10.test_list
     if not all(check_integrity(folder / name, md5) for name, md5 in files):
         if not download:
-            raise RuntimeError(f"{folder} is not there, or not intact")
+            raise RuntimeError(f"{folder} is missing or damaged")
         STL10(root, "test", download=True)
     names = [name for name, _ in files]
-    pixels = mapped_bytes([folder / name for name in names if name.endswith("_X.bin")])
-    images = torch.from_numpy(pixels).view(-1, 3, 96, 96).transpose(2, 3)
-    labels = torch.full((len(images),), -1)
+    # Copy-on-write, because torch warns of read-only arrays. The files store columns first.
+    mapped = [np.memmap(folder / name, np.uint8, "c") for name in names if name.endswith("_X.bin")]
+    images = JoinedImages([torch.from_numpy(pixels).view(-1, 3, 96, 96).transpose(2, 3) for pixels in mapped])
     known = np.concatenate([np.fromfile(folder / name, np.uint8) for name in names if name.endswith("_y.bin")])
+    labels = torch.full((len(images),), -1)
     labels[: len(known)] = torch.from_numpy(known).long() - 1
     return images, labels, (folder / STL10.class_names_file).read_text(encoding="utf-8").splitlines()

@@ -1,4 +1,4 @@
-"""The data of training runs: two augmented views of each image, drawn anew at every epoch."""
+"""Lightning data module of two augmented views of each image, resampled at every epoch."""
 
 from __future__ import annotations
 
@@ -22,43 +22,42 @@ from stepwise_lightning.signals import STOP_SIGNALS
 
 
 class TwoViewDataModule(L.LightningDataModule):
-    """Two augmented views of each image for training; held-out images and pairs for measuring.
+    """Two augmented views of each training image, and held-out images and pairs for evaluation.
 
-    Training batches are ``(x1, x2, label)``: two views, float32, (n, 3, image_size, image_size) each, and the labels,
-    int64, (n,), −1 where unknown; losses need ``batch[:2]`` alone, labels are for probes. Validation and test batches
-    are ``(x, label)``, not augmented. What each split holds: :func:`stepwise_lightning.data.image_sets.load_image_set`.
-    All are normalised with the mean and standard deviation of the training images.
+    Training batches are ``(x1, x2, label)``: two views, float32, (n, 3, image_size, image_size) each, and labels,
+    int64, (n,), −1 for unknown. Losses use ``batch[:2]``; labels are for probes. Validation and test batches are
+    ``(x, label)``, not augmented. All images are normalised with the mean and standard deviation of the training
+    images. For the splits see :func:`stepwise_lightning.data.image_sets.load_image_set`.
 
-    A view is a function of (seed, epoch, image, view) alone and the global batch at step k of (seed, k), so that the
-    number of workers, of processes, and resuming change nothing; see :mod:`stepwise_lightning.data.sampling`. Views of
-    images held in memory are made in whole batches, on the GPU where one trains
-    (:class:`stepwise_lightning.data.batch_views.BatchViews`; up to version 0.1.0 they were made one by one, so that
-    runs with the same seed differ from those of that version as runs with another seed do); those of other folders one
-    by one.
+    A view is a function of (seed, epoch, image, view), and the global batch at step k of (seed, k). Neither the number
+    of workers or processes nor resuming changes them; see :mod:`stepwise_lightning.data.sampling`. Views of images held
+    in memory are computed per batch, on the GPU if it trains (:class:`stepwise_lightning.data.batch_views.BatchViews`);
+    views of other images are computed one at a time.
 
-    Under DDP Lightning pads the validation and test images to a multiple of the number of processes by repeating
-    some; evaluate on one device where the last digit matters.
+    Under DDP, Lightning repeats some validation and test images to get equal shares; for exact numbers, evaluate on
+    one device.
 
     Args:
         data: ``photos``, ``cifar10``, ``stl10``, or the path of a folder of images.
         augmentation: ``standard`` or ``weak``, see :class:`.AugmentationParameters`.
-        image_size: side of the views in pixels; None for the images' own (the shorter side).
-        global_batch_size: pairs per step over all processes together.
-        num_probe_pairs: how many pairs of held-out images :meth:`probe_pairs` gives.
-        probe_seed: of their choice and views, apart from ``seed``: runs that differ in that are measured on the same.
-        num_workers: processes that prepare batches, per training process; 0 to do it in the training process, which
-            is fast enough for images held in memory, and is what is done with these on a GPU.
-        seed: of order and views.
-        root: where ``cifar10`` and ``stl10`` are looked for, and put.
-        download: fetch ``cifar10`` or ``stl10`` if it is not there.
+        image_size: side of the views in pixels; None for the shorter side of the images.
+        global_batch_size: pairs per step over all processes.
+        num_probe_pairs: number of held-out pairs of :meth:`probe_pairs`.
+        probe_seed: seed of these pairs, independent of ``seed``: runs with different seeds use the same pairs.
+        num_workers: processes per training process that prepare batches. 0 is fast enough for images held in memory,
+            which always use 0 on a GPU.
+        seed: seed of order and views.
+        root: folder of ``cifar10`` and ``stl10``.
+        download: download ``cifar10`` or ``stl10`` if missing.
 
-    Attributes (after ``setup``):
-        class_names: what the labels 0, 1, … stand for.
-        mean, std: of the channels of the training images, in [0, 1].
+    Attributes:
+        class_names: names of the labels 0, 1, …, after ``setup``.
+        mean, std: channel statistics of the training images, in [0, 1], after ``setup``.
 
-    Raises (in ``setup`` where it depends on the data or the number of processes):
-        ValueError: a value out of range, ``global_batch_size`` that the processes do not divide, unreadable images.
-        FileNotFoundError: the data set is not there and was not asked to be downloaded.
+    Raises:
+        ValueError: a value out of range; in ``setup``, a ``global_batch_size`` that the processes do not divide, or
+            unreadable images.
+        FileNotFoundError: in ``setup``, the data set is missing and ``download`` is False.
 
     """
 
@@ -81,7 +80,7 @@ class TwoViewDataModule(L.LightningDataModule):
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
-        AugmentationParameters.of(augmentation)  # refuses an unknown one
+        AugmentationParameters.of(augmentation)  # raises for an unknown name
         for name, value, least in (("image_size", image_size, 1), ("num_probe_pairs", num_probe_pairs, 2)):
             if value is not None and value < least:
                 raise UserError(f"{name} must be at least {least}, got {value}")
@@ -92,56 +91,56 @@ class TwoViewDataModule(L.LightningDataModule):
         self._probe: tuple[Tensor, Tensor, Tensor] | None = None
 
     def prepare_data(self) -> None:
-        """Download, if asked to (one process of each machine only)."""
+        """Download the data set if ``download`` is set (in one process per machine)."""
         if self.hparams["download"]:
             download_images(self.hparams["data"], self.hparams["root"])
 
     def setup(self, stage: str | None = None) -> None:
-        """Load the images that ``stage`` needs and measure the training images."""
+        """Load the images that ``stage`` needs and compute the channel statistics of the training images."""
         h = self.hparams
         local_batch_size(h["global_batch_size"], self._num_processes)
         if not hasattr(self, "mean"):
             train = self.images("train")
             mean, std = train.statistics()
             self.mean, self.std, self.class_names = tuple(mean.tolist()), tuple(std.tolist()), train.class_names
-            self._image_size(train)  # refuses here, not at the first batch
+            self._image_size(train)  # raises here rather than at the first batch
         if stage in (None, "fit", "validate"):
             self.images("val")
         if stage in (None, "test"):
             self.images("test")
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what an image needs to become an input of the trained model, which checkpoints keep."""
+        """Return the input settings of the trained model for its checkpoints: size, normalisation, class names."""
         size = self._image_size(self.images("train"))
         return {"image_size": size, "mean": self.mean, "std": self.std, "class_names": self.class_names}
 
     def train_dataloader(self) -> ResumableLoader:
-        """Return batches (x1, x2, label) of this process's share of every global batch."""
+        """Return a loader of batches (x1, x2, label), this process's share of every global batch."""
         h = self.hparams
         if getattr(self.trainer, "overfit_batches", 0):
-            raise UserError("overfit_batches would replace the order of samples: set limit_train_batches instead")
+            raise UserError("overfit_batches would replace the sampler: set limit_train_batches instead")
         dataset, loading = self._two_views("train", h["seed"], self._device), self._loading()
         if isinstance(dataset, BatchTwoViews):
-            loading["collate_fn"] = BatchTwoViews.as_they_are
-            if dataset.device.type != "cpu":  # made where they are trained on: nothing to prepare, pin or send
+            loading["collate_fn"] = BatchTwoViews.keep
+            if dataset.device.type != "cpu":  # batches are already on the training device
                 loading |= {"num_workers": 0, "persistent_workers": False, "pin_memory": False}
         rank = self.trainer.global_rank if self.trainer else 0
         sampler = GlobalBatchSampler(dataset, h["global_batch_size"], self._num_processes, rank, h["seed"])
         return ResumableLoader(dataset, sampler.local_batch_size, sampler=sampler, **loading)
 
     def val_dataloader(self) -> DataLoader[Any]:
-        """Return batches (x, label) of the held-out images, not augmented, in order."""
+        """Return a loader of batches (x, label) of the held-out images, not augmented, in order."""
         return self._plain_dataloader(self._plain_images("val"))
 
     def test_dataloader(self) -> DataLoader[Any]:
-        """Return batches (x, label) of the test images, not augmented, in order."""
+        """Return a loader of batches (x, label) of the test images, not augmented, in order."""
         return self._plain_dataloader(self._plain_images("test"))
 
     def labelled_train_dataloader(self) -> DataLoader[Any]:
-        """Return batches (x, label) of the labelled training images, not augmented: what k-NN compares with.
+        """Return a loader of batches (x, label) of the labelled training images, not augmented, for k-NN.
 
-        Process r of R gets images r, r + R, …; where R does not divide their number, the first ones are repeated, so
-        that all processes have equally many. ``len(loader.dataset)`` is the number of labelled images.
+        Process r of R gets images r, r + R, …; the first images are repeated until all processes have equally many.
+        ``len(loader.dataset)`` is the number of labelled images.
         """
         images = self.images("train")
         labelled = (images.labels >= 0).nonzero().flatten().tolist()
@@ -150,12 +149,12 @@ class TwoViewDataModule(L.LightningDataModule):
         return self._plain_dataloader(Subset(self._plain_images("train"), labelled), share)
 
     def probe_pairs(self) -> tuple[Tensor, Tensor]:
-        """Return two views of ``num_probe_pairs`` held-out images, drawn once by ``probe_seed``.
+        """Return two fixed views of ``num_probe_pairs`` held-out images, chosen by ``probe_seed``.
 
-        They are augmented as the training images are, but never trained on, and the same in every process and run.
+        They are augmented like training images and equal in every process and run.
 
         Returns:
-            x1, x2, float32, (num_probe_pairs, 3, image_size, image_size) each.
+            Views x1, x2, float32, (num_probe_pairs, 3, image_size, image_size) each.
 
         Raises:
             ValueError: fewer held-out images than ``num_probe_pairs``.
@@ -164,7 +163,7 @@ class TwoViewDataModule(L.LightningDataModule):
         return self._probes()[:2]
 
     def probe_labels(self) -> Tensor:
-        """Return the labels of the images of :meth:`probe_pairs`, int64, (num_probe_pairs,), −1 where unknown."""
+        """Return the labels of :meth:`probe_pairs`, int64, (num_probe_pairs,), −1 for unknown."""
         return self._probes()[2]
 
     def _probes(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -176,11 +175,11 @@ class TwoViewDataModule(L.LightningDataModule):
             views = self._two_views("val", seed)
             generator = torch.Generator().manual_seed(hashed_seed(seed, PROBE_EPOCH, "order"))
             chosen = torch.randperm(len(held_out), generator=generator)[:number].tolist()
-            addresses = [(PROBE_EPOCH, index) for index in chosen]
+            keys = [(PROBE_EPOCH, index) for index in chosen]
             if isinstance(views, BatchTwoViews):
-                self._probe = views.__getitems__(addresses)
+                self._probe = views.__getitems__(keys)
             else:
-                x1, x2, labels = zip(*(views[address] for address in addresses), strict=True)
+                x1, x2, labels = zip(*(views[key] for key in keys), strict=True)
                 self._probe = torch.stack(x1), torch.stack(x2), torch.tensor(labels)
         return self._probe
 
@@ -189,29 +188,29 @@ class TwoViewDataModule(L.LightningDataModule):
         return self.trainer.world_size if self.trainer else 1
 
     def images(self, split: str) -> ImageSet:
-        """Return the images of a split, ``train``, ``val`` or ``test``, loaded when they are first asked for."""
+        """Return the images of a split, ``train``, ``val`` or ``test``, loaded on first use."""
         if split not in self._sets:
-            # prepare_data has downloaded what was to be: here, all processes at once would try to.
+            # Without download, which prepare_data does: here all processes would download at once.
             self._sets[split] = load_image_set(self.hparams["data"], split, self.hparams["root"])
         return self._sets[split]
 
     def _image_size(self, train: ImageSet) -> int:
         if self.hparams["image_size"] is not None:
             return self.hparams["image_size"]
-        if isinstance(train.images, Tensor):
+        if not isinstance(train.images, list):
             return min(train.images.shape[2:])
         raise UserError(f"image_size must be given: the images in {self.hparams['data']!r} are large or differ in size")
 
     @property
     def _device(self) -> torch.device:
-        """The device that trains if views can be made there: a CUDA device."""
+        """Return the device on which views are computed: the training device if it is a CUDA device, else the CPU."""
         device = self.trainer.strategy.root_device if self.trainer else torch.device("cpu")
         return device if device.type == "cuda" else torch.device("cpu")
 
     def _two_views(self, split: str, seed: int, device: torch.device | str = "cpu") -> TwoViews | BatchTwoViews:
         images, augmentation = self.images(split), self.hparams["augmentation"]
         size = self._image_size(self.images("train"))
-        if isinstance(images.images, Tensor):
+        if not isinstance(images.images, list):
             return BatchTwoViews(images, BatchViews(augmentation, size, self.mean, self.std, seed), device)
         return TwoViews(images, random_view(augmentation, size, self.mean, self.std), seed)
 
@@ -229,14 +228,14 @@ class TwoViewDataModule(L.LightningDataModule):
             "num_workers": workers,
             "persistent_workers": workers > 0,
             "pin_memory": torch.cuda.is_available(),
-            # Otherwise each new iterator takes a number from the global generator, and a model with dropout would
-            # train differently when someone looks at the validation images.
+            # Otherwise each new iterator consumes a number of the global generator, and validation would change the
+            # training of a model with dropout.
             "generator": torch.Generator(),
-            "worker_init_fn": _outlive_signals,
+            "worker_init_fn": _ignore_stop_signals,
         }
 
 
-def _outlive_signals(worker: int) -> None:
-    """Leave it to the training process to end in good order; its end ends the workers too."""
+def _ignore_stop_signals(worker: int) -> None:
+    """Ignore stop signals in a worker: the training process handles them and then ends its workers."""
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)

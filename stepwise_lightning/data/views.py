@@ -1,4 +1,4 @@
-"""Two views of an image: random crops drawn once, or an augmentation drawn anew for every sample and epoch."""
+"""Two views of an image: fixed random crops, or a random augmentation for every sample and epoch."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from torch.utils.data import Dataset
 from stepwise_lightning.data.augmentation import AugmentationParameters
 from stepwise_lightning.data.image_sets import ImageSet, channel_statistics
 from stepwise_lightning.errors import UserError
-from stepwise_lightning.seeding import hashed_seed
+from stepwise_lightning.seeding import hashed_seed, isolated_rng
 
 if TYPE_CHECKING:  # importing this package needs only torch and lightning
     from PIL import Image
     from torchvision.transforms import v2
 
-PROBE_EPOCH = -1  # no training epoch has it, so that probe pairs share no draw with training
+PROBE_EPOCH = -1  # not a training epoch: probe pairs share no random numbers with training
 
 
 def crop_pairs(images: Tensor, num_pairs: int, crop_size: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Draw ``num_pairs`` images without repetition and return two independent random crops of each.
+    """Return two independent random crops of each of ``num_pairs`` images, chosen without replacement.
 
     Pixels are normalised per channel with the statistics of all ``images``.
 
@@ -30,7 +30,7 @@ def crop_pairs(images: Tensor, num_pairs: int, crop_size: int, seed: int) -> tup
         images: uint8, (N, 3, h, w).
         num_pairs: n ≤ N.
         crop_size: side of the square crops, ≤ min(h, w).
-        seed: of the choice of images and of the crops' positions.
+        seed: seed of the images and crop positions.
 
     Returns:
         First and second views, float32, (n, 3, crop_size, crop_size) each.
@@ -41,11 +41,11 @@ def crop_pairs(images: Tensor, num_pairs: int, crop_size: int, seed: int) -> tup
     """
     total, _, height, width = images.shape
     if not 1 <= num_pairs <= total:
-        raise UserError(
-            f"num_pairs: {num_pairs} pairs asked for, but the data set has {total} images: choose 1 to {total}"
-        )
+        raise UserError(f"num_pairs {num_pairs} does not fit a data set of {total} images: choose 1 to {total}")
     if not 1 <= crop_size <= min(height, width):
-        raise UserError(f"crop_size: crops of {crop_size}×{crop_size} do not fit the images of {height}×{width} pixels")
+        raise UserError(
+            f"crop_size {crop_size} does not fit images of {height}×{width} pixels: choose 1 to {min(height, width)}"
+        )
     mean, std = channel_statistics(images)
     generator = torch.Generator().manual_seed(seed)
     chosen = images[torch.randperm(total, generator=generator)[:num_pairs]]
@@ -62,9 +62,8 @@ def crop_pairs(images: Tensor, num_pairs: int, crop_size: int, seed: int) -> tup
 def random_view(augmentation: str, image_size: int, mean: Sequence[float], std: Sequence[float]) -> v2.Transform:
     """Return a transform from one PIL image to one random view, float32, (3, image_size, image_size).
 
-    Random resized crop and flip, for ``standard`` also colour jitter, grayscale and blur, with the ranges and
-    probabilities of :class:`.AugmentationParameters`; then normalisation. To be called on one image
-    at a time: a batch would get one crop.
+    Random resized crop and flip, for ``standard`` also colour jitter, grayscale and blur, as in
+    :class:`.AugmentationParameters`, then normalisation. Call it on one image at a time: a batch would get one crop.
 
     Raises:
         ValueError: ``augmentation`` is neither ``standard`` nor ``weak``.
@@ -72,28 +71,28 @@ def random_view(augmentation: str, image_size: int, mean: Sequence[float], std: 
     """
     from torchvision.transforms import v2
 
-    strengths = AugmentationParameters.of(augmentation)
-    crop = v2.RandomResizedCrop(image_size, scale=strengths.crop_scale, ratio=strengths.crop_ratio)
+    parameters = AugmentationParameters.of(augmentation)
+    crop = v2.RandomResizedCrop(image_size, scale=parameters.crop_scale, ratio=parameters.crop_ratio)
     steps: list[Any] = [crop, v2.RandomHorizontalFlip()]
-    if strengths.jitter:
-        jitter = v2.ColorJitter(*strengths.jitter)
+    if parameters.jitter:
+        jitter = v2.ColorJitter(*parameters.jitter)
         steps += [
-            v2.RandomApply([jitter], p=strengths.jitter_probability),
-            v2.RandomGrayscale(strengths.gray_probability),
-            v2.RandomApply([_Blur(*strengths.blur_sigma)], p=strengths.blur_probability),
+            v2.RandomApply([jitter], p=parameters.jitter_probability),
+            v2.RandomGrayscale(parameters.gray_probability),
+            v2.RandomApply([_Blur(*parameters.blur_sigma)], p=parameters.blur_probability),
         ]
     return v2.Compose([*steps, _Normalise(mean, std)])
 
 
 def plain_view(image_size: int, mean: Sequence[float], std: Sequence[float]) -> v2.Transform:
-    """Return a transform from one PIL image to its normalised centre, float32, (3, image_size, image_size)."""
+    """Return a transform from one PIL image to its normalised centre crop, float32, (3, image_size, image_size)."""
     from torchvision.transforms import v2
 
     return v2.Compose([v2.Resize(image_size), v2.CenterCrop(image_size), _Normalise(mean, std)])
 
 
-# Measured at 32 and 96 pixels: Pillow crops and jitters up to twice as fast as tensors, blurs 2 to 8 times as fast as
-# v2.GaussianBlur (and is what the authors of Barlow Twins use); _Normalise takes a third of what v2's three steps take.
+# At 32 and 96 pixels Pillow crops and jitters up to twice as fast as tensors, and blurs 2 to 8 times as fast as
+# v2.GaussianBlur (the authors of Barlow Twins use it too); _Normalise takes a third of the time of v2's three steps.
 
 
 class _Blur:
@@ -116,7 +115,7 @@ class _Normalise:
 
 
 class PlainImages(Dataset[tuple[Tensor, int]]):
-    """Pairs (x, label) of an image set, without augmentation: x is float32, (3, image_size, image_size)."""
+    """Pairs (x, label) of an image set without augmentation; x is float32, (3, image_size, image_size)."""
 
     def __init__(self, images: ImageSet, transform: v2.Transform) -> None:
         self.images, self.transform = images, transform
@@ -129,10 +128,10 @@ class PlainImages(Dataset[tuple[Tensor, int]]):
 
 
 class TwoViews(Dataset[tuple[Tensor, Tensor, int]]):
-    """Triples (x1, x2, label), addressed by (epoch, index); x1 and x2 are float32, (3, image_size, image_size).
+    """Triples (x1, x2, label), indexed by (epoch, index); x1 and x2 are float32, (3, image_size, image_size).
 
-    A view is a function of (seed, epoch, index, view) alone, whatever process draws it, and in whatever order. The
-    epoch is part of the address because workers that outlive an epoch have no other way to learn it.
+    A view is a function of (seed, epoch, index, view), independent of process and order. The epoch is part of the key
+    because persistent workers cannot obtain it otherwise.
     """
 
     def __init__(self, images: ImageSet, transform: v2.Transform, seed: int) -> None:
@@ -141,15 +140,13 @@ class TwoViews(Dataset[tuple[Tensor, Tensor, int]]):
     def __len__(self) -> int:
         return len(self.images)
 
-    def __getitem__(self, address: tuple[int, int]) -> tuple[Tensor, Tensor, int]:
-        epoch, index = address
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, Tensor, int]:
+        epoch, index = key
         picture = self.images.picture(index)
-        # torchvision draws from the global generator, which is lent and given back. default_generator.manual_seed,
-        # because torch.manual_seed takes 0.2 ms to seed accelerators too. The generator keeps 32 bits of its seed:
-        # two samples may rarely share a draw, which does no harm.
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(hashed_seed(self.seed, epoch, index, 1))
-            x1 = self.transform(picture)
-            torch.default_generator.manual_seed(hashed_seed(self.seed, epoch, index, 2))
-            x2 = self.transform(picture)
-        return x1, x2, int(self.images.labels[index])
+        views = []
+        for view in (1, 2):
+            # torchvision uses the global generator, which keeps 32 bits of its seed: two samples may, rarely and
+            # without harm, share random numbers.
+            with isolated_rng(hashed_seed(self.seed, epoch, index, view)):
+                views.append(self.transform(picture))
+        return views[0], views[1], int(self.images.labels[index])

@@ -1,4 +1,4 @@
-"""Operations on batches against torchvision's and Pillow's, image by image, on the same parameters."""
+"""Batched image operations against torchvision and Pillow, image by image with the same parameters."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def difference(planes: Tensor, images: list[Tensor]) -> float:
 
 
 @pytest.mark.parametrize(("extent", "size"), [(32, 32), (32, 24), (32, 48), (96, 96), (96, 20)])
-def test_crop_and_flip_are_torchvisions_on_floats(photographs: Tensor, extent: int, size: int) -> None:
+def test_crop_and_flip_match_torchvision(photographs: Tensor, extent: int, size: int) -> None:
     images = torch.nn.functional.interpolate(photographs[:60], size=(extent, extent + 4), mode="nearest")
     draws = uniform(5, len(images))
     height, width = (1 + draws[0] * extent).long(), (1 + draws[1] * (extent + 4)).long()
@@ -66,7 +66,9 @@ def test_crop_and_flip_are_torchvisions_on_floats(photographs: Tensor, extent: i
     ("operation", "theirs"),
     [(BRIGHTNESS, F.adjust_brightness), (CONTRAST, F.adjust_contrast), (SATURATION, F.adjust_saturation)],
 )
-def test_each_jitter_alone_is_torchvisions_on_floats(photographs: Tensor, operation: int, theirs: object) -> None:
+def test_brightness_contrast_and_saturation_match_torchvision(
+    photographs: Tensor, operation: int, theirs: object
+) -> None:
     factors = torch.ones(NUM_IMAGES, 3, dtype=torch.float64)
     factors[:, operation] = 0.4 + 1.2 * uniform(NUM_IMAGES)
     order = torch.arange(4).expand(NUM_IMAGES, 4)
@@ -78,7 +80,7 @@ def test_each_jitter_alone_is_torchvisions_on_floats(photographs: Tensor, operat
     assert difference(planes, expected) < 1e-3
 
 
-def test_hue_is_torchvisions_on_floats_and_pillows_within_its_rounding(photographs: Tensor) -> None:
+def test_hue_matches_torchvision_and_pillow_within_rounding(photographs: Tensor) -> None:
     hue = (2 * uniform(NUM_IMAGES) - 1) / 6
     ones, order = torch.ones(NUM_IMAGES, 3, dtype=torch.float64), torch.arange(4).expand(NUM_IMAGES, 4)
     planes = jitter(planes_of(photographs), Jitters.of(ones, hue, order))
@@ -88,10 +90,10 @@ def test_hue_is_torchvisions_on_floats_and_pillows_within_its_rounding(photograp
         F.pil_to_tensor(F.adjust_hue(Image.fromarray(image.permute(1, 2, 0).numpy()), float(h))) / LEVELS
         for image, h in zip(photographs, hue, strict=True)
     ]
-    assert difference(planes, pillow) < 13  # 8 bits of saturation say little where it is dark
+    assert difference(planes, pillow) < 13  # 8-bit saturation is imprecise for dark pixels
 
 
-def test_jitter_follows_the_order_of_each_image(photographs: Tensor) -> None:
+def test_jitter_uses_the_order_of_each_image(photographs: Tensor) -> None:
     factors, hue = 0.6 + 0.8 * uniform(NUM_IMAGES, 3), 0.2 * uniform(NUM_IMAGES) - 0.1
     order = uniform(NUM_IMAGES, 4).argsort(1)
     order = order[(order == HUE).long().argmax(1).argsort()]
@@ -111,10 +113,10 @@ def test_jitter_follows_the_order_of_each_image(photographs: Tensor) -> None:
         expected.append(results[0])
         backwards.append(results[1])
     assert difference(planes, expected) < 4e-3
-    assert difference(planes, backwards) > 10  # the control: another order is another image
+    assert difference(planes, backwards) > 10  # control: another order gives another image
 
 
-def test_grayscale_is_torchvisions_on_floats(photographs: Tensor) -> None:
+def test_grayscale_matches_torchvision(photographs: Tensor) -> None:
     chosen = torch.arange(0, NUM_IMAGES, 3)
     planes = grayscale(planes_of(photographs), chosen)
     expected = list(photographs.float() / LEVELS)
@@ -123,18 +125,18 @@ def test_grayscale_is_torchvisions_on_floats(photographs: Tensor) -> None:
     assert difference(planes, expected) < 1e-3
 
 
-def test_blur_is_pillows_within_its_rounding(photographs: Tensor) -> None:
+def test_blur_matches_pillow_within_rounding(photographs: Tensor) -> None:
     sigma = 0.1 + 1.9 * uniform(NUM_IMAGES)
     planes = blur(planes_of(photographs), sigma)
     theirs = []
     for image, s in zip(photographs, sigma.tolist(), strict=True):
         blurred = Image.fromarray(image.permute(1, 2, 0).numpy()).filter(ImageFilter.GaussianBlur(s))
         theirs.append(torch.from_numpy(np.array(blurred)).permute(2, 0, 1) / LEVELS)
-    assert difference(planes, theirs) < 3.5  # of six roundings, one after each pass
-    assert difference(planes, list(photographs.float() / LEVELS)) > 50  # the control: it does blur
+    assert difference(planes, theirs) < 3.5  # six roundings, one after each pass
+    assert difference(planes, list(photographs.float() / LEVELS)) > 50  # control: the images are blurred
 
 
-def test_blur_keeps_the_mean_and_has_the_width_it_is_asked_for() -> None:
+def test_blur_preserves_the_mean_and_has_the_requested_variance() -> None:
     sigma = torch.tensor([0.3, 1.0, 1.5, 2.0], dtype=torch.float64)
     point = torch.zeros(3, 4, 31, 31)
     point[:, :, 15, 15] = 1.0
