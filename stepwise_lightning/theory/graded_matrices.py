@@ -1,8 +1,8 @@
-"""Linear algebra for strongly graded matrices, whose entries span hundreds of orders of magnitude.
+"""Linear algebra for graded matrices, whose entries span hundreds of orders of magnitude.
 
-Ordinary eigensolvers are accurate relative to the *largest* eigenvalue; modes that have not yet been learned lie far
-below that. One-sided arguments of Demmel and Veselić (*Jacobi's method is more accurate than QR*, SIAM J. Matrix Anal.
-Appl. 13, 1992) show that Jacobi rotations keep every eigenvalue of a graded matrix to high relative accuracy.
+General eigensolvers are accurate relative to the *largest* eigenvalue; modes that have not been learned yet are far
+smaller. Jacobi rotations compute every eigenvalue of a graded matrix with high relative accuracy (Demmel and Veselić,
+*Jacobi's method is more accurate than QR*, SIAM J. Matrix Anal. Appl. 13, 1992).
 """
 
 from __future__ import annotations
@@ -10,20 +10,21 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-# A column counts as new when this much of it, relative to its own norm, is outside the span of the earlier ones.
+# A column is independent if its part outside the span of earlier columns exceeds this fraction of its norm.
 _INDEPENDENT = 1e-7
 
 
 def row_echelon(columns: Tensor) -> tuple[Tensor, Tensor]:
     """Rotate the rows of ``columns`` (d, m) so that row i is zero before the i-th independent column.
 
-    For generic columns this is the R factor of a QR decomposition. Where a column depends on earlier ones (a start
-    without a component along some mode, identical rows) the next independent column takes its place, so that each row
-    keeps the scale of the fastest mode that it alone sees. Entries that are zero in exact arithmetic are set to zero:
-    round-off there would be blown up by the growth of a faster mode.
+    For generic columns this is the R factor of a QR decomposition. A column that depends on earlier ones (a start
+    without a component along some mode, identical rows) has no row; the next independent column takes its place.
+    Entries that are zero in exact arithmetic are set to zero, because the growth of a faster mode would amplify
+    round-off.
 
     Returns:
-        Qᵀ columns with Q orthogonal, (d, m), and the index of each row's first entry, (d,). Rows without one are zero.
+        Qᵀ columns with Q orthogonal, (d, m), and the index of the first nonzero entry of each row, (d,), m − 1 for zero
+        rows.
 
     """
     d, m = columns.shape
@@ -31,7 +32,7 @@ def row_echelon(columns: Tensor) -> tuple[Tensor, Tensor]:
     pivots: list[int] = []
     for index, column in enumerate(columns.T):
         residual = column
-        for _ in range(2):  # once is not enough for orthogonality to float64 precision
+        for _ in range(2):  # one pass is not orthogonal to float64 precision
             residual = residual - basis @ (basis.T @ residual)
         norm = residual.norm()
         if norm > _INDEPENDENT * column.norm():
@@ -48,23 +49,23 @@ def row_echelon(columns: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def pencil_eigenvalues(rows: Tensor, pivots: Tensor, weights: Tensor, log_squares: Tensor, start: Tensor) -> Tensor:
-    """Eigenvalues of the pencil (G, I − C_0 + G), G = rows diag(weights · e^log_squares) rowsᵀ, at T times, (T, d).
+    """Return the eigenvalues of the pencil (G, I − C_0 + G), G = rows diag(weights · e^log_squares) rowsᵀ, (T, d).
 
-    Row and column i are scaled by b_i ≤ 1 so that every entry is bounded: entry (i, k ≥ i) of G sums over the columns
-    that row k sees, none of which grows faster than its pivot. Relative to the pivot no term overflows, and none that
-    matters underflows.
+    Row and column i are scaled by b_i ≤ 1 to bound every entry: entry (i, k ≥ i) of G is a sum over the columns in
+    which row k is nonzero, and none of them grows faster than its pivot. Relative to the pivot no term overflows, and
+    no significant term underflows.
 
     Args:
-        rows: from :func:`row_echelon`, (d, m), as ``pivots`` (d,).
-        pivots: index of each row's first entry.
+        rows: from :func:`row_echelon`, (d, m).
+        pivots: from :func:`row_echelon`, (d,).
         weights: (m,), of any sign.
         log_squares: (T, m), descending along m.
         start: C_0, (d, d): G at log_squares = 0.
 
     """
     pivot_squares = log_squares[:, pivots]  # (T, d)
-    seen = weights[pivots] * rows[torch.arange(len(rows)), pivots].square()
-    log_b = -torch.nn.functional.softplus(pivot_squares + seen.clamp(min=0).log()) / 2
+    leading = weights[pivots] * rows[torch.arange(len(rows)), pivots].square()
+    log_b = -torch.nn.functional.softplus(pivot_squares + leading.clamp(min=0).log()) / 2
     grown = log_squares.new_empty(len(log_squares), len(rows), len(rows))
     for k in range(len(rows)):
         relative = (log_squares - pivot_squares[:, k, None]).clamp_(max=0).exp_()
@@ -80,11 +81,11 @@ def pencil_eigenvalues(rows: Tensor, pivots: Tensor, weights: Tensor, log_square
 
 
 def jacobi_eigenvalues(matrices: Tensor, max_sweeps: int = 30) -> Tensor:
-    """Eigenvalues of symmetric (…, d, d) matrices by cyclic Jacobi rotations, descending, (…, d).
+    """Return the eigenvalues of symmetric (…, d, d) matrices by cyclic Jacobi rotations, descending, (…, d).
 
-    Rotations go on until every off-diagonal entry is negligible against the geometric mean of its two diagonal
-    entries, so that small eigenvalues of graded matrices come out with relative, not absolute, accuracy. Each round
-    applies d/2 disjoint rotations at once (round-robin tournament order).
+    The rotations end when every off-diagonal entry is negligible compared with the geometric mean of its two diagonal
+    entries, which gives small eigenvalues of graded matrices relative accuracy. Each round applies d/2 disjoint
+    rotations at once, in round-robin order.
     """
     d = matrices.shape[-1]
     if d == 1:
@@ -106,7 +107,7 @@ def _rotate(a: Tensor, p: Tensor, q: Tensor) -> Tensor:
     """Apply the rotations that annihilate a[p, q] for disjoint index pairs."""
     app, aqq, apq = a[..., p, p], a[..., q, q], a[..., p, q]
     theta = (aqq - app) / (2 * apq)
-    # Halves of huge angles would overflow when squared; beyond 1e150 the tangent is 1/(2θ) to float64 precision.
+    # Beyond 1e150, θ² would overflow, and the tangent is 1/(2θ) to float64 precision.
     tangent = torch.where(theta < 0, -1.0, 1.0) / (theta.abs() + (1 + theta.clamp(-1e150, 1e150).square()).sqrt())
     tangent = torch.where(apq == 0, 0.0, tangent)
     cosine = (1 + tangent.square()).rsqrt()
@@ -124,7 +125,7 @@ def _rotate(a: Tensor, p: Tensor, q: Tensor) -> Tensor:
 
 
 def _tournament(d: int, device: torch.device) -> list[tuple[Tensor, Tensor]]:
-    """Pairings of d (even) indices such that d − 1 rounds of disjoint pairs cover every pair once."""
+    """Return d − 1 rounds of disjoint pairs of d (even) indices that cover every pair once."""
     players = list(range(d))
     rounds = []
     for _ in range(d - 1):

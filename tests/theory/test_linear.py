@@ -1,4 +1,4 @@
-"""The closed forms of linear Barlow Twins against routes that do not use them."""
+"""Closed forms of linear Barlow Twins against numerical integration, gradient descent and exact arithmetic."""
 
 import math
 
@@ -12,7 +12,7 @@ from stepwise_lightning.theory import LinearBarlowTwins, feature_cross_correlati
 
 
 def spectrum_to_gamma(eigenvalues, seed=0):
-    """Γ with the given eigenvalues in a random orthonormal basis, and that basis."""
+    """Return Γ with the given eigenvalues in a random orthonormal basis, and the basis."""
     generator = torch.Generator().manual_seed(seed)
     m = len(eigenvalues)
     basis = torch.linalg.qr(torch.randn(m, m, generator=generator, dtype=torch.float64)).Q
@@ -32,7 +32,7 @@ def aligned(basis, singular_values, seed=3):
 
 
 def integrate(gamma, weights0, times):
-    """Eigenvalues of C along dW/dt = −4 (WΓWᵀ − I) WΓ, by an adaptive Runge-Kutta method."""
+    """Return eigenvalues of C along dW/dt = −4 (WΓWᵀ − I) WΓ, by an adaptive Runge-Kutta method."""
     g, shape = gamma.numpy(), tuple(weights0.shape)
 
     def flow(_, flat):
@@ -46,7 +46,7 @@ def integrate(gamma, weights0, times):
 
 
 def descend(gamma, weights0, rate, steps):
-    """Eigenvalues of C at each of ``steps`` steps of gradient descent on ‖C − I‖²_F, gradients by autograd."""
+    """Return eigenvalues of C at each step of gradient descent on ‖C − I‖²_F, with gradients by autograd."""
     weights = weights0.clone().requires_grad_()
     eigenvalues = []
     for _ in range(steps + 1):
@@ -92,7 +92,7 @@ def test_aligned_start_matches_the_integrated_flow_for_every_sign(method):
     torch.testing.assert_close(theory.loss(times, method), (1 - measured).square().sum(1), rtol=0, atol=1e-8)
 
 
-def test_large_aligned_start_is_exact_too():
+def test_large_aligned_start_is_exact():
     gamma, basis = spectrum_to_gamma(MIXED)
     weights0 = aligned(basis, [0.9, 0.2, 1.1, 0.5, 0.3, 0.4])  # some eigenvalues of C start above 1
     times = torch.linspace(0, 2, 30)
@@ -100,7 +100,7 @@ def test_large_aligned_start_is_exact_too():
     torch.testing.assert_close(predicted, integrate(gamma, weights0, times.numpy()), rtol=0, atol=1e-8)
 
 
-def test_uniform_form_where_neighbours_are_too_close_for_the_paper_s_form():
+def test_uniform_form_is_accurate_for_close_neighbours():
     gamma, _ = spectrum_to_gamma([2.0, 1.98, 1.0, 0.99, 0.98, 0.3, -0.2, -0.5])
     weights0 = normal(4, 8, 1e-5)
     times = torch.linspace(0, 4, 60)
@@ -125,7 +125,7 @@ def test_uniform_error_vanishes_with_the_start():
 
 @pytest.mark.parametrize("method", ["uniform", "qr"])
 @pytest.mark.parametrize("learning_rate", [None, 0.01])
-def test_start_and_end(method, learning_rate):
+def test_eigenvalues_at_start_and_end(method, learning_rate):
     gamma, basis = spectrum_to_gamma(MIXED)
     theory = LinearBarlowTwins(gamma, aligned(basis, ALIGNED_START), learning_rate)
     start = torch.tensor([g * s * s for g, s in zip(MIXED, ALIGNED_START, strict=True)], dtype=torch.float64)
@@ -152,7 +152,7 @@ def test_generic_start_at_time_zero_keeps_negative_eigenvalues():
     torch.testing.assert_close(predicted, torch.linalg.eigvalsh(c).flip(0), rtol=1e-9, atol=0)
 
 
-def test_step_times_are_where_half_of_each_mode_is_learned():
+def test_eigenvalues_at_step_times_are_one_half():
     gamma, basis = spectrum_to_gamma([3.0, 2.0, 0.7, -1.0])
     theory = LinearBarlowTwins(gamma, aligned(basis, [1e-4, 1e-3, 1e-3, 1e-3]))
     learned = theory.step_times[:3]
@@ -166,7 +166,7 @@ def test_step_times_are_where_half_of_each_mode_is_learned():
 
 def test_aligned_gradient_descent_matches_the_finite_step_recursion():
     gamma, basis = spectrum_to_gamma([1.0, 0.6, 0.3, -0.2])
-    weights0, rate = aligned(basis, [1e-3, 2e-3, 1e-2, 0.3]), 0.1  # 4ηγ_1 = 0.4: far from the flow
+    weights0, rate = aligned(basis, [1e-3, 2e-3, 1e-2, 0.3]), 0.1  # 4ηγ_1 = 0.4
     measured = descend(gamma, weights0, rate, 150)
     times = rate * torch.arange(151)
     theory = LinearBarlowTwins(gamma, weights0, learning_rate=rate)
@@ -189,7 +189,7 @@ def test_generic_gradient_descent_matches_the_finite_step_uniform_form(relative_
 
 
 def exact_uniform(gamma_values, weights0, t, digits=4000):
-    """Eigenvalues ν/(1+ν) of W(0) Γ e^{8Γt} W(0)ᵀ for a diagonal Γ > 0, in arithmetic of thousands of digits."""
+    """Return eigenvalues ν/(1+ν), ν of W(0) Γ e^{8Γt} W(0)ᵀ for a diagonal Γ > 0, with thousands of digits."""
     with mpmath.workdps(digits):
         d, m = weights0.shape
         growth = [mpmath.mpf(g) * mpmath.exp(8 * mpmath.mpf(g) * mpmath.mpf(t)) for g in gamma_values]
@@ -203,14 +203,14 @@ def exact_uniform(gamma_values, weights0, t, digits=4000):
 
 
 @pytest.mark.parametrize("t", [0.3, 1.5, 6.0])
-def test_factors_spanning_thousands_of_orders_of_magnitude(t):
+def test_eigenvalues_span_thousands_of_orders_of_magnitude(t):
     values = [300.0, 90.0, 30.0, 3.0, 2.9, 0.5]  # e^{8 · 300 · 6} = 10^6254
     weights0 = normal(4, 6, 1e-12)
     theory = LinearBarlowTwins(torch.diag(torch.tensor(values, dtype=torch.float64)), weights0)
     predicted = theory.embedding_eigenvalues(t)
     expected = exact_uniform(values, weights0, t, digits=14000 if t > 3 else 4000)
     expected = torch.tensor(expected, dtype=torch.float64)
-    torch.testing.assert_close(predicted, expected, rtol=1e-9, atol=0)  # relative: small modes are not lost
+    torch.testing.assert_close(predicted, expected, rtol=1e-9, atol=0)
 
 
 def test_tiny_starts_and_long_times():
@@ -244,16 +244,16 @@ def test_repeated_eigenvalues_are_exact():
     ],
     ids=["identical rows", "zero", "missing modes", "d > m", "graded"],
 )
-def test_degenerate_starts(weights0):
+def test_degenerate_starts_match_integration(weights0):
     gamma = torch.diag(torch.tensor([2.0, 1.0, 0.5, 0.2, -0.1])).double()
-    # Later, round-off in the integrator would break the tie between identical rows.
+    # At later times round-off in the integrator separates identical rows.
     times = torch.linspace(0, 3 if (weights0 == weights0[0]).all() else 20, 50)
     predicted = LinearBarlowTwins(gamma, weights0).embedding_eigenvalues(times)
     assert predicted.shape == (50, len(weights0))
     assert (predicted - integrate(gamma, weights0, times.numpy())).abs().max() < 2e-3
 
 
-def test_rank_deficient_gamma_learns_no_round_off():
+def test_rank_deficient_gamma_has_no_spurious_modes():
     x1, x2 = normal(3, 10, 1.0), normal(3, 10, 1.0, 1)  # three pairs: at most three positive modes
     theory = LinearBarlowTwins(feature_cross_correlation(x1, x2), normal(6, 10, 1e-3))
     positive = int((theory.eigenvalues > 0).sum())
@@ -261,7 +261,7 @@ def test_rank_deficient_gamma_learns_no_round_off():
     assert theory.loss(math.inf) == pytest.approx(6 - positive, abs=1e-9)
 
 
-def test_shapes_types_and_devices():
+def test_shapes_and_dtypes():
     gamma, _ = spectrum_to_gamma([2.0, 1.0, 0.5, -0.3])
     theory = LinearBarlowTwins(gamma.float(), normal(2, 4, 1e-2).float())
     for t, lead in ((0.5, ()), (torch.tensor(0.5), ()), (torch.tensor([0.5, 1]), (2,)), (np.array([0.5]), (1,))):
@@ -303,7 +303,7 @@ WEIGHTS = torch.full((2, 3), 0.1).double()
         (lambda: LinearBarlowTwins(GAMMA * math.inf, WEIGHTS), "gamma holds NaN"),
         (lambda: LinearBarlowTwins(GAMMA + torch.ones(3, 3).triu(1), WEIGHTS), "symmetric"),
         (lambda: LinearBarlowTwins(GAMMA, WEIGHTS, learning_rate=0.125), r"1/\(4γ_1\) = 0.125"),
-        (lambda: LinearBarlowTwins(GAMMA, WEIGHTS, learning_rate=0.0), "learning rate 0"),
+        (lambda: LinearBarlowTwins(GAMMA, WEIGHTS, learning_rate=0.0), "γ_1 = 2 the largest .*, got 0"),
         (lambda: LinearBarlowTwins(GAMMA, WEIGHTS).loss(-1.0), "t must be ≥ 0"),
         (lambda: LinearBarlowTwins(GAMMA, WEIGHTS).loss(torch.ones(2, 2)), "scalar or a vector"),
         (lambda: LinearBarlowTwins(GAMMA, WEIGHTS).embedding_eigenvalues(1.0, "exact"), "'uniform' or 'qr'"),
@@ -313,7 +313,7 @@ WEIGHTS = torch.full((2, 3), 0.1).double()
         (lambda: feature_cross_correlation(torch.full((3, 4), math.nan), torch.ones(3, 4)), "NaN"),
     ],
 )
-def test_bad_input_is_refused_in_one_line(call, message):
-    with pytest.raises(ValueError, match=message) as refusal:
+def test_invalid_input_raises_one_line(call, message):
+    with pytest.raises(ValueError, match=message) as error:
         call()
-    assert "\n" not in str(refusal.value)
+    assert "\n" not in str(error.value)
