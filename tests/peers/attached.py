@@ -59,7 +59,7 @@ def trace(trainer, module):
 
 
 def check(package, build, loader, folder, attached, last_step, views=None, frozen=(), **options):
-    """Check that loggers do not change training and that their spectra equal those of NumPy.
+    """Check that loggers do not change training and that their spectra equal spectra computed with NumPy.
 
     Args:
         package: ``lightning`` or ``pytorch_lightning``.

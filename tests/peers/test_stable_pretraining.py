@@ -1,7 +1,7 @@
 """Spectra of modules of stable-pretraining, with a forward function and dictionaries as batches.
 
 ``make test-peers`` does not install it: its entry point adds more than ten callbacks to every Trainer of ``lightning``,
-some of which write files. These tests run where it is installed, with these callbacks.
+including callbacks that write files. These tests run where it is installed, with these callbacks.
 """
 
 import pytest
