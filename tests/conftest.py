@@ -7,8 +7,10 @@ from importlib.util import find_spec
 
 import pytest
 from fresh_processes import PRELOAD, ProcessServer, server, start_server
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 collect_ignore = [] if find_spec("lightly") else ["peers"]
+_constrained_layout = ConstrainedLayoutEngine.execute
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -21,10 +23,17 @@ def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(1)
     # In the background of a script Ctrl-C is ignored, and processes that the tests start would inherit that.
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    ConstrainedLayoutEngine.execute = lambda engine, figure: None  # type: ignore[method-assign]
     if hasattr(config, "workerinput"):  # a worker of pytest-xdist imports these in any case, the server shares them
         for name in PRELOAD:
             import_module(name)
     start_server()
+
+
+@pytest.fixture
+def constrained_layout(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Draw figures with the constrained layout, which other tests skip: it takes most of the drawing time."""
+    monkeypatch.setattr(ConstrainedLayoutEngine, "execute", _constrained_layout)
 
 
 @pytest.fixture(scope="session")

@@ -19,7 +19,13 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NoReturn
 
-PRELOAD = ("stepwise_lightning.commands.lightning_cli", "torch.utils.tensorboard", "torchvision.datasets")
+PRELOAD = (
+    "stepwise_lightning.commands.lightning_cli",
+    "stepwise_lightning.plots.trajectories",
+    "matplotlib.backends.backend_agg",
+    "torch.utils.tensorboard",
+    "torchvision.datasets",
+)
 
 
 @dataclass

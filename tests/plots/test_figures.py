@@ -9,6 +9,8 @@ import torch
 from stepwise_lightning import SpectrumRecord
 from stepwise_lightning.plots import Panel, eigenvalues_figure, mode_colours, spectra_figure, trajectories_figure
 
+pytestmark = pytest.mark.usefixtures("constrained_layout")
+
 
 def growth(rates: list[float], matrix: str = "cross_correlation") -> Panel:
     times = torch.linspace(0, 10, 50, dtype=torch.float64)

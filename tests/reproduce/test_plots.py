@@ -16,6 +16,8 @@ from reproduce.plots import (
 from stepwise_lightning import SpectrumRecord
 from stepwise_lightning.plots import Panel
 
+pytestmark = pytest.mark.usefixtures("constrained_layout")
+
 
 def growth(rates: list[float]) -> Panel:
     times = torch.linspace(0, 10, 50, dtype=torch.float64)
