@@ -47,7 +47,7 @@ class PaperFigure:
     Args:
         name: name of the figure, and of its folder under ``--out``.
         description: text for ``--help``; the first line is the title.
-        paper: corresponding place in the paper, and what it shows.
+        paper: corresponding place in the paper, and its content.
         profiles: settings by profile; command-line options override them.
         produce: function of options and output folder that returns the outcome. Bad input raises an exception with a
             one-line message (:func:`stepwise_lightning.errors.one_line`).

@@ -218,7 +218,7 @@ def test_claims_and_report(scale, tmp_path, capsys):
     ]:
         path.write_bytes(content)
         page = write_report(tmp_path, ["figure", "kernel_pca"]).read_text(encoding="utf-8")
-        assert "kernel_pca</td><td class='fails'>not there" in page
+        assert "kernel_pca</td><td class='fails'>missing" in page
         kept = finished_claims(path.parent, identity)
         assert kept is None or print_verdict(path.parent, kept) in (0, 1)
         outcomes.add(("claims.json cannot be read" in page, kept is None))

@@ -1,12 +1,12 @@
-"""Where a staircase is seen, and where it is not: one table over starts, augmentations, weight decay and losses.
+"""Stepwise learning for different initialisations, augmentations, weight decay and losses.
 
-Each loss is trained from small and from ordinary initialisation, and Barlow Twins also with its last layer ten and a
-hundred times as large as that of the small start, with the standard augmentation in place of weak crops, with weight
-decay, and with the loss as it is published. Of every run two counts are given. *Distinct steps* are those of
-``detect_steps``, which leaves out modes that start high; *modes apart* are those of ``detect_rises``, which does not,
-and counts a mode that rises from a tenth to half of its own way after the one before it has finished.
+Each loss is trained from small and from ordinary initialisation. Barlow Twins is also trained with a last layer ten and
+a hundred times larger than the small initialisation, with the standard augmentation instead of weak crops, with weight
+decay, and with the published loss. Each run has two counts: *distinct steps* (``detect_steps``), which exclude modes
+with large initial eigenvalues, and *modes apart* (``detect_rises``), which include them. A mode is apart if its rise,
+from a tenth to half of its range, begins after the previous rise has ended.
 
-The paper has no such table. It takes longer than the other figures, so that ``all`` leaves it out.
+The paper has no such table. The figure takes longer than the others, and ``all`` does not include it.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from reproduce.networks.variants import INITIALIZATIONS, LOSS_SETTINGS, VARIANT_
 from reproduce.options import data_name
 from stepwise_lightning.plots import Panel, eigenvalues_figure
 
-PAPER = "Not in the paper: a survey of ours of what its Fig. 1 C-D depends on."
+PAPER = "Not in the paper: conditions under which the result of its Fig. 1 C-D holds."
 OTHERS = ("alpha0.01", "alpha0.1", "standard_augmentation", "weight_decay", "published_loss")
-# Of Barlow Twins, and how many distinct steps every seed must show.
-LEAST_STEPS = {"alpha0.01": 5, "standard_augmentation": 3, "weight_decay": 5}
+# Minimum number of distinct steps of Barlow Twins for every seed.
+MIN_STEPS = {"alpha0.01": 5, "standard_augmentation": 3, "weight_decay": 5}
 
 
 def produce(options: argparse.Namespace, directory: Path) -> Outcome:
@@ -43,7 +43,7 @@ def produce(options: argparse.Namespace, directory: Path) -> Outcome:
         ],
         ["", "", ""],
         same_time=False,
-        title="Where a staircase is seen, and where it is not",
+        title="Stepwise learning under different conditions",
         note=f"ResNet on {data_name(options.data)}, seed {options.seeds[0]}",
     )
     rows = (row for run in runs for row in run.rows())
@@ -60,14 +60,14 @@ def _panel(run: Run) -> Panel:
 def _claims(runs: list[Run], options: argparse.Namespace) -> list[Claim]:
     counts = {
         variant: [run.steps.num_distinct for run in runs if (run.loss, run.variant) == ("barlow_twins", variant)]
-        for variant in (*LEAST_STEPS, "ordinary")
+        for variant in (*MIN_STEPS, "ordinary")
     }
     return [
         worst(
             variant, f"{VARIANT_TITLES[variant]}: distinct steps ({', '.join(map(str, counts[variant]))})",
             counts[variant], ">=", least, options.seeds, VARIANT_TITLES["ordinary"], counts["ordinary"],
         )
-        for variant, least in LEAST_STEPS.items()
+        for variant, least in MIN_STEPS.items()
     ]  # fmt: skip
 
 

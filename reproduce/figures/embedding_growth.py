@@ -1,9 +1,9 @@
-"""The embedding grows from a point to a line, a plane and a volume (the first figure of the authors' blog post).
+"""The embedding grows from a point to a line, a plane and a volume (first figure of the authors' blog post).
 
-Embeddings of held-out images under Barlow Twins, from small initialisation, in their top three principal components, in
-the middle of the plateaus with no, one, two and three learned modes. Colours are the photographs that the crops are
-from, or classes. The same as an animation: ``animation.gif``. The crops at either end of each direction show what it
-stands for.
+The figure shows embeddings of held-out images under Barlow Twins from small initialisation, projected on their top
+three principal components, in the middle of the plateaus with zero to three learned modes. Colours are classes; for
+the photographs, the picture of each crop. The crops at both ends of each direction illustrate its meaning.
+``animation.gif`` shows the growth over time.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ from stepwise_lightning.errors import UserError
 from stepwise_lightning.files import atomic_write
 
 PAPER = (
-    "The authors' blog post, Fig. 1: top three principal components of the embeddings as the loss steps down; they are "
+    "The authors' blog post, Fig. 1: top three principal components of the embeddings while the loss falls in steps: "
     "a point, then a line, a plane and a volume."
 )
 MODES = (0, 1, 2, 3)
 FRAMES = 60
-EXTREMES = 4  # crops at either end
+EXTREMES = 4  # crops at each end
 
 
 def produce(options: argparse.Namespace, directory: Path) -> Outcome:
-    """Train what is missing, and look at the embeddings on their plateaus."""
+    """Train missing runs, and measure the embeddings on the plateaus."""
     runs = trained_runs(options, [("barlow_twins", "small")])
     summaries = [run.summary() | _shares(run) for run in runs]
     first = runs[0]
@@ -63,10 +63,10 @@ def _claims(summaries: list[dict[str, Any]], seeds: list[int]) -> list[Claim]:
         values, fewer = ([summary[f"{key}_{modes}"] for summary in summaries] for key in ("share", "fewer"))
         sentence = f"{shape}: variance in the top {modes} direction{'s' * (modes > 1)} with as many learned modes"
         control = ("one direction fewer", fewer)
-        if modes == 1:  # the fewer would be none
+        if modes == 1:  # one direction fewer is empty
             control = ("with two modes", [summary["fewer_2"] for summary in summaries])
         claims.append(worst(f"share_{modes}", sentence, values, ">=", 0.95, seeds, *control))
-    sentence = "a point: its extent before the first step over that with three modes"
+    sentence = "a point: extent before the first step over extent with three modes"
     points, lines = ([summary[f"size_{modes}"] for summary in summaries] for modes in (0, 1))
     claims.append(worst("size_0", sentence, points, "<=", 0.2, seeds, "with one mode", lines))
     return claims
@@ -78,18 +78,17 @@ def _embeddings(run: Run) -> np.ndarray[Any, Any]:
 
 
 def _samples(run: Run) -> list[int]:
-    """Return the middle of each plateau.
+    """Return the index of the middle measurement of each plateau.
 
     Raises:
-        UserError: some number of modes was never learned.
+        UserError: a plateau was not measured.
 
     """
     plateaus = [run.plateau(modes) for modes in MODES]
     if missing := [modes for modes, plateau in zip(MODES, plateaus, strict=True) if not plateau]:
         raise UserError(
-            f"{run.name} was never seen with {missing} learned modes: train it longer or measure more often"
+            f"{run.name} has no measurement with {missing} learned modes: train longer or measure more often"
         )
-    # Time 0 has no place on a logarithmic axis.
     return [plateau[len(plateau) // 2] for plateau in plateaus]
 
 
@@ -103,7 +102,7 @@ def _shares(run: Run) -> dict[str, float]:
 
 
 def _extremes(run: Run, embeddings: np.ndarray[Any, Any]) -> list[np.ndarray[Any, Any]]:
-    """Return the crops at both ends of each component, for display."""
+    """Return the crops at both ends of each component, in [0, 1]."""
     crops = run.data.probe_pairs()[0]
     scale = [torch.tensor(values)[:, None, None] for values in (run.data.std, run.data.mean)]
     images = (crops * scale[0] + scale[1]).clamp(0, 1).permute(0, 2, 3, 1).numpy()

@@ -1,20 +1,20 @@
-"""When each mode is learned, said before training and half-way, and what came of it (beyond the paper).
+"""Forecasts of the step times before and during training, compared with measured steps (not in the paper).
 
-Before training, the last layer is simulated on the features of the untrained network, as ``stepwise forecast`` does:
-once for each run of ``three_losses``, against the steps that were measured. The first mode is forecast well for all
-three losses, later ones of Barlow Twins and SimCLR roughly, those of VICReg not: they are shown faint, and no claim is
-made of them. A network whose features move learns more modes, and some of them earlier, than features that stay allow.
+Before training, ``stepwise forecast`` simulates the last layer on the features of the untrained network, for each run
+of ``three_losses``. The first mode is accurate for all losses, later modes of Barlow Twins and SimCLR roughly. Later
+modes of VICReg are not predicted: they are drawn faint, without a claim. As features change, networks learn more modes,
+and some modes earlier, than with frozen features.
 
-While training goes on, the next mode is forecast from the weights that were kept, as ``ForecastLogger`` does: on the
-probe pairs, of SimCLR on 4096 training pairs. Beside it, what a line through the last twenty logarithms of its
-eigenvalue says. The velocity of the last layer is not kept: it is taken from the weights that were kept before. Of
-VICReg the time that remains is overrated, up to twofold, and no claim is made of it.
+During training, the next mode is forecast from saved weights as in ``ForecastLogger``: on the probe pairs, for SimCLR
+on 4096 training pairs. The velocity of the last layer is estimated from the previous saved weights. The baseline is a
+line through the last twenty logarithms of the eigenvalue. For VICReg the remaining time is overestimated up to twofold,
+and there is no claim.
 
-With a schedule, 100 steps of warm-up and a cosine to the end of 800, the first mode comes when a simulation of the
-schedule itself says; with momentum not when as large a sum of rates is reached as a constant rate would need.
+With a schedule of 100 warm-up steps and a cosine until step 800, the first mode follows a simulation of the schedule.
+With momentum, it does not follow the sum of learning rates.
 
-Controls: pairs of views of different images, training without momentum in place of the run's own, and, for Barlow
-Twins, which is trained without, the growth of another loss; with a schedule, the sum of rates or a constant one.
+Controls: pairs of views of different images; training without momentum; for Barlow Twins, which uses no momentum, the
+growth rates of another loss; with a schedule, the sum of rates or a constant rate.
 """
 
 from __future__ import annotations
@@ -41,38 +41,38 @@ from stepwise_lightning.forecasts.forecast import Forecast, correct_for_feature_
 from stepwise_lightning.forecasts.sgd import SGDSettings, last_features, last_layer
 from stepwise_lightning.forecasts.simulate import NUM_PAIRS, forecast_of_features, unseen_batches
 
-PAPER = "Not in the paper: its theory, made a tool."
-# Median relative errors of steps, before training; later modes of VICReg are not promised.
-MOST_FIRST_ERROR = {"barlow_twins": 0.06, "vicreg": 0.15, "simclr": 0.06}
-# With a schedule that of SimCLR is less: of four times three seeds 0.012 to 0.017. Sums of rates are 0.033 to 0.1 off.
-MOST_SCHEDULED_ERROR = MOST_FIRST_ERROR | {"simclr": 0.025}
-MOST_LATER_ERROR = {"barlow_twins": 0.25, "simclr": 0.35}
-# Of the time that remains until the next mode, when one has just been learned, half-way and at three quarters.
+PAPER = "Not in the paper: an application of its theory."
+# Bounds of the median relative error of step times, before training.
+MAX_FIRST_ERROR = {"barlow_twins": 0.06, "vicreg": 0.15, "simclr": 0.06}
+# With a schedule SimCLR has 0.012 to 0.017 in four sets of three seeds; sums of rates have 0.033 to 0.1.
+MAX_SCHEDULED_ERROR = MAX_FIRST_ERROR | {"simclr": 0.025}
+MAX_LATER_ERROR = {"barlow_twins": 0.25, "simclr": 0.35}
+# Times of live forecasts, as a fraction of the interval between two modes.
 SHARES = (0.0, 0.5, 0.75)
-MOST_LIVE_ERROR = {"barlow_twins": 0.3, "simclr": 0.3}
+MAX_LIVE_ERROR = {"barlow_twins": 0.3, "simclr": 0.3}
 EXTRAPOLATED = 20  # measurements
-NEAR = 0.12  # share of the time between two modes by which weights that were kept may miss the moment wanted
-LAST_OF_LATER = 5  # modes 2 to 5
+TOLERANCE = 0.12  # maximum distance of saved weights from the requested time, as a fraction of the interval
+LAST_MODE = 5  # later modes are 2 to 5
 COLUMNS = ["loss", "seed", "forecast", "made at", "mode", "measured", "expected"]
 _LABELS = {"start": "before training", "live": "while training", "line": "line through log λ"}
 
 
 def produce(options: argparse.Namespace, directory: Path) -> Outcome:
-    """Train where that is missing, forecast every run, and compare."""
+    """Train missing runs, forecast every run, and compare."""
     runs = trained_runs(options, [*SMALL_STARTS, *((loss, "schedule") for loss in LOSS_SETTINGS)])
-    rows = [row for part in map_parallel(forecasts, [(run,) for run in runs], "forecast") for row in part]
+    rows = [row for part in map_parallel(forecast_run, [(run,) for run in runs], "forecast") for row in part]
     figure = _figure(rows, options)
     return Outcome(figure, COLUMNS, rows, _claims(rows, options), _summaries(rows, runs))
 
 
-def forecasts(run: Run) -> list[list[Any]]:
-    """Return rows of ``COLUMNS``: what was said of each measured mode of a run, and when."""
+def forecast_run(run: Run) -> list[list[Any]]:
+    """Return rows of ``COLUMNS`` with all forecasts for the measured modes of a run."""
     measured = _measured(run)
     if run.variant == "schedule":
         return _scheduled(run, measured[0])
     rows = []
-    for name, said in {"start": run.forecast, **_controls(run)}.items():
-        for mode, (step, expected) in enumerate(zip(measured, said.step_times.tolist(), strict=True)):
+    for name, forecast in {"start": run.forecast, **_controls(run)}.items():
+        for mode, (step, expected) in enumerate(zip(measured, forecast.step_times.tolist(), strict=True)):
             if math.isfinite(step):
                 rows.append([run.loss, run.seed, name, 0, mode + 1, step, expected])
     for mode in range(1, sum(map(math.isfinite, measured))):
@@ -80,40 +80,36 @@ def forecasts(run: Run) -> list[list[Any]]:
             continue
         for share in SHARES:
             gap = measured[mode] - measured[mode - 1]
-            wanted = measured[mode - 1] + share * gap
-            kept = min(run.saved_steps(), key=lambda step: abs(step - wanted), default=0)
-            if abs(kept - wanted) < NEAR * gap and kept < measured[mode]:
-                head = [run.loss, run.seed]
-                rows.append([*head, f"live {share:g}", kept, mode + 1, measured[mode], _live(run, kept, mode)])
-                rows.append([*head, f"line {share:g}", kept, mode + 1, measured[mode], _line(run, kept, mode)])
+            target = measured[mode - 1] + share * gap
+            saved = min(run.saved_steps(), key=lambda step: abs(step - target), default=0)
+            if abs(saved - target) < TOLERANCE * gap and saved < measured[mode]:
+                for name, method in (("live", _live_forecast), ("line", _extrapolation)):
+                    cells = [f"{name} {share:g}", saved, mode + 1, measured[mode], method(run, saved, mode)]
+                    rows.append([run.loss, run.seed, *cells])
     return rows
 
 
 def _measured(run: Run) -> list[float]:
-    """Return the training steps at which modes were learned, by what the schedule makes of time."""
+    """Return the training steps at which modes were learned; effective time depends on the schedule."""
     times = np.interp(run.steps.step_times, run.record.times, run.record.steps, right=math.nan)
     return np.where(run.steps.step_times.isfinite(), times, math.nan).tolist()
 
 
 def _scheduled(run: Run, measured: float) -> list[list[Any]]:
-    """Return rows of the first mode of training with a schedule, and what sums of rates make of a constant rate."""
+    """Return rows for the first mode with a schedule: forecast, sum of rates, and constant rate."""
     if not math.isfinite(measured):
         return []
     rates = SGDSettings.of(run.module, 0, int(run.record.steps[-1])).rates
     constant = run.forecast_of(*run.features, rates=rates.max().expand(len(rates))).step_times[0]
     summed = np.interp(constant * rates.max(), np.cumsum([0.0, *rates]), range(len(rates) + 1))
-    head = [run.loss, run.seed]
-    return [
-        [*head, "schedule", 0, 1, measured, float(run.forecast.step_times[0])],
-        [*head, "sum of rates", 0, 1, measured, float(summed)],
-        [*head, "constant rate", 0, 1, measured, float(constant)],
-    ]
+    expected = {"schedule": run.forecast.step_times[0], "sum of rates": summed, "constant rate": constant}
+    return [[run.loss, run.seed, name, 0, 1, measured, float(step)] for name, step in expected.items()]
 
 
 def _controls(run: Run) -> dict[str, Forecast]:
     h1, h2 = run.features
     controls = {}
-    if run.loss in MOST_LATER_ERROR:
+    if run.loss in MAX_LATER_ERROR:
         controls["shuffled pairs"] = run.forecast_of(h1, h2.roll(1, 1))
     if run.optimization()[1]:
         return controls | {"no momentum": run.forecast_of(h1, h2, momentum=0.0)}
@@ -122,8 +118,8 @@ def _controls(run: Run) -> dict[str, Forecast]:
     return controls | {"another loss": run.forecast_of(h1, h2, loss=other, settings=settings)}
 
 
-def _live(run: Run, step: int, mode: int) -> float:
-    """Return when ``mode`` (counted from 0) was due, as said at a step of which weights were kept."""
+def _live_forecast(run: Run, step: int, mode: int) -> float:
+    """Return the forecast step time of ``mode`` (counted from 0) from the weights saved at ``step``."""
     module = run.module
     start = {name: value.clone() for name, value in module.state_dict().items()}
     layer, length = last_layer(module), int(run.record.steps[-1])
@@ -134,30 +130,31 @@ def _live(run: Run, step: int, mode: int) -> float:
         training = SGDSettings.of(module, step, length)
         batches = [run.data.probe_pairs()] if run.loss != "simclr" else unseen_batches(run.data)
         h1, h2 = last_features(module, layer, batches, NUM_PAIRS)
-        gone = (step - before) * float(training.rates[0])
+        elapsed_time = (step - before) * float(training.rates[0])
         names = {id(value): name for name, value in module.named_parameters()}
         bias = bias_of(layer)
         parameters = [layer.weight] if bias is None else [layer.weight, bias]
-        # v moves weights by −ηv a step.
-        velocity = (
-            [(earlier[names[id(p)]].cpu() - p.detach().cpu()) / gone for p in parameters] if training.momentum else None
-        )
-        said = forecast_of_features(training, h1, h2, layer.weight, bias, step, velocity, with_rates=False)
+        velocity = None
+        if training.momentum:  # a step changes the weights by −ηv
+            velocity = [(earlier[names[id(p)]].cpu() - p.detach().cpu()) / elapsed_time for p in parameters]
+        forecast = forecast_of_features(training, h1, h2, layer.weight, bias, step, velocity, with_rates=False)
     finally:
         module.load_state_dict(start)
     learned_at = _measured(run)[mode - 1]
-    return correct_for_feature_learning(run.loss, learned_at, step, float(said.step_times[mode].nan_to_num(nan=step)))
+    return correct_for_feature_learning(
+        run.loss, learned_at, step, float(forecast.step_times[mode].nan_to_num(nan=step))
+    )
 
 
 def _weights(run: Run, step: int, start: dict[str, Tensor]) -> dict[str, Tensor]:
     return {f"encoder.{k}": v for k, v in run.encoder(step=step).state_dict().items()} if step else start
 
 
-def _line(run: Run, step: int, mode: int) -> float:
-    """Return when a line through the last logarithms of an eigenvalue reaches the threshold."""
-    known = run.record.steps <= step
-    steps = run.record.steps[known][-EXTRAPOLATED:].double()
-    logs = run.eigenvalues()[known][-EXTRAPOLATED:, mode].clamp(min=1e-300).log()
+def _extrapolation(run: Run, step: int, mode: int) -> float:
+    """Return the step at which a line through the last logarithms of an eigenvalue reaches the threshold."""
+    past = run.record.steps <= step
+    steps = run.record.steps[past][-EXTRAPOLATED:].double()
+    logs = run.eigenvalues()[past][-EXTRAPOLATED:, mode].clamp(min=1e-300).log()
     if len(steps) < 2:
         return math.inf
     slope = ((steps - steps.mean()) * (logs - logs.mean())).sum() / (steps - steps.mean()).square().sum()
@@ -166,18 +163,18 @@ def _line(run: Run, step: int, mode: int) -> float:
 
 
 def _errors(rows: list[list[Any]], loss: str, name: str, modes: Sequence[int]) -> list[float]:
-    """Return relative errors of the step, or of the time until then; a mode that was not expected is infinitely off.
+    """Return relative errors of the remaining steps; infinite for a mode without a forecast.
 
-    ``live`` and ``line`` are those of all moments.
+    The names ``live`` and ``line`` select all times of live forecasts.
     """
     chosen = [row for row in rows if row[0] == loss and name in (row[2], row[2].split()[0]) and row[4] in modes]
-    return [abs(expected - measured) / (measured - made) for *_, made, _, measured, expected in chosen]
+    return [abs(expected - measured) / (measured - made_at) for *_, made_at, _, measured, expected in chosen]
 
 
 def _within(rows: list[list[Any]], loss: str, name: str, factor: float = 1.5) -> str:
-    """Return how many of the times until the next mode were told within a factor, of how many."""
+    """Return the number of remaining times that are within a factor of the measured ones, as ``k of n``."""
     chosen = [row for row in rows if row[0] == loss and row[2].split()[0] == name]
-    ratios = [(expected - made) / (measured - made) for *_, made, _, measured, expected in chosen]
+    ratios = [(expected - made_at) / (measured - made_at) for *_, made_at, _, measured, expected in chosen]
     return f"{sum(1 / factor <= ratio <= factor for ratio in ratios)} of {len(ratios)}"
 
 
@@ -188,33 +185,33 @@ def _median(values: list[float]) -> float:
 
 def _claims(rows: list[list[Any]], options: argparse.Namespace) -> list[Claim]:
     claims = []
-    later, every = range(2, LAST_OF_LATER + 1), range(1, 1000)
-    for loss, method in LOSS_SETTINGS.items():
+    later, every = range(2, LAST_MODE + 1), range(1, 1000)
+    for loss, settings in LOSS_SETTINGS.items():
 
         def median(name: str, modes: Sequence[int], loss: str = loss) -> float:
             return _median(_errors(rows, loss, name, modes))
 
-        told = seeds_text(options.seeds)
+        title, seeds = settings.title, seeds_text(options.seeds)
         control = "no momentum" if any(row[:3] == [loss, row[1], "no momentum"] for row in rows) else "another loss"
         claims.append(Claim(
-            f"{loss}_first", f"{method.title}: error of the first mode's step, before training, median of {told}",
-            median("start", [1]), "<=", MOST_FIRST_ERROR[loss], control, median(control, [1]),
+            f"{loss}_first", f"{title}: error of the first mode's step, before training, median over {seeds}",
+            median("start", [1]), "<=", MAX_FIRST_ERROR[loss], control, median(control, [1]),
         ))  # fmt: skip
-        # without momentum the sum of rates says it too
+        # Without momentum the sum of rates is correct too.
         other = "sum of rates" if control == "no momentum" else "constant rate"
         claims.append(Claim(
-            f"{loss}_schedule", f"{method.title}: the same of the first mode, with warm-up and cosine",
-            median("schedule", [1]), "<=", MOST_SCHEDULED_ERROR[loss], other, median(other, [1]),
+            f"{loss}_schedule", f"{title}: error of the first mode's step with warm-up and cosine, median over {seeds}",
+            median("schedule", [1]), "<=", MAX_SCHEDULED_ERROR[loss], other, median(other, [1]),
         ))  # fmt: skip
-        if loss in MOST_LATER_ERROR:
+        if loss in MAX_LATER_ERROR:
             claims.append(Claim(
-                f"{loss}_later", f"{method.title}: the same of modes 2 to {LAST_OF_LATER}", median("start", later),
-                "<=", MOST_LATER_ERROR[loss], "shuffled pairs", median("shuffled pairs", later),
+                f"{loss}_later", f"{title}: error of the steps of modes 2 to {LAST_MODE}, median over {seeds}",
+                median("start", later), "<=", MAX_LATER_ERROR[loss], "shuffled pairs", median("shuffled pairs", later),
             ))  # fmt: skip
-        if loss in MOST_LIVE_ERROR:
+        if loss in MAX_LIVE_ERROR:
             claims.append(Claim(
-                f"{loss}_live", f"{method.title}: error of the time until the next mode, in training, median of {told}",
-                median("live", every), "<=", MOST_LIVE_ERROR[loss], "line through log λ", median("line", every),
+                f"{loss}_live", f"{title}: error of the remaining time, during training, median over {seeds}",
+                median("live", every), "<=", MAX_LIVE_ERROR[loss], "line through log λ", median("line", every),
             ))  # fmt: skip
     return claims
 
@@ -235,26 +232,26 @@ def _summaries(rows: list[list[Any]], runs: list[Run]) -> list[dict[str, Any]]:
 
 
 def _figure(rows: list[list[Any]], options: argparse.Namespace) -> Figure:
-    """Draw forecast against measured steps, and errors of live forecasts against the time that remained."""
+    """Plot forecast against measured steps, and errors of live forecasts against the remaining time."""
     figure = Figure(figsize=(12, 7.4), layout="constrained")
     axes = figure.subplots(2, len(LOSS_SETTINGS))
-    for column, (loss, method) in enumerate(LOSS_SETTINGS.items()):
+    for column, (loss, settings) in enumerate(LOSS_SETTINGS.items()):
         upper, lower = axes[0, column], axes[1, column]
-        own = [row for row in rows if row[0] == loss]
-        promised = 1 if loss == "vicreg" else math.inf
-        for _, seed, name, _, mode, measured, expected in own:
+        loss_rows = [row for row in rows if row[0] == loss]
+        predicted_modes = 1 if loss == "vicreg" else math.inf
+        for _, seed, name, _, mode, measured, expected in loss_rows:
             if name == "start" and math.isfinite(expected):
-                alpha = 0.9 if mode <= promised else 0.3
+                alpha = 0.9 if mode <= predicted_modes else 0.3
                 upper.plot(measured, expected, "os^"[seed % 3], color=f"C{min(mode - 1, 9)}", alpha=alpha, markersize=6)
-        steps = [row[5] for row in own if row[2] == "start"] or [1.0, 10.0]
+        steps = [row[5] for row in loss_rows if row[2] == "start"] or [1.0, 10.0]
         ends = [0.8 * min(steps), 1.25 * max(steps)]
         upper.plot(ends, ends, color="0.4", linewidth=1)
         upper.fill_between(ends, [e / 1.3 for e in ends], [e * 1.3 for e in ends], color="0.5", alpha=0.15, linewidth=0)
-        upper.set(xscale="log", yscale="log", xlabel="measured step", title=method.title)
+        upper.set(xscale="log", yscale="log", xlabel="measured step", title=settings.title)
         for name, marker, colour in (("live", "o", "C0"), ("line", "x", "0.6")):
-            chosen = [row for row in own if row[2].startswith(name) and math.isfinite(row[6])]
+            chosen = [row for row in loss_rows if row[2].startswith(name) and math.isfinite(row[6])]
             remaining = [row[5] - row[3] for row in chosen]
-            # What is far off stays at the edge: a slope of almost zero says never.
+            # Clip to the plotted range: a slope near zero extrapolates to infinity.
             ratios = [min(max((row[6] - row[3]) / (row[5] - row[3]), 0.2), 5.0) for row in chosen]
             lower.plot(remaining, ratios, marker, color=colour, markersize=5, label=_LABELS[name])
         lower.axhline(1, color="0.4", linewidth=1)
@@ -262,12 +259,12 @@ def _figure(rows: list[list[Any]], options: argparse.Namespace) -> Figure:
         lower.minorticks_off()
         lower.set_yticks(ticks := [0.2, 0.5, 1, 2, 5], [f"{tick:g}" for tick in ticks])
     axes[0, 0].set_ylabel("expected step, before training")
-    axes[1, 0].set_ylabel("expected / measured time until then")
+    axes[1, 0].set_ylabel("expected / measured remaining steps")
     axes[1, 0].legend(frameon=False)
-    figure.suptitle("When modes are learned can be said before, and while, they are")
+    figure.suptitle("Step times can be forecast before and during training")
     figure.supxlabel(
-        f"ResNet on {data_name(options.data)}, {seeds_text(options.seeds)}; a colour is a mode, a marker a seed; "
-        "band: 30 %; faint: not promised", fontsize="small", color="0.3",
+        f"ResNet on {data_name(options.data)}, {seeds_text(options.seeds)}; colours: modes; markers: seeds; "
+        "band: 30 %; faint: no claim", fontsize="small", color="0.3",
     )  # fmt: skip
     return figure
 

@@ -1,9 +1,9 @@
-"""With features that do not move, theory says when each mode of a ResNet's last layer is learned (a control of ours).
+"""With frozen features, theory predicts the learning of a ResNet's last layer (a control for Fig. 1 C-D).
 
-In ``resnet_barlow_twins`` modes come later than the theory of the last layer says, and eigenvalues wander. Is it the
-theory, or that features move while the network learns? Here the network before the last layer stays as it is at the
-start: the same last layer is trained, from the same weights, on its features of the held-out pairs, full batch. Then
-theory must hold to a few per cent; what is left in the whole network's training comes of features and of batches.
+In ``resnet_barlow_twins`` modes are learned later than the theory of the last layer predicts, and eigenvalues
+fluctuate. This figure trains only the last layer, with the same initial weights, on the initial features of the
+held-out pairs with full batches. The theory must then hold within a few per cent. Remaining deviations in the full
+network are caused by changing features and by batches.
 """
 
 from __future__ import annotations
@@ -30,26 +30,26 @@ from stepwise_lightning.plots import Panel, trajectories_figure
 from stepwise_lightning.spectrum import crossing_times, num_crossed
 from stepwise_lightning.theory import LinearBarlowTwins, feature_cross_correlation
 
-PAPER = "Not in the paper: a control of ours for its Fig. 1 C-D."
-MOST_RELATIVE_RATE = 0.25  # 4 × learning rate × γ_1
+PAPER = "Not in the paper: a control for its Fig. 1 C-D."
+MAX_RELATIVE_RATE = 0.25  # 4 × learning rate × γ_1
 
 
 @dataclass
 class Result:
-    """A last layer, trained on features that stay."""
+    """A last layer trained on frozen features."""
 
     run: Run
     record: SpectrumRecord
     theory: SpectrumRecord
     one_view: SpectrumRecord
-    """What theory would say if both views were one."""
+    """Theory for identical views."""
 
     def summary(self) -> dict[str, Any]:
-        """Return what goes into the table."""
+        """Return the row of the table."""
         scale = _rate_without_momentum(self.run) / self.run.optimization()[0]
         frozen = _time_error(self.record.times, self.record.eigenvalues(), self.theory)
         moving = _time_error(scale * self.run.record.times, self.run.eigenvalues(), self.theory)
-        off, off_one_view = (
+        deviation, deviation_one_view = (
             float((self.record.eigenvalues() - theory.eigenvalues()).abs().max())
             for theory in (self.theory, self.one_view)
         )
@@ -58,36 +58,36 @@ class Result:
             "modes_crossed": int(num_crossed(self.record.eigenvalues()[-1])),
             "time_error": frozen,
             "time_error_moving": moving,
-            "deviation": off,
-            "deviation_one_view": off_one_view,
+            "deviation": deviation,
+            "deviation_one_view": deviation_one_view,
         }
 
 
 def _rate_without_momentum(run: Run) -> float:
-    """Return the learning rate with which a run would be about as fast without momentum."""
+    """Return the learning rate that gives about the same speed without momentum."""
     rate, momentum = run.optimization()
     return rate / (1 - momentum)
 
 
 def _time_error(times: Tensor, eigenvalues: Tensor, theory: SpectrumRecord) -> float:
-    """Return the largest relative error of a predicted time at which an eigenvalue crosses ½, of those that do."""
+    """Return the largest relative error of a predicted crossing time (λ = ½) of the modes that cross."""
     measured, predicted = crossing_times(times, eigenvalues), crossing_times(theory.times, theory.eigenvalues())
     errors = (predicted / measured - 1).abs()
     return float(errors[errors.isfinite()].max()) if errors.isfinite().any() else float("nan")
 
 
 def produce(options: argparse.Namespace, directory: Path) -> Outcome:
-    """Train the whole network where that is missing, then its last layer alone, for every seed."""
+    """Train missing networks, then the last layer on frozen features, for every seed."""
     runs = trained_runs(options, [("barlow_twins", "small")])
     results = map_parallel(experiment, [(run, directory) for run in runs], "frozen_features")
     first = results[0]
     figure = trajectories_figure(
         [
-            Panel(first.record, title="features stay", theory=first.theory),
-            Panel(first.run.record, "cross_correlation", "features move", first.theory),
+            Panel(first.record, title="frozen features", theory=first.theory),
+            Panel(first.run.record, "cross_correlation", "trained features", first.theory),
         ],
-        title="With features that stay, theory holds",
-        note=f"last layer of a ResNet, {data_name(options.data)}, seed {options.seeds[0]}; dashed: its theory",
+        title="Theory holds for frozen features",
+        note=f"last layer of a ResNet, {data_name(options.data)}, seed {options.seeds[0]}; dashed: theory",
         steps_label="detected step",
     )
     return Outcome(
@@ -98,11 +98,11 @@ def produce(options: argparse.Namespace, directory: Path) -> Outcome:
 
 
 def experiment(run: Run, directory: Path) -> Result:
-    """Train the last layer of a run's network on the features at the start, without momentum, for as long."""
+    """Train the last layer of a run on its initial features, without momentum, for the same duration."""
     h1, h2, weights = run.initial_features()
-    # As fast as the whole network, but no faster than a full batch is stable and follows the theory closely.
+    # As fast as the network, up to the rate at which a full batch follows the theory closely.
     gamma = float(torch.linalg.eigvalsh(feature_cross_correlation(h1, h2)).max())
-    rate = min(_rate_without_momentum(run), MOST_RELATIVE_RATE / (4 * gamma))
+    rate = min(_rate_without_momentum(run), MAX_RELATIVE_RATE / (4 * gamma))
     steps = round(int(run.record.steps[-1]) * _rate_without_momentum(run) / rate)
     encoder = LinearEncoder(h1.shape[1], len(weights))
     with torch.no_grad():
@@ -128,11 +128,11 @@ def _claims(summaries: list[dict[str, Any]], options: argparse.Namespace) -> lis
     return [
         worst(
             "times", "largest relative error of a predicted crossing time (λ = ½)", values("time_error"), "<=", 0.03,
-            options.seeds, "features that move", values("time_error_moving"),
+            options.seeds, "trained features", values("time_error_moving"),
         ),
         worst(
             "deviation", "largest deviation of an eigenvalue at any logged step", values("deviation"), "<=", 0.05,
-            options.seeds, "Γ of one view alone", values("deviation_one_view"),
+            options.seeds, "Γ of one view", values("deviation_one_view"),
         ),
     ]  # fmt: skip
 

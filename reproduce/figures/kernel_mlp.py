@@ -1,13 +1,13 @@
-"""A wide network learns the embedding that its tangent kernel predicts (kernel section of the paper, and its appendix).
+"""A wide network learns the embedding that its tangent kernel predicts (kernel section and appendix of the paper).
 
 A one-hidden-layer ReLU network is trained on pairs of random crops by full-batch gradient descent on the analytical
 Barlow Twins loss. Before training, contrastive kernel PCA with the tangent kernel at initialisation predicts the final
-embedding and when each mode crosses ½; afterwards the tangent kernel of the trained network gives a second prediction.
-Both are compared with the embedding, as subspaces, restricted to modes that have crossed.
+embedding and the time at which each mode crosses ½. After training, the tangent kernel of the trained network gives a
+second prediction. Both are compared with the embedding as subspaces, restricted to the modes that have crossed.
 
-Published: width 2048, 50 images, one random crop per view, 7000 epochs, 10 dimensions, small initialisation. Not stated
-there, ours: 20×20 crops, the learning rate (from 4 × rate × γ_1), and what is made small. *Lazy*: the last layer alone,
-× 1e-4, so that features hardly move. *Rich*: all weights × 0.2, so that they do.
+Published settings: width 2048, 50 images, one random crop per view, 7000 epochs, 10 dimensions, small initialisation.
+Not stated in the paper, chosen here: 20×20 crops, the learning rate (from 4 × rate × γ_1), and the scaled weights.
+*Lazy*: only the last layer × 1e-4; features hardly change. *Rich*: all weights × 0.2; features change.
 """
 
 from __future__ import annotations
@@ -42,8 +42,9 @@ PAPER = (
     "Kernel section and appendix: subspace alignment of a trained wide network's embeddings with the closed form from "
     "its tangent kernel, at initialisation and after training, rises to nearly 1."
 )
-# Bounds: with few modes, theories that know nothing of pairs are near the closed form, too.
-# least_moved is of means: of three seeds 0.028 to 0.063 (of one from 0.011 on), of lazy networks 0.003 to 0.011.
+# least_initial depends on the profile: with few modes, ordinary kernel PCA is close to the closed form too.
+# least_moved applies to the mean over seeds: rich networks have 0.028 to 0.063 for three seeds (0.011 or more for one),
+# lazy networks 0.003 to 0.011.
 PUBLISHED: dict[str, Any] = dict(
     num_pairs=50, crop_size=20, dim=10, width=2048, steps=7000, least_initial=0.95, least_moved=0.02
 )
@@ -63,7 +64,7 @@ ALIGNMENTS = (
 
 @dataclass
 class Result:
-    """One network, trained, and what its tangent kernels say of it."""
+    """One trained network and the predictions of its tangent kernels."""
 
     variant: str
     seed: int
@@ -74,15 +75,15 @@ class Result:
     alignments: dict[str, np.ndarray[Any, Any]]
     """(T,) by name, in the order of ``ALIGNMENTS``; NaN before the first mode has crossed."""
     others: dict[str, float]
-    """At the end, with theories that are wrong in one thing."""
+    """Final alignments with control theories."""
 
     @property
     def modes_crossed(self) -> int:
-        """How many have, at the end."""
+        """Number of modes that have crossed at the end."""
         return int(num_crossed(self.record.eigenvalues()[-1]))
 
     def summary(self) -> dict[str, Any]:
-        """Return what goes into the table."""
+        """Return the row of the table."""
         crossed = crossing_times(self.record.times, self.record.eigenvalues())
         errors = ((self.step_times - crossed) / crossed)[: self.modes_crossed].abs()
         initial, final, untrained, permuted = (float(values[-1]) for values in self.alignments.values())
@@ -100,12 +101,12 @@ class Result:
         }
 
     def panel(self) -> Panel:
-        """Return how to draw it, beside the prediction that is in its record."""
+        """Return the panel; the record contains the prediction."""
         title = f"{self.variant}: {self.modes_crossed} modes crossed"
         return Panel(self.record, title=title, step_times=self.step_times)
 
     def rows(self) -> list[list[Any]]:
-        """Return its rows of ``data.csv``."""
+        """Return rows of ``data.csv``."""
         others = {f"alignment: {name}": torch.from_numpy(values) for name, values in self.alignments.items()}
         assert self.record.predicted is not None
         others["predicted_eigenvalue"] = self.record.predicted
@@ -117,7 +118,7 @@ def produce(options: argparse.Namespace, directory: Path) -> Outcome:
     runs = [(variant, seed, options, directory) for seed in options.seeds for variant in RELATIVE_RATES]
     if options.download:
         _pairs(options.seeds[0], options).prepare_data()
-    _pairs(options.seeds[0], options).setup()  # refuses bad data before any process starts
+    _pairs(options.seeds[0], options).setup()  # raises for invalid data before any process starts
     results = map_parallel(experiment, runs, "kernel_mlp")
     first = [result for result in results if result.seed == options.seeds[0]]
     figure = alignment_figure(
@@ -136,7 +137,7 @@ def produce(options: argparse.Namespace, directory: Path) -> Outcome:
 
 
 def experiment(variant: str, seed: int, options: argparse.Namespace, directory: Path) -> Result:
-    """Predict, train through Lightning, and compare what came of it with both predictions."""
+    """Predict, train, and compare the embeddings with both predictions."""
     pairs = _pairs(seed, options)
     pairs.setup()
     encoder = MLP(3 * options.crop_size**2, [options.width], options.dim, seed=seed)
@@ -147,7 +148,7 @@ def experiment(variant: str, seed: int, options: argparse.Namespace, directory: 
             for parameter in encoder.parameters():
                 parameter.mul_(ALL_WEIGHTS)
     pairs.x1, pairs.x2 = project_to_span(encoder, pairs.x1, pairs.x2)
-    # A copy: the kernel at initialisation must not follow the training, as that of the control does.
+    # A copy keeps the kernel at initialisation; the control's kernel changes during training.
     before, following = (
         ContrastiveKernelPCA(EmpiricalNTK(network), options.dim).fit(pairs.x1, pairs.x2)
         for network in (copy.deepcopy(encoder), encoder)
@@ -169,13 +170,13 @@ def experiment(variant: str, seed: int, options: argparse.Namespace, directory: 
 
 @torch.no_grad()
 def project_to_span(encoder: MLP, x1: Tensor, x2: Tensor) -> tuple[Tensor, Tensor]:
-    """Express the views, (n, …) each, in an orthonormal basis of their span, and the first layer's weights too.
+    """Express the views, (n, …) each, and the first layer's weights in an orthonormal basis of the views' span.
 
-    Gradient descent never moves these weights out of that span, so that outputs, tangent kernel and training stay
-    exactly what they were, at a fraction of the cost: 2n instead of 1200 inputs.
+    Gradient descent changes these weights only within the span. Outputs, tangent kernel and training are unchanged, at
+    a fraction of the cost: 2n instead of 1200 inputs.
 
     Returns:
-        (n, r) coordinates of both views, r the smaller of 2n and their number of pixels and channels.
+        Coordinates of both views, (n, r), where r is the smaller of 2n and the input dimension.
 
     """
     views = torch.cat([x1, x2]).flatten(1).double()
@@ -205,7 +206,7 @@ def _train(module: BarlowTwins, pairs: FixedCropPairs, log: SpectrumLogger, logg
 def _alignments(
     record: SpectrumRecord, pairs: FixedCropPairs, before: ContrastiveKernelPCA, after: ContrastiveKernelPCA
 ) -> dict[str, np.ndarray[Any, Any]]:
-    """Align the embeddings at each logged step with both predictions, and with the second what should not."""
+    """Align the embeddings at each logged step with both predictions, and two controls with the second one."""
     crossed = num_crossed(record.eigenvalues()).tolist()
     embeddings = [record.embeddings(index).flatten(0, 1) for index in range(len(record))]
     initial, final = (torch.cat([kernel.transform(x) for x in (pairs.x1, pairs.x2)]) for kernel in (before, after))
@@ -228,7 +229,7 @@ def _others(
     after: ContrastiveKernelPCA,
     following: ContrastiveKernelPCA,
 ) -> dict[str, float]:
-    """Align the last embeddings with ordinary kernel PCA, wrong pairs, and a kernel that is not of initialisation."""
+    """Align the final embeddings with ordinary kernel PCA, wrong pairs, and a kernel that changed during training."""
     f, crossed = record.embeddings(-1).flatten(0, 1), int(num_crossed(record.eigenvalues()[-1]))
     z, dim = torch.cat([pairs.x1, pairs.x2]), before.n_components
     k = before.kernel(z, z)
@@ -242,7 +243,7 @@ def _others(
 
 
 def _alignment(f: Tensor, g: Tensor, modes: int, measure: Callable[..., Any] = subspace_alignment) -> float:
-    """Return the alignment of the first principal directions of f with as many modes of g; NaN for none."""
+    """Return the alignment of the first principal directions of f with the first modes of g; NaN for zero modes."""
     if not modes:
         return float("nan")
     directions = torch.linalg.svd(f.double(), full_matrices=False).U[:, :modes]
@@ -253,10 +254,10 @@ def _claims(summaries: list[dict[str, Any]], options: argparse.Namespace) -> lis
     summaries = [
         summary
         | {
-            # Of all modes: those that have not crossed count 0.
+            # Over all modes; modes that have not crossed count 0.
             "initial_of_all": summary["initial"] * summary["modes_crossed"] / options.dim,
             "final_of_all": summary["final"] * summary["modes_crossed"] / options.dim,
-            # Of a kernel at initialisation that followed the training, nothing would be left of the difference.
+            # Zero if the kernel at initialisation changed during training.
             "moved": summary["following"] - summary["initial"],
         }
         for summary in summaries
@@ -271,9 +272,9 @@ def _claims(summaries: list[dict[str, Any]], options: argparse.Namespace) -> lis
         for judge, name, sentence, judged, key, relation, bound, control, control_of, control_key in (
             (worst, "lazy_initial", "lazy: alignment with the closed form of the kernel at initialisation", lazy,
              "initial_of_all", ">=", options.least_initial, "ordinary kernel PCA", lazy, "ordinary_initial"),
-            (worst, "final", "lazy and rich: alignment with that of the kernel after training", summaries,
+            (worst, "final", "lazy and rich: alignment with the closed form of the kernel after training", summaries,
              "final_of_all", ">=", 0.98, "closed form of wrong pairs", summaries, "wrong_pairs_final"),
-            (average, "moved", "rich: how much more a kernel that follows training aligns than that at initialisation",
+            (average, "moved", "rich: alignment gain of the kernel after training over the kernel at initialisation",
              rich, "moved", ">=", options.least_moved, "lazy network", lazy, "moved"),
             (worst, "step_times", "lazy: largest relative error of a predicted step time", lazy, time_error, "<=", 0.2,
              "rich network", rich, time_error),

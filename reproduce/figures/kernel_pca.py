@@ -1,16 +1,16 @@
-"""Kernel machines end at the closed-form embedding, on images that they never saw too (kernel section of the paper).
+"""Kernel machines converge to the closed-form embedding, also on held-out images (kernel section of the paper).
 
-Machines with an RBF and a ReLU tangent kernel are trained by kernel gradient descent on the analytical Barlow Twins
-loss, on pairs of random crops, from small random functions. Contrastive kernel PCA gives their final embedding in
-closed form; both are compared as subspaces, on the training crops and on crops of other images. The pictures show, for
-each mode, the held-out crops on which its eigenfunction is lowest and highest.
+Kernel machines with an RBF kernel and a ReLU tangent kernel are trained by kernel gradient descent on the analytical
+Barlow Twins loss, on pairs of random crops, from small random functions. Contrastive kernel PCA gives the final
+embedding in closed form. Both are compared as subspaces, on the training crops and on crops of other images. The images
+show the held-out crops with the smallest and largest values of each eigenfunction.
 
-The paper has no such figure: data, kernels and sizes are ours. Which of two modes with nearly equal eigenvalues is
-last to rise is open: a start of scale α leaves α^{1 − γ_{d+1}/γ_d} of mode d + 1 in the embedding. So the start is very
-small, and machines have as many dimensions, up to five, as there are modes above a gap.
+The paper has no such figure; data, kernels and sizes are chosen here. A start of scale α leaves a fraction
+α^{1 − γ_{d+1}/γ_d} of mode d + 1 in the embedding, which is large for nearly equal eigenvalues. The initial functions
+are therefore very small, and the dimension, at most five, ends at a gap of the eigenvalues.
 
-Ordinary kernel PCA, which sees the same images and knows nothing of pairs, stands beside. With the RBF kernel on
-photographs it is nearly the same, so that the control there is the closed form of wrong pairs.
+The control is ordinary kernel PCA of the same images, which ignores the pairs. For the RBF kernel on photographs it is
+nearly equal to the closed form, and the control is the closed form of wrong pairs.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ from stepwise_lightning.spectrum.schedule import log_spaced_steps
 from stepwise_lightning.theory import ContrastiveKernelPCA, LinearBarlowTwins, rbf_kernel, relu_ntk, subspace_alignment
 
 PAPER = (
-    "Kernel section: kernelised Barlow Twins ends at the closed-form embedding given by the top modes of a contrastive "
-    "kernel. The paper derives it and shows no such figure."
+    "Kernel section: kernelised Barlow Twins converges to the closed-form embedding given by the top modes of a "
+    "contrastive kernel. The paper derives this result without a figure."
 )
 PROFILES: dict[str, dict[str, Any]] = {
     "smoke": dict(num_pairs=60, held_out=40, crop_size=8, dim=4),
@@ -49,20 +49,20 @@ PROFILES: dict[str, dict[str, Any]] = {
     "full": dict(num_pairs=2000, held_out=500, crop_size=20, dim=5, data="cifar10"),
 }
 ALPHA = 1e-20  # scale of the initial functions
-# γ_{d+1}/γ_d at a gap: 1e-20 to the power 2 (1 − 0.9) leaves 1e-4 of the next mode's variance in the last dimension.
+# Maximum γ_{d+1}/γ_d at a gap: 1e-20 to the power 2 (1 − 0.9) leaves 1e-4 of the next mode's variance.
 GAP = 0.9
 RELATIVE_RATE = 0.1  # 4 × learning rate × γ_1
 KERNELS = ("RBF", "ReLU tangent kernel")
-# By kernel: the closed form that must not align with the trained machine.
+# Control of each kernel: a closed form that must not align with the trained machine.
 CONTROLS = dict(zip(KERNELS, ("wrong_pairs", "ordinary"), strict=True))
-LEAST_ALIGNMENT = 0.999
-# Training ends when the last mode's predicted step time has passed by this factor.
+MIN_ALIGNMENT = 0.999
+# Duration of training, in units of the last mode's predicted step time.
 DURATION = 1.5
 
 
 @dataclass
 class Result:
-    """One machine, trained, and its closed form."""
+    """One trained machine and its closed form."""
 
     kernel: str
     seed: int
@@ -74,10 +74,10 @@ class Result:
     step_times: Tensor
     """Predicted, (d,)."""
     alignments: dict[str, float]
-    """With closed forms, on training and on held-out crops."""
+    """Alignments with closed forms on training and held-out crops."""
 
     def summary(self) -> dict[str, Any]:
-        """Return what goes into the table."""
+        """Return the row of the table."""
         eigenvalues = self.record.eigenvalues()
         crossed = crossing_times(self.record.times, eigenvalues)
         flow = self.machine.step_times(self.start)
@@ -92,7 +92,7 @@ class Result:
         }
 
     def panel(self) -> Panel:
-        """Return how to draw it."""
+        """Return the panel."""
         aligned, ordinary = (self.alignments[f"{form}_held_out"] for form in ("alignment", "ordinary"))
         title = f"{self.kernel}: held-out alignment {aligned:.4f}\n(with ordinary kernel PCA {ordinary:.4f})"
         return Panel(self.record, title=title, theory=self.theory, step_times=self.step_times)
@@ -114,9 +114,9 @@ def produce(options: argparse.Namespace, directory: Path) -> Outcome:
     figure = eigenfunctions_figure(
         [result.panel() for result in first],
         [_extremes(result.machine, crops) for result in first],
-        title="Kernel machines end at the closed form; its modes are patterns in the images",
+        title="Kernel machines converge to the closed form; its modes are patterns in the images",
         note=f"{options.num_pairs} pairs of {options.crop_size}×{options.crop_size} crops, {data_name(options.data)}; "
-        f"seed {options.seeds[0]}; crops shown were not trained on",
+        f"seed {options.seeds[0]}; held-out crops",
     )
     return Outcome(
         figure, ["kernel", "seed", "step", "time", "quantity", "mode", "experiment", "theory"],
@@ -132,7 +132,7 @@ def _draw(seed: int, options: argparse.Namespace) -> tuple[Tensor, Tensor]:
 
 
 def _kernel(name: str, crop_size: int) -> Any:
-    # The length scale is about the median distance of two such crops.
+    # The length scale is about the median distance between two crops.
     return partial(rbf_kernel, length_scale=0.6 * (3 * crop_size**2) ** 0.5) if name == "RBF" else relu_ntk
 
 
@@ -141,7 +141,7 @@ def _key(kernel: str) -> str:
 
 
 def experiment(name: str, seed: int, options: argparse.Namespace) -> Result:
-    """Fit the closed form, train the machine, and compare."""
+    """Fit the closed form, train the machine, and compare both."""
     n, kernel, views = options.num_pairs, _kernel(name, options.crop_size), _draw(seed, options)
     x1, x2 = (view[:n] for view in views)
     machine = fit_above_gap(kernel, options.dim, x1, x2)
@@ -149,13 +149,13 @@ def experiment(name: str, seed: int, options: argparse.Namespace) -> Result:
     k = kernel(z, z)
     generator = torch.Generator().manual_seed(seed)
     a = ALPHA * torch.randn(machine.n_components, 2 * n, dtype=torch.float64, generator=generator)
-    # The loss is the same in every basis of the embedding. In this one no function starts with a mode of those before
-    # it: in another, float64 rounds a late mode away beside those that are up, and it comes up to 9 % late.
+    # The loss is invariant to the basis of the embedding. In this basis no function contains the modes of the previous
+    # ones; in others float64 loses late modes to round-off next to learned ones, and they are up to 9 % late.
     a = torch.linalg.qr(a @ k @ machine.coefficients_).Q.T @ a
     f = a @ k
     start = machine.initial_singular_values(f[:, :n].T, f[:, n:].T)
     rate = RELATIVE_RATE / (4 * float(machine.eigenvalues_[0]))
-    # In the basis of its eigenfunctions the machine is a linear model; this form knows of the finite rate.
+    # In the basis of its eigenfunctions the machine is a linear model. This theory includes the finite learning rate.
     theory = LinearBarlowTwins(torch.diag(machine.eigenvalues_), torch.diag(start), learning_rate=rate)
     step_times = theory.step_times
     steps = int(DURATION * float(step_times.max()) / rate)
@@ -175,26 +175,26 @@ def experiment(name: str, seed: int, options: argparse.Namespace) -> Result:
     return Result(name, seed, machine, record, predicted, start, step_times, alignments)
 
 
-def fit_above_gap(kernel: Any, most: int, x1: Tensor, x2: Tensor) -> ContrastiveKernelPCA:
-    """Fit as many modes, ``most`` at most, as there are above a gap; above the widest one if there is none."""
-    gamma = ContrastiveKernelPCA(kernel, most + 1).fit(x1, x2).eigenvalues_
+def fit_above_gap(kernel: Any, max_modes: int, x1: Tensor, x2: Tensor) -> ContrastiveKernelPCA:
+    """Fit the modes above the last gap within ``max_modes``, or above the widest gap if all ratios exceed GAP."""
+    gamma = ContrastiveKernelPCA(kernel, max_modes + 1).fit(x1, x2).eigenvalues_
     ratios = gamma[1:] / gamma[:-1]
     gaps = (ratios <= GAP).nonzero().flatten().tolist() or [int(ratios.argmin())]
     return ContrastiveKernelPCA(kernel, gaps[-1] + 1).fit(x1, x2)
 
 
 def _train(a: Tensor, k: Tensor, rate: float, steps: int, title: str) -> tuple[Tensor, SpectrumRecord]:
-    """Descend the gradient in the kernel's Hilbert space: A ← A − 4η (C − I) A K̃ P / 2n for f(x) = A K(Z, x).
+    """Train by gradient descent in the kernel's Hilbert space: A ← A − 4η (C − I) A K̃ P / 2n for f(x) = A K(Z, x).
 
     Args:
-        a: A at the start, (d, 2n).
+        a: initial A, (d, 2n).
         k: K(Z, Z), (2n, 2n), first views before second views.
         rate: η.
-        steps: how many.
-        title: of the progress bar.
+        steps: number of the last measured step.
+        title: title of the progress display.
 
     Returns:
-        A at the end, after one step more than was last measured, and what was measured.
+        A after one more step, and the record.
 
     """
     n, f = len(k) // 2, a @ k
@@ -224,7 +224,7 @@ def _claims(results: list[Result], seeds: list[int]) -> list[Claim]:
             aligned, others = ([s[f"{form}_{points}"] for s in summaries] for form in ("alignment", control))
             sentence = f"{name}: alignment with the closed form on {points.replace('_', '-')} crops"
             key = f"{_key(name)}_{points}"
-            claims.append(worst(key, sentence, aligned, ">=", LEAST_ALIGNMENT, seeds, other, others))
+            claims.append(worst(key, sentence, aligned, ">=", MIN_ALIGNMENT, seeds, other, others))
         errors, of_flow = ([s[key] for s in summaries] for key in ("largest_step_time_error", "without_finite_steps"))
         sentence = f"{name}: largest relative error of a predicted step time"
         claims.append(
@@ -233,13 +233,13 @@ def _claims(results: list[Result], seeds: list[int]) -> list[Claim]:
     return claims
 
 
-def _extremes(machine: ContrastiveKernelPCA, crops: Tensor, modes: int = 5, each: int = 5) -> list[Any]:
-    """Return, per mode, the crops of lowest and of highest value, (2·each, h, w, 3), in [0, 1] for display."""
+def _extremes(machine: ContrastiveKernelPCA, crops: Tensor, modes: int = 5, count: int = 5) -> list[Any]:
+    """Return the crops with the lowest and highest values of each mode, (2·count, h, w, 3), in [0, 1]."""
     values = machine.transform(crops)[:, :modes]
     low, high = crops.amin((0, 2, 3)), crops.amax((0, 2, 3))
     shown = ((crops - low[:, None, None]) / (high - low)[:, None, None]).permute(0, 2, 3, 1).numpy()
     order = values.argsort(0)
-    return [shown[torch.cat([mode[:each], mode[-each:]]).numpy()] for mode in order.T]
+    return [shown[torch.cat([mode[:count], mode[-count:]]).numpy()] for mode in order.T]
 
 
 FIGURE = PaperFigure("kernel_pca", __doc__, PAPER, PROFILES, produce)

@@ -1,12 +1,12 @@
-"""Linear Barlow Twins learns one eigenmode at a time, when and as predicted (Fig. 1 A-B of the paper).
+"""Linear Barlow Twins learns one eigenmode at a time, as predicted (Fig. 1 A-B of the paper).
 
-A linear model is trained by full-batch gradient descent on pairs of random crops, once from small and once from
-ordinary initialisation. The closed form is drawn on top; claims compare the two, and must fail for what the same theory
-says of views without their pairs, for ordinary initialisation, or for another threshold.
+A linear model is trained by full-batch gradient descent on pairs of random crops, from small and from ordinary
+initialisation. The claims compare it with the closed form. Controls are the theory without pairs, ordinary
+initialisation, and another threshold.
 
 Settings from the paper: 500 pairs, two random 20×20 crops each, 10 dimensions, full batch, small initialisation. Not
-stated there, ours: the scale of the initialisation, the learning rate (from 4 × rate × γ_1), the duration (until theory
-has the last mode at 0.93).
+stated in the paper, chosen here: the scale of the initialisation, the learning rate (from 4 × rate × γ_1), and the
+duration (until the last mode reaches 0.93 in theory).
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ PAPER = (
     "Fig. 1 A-B: loss and eigenvalues of a linear Barlow Twins model on CIFAR-10 from small initialisation; the "
     "eigenvalues rise one at a time, along the dashed theory, and each rise is a step down of the loss."
 )
-# relative_rate is 4 × learning rate × γ_1: gradient descent is stable below 1, close to gradient flow below about 0.1,
-# and theory accounts for what is between (at 0.3 eigenvalues deviate by up to 0.016; photographs, seeds 0 and 2).
+# relative_rate is 4 × learning rate × γ_1: gradient descent is stable below 1 and close to gradient flow below about
+# 0.1. The theory includes finite steps (at 0.3 eigenvalues deviate by up to 0.016; photographs, seeds 0 and 2).
 PROFILES: dict[str, dict[str, Any]] = {
     "smoke": dict(num_pairs=64, crop_size=8, dim=4, init_std=1e-4, relative_rate=0.1, precision="32-true"),
     "cpu": dict(num_pairs=250, crop_size=20, dim=10, init_std=1e-4, relative_rate=0.2, precision="32-true"),
@@ -46,17 +46,17 @@ PROFILES: dict[str, dict[str, Any]] = {
         num_pairs=500, crop_size=20, dim=10, init_std=1e-5, relative_rate=0.05, precision="64-true", data="cifar10"
     ),
 }
-# The control only needs to be stable, not close to the flow.
+# The control only needs to be stable, not close to gradient flow.
 CONTROL_RELATIVE_RATE = 0.4
-# Down to where eigenvalues are compared with theory: below what float32 weights resolve beside learned modes.
-LEAST_EIGENVALUE = 1e-9
+# Smallest eigenvalue that is compared with theory; float32 weights do not resolve smaller ones next to learned modes.
+MIN_EIGENVALUE = 1e-9
 # Above this overlap with a neighbour the paper's step times are marked as not applicable.
 CLOSE_NEIGHBOURS = 0.3
 
 
 @dataclass
 class Plan:
-    """A training run, ready to start: its encoder, learning rate, length, and predictions."""
+    """Encoder, learning rate, number of steps and predictions of a training run."""
 
     name: str
     encoder: LinearEncoder
@@ -70,7 +70,7 @@ class Plan:
 
 @dataclass
 class Result:
-    """What one seed came to."""
+    """Results of one seed."""
 
     panels: list[Panel]
     measured: dict[str, float]
@@ -82,7 +82,7 @@ class Result:
 def produce(options: argparse.Namespace, directory: Path) -> Outcome:
     """Train every seed from small and from ordinary initialisation, and compare with the closed form."""
     for seed in options.seeds:
-        _prepare(seed, options)  # every reason to refuse, before any process starts
+        _prepare(seed, options)  # raises for invalid input before any process starts
     items = [(seed, options, directory) for seed in options.seeds]
     results = map_parallel(experiment, items, "linear_model")
     figure = trajectories_figure(
@@ -102,16 +102,16 @@ def produce(options: argparse.Namespace, directory: Path) -> Outcome:
 
 
 def experiment(seed: int, options: argparse.Namespace, directory: Path) -> Result:
-    """Train one seed twice, and measure what the claims are about."""
+    """Train one seed from both initialisations, and measure the quantities of the claims."""
     pairs, small, control = _prepare(seed, options)
     plans = (small, control)
     logs = [_train(plan, seed, pairs, options.precision, directory) for plan in plans]
     records = [log.record for log in logs]
     predictions = [_predictions(plan, record) for plan, record in zip(plans, records, strict=True)]
     theory = predictions[0][0]
-    # Under the same tags: one chart shows both.
+    # With the same tags TensorBoard draws theory and experiment in one chart.
     write_events(directory / "tensorboard" / f"small_init_seed{seed}_theory" / logs[0].directory.name, theory)
-    # The closed form is for small starts.
+    # The closed form assumes small initialisation.
     panels = [_panel(small, records[0], theory, small.predicted_steps), _panel(control, records[1], None, ())]
     measured, modes = _compare(seed, small, records, _unpaired(pairs, small))
     measured["objective_control"] = _asymmetry(small.encoder, pairs)
@@ -126,17 +126,17 @@ def experiment(seed: int, options: argparse.Namespace, directory: Path) -> Resul
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """Add those of this figure alone."""
-    group = parser.add_argument_group("settings that the profile chooses, unless given")
+    """Add the options of this figure."""
+    group = parser.add_argument_group("settings with defaults from the profile")
     group.add_argument("--num-pairs", type=int, help="n, number of images")
     group.add_argument("--crop-size", type=int, help="side of the crops, in pixels")
     group.add_argument("--dim", type=int, help="d, embedding dimension")
     group.add_argument("--init-std", type=float, help="standard deviation of the small initial weights")
-    group.add_argument("--learning-rate", type=float, help="of the run from small initialisation")
+    group.add_argument("--learning-rate", type=float, help="learning rate of the run from small initialisation")
 
 
 def _prepare(seed: int, options: argparse.Namespace) -> tuple[FixedCropPairs, Plan, Plan]:
-    """Load data, predict, and find every reason to refuse before anything is written."""
+    """Load the data and predict both runs; raise for invalid input before anything is written."""
     pairs = FixedCropPairs(
         options.data, options.num_pairs, options.crop_size, seed, root=options.root, download=options.download
     )
@@ -156,7 +156,7 @@ def _plan(name: str, init_std: float | None, rate: float, gamma: Tensor, dim: in
     theory = LinearBarlowTwins(gamma, weights0, learning_rate=rate)
     reached = theory.crossing_times(0.93)
     if not reached.isfinite().any():
-        raise UserError(f"no mode ever rises from init_std {init_std}: it must be above 0, with γ_1 > 0")
+        raise UserError(f"no mode rises from init_std {init_std}: choose init_std > 0 and data with γ_1 > 0")
     steps = math.ceil(float(reached[reached.isfinite()].max()) / rate)
     return Plan(
         name, encoder, weights0, rate, steps, theory, LinearBarlowTwins(gamma, weights0), theory.crossing_times()
@@ -164,7 +164,7 @@ def _plan(name: str, init_std: float | None, rate: float, gamma: Tensor, dim: in
 
 
 def _train(plan: Plan, seed: int, pairs: FixedCropPairs, precision: Any, directory: Path) -> SpectrumLogger:
-    """Train through Lightning; return what has measured it."""
+    """Train with Lightning, and return the logger."""
     pairs.hparams["steps_per_epoch"] = plan.steps
     module = BarlowTwins(plan.encoder, plan.learning_rate, off_diagonal_weight=1.0, normalize=False)
     log = SpectrumLogger(matrices=["cross_correlation", "covariance"], num_points=300)
@@ -180,13 +180,13 @@ def _train(plan: Plan, seed: int, pairs: FixedCropPairs, precision: Any, directo
 
 
 def _unpaired(pairs: FixedCropPairs, plan: Plan) -> LinearBarlowTwins:
-    """Return what theory, with gradient flow, says of the same views where each is its own pair."""
+    """Return the gradient-flow theory of the same views, each paired with itself."""
     views = torch.cat([pairs.x1, pairs.x2])
     return LinearBarlowTwins(feature_cross_correlation(views, views), plan.weights0)
 
 
 def _predictions(plan: Plan, record: SpectrumRecord) -> list[SpectrumRecord]:
-    """Return theory (finite steps, uniform), its continuous-time limit, and the paper's QR form of that."""
+    """Return the predictions of the finite-step theory, its continuous-time limit, and the paper's QR form."""
     predictions = (
         plan.theory.embedding_eigenvalues(record.times),
         plan.flow.embedding_eigenvalues(record.times),
@@ -198,7 +198,7 @@ def _predictions(plan: Plan, record: SpectrumRecord) -> list[SpectrumRecord]:
 def _compare(
     seed: int, plan: Plan, records: list[SpectrumRecord], unpaired: LinearBarlowTwins
 ) -> tuple[dict[str, float], list[dict[str, Any]]]:
-    """Return the numbers that the claims are about, and a row per mode; records of the planned run and its control."""
+    """Return the numbers of the claims and one row per mode; ``records`` are the run and its control."""
     (record, control), theory = records, plan.theory
     crossed = crossing_times(record.times, record.eigenvalues(), level=0.5)
     steps = record.detect_steps()
@@ -206,7 +206,7 @@ def _compare(
         "rising": int(plan.predicted_steps.isfinite().sum()),
         "distinct": steps.num_distinct,
         "distinct_control": control.detect_steps().num_distinct,
-        # The threshold is a tenth of the largest eigenvalue, which ends at 1.
+        # The threshold is a tenth of the largest final eigenvalue, which is 1.
         "detected": _relative_error(theory.crossing_times(0.1), steps.step_times),
         "detected_control": _relative_error(theory.crossing_times(0.01), steps.step_times),
     }
@@ -232,24 +232,24 @@ def _compare(
 
 @torch.no_grad()
 def _asymmetry(encoder: LinearEncoder, pairs: FixedCropPairs) -> float:
-    """Return by how much the loss would be larger at the end, were C = z1ᵀ z2 / n, without its transpose."""
+    """Return the increase of the final loss for C = z1ᵀ z2 / n, without the transpose."""
     z1, z2 = (encoder(x).double() for x in (pairs.x1, pairs.x2))
     c = z1.T @ z2 / len(z1)
     return float(((c - c.T) / 2).square().sum())
 
 
 def _relative_error(predicted: Tensor, measured: Tensor) -> float:
-    """Return the largest one of the modes that are to rise; infinite where one of them has not."""
+    """Return the largest relative error of the predicted modes; infinite if any was not measured."""
     rising = predicted.isfinite()
     return float(((measured - predicted) / predicted)[rising].abs().nan_to_num(nan=math.inf).max())
 
 
 def _deviations(record: SpectrumRecord, theory: LinearBarlowTwins) -> dict[str, float]:
-    """Return the largest deviations from theory at any logged step, of eigenvalues, their logarithms, and the loss."""
+    """Return the largest deviations of eigenvalues, their logarithms and the loss from theory at any logged step."""
     predicted, measured = theory.embedding_eigenvalues(record.times), record.eigenvalues()
-    risen = predicted > LEAST_EIGENVALUE
-    # Those of C can be negative.
-    logs = measured[risen].clamp(min=LEAST_EIGENVALUE / 100).log() - predicted[risen].log()
+    risen = predicted > MIN_EIGENVALUE
+    # Eigenvalues of C can be negative.
+    logs = measured[risen].clamp(min=MIN_EIGENVALUE / 100).log() - predicted[risen].log()
     losses = record.losses - theory_record(record, predicted).losses
     return {
         "deviation": float((measured - predicted).abs().max()),
@@ -260,7 +260,7 @@ def _deviations(record: SpectrumRecord, theory: LinearBarlowTwins) -> dict[str, 
 
 def _claims(by_seed: list[dict[str, float]], seeds: list[int]) -> list[Claim]:
     rising = max(numbers["rising"] for numbers in by_seed)
-    ordinary, unpaired = "ordinary initialisation", "theory of views without pairs"
+    ordinary, unpaired = "ordinary initialisation", "theory without pairs"
     return [
         worst(
             name, sentence, [numbers[name] for numbers in by_seed], relation, bound, seeds, control,
@@ -269,10 +269,11 @@ def _claims(by_seed: list[dict[str, float]], seeds: list[int]) -> list[Claim]:
         for name, sentence, relation, bound, control in (
             ("distinct", "distinct steps", ">=", max(2, math.ceil(rising / 2)), ordinary),
             ("crossed", "largest relative error of a predicted crossing time (λ = ½)", "<=", 0.01, unpaired),
-            ("detected", "the same of a step as it is detected (λ = 0.1)", "<=", 0.02, "threshold of λ = 0.01"),
+            ("detected", "largest relative error of a detected step time (λ = 0.1)", "<=", 0.02, "threshold λ = 0.01"),
             ("deviation", "largest deviation of any eigenvalue at any logged step", "<=", 0.05, unpaired),
-            ("log_deviation", f"the same of its logarithm, above {LEAST_EIGENVALUE:g}", "<=", 0.1, unpaired),
-            ("objective", "largest difference of the loss from ‖C − I‖² of the eigenvalues", "<=", 1e-4,
+            ("log_deviation", f"largest deviation of log λ at any logged step, λ > {MIN_EIGENVALUE:g}", "<=", 0.1,
+             unpaired),
+            ("objective", "largest difference between the loss and ‖C − I‖² of the eigenvalues", "<=", 1e-4,
              "C without its transpose"),
             ("loss", "largest deviation of the loss at any logged step", "<=", 0.05, unpaired),
         )

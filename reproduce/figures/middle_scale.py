@@ -1,10 +1,10 @@
-"""The staircase of a ResNet-18 on all of CIFAR-10 with the standard augmentation: the largest scale run so far.
+"""Stepwise learning of a ResNet-18 on CIFAR-10 with the standard augmentation, the largest experiment so far.
 
-Between the small ResNet of the other figures and the paper's ResNet-50 on STL-10: ResNet-18, 32×32 images, the standard
-augmentation, 128 pairs a batch, 400 steps, in bfloat16 on CPU cores (``configs/<loss>_cifar10_cpu.yaml``). The three
-losses start from small initialisation; the control is Barlow Twins from ordinary initialisation. Learning rates were
-chosen by the growth rates of the first features, before any of these runs was made. It takes some hours of a core, so
-that ``all`` leaves it out, and its outcome is kept in ``reproduce/results/middle_scale``.
+The size is between the small ResNet of the other figures and the paper's ResNet-50 on STL-10: ResNet-18, 32×32 images,
+128 pairs per batch, 400 steps, bfloat16 on CPU cores (``configs/<loss>_cifar10_cpu.yaml``). The three losses are
+trained from small initialisation; the control is Barlow Twins from ordinary initialisation. Learning rates were chosen
+from the growth rates of the initial features before these runs. The figure takes hours and ``all`` does not include it;
+its results are in ``reproduce/results/middle_scale``.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from reproduce.networks.variants import LOSS_SETTINGS, VARIANT_TITLES
 from reproduce.options import data_name
 from stepwise_lightning.plots import Panel, trajectories_figure
 
-PAPER = "Not in the paper: its main experiment, at a size between a laptop's and its own."
-LEAST_STEPS = {"barlow_twins": 3, "vicreg": 3, "simclr": 3}
+PAPER = "Main experiment, at a smaller size than in the paper."
+MIN_STEPS = {"barlow_twins": 3, "vicreg": 3, "simclr": 3}
 CONTROL = ("barlow_twins", "ordinary")
 
 
@@ -57,7 +57,7 @@ def _claims(runs: list[Run], options: argparse.Namespace) -> list[Claim]:
             f"{loss}_steps", f"{LOSS_SETTINGS[loss].title}: distinct steps", counts[loss, "small"], ">=", least,
             options.seeds, "Barlow Twins from ordinary initialisation", counts[CONTROL],
         )
-        for loss, least in LEAST_STEPS.items()
+        for loss, least in MIN_STEPS.items()
     ]  # fmt: skip
 
 

@@ -1,23 +1,21 @@
-"""What the first k modes are worth to a classifier when k modes have been learned (a question of ours).
+"""Classification accuracy of the first k modes when k modes have been learned (not in the paper).
 
-Three losses train a ResNet from small and from ordinary initialisation. When k modes have just been learned, a linear
-classifier (ridge) sees the first k modes of the embedding as it is then, of held-out pairs that no training step has
-used, and is asked for the class of each image after learning from all others; k nearest neighbours too. Beside it are
-the first k principal components of the hidden representation of that moment, of the untrained network's embedding and
-hidden representation, and of the pixels of the same views. Modes and components are found without labels.
+Three losses train a ResNet from small and from ordinary initialisation. When k modes have just been learned, a ridge
+classifier and k nearest neighbours predict the class of held-out images, each left out in turn, from the first k modes
+of the current embedding. Baselines are the first k principal components of the current hidden representation, of the
+untrained embedding and hidden representation, and of the pixels. Modes and components are computed without labels.
 
-From small initialisation k modes are learned when ``detect_steps`` says so, and hidden representations are of the
-weights kept next after that, at most 40 steps later. From ordinary initialisation a mode counts when it is half-way up
-(``detect_rises``), and no weights but the last are kept, so that hidden representations are those of the end.
+From small initialisation, ``detect_steps`` counts the learned modes, and the hidden representation uses the next saved
+weights, at most 40 steps later. From ordinary initialisation, ``detect_rises`` counts a mode at half of its range, and
+the hidden representation uses the final weights.
 
-The first mode or two are worth no more than those components, and less than those of pixels; all learned ones are
-worth more. The hidden representation gains less, since its untrained components are worth more than those of the
-embedding; with Barlow Twins it hardly gains at all (photographs, seeds 0, 1, 2: 0.03, 0.08, 0.04), and nothing is
-claimed of it.
+One or two modes are no better than the baselines and worse than pixels; all learned modes are better. The hidden
+representation gains less because its untrained components are better. With Barlow Twins the gain is small (photographs,
+seeds 0, 1, 2: 0.03, 0.08, 0.04), and there is no claim.
 
-The classes of the photographs are the eight pictures that tiles are cut from, 41 % of them from one. Held-out tiles
-overlap each other, which flatters k-NN, also of pixels. On CIFAR-10 these small networks and weak crops, with which the
-staircase is as clear, learn modes that tell next to nothing of its classes: ``docs/results.md`` has the numbers.
+The classes of the photographs are the eight pictures; 41 % of the tiles are from one picture. Held-out tiles overlap,
+which favours k-NN, also on pixels. On CIFAR-10 the modes of these small networks contain little information about the
+classes: see ``docs/results.md``.
 """
 
 from __future__ import annotations
@@ -41,7 +39,7 @@ from reproduce.processes import map_parallel
 from stepwise_lightning import mode_worth
 from stepwise_lightning.features import capture
 
-PAPER = "Not in the paper, which leaves open what the learned modes are worth downstream."
+PAPER = "Not in the paper, which leaves downstream accuracy of the learned modes open."
 EMBEDDING, HIDDEN, UNTRAINED, UNTRAINED_HIDDEN, PIXELS, PERMUTED = (
     "embedding", "hidden representation", "untrained embedding", "untrained hidden representation", "pixels",
     "embedding, labels permuted",
@@ -49,42 +47,42 @@ EMBEDDING, HIDDEN, UNTRAINED, UNTRAINED_HIDDEN, PIXELS, PERMUTED = (
 SHOWN = (EMBEDDING, HIDDEN, UNTRAINED, UNTRAINED_HIDDEN, PIXELS)
 CLASSIFIERS = ("ridge", "knn")
 COLUMNS = ["loss", "start", "seed", "classifier", "representation", "modes", "step", "accuracy"]
-# By how much an embedding of all learned modes exceeds others of as many components, for every seed.
-LEAST_GAIN = {"barlow_twins": 0.1, "vicreg": 0.1, "simclr": 0.05}
-LEAST_HIDDEN_GAIN = 0.05
+# Minimum accuracy gain of all learned modes over the same number of baseline components, for every seed.
+MIN_GAIN = {"barlow_twins": 0.1, "vicreg": 0.1, "simclr": 0.05}
+MIN_HIDDEN_GAIN = 0.05
 HIDDEN_GAINS = ("vicreg", "simclr")
-LEAST_GAIN_SMOKE = 0.05  # of its few steps; SimCLR's are too few
-OVER_PIXELS = ("barlow_twins", "vicreg")  # as many of SimCLR's modes, five or six, are worth about what pixels are
+MIN_GAIN_SMOKE = 0.05
+OVER_PIXELS = ("barlow_twins", "vicreg")  # five or six modes of SimCLR are about as accurate as pixels
 
 
 def produce(options: argparse.Namespace, directory: Path) -> Outcome:
-    """Train what is missing, and ask classifiers."""
+    """Train missing runs, and measure classification accuracies."""
     runs = trained_runs(options, [(loss, start) for start in INITIALIZATIONS for loss in LOSS_SETTINGS])
-    rows = [row for rows in map_parallel(worths, [(run,) for run in runs], "mode_worth") for row in rows]
+    rows = [row for rows in map_parallel(classify_run, [(run,) for run in runs], "mode_worth") for row in rows]
     panels = [
         [_panel(rows, loss, start, classifier, options.seeds) for loss in LOSS_SETTINGS]
         for start, classifier in (("small", "ridge"), ("ordinary", "ridge"), ("small", "knn"))
     ]
-    for panel, method in zip(panels[0], LOSS_SETTINGS.values(), strict=True):
-        panel.title = method.title
+    for panel, settings in zip(panels[0], LOSS_SETTINGS.values(), strict=True):
+        panel.title = settings.title
     figure = worth_figure(
         panels,
-        ["small start\nlinear classifier: accuracy", "ordinary start\nlinear classifier: accuracy",
-         "small start\nk nearest neighbours: accuracy"],
-        title="What the first k modes are worth when k modes have been learned",
+        ["small initialisation\nridge: accuracy", "ordinary initialisation\nridge: accuracy",
+         "small initialisation\nk-NN: accuracy"],
+        title="Classification accuracy of the first k modes when k modes have been learned",
         note=f"held-out pairs, {data_name(options.data)}, seeds {', '.join(map(str, options.seeds))}",
     )  # fmt: skip
     return Outcome(figure, COLUMNS, rows, _claims(rows, options), [_summary(run, rows) for run in runs])
 
 
-def worths(run: Run) -> list[list[Any]]:
+def classify_run(run: Run) -> list[list[Any]]:
     """Return the rows of one run."""
     labels, pairs = run.data.probe_labels(), run.data.probe_pairs()
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
     moments, steps, matrix = _moments(run), run.record.steps.tolist(), run.loss_settings.matrix
     dim = run.record.embeddings(0).shape[-1]
-    kept = run.saved_steps()
-    hidden = {step: _hidden(run, step) for step in {_next(kept, steps[index]) for index in moments.values()}}
+    saved = run.saved_steps()
+    hidden = {step: _hidden(run, step) for step in {_next(saved, steps[index]) for index in moments.values()}}
     fixed = {
         UNTRAINED: ([*run.record.embeddings(0)], matrix),
         UNTRAINED_HIDDEN: (capture(run.encoder().train(), pairs, ["backbone"])["backbone"], "covariance"),
@@ -101,7 +99,7 @@ def worths(run: Run) -> list[list[Any]]:
             for modes, accuracy in enumerate(mode_worth(views, labels, kind, dim, classifier)):  # type: ignore[arg-type]
                 add(classifier, name, modes, 0, accuracy)
         for modes, index in moments.items():
-            later = _next(kept, steps[index])
+            later = _next(saved, steps[index])
             sources = [
                 (EMBEDDING, [*run.record.embeddings(index)], matrix, labels, steps[index]),
                 (PERMUTED, [*run.record.embeddings(index)], matrix, labels[order], steps[index]),
@@ -114,7 +112,7 @@ def worths(run: Run) -> list[list[Any]]:
 
 
 def _moments(run: Run) -> dict[int, int]:
-    """Return the measurements at which 0, 1, 2, … modes have just been learned."""
+    """Return the indices of the measurements at which 0, 1, 2, … modes have just been learned."""
     if run.variant == "small":
         most = int(run.steps.num_learned.max())
         return {modes: run.plateau(modes)[0] for modes in range(most + 1) if run.plateau(modes)}
@@ -124,9 +122,9 @@ def _moments(run: Run) -> dict[int, int]:
     }  # fmt: skip
 
 
-def _next(kept: list[int], step: int) -> int | None:
-    """Return the first step not before this one whose weights were kept; None for the end."""
-    return next((later for later in kept if later >= step), None)
+def _next(saved: list[int], step: int) -> int | None:
+    """Return the first saved step that is not before ``step``, or None for the final weights."""
+    return next((later for later in saved if later >= step), None)
 
 
 def _hidden(run: Run, step: int | None) -> list[Tensor]:
@@ -135,7 +133,7 @@ def _hidden(run: Run, step: int | None) -> list[Tensor]:
 
 
 def _values(rows: list[list[Any]], *head: Any) -> dict[int, float]:
-    """Return accuracies by number of modes: of a loss, start, seed, classifier and representation."""
+    """Return accuracies by number of modes for a loss, initialisation, seed, classifier and representation."""
     return {row[5]: row[-1] for row in rows if tuple(row[:5]) == head}
 
 
@@ -151,12 +149,12 @@ def _panel(rows: list[list[Any]], loss: str, start: str, classifier: str, seeds:
 
 
 def _last(rows: list[list[Any]], run: tuple[Any, ...], classifier: str = "ridge") -> dict[str, Any]:
-    """Return how many modes a run learned, and what that many of each representation are worth."""
+    """Return the number of learned modes, and the accuracy of that many components of each representation."""
     modes = max(_values(rows, *run, classifier, EMBEDDING))
     names = (EMBEDDING, HIDDEN, UNTRAINED, UNTRAINED_HIDDEN, PIXELS, PERMUTED)
-    known = {name: _values(rows, *run, classifier, name) for name in names}
+    accuracies = {name: _values(rows, *run, classifier, name) for name in names}
     # The tangent covariance has one mode fewer than dimensions.
-    return {"modes": modes} | {name: values[min(modes, max(values))] for name, values in known.items()}
+    return {"modes": modes} | {name: values[min(modes, max(values))] for name, values in accuracies.items()}
 
 
 def _summary(run: Run, rows: list[list[Any]]) -> dict[str, Any]:
@@ -170,21 +168,21 @@ def _summary(run: Run, rows: list[list[Any]]) -> dict[str, Any]:
 
 def _claims(rows: list[list[Any]], options: argparse.Namespace) -> list[Claim]:
     claims, smoke = [], options.profile == "smoke"
-    for loss, method in LOSS_SETTINGS.items():
+    for loss, settings in LOSS_SETTINGS.items():
         if smoke and loss not in OVER_PIXELS:
             continue
         last = [_last(rows, (loss, "small", seed)) for seed in options.seeds]
-        judged = [("untrained", EMBEDDING, UNTRAINED, LEAST_GAIN_SMOKE if smoke else LEAST_GAIN[loss])]
+        judged = [("untrained", EMBEDDING, UNTRAINED, MIN_GAIN_SMOKE if smoke else MIN_GAIN[loss])]
         if not smoke:
-            judged += [("hidden", HIDDEN, UNTRAINED_HIDDEN, LEAST_HIDDEN_GAIN)] * (loss in HIDDEN_GAINS)
-            judged += [("pixels", EMBEDDING, PIXELS, LEAST_GAIN[loss])] * (loss in OVER_PIXELS)
+            judged += [("hidden", HIDDEN, UNTRAINED_HIDDEN, MIN_HIDDEN_GAIN)] * (loss in HIDDEN_GAINS)
+            judged += [("pixels", EMBEDDING, PIXELS, MIN_GAIN[loss])] * (loss in OVER_PIXELS)
         for name, trained, other, least in judged:
-            sentence = f"{method.title}, small start: accuracy on all learned modes, {trained}, over {other}"
+            sentence = f"{settings.title}, small initialisation: accuracy of all learned modes, {trained} minus {other}"
             gains = [values[trained] - values[other] for values in last]
-            nothing = [values[PERMUTED] - values[other] for values in last]
+            permuted = [values[PERMUTED] - values[other] for values in last]
             claims.append(
                 worst(
-                    f"{loss}_{name}", sentence, gains, ">=", least, options.seeds, "labels permuted", nothing,
+                    f"{loss}_{name}", sentence, gains, ">=", least, options.seeds, "permuted labels", permuted,
                 )
             )  # fmt: skip
     return claims

@@ -1,11 +1,11 @@
-"""The smaller the start, the more distinct the steps, and the better the theory (a dose and its response; ours).
+"""Smaller initialisation gives more distinct steps and a more accurate theory (not in the paper).
 
-The linear model of Fig. 1 A-B is trained from starts of six scales, all else equal. The theory is exact in the limit of
-a small start. How many steps are distinct, how many modes rise apart and how far (which leaves out
-no mode for how it starts), and how much theory is off, are shown beside each other.
+The linear model of Fig. 1 A-B is trained from initial weights of six scales, with otherwise equal settings. The theory
+is exact in the limit of small weights. The figure shows the number of distinct steps, the number and separation of
+modes that rise apart (including modes with large initial eigenvalues), and the deviation from theory.
 
-The paper says that a small start is needed, and has no such figure: scales, numbers and sizes are ours. The gradient is
-descended in the eigenbasis of Γ, in float64, which is the same as training on the pairs, and costs seconds.
+The paper assumes small initialisation and has no such figure; scales and sizes are chosen here. Gradient descent is
+computed in the eigenbasis of Γ, in float64, which is equivalent to training on the pairs and takes seconds.
 """
 
 from __future__ import annotations
@@ -30,23 +30,23 @@ from stepwise_lightning.spectrum import detect_rises
 from stepwise_lightning.spectrum.schedule import log_spaced_steps
 from stepwise_lightning.theory import LinearBarlowTwins, feature_cross_correlation
 
-PAPER = "Small initialisation is what the theory assumes; how small it has to be is not shown in the paper."
+PAPER = "The theory assumes small initialisation; the paper does not show the required scale."
 PROFILES: dict[str, dict[str, Any]] = {
     "smoke": dict(num_pairs=64, crop_size=8, dim=4),
     "cpu": dict(num_pairs=250, crop_size=20, dim=10),
     "full": dict(num_pairs=500, crop_size=20, dim=10, data="cifar10"),
 }
-# Standard deviations of the initial weights; None for torch's own.
+# Standard deviations of the initial weights; None for the default of torch.
 SCALES = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, None)
 RELATIVE_RATE = 0.1  # 4 × learning rate × γ_1
-# Of the smallest start, by profile: smoke has fewer modes, which lie farther apart.
-LEAST_DISTINCT = {"smoke": 3, "cpu": 6, "full": 6}
-LEAST_SEPARATION = {"smoke": 4.0, "cpu": 1.5, "full": 1.5}
+# Bounds for the smallest scale. The smoke profile has fewer modes, which are farther apart.
+MIN_DISTINCT = {"smoke": 3, "cpu": 6, "full": 6}
+MIN_SEPARATION = {"smoke": 4.0, "cpu": 1.5, "full": 1.5}
 
 
 @dataclass
 class Result:
-    """One seed, trained from one scale."""
+    """Training of one seed from one scale."""
 
     seed: int
     scale: float | None
@@ -54,17 +54,17 @@ class Result:
     theory: SpectrumRecord
 
     @property
-    def dose(self) -> str:
-        """What the scale is called."""
+    def scale_name(self) -> str:
+        """Name of the scale in table and figure."""
         return _name(self.scale)
 
     def summary(self) -> dict[str, Any]:
-        """Return what goes into the table."""
+        """Return the row of the table."""
         steps, rises = self.record.detect_steps(), detect_rises(self.record.times, self.record.eigenvalues())
         return {
             "model": "linear",
             "seed": self.seed,
-            "start": self.dose,
+            "start": self.scale_name,
             "modes": rises.num_modes,
             "distinct": steps.num_distinct,
             "apart": rises.num_apart,
@@ -73,8 +73,8 @@ class Result:
         }
 
     def panel(self) -> Panel:
-        """Return how to draw it."""
-        title = f"{'std ' * (self.scale is not None)}{self.dose}: {self.summary()['distinct']} distinct"
+        """Return the panel."""
+        title = f"{'std ' * (self.scale is not None)}{self.scale_name}: {self.summary()['distinct']} distinct"
         return Panel(self.record, title=title, theory=self.theory, step_times=())
 
 
@@ -85,13 +85,13 @@ def _name(scale: float | None) -> str:
 def produce(options: argparse.Namespace, directory: Path) -> Outcome:
     """Train every seed from every scale."""
     for seed in options.seeds:
-        _gamma(seed, options)  # every reason to refuse, before any process starts
+        _gamma(seed, options)  # raises for invalid input before any process starts
     results = map_parallel(
         experiment, [(scale, seed, options) for seed in options.seeds for scale in SCALES], "training"
     )
     summaries = [result.summary() for result in results]
-    doses = [result.dose for result in results[: len(SCALES)]]
-    by_dose = {
+    scales = [result.scale_name for result in results[: len(SCALES)]]
+    by_scale = {
         key: np.array([s[key] for s in summaries], dtype=float).reshape(-1, len(SCALES))
         for key in ("distinct", "apart", "separation", "deviation")
     }
@@ -99,36 +99,36 @@ def produce(options: argparse.Namespace, directory: Path) -> Outcome:
     figure = doses_figure(
         [[result.panel() for result in results[: len(SCALES)]]],
         [
-            Response(doses, dict(zip(counts, (by_dose["distinct"], by_dose["apart"]), strict=True)), "number"),
-            Response(doses, {"separation": by_dose["separation"]}, "separation / width of rises, median"),
-            Response(doses, {"theory": by_dose["deviation"]}, "largest deviation of an eigenvalue", log=True),
+            Response(scales, dict(zip(counts, (by_scale["distinct"], by_scale["apart"]), strict=True)), "number"),
+            Response(scales, {"separation": by_scale["separation"]}, "separation / width of rises, median"),
+            Response(scales, {"theory": by_scale["deviation"]}, "largest deviation of an eigenvalue", log=True),
         ],
-        title="The smaller the start, the more distinct the steps, and the better the theory",
+        title="Smaller initialisation gives more distinct steps and a more accurate theory",
         note=f"linear model, {options.num_pairs} pairs of {options.crop_size}×{options.crop_size} crops, "
-        f"{data_name(options.data)}; panels: seed {options.seeds[0]}; below: all seeds, by standard "
-        "deviation of the start",
+        f"{data_name(options.data)}; panels: seed {options.seeds[0]}; bottom: all seeds, against the standard "
+        "deviation of the initial weights",
     )  # fmt: skip
     return Outcome(
         figure, ["model", "seed", "start", "step", "time", "quantity", "mode", "experiment", "theory"],
-        (row for r in results for row in data_rows(["linear", r.seed, r.dose], r.record, theories=[r.theory])),
+        (row for r in results for row in data_rows(["linear", r.seed, r.scale_name], r.record, theories=[r.theory])),
         _claims(summaries, options), summaries, {"relative_rate": RELATIVE_RATE},
     )  # fmt: skip
 
 
 def experiment(scale: float | None, seed: int, options: argparse.Namespace) -> Result:
-    """Descend the gradient, W ← W − 4η (W Γ Wᵀ − I) W Γ, for twice as long as theory's last mode takes to 0.93."""
+    """Iterate W ← W − 4η (W Γ Wᵀ − I) W Γ for twice the predicted time of the last mode to reach 0.93."""
     gamma, basis = torch.linalg.eigh(_gamma(seed, options))
     weights = LinearEncoder(len(gamma), options.dim, scale, seed).weight.detach().double() @ basis
     rate = RELATIVE_RATE / (4 * float(gamma[-1]))
     theory = LinearBarlowTwins(torch.diag(gamma), weights, learning_rate=rate)
     reached = theory.crossing_times(0.93)
     steps = int(2 * reached[reached.isfinite()].max() / rate) + 1
-    measured_at, eigenvalues = set(log_spaced_steps(steps, 300)), {}
+    measured_steps, eigenvalues = set(log_spaced_steps(steps, 300)), {}
     identity = torch.eye(options.dim).double()
     for step in range(steps + 1):
         correlated = weights * gamma
         c = correlated @ weights.T
-        if step in measured_at:
+        if step in measured_steps:
             eigenvalues[step] = torch.linalg.eigvalsh(c).flip(0)
         weights = weights - 4 * rate * (c - identity) @ correlated
     values, done = torch.stack(list(eigenvalues.values())), torch.tensor(list(eigenvalues))
@@ -151,12 +151,12 @@ def _claims(summaries: list[dict[str, Any]], options: argparse.Namespace) -> lis
     )
     return [
         worst(
-            f"linear_{key}", f"linear model, start of {_name(SCALES[0])}: {sentence}", [s[key] for s in small],
+            f"linear_{key}", f"linear model, initial std {_name(SCALES[0])}: {sentence}", [s[key] for s in small],
             relation, bound, options.seeds, "ordinary initialisation", [s[key] for s in ordinary],
         )
         for key, sentence, relation, bound in (
-            ("distinct", "distinct steps", ">=", LEAST_DISTINCT[options.profile]),
-            ("separation", "median of the modes' separation over their width", ">=", LEAST_SEPARATION[options.profile]),
+            ("distinct", "distinct steps", ">=", MIN_DISTINCT[options.profile]),
+            ("separation", "separation over width of modes, median", ">=", MIN_SEPARATION[options.profile]),
             ("deviation", "largest deviation of an eigenvalue from theory", "<=", 0.02),
         )
     ]  # fmt: skip

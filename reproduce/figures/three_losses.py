@@ -1,16 +1,16 @@
 """Barlow Twins, VICReg and SimCLR learn their embeddings one dimension at a time (main experiment of the paper).
 
 Each loss trains a ResNet from small initialisation, once per seed. Steps are counted in the eigenvalues of C for Barlow
-Twins, which drives them from 0 to 1, of the covariance for VICReg, and of the tangent covariance for SimCLR, which sees
-normalised embeddings alone: in their plain covariance one dimension more would be counted, because the arc that the
-first mode draws on the sphere has two eigenvalues there. What remains of the steps from ordinary initialisation:
-``standard_init``.
+Twins, which drives them from 0 to 1, of the covariance for VICReg, and of the tangent covariance for SimCLR. SimCLR
+depends on normalised embeddings only; in their plain covariance the first mode has two eigenvalues, because it is an
+arc on the sphere. ``standard_init`` shows ordinary initialisation.
 
-Each count stands beside that of a control: Barlow Twins and VICReg without the term that keeps dimensions apart, with
-which all of them learn the first mode, and SimCLR, which has no such term, from ordinary initialisation.
+Controls: Barlow Twins and VICReg without the decorrelation term, where all dimensions learn the first mode; SimCLR,
+which has no such term, from ordinary initialisation.
 
-The paper trains ResNet-50 on STL-10 with standard augmentations (``--profile full``); learning rates and scales of the
-start are not stated there. Ours, and the small ResNet of the default: see ``configs/<loss>_photos.yaml``.
+The paper trains ResNet-50 on STL-10 with standard augmentations (``--profile full``) and does not state learning rates
+and initial scales. For the values used here, and the small ResNet of the default profile, see
+``configs/<loss>_photos.yaml``.
 """
 
 from __future__ import annotations
@@ -27,33 +27,33 @@ from reproduce.options import data_name
 from stepwise_lightning.plots import trajectories_figure
 
 PAPER = (
-    "Main experiment: loss above embedding eigenvalues for the three losses, ResNet-50 on STL-10; every loss learns in "
-    "steps, one eigenvalue rising at each."
+    "Main experiment: loss and embedding eigenvalues for the three losses, ResNet-50 on STL-10; every loss learns in "
+    "steps, and at each step one eigenvalue rises."
 )
 
 
 def produce(options: argparse.Namespace, directory: Path) -> Outcome:
     """Train each loss and its control for every seed, and count steps."""
-    kinds = [(loss, variant) for loss, method in LOSS_SETTINGS.items() for variant in ("small", method.control)]
+    kinds = [(loss, variant) for loss, settings in LOSS_SETTINGS.items() for variant in ("small", settings.control)]
     runs = trained_runs(options, kinds)
     figure = trajectories_figure(
         [run.panel(with_forecast=True) for run in runs if run.seed == options.seeds[0] and run.variant == "small"],
         title="Three losses learn their embeddings one dimension at a time",
         note=f"ResNet on {data_name(options.data)}, seed {options.seeds[0]}; settings: configs/; dashed: forecast "
-        "from initialisation, of VICReg for its first mode",
+        "from initialisation (VICReg: first mode only)",
         log_eigenvalues=True,
         same_axes=False,
     )
     claims = []
-    for loss, method in LOSS_SETTINGS.items():
+    for loss, settings in LOSS_SETTINGS.items():
         counts, control = (
             [run.steps.num_distinct for run in runs if (run.loss, run.variant) == (loss, variant)]
-            for variant in ("small", method.control)
+            for variant in ("small", settings.control)
         )
         claims.append(
             worst(
-                f"{loss}_steps", f"{method.title}: distinct steps ({', '.join(map(str, counts))})", counts, ">=",
-                method.min_steps[options.profile], options.seeds, VARIANT_TITLES[method.control], control,
+                f"{loss}_steps", f"{settings.title}: distinct steps ({', '.join(map(str, counts))})", counts, ">=",
+                settings.min_steps[options.profile], options.seeds, VARIANT_TITLES[settings.control], control,
             )
         )  # fmt: skip
     return Outcome(

@@ -203,7 +203,7 @@ class TrainingRun:
 
     @property
     def checkpoint(self) -> Path:
-        """Path of the last checkpoint, or of the checkpoint folder if there is none."""
+        """Path of the last checkpoint, or of the checkpoint folder if it is empty."""
         folder = self.directory / "checkpoints"
         return max(folder.glob("*.ckpt"), key=lambda path: path.stat().st_mtime_ns, default=folder)
 

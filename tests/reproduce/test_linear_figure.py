@@ -78,7 +78,7 @@ def test_failing_claim_gives_exit_status_1(tmp_path, capsys):
         (["--dim", "0"], "out_features ≥ 1"),
         (["--learning-rate", "1"], "stability limit 1/(4γ_1) ="),
         (["--init-std", "nan"], "init_std must be finite"),
-        (["--init-std", "0"], "no mode ever rises"),
+        (["--init-std", "0"], "no mode rises"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
