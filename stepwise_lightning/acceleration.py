@@ -1,32 +1,32 @@
-r"""Gradients with which all modes of analytical Barlow Twins are learned sooner, as pure functions (beyond the paper).
+r"""Analytical Barlow Twins with gradients that learn all modes in fewer steps (beyond the paper).
 
 Legend
-    F (2n, d)   embeddings of both views, stacked, of means subtracted where the loss subtracts them
-    s           the swap of the two views, so that s F has at each view the embedding of the other one of its pair
+    F (2n, d)   embeddings of both views, stacked; centred per view if the loss centres them
+    s           permutation that swaps the two views: row i of s F is the embedding of the other view of the pair
     C (d, d)    (1/2n) Fᵀ s F = Q diag(λ) Qᵀ; ‖C‖ is the largest \|λ\|
-    H (2n, m)   what enters the last linear layer, with a column of ones where that has a bias
+    H (2n, m)   inputs of the last linear layer, with a column of ones if the layer has a bias
     G (d, m)    (1/2n) Fᵀ s H; S = G Gᵀ
-    P (d, d)    symmetric, and a constant where gradients are taken
+    P (d, d)    symmetric; treated as a constant when gradients are computed
     η           learning rate
 
-Gradient descent on ‖C − I‖²_F has −(1/2n) s F P for a gradient with respect to F, with P = 4 (I − C). Modes of small γ
-come late because each grows in proportion to its γ. Another P costs products of d × d matrices only. It mixes the
-dimensions of the embedding, not features, so that the modes that win are those of the largest γ as before, where what
-preconditions features or weights (natural gradients, Adam) ends in another subspace.
+The gradient of ‖C − I‖²_F with respect to F is −(1/2n) s F P with P = 4 (I − C). Modes of small γ are learned late,
+because each grows in proportion to its γ. Another P needs only products of d × d matrices. It mixes dimensions of the
+embedding, not features, so the modes of the largest γ are still the ones learned. Preconditioning features or weights
+(natural gradients, Adam) instead leads to another subspace.
 
-*Gate*: P = 4 Q diag((1 − λ) / (max(λ, 0) + ε)) Qᵀ. A mode grows up to 1/ε times as fast as by gradient descent until
-it is learned, and then moves as by gradient descent, below whose limit, 1/(4γ_1), the learning rate has to stay. Near
-that the first mode may overshoot tenfold on its way.
+*Gate*: P = 4 Q diag((1 − λ) / (max(λ, 0) + ε)) Qᵀ. Until a mode is learned, it grows up to 1/ε times as fast as with
+gradient descent, and then moves as with gradient descent. The learning rate must stay below the limit of gradient
+descent, 1/(4γ_1); near it, the first mode may overshoot tenfold.
 
 *Lyapunov*: P S + S P = 2 Q diag((1 − λ) max(\|λ\|, φ‖C‖)) Qᵀ. A step ΔW = ηPG of the last layer changes C by
-η (P S + S P) to first order, so that on features that stay each λ follows dλ/dk = 2η (1 − λ) λ over steps k, whatever
-its γ. The rate has no unit: stable below 1 on features that stay, slow below 0.1. A network's other layers move C too,
-so that 0.3 is about as much as small networks take.
+η (P S + S P) to first order. With frozen features, every λ therefore follows dλ/dk = 2η (1 − λ) λ over steps k,
+whatever its γ. The learning rate has no unit: stable below 1 with frozen features, slow below 0.1. In a network the
+other layers change C too; small networks tolerate about 0.3.
 
-This is what is learned, and how fast, with features that stay and full batches (``reproduce/figures/faster_modes.py``
-has numbers). Known failures: C and S of a batch of 64 fresh pairs are so noisy that the subspace of the largest γ is
-lost, and with 256 it is not kept whole; in a network S knows of the last layer alone; hidden layers of a network are
-not better for it, they have had fewer steps. Momentum and Adam on top have no equation here.
+These statements hold for frozen features and full batches (numbers: ``reproduce/figures/faster_modes.py``). Known
+failures: with batches of 64 fresh pairs, noise in C and S loses the subspace of the largest γ; with 256 pairs it is not
+fully preserved. In a network S covers the last layer only. Hidden layers do not improve, because they get fewer steps.
+There is no equation for momentum or Adam on top.
 """
 
 from __future__ import annotations
@@ -39,17 +39,70 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from stepwise_lightning.distributed import all_gather_with_grad
 from stepwise_lightning.encoders import last_linear
 from stepwise_lightning.errors import UserError
-from stepwise_lightning.precision import as_float64
+from stepwise_lightning.modules import BarlowTwins
+from stepwise_lightning.precision import as_float64, in_full_precision
 
-__all__ = ["Acceleration", "accelerated", "gate", "last_inputs", "lyapunov", "refuse_others"]
+__all__ = ["AcceleratedBarlowTwins", "Acceleration", "gate", "lyapunov", "record_last_inputs", "with_gradient"]
 
 Acceleration = Literal["gate", "lyapunov"]
 _GATE_FLOOR = 1e-2  # ε
 _LYAPUNOV_FLOOR = 1e-3  # φ
-# Eigenvalues of S below this share of the largest are round-off: what has no gradient cannot be moved.
+# Eigenvalues of S below this share of the largest are round-off: directions without a gradient.
 _NO_GRADIENT = 1e-15
+
+
+class AcceleratedBarlowTwins(BarlowTwins):
+    """Analytical Barlow Twins with a gradient that learns all modes in fewer steps (beyond the paper).
+
+    Equations, learning rates and known failures: :mod:`stepwise_lightning.acceleration`.
+
+    Args:
+        encoder: module from a view (n, …) to embeddings (n, d); for ``lyapunov`` it must end in a linear layer.
+        learning_rate: for ``gate`` the learning rate of gradient descent; for ``lyapunov`` 0.1 to 0.3.
+        acceleration: ``gate`` or ``lyapunov``.
+        off_diagonal_weight: must be 1, as in the analytical loss.
+        normalize: must be False, as in the analytical loss.
+        center: subtract the mean of each view.
+        optimization: see :class:`JointEmbedding`.
+
+    Raises:
+        ValueError: an unknown acceleration, a loss other than the analytical one, or, for ``lyapunov``, an encoder that
+            does not end in a linear layer.
+
+    """
+
+    def __init__(
+        self,
+        encoder: nn.Module,
+        learning_rate: float,
+        acceleration: Acceleration,
+        off_diagonal_weight: float = 1.0,
+        normalize: bool = False,
+        center: bool = False,
+        **optimization: Any,
+    ) -> None:
+        if acceleration not in get_args(Acceleration):
+            raise UserError(f"acceleration must be 'gate' or 'lyapunov', got {acceleration!r}")
+        if normalize or off_diagonal_weight != 1:
+            raise UserError(
+                f"AcceleratedBarlowTwins needs the analytical loss, got normalize={normalize} and "
+                f"off_diagonal_weight={off_diagonal_weight}: set normalize=False and off_diagonal_weight=1"
+            )
+        super().__init__(encoder, learning_rate, off_diagonal_weight, normalize, center, **optimization)
+        self._inputs = record_last_inputs(encoder) if acceleration == "lyapunov" else ()
+
+    @property
+    def trains_with_sgd(self) -> bool:
+        """False: the weights do not follow the gradient of the loss."""
+        return False
+
+    def loss_terms(self, z1: Tensor, z2: Tensor) -> dict[str, Tensor]:
+        """Return ``on_diagonal`` and ``off_diagonal``; the gradient of their sum is −(1/2n) s F P."""
+        h, inputs = self.hparams, [all_gather_with_grad(x) for x in self._inputs]
+        return with_gradient(z1, z2, super().loss_terms(z1, z2), h["acceleration"], h["center"], inputs)
 
 
 def gate(c: Tensor, floor: float = _GATE_FLOOR) -> Tensor:
@@ -70,49 +123,49 @@ def gate(c: Tensor, floor: float = _GATE_FLOOR) -> Tensor:
 
 
 def lyapunov(c: Tensor, s: Tensor, floor: float = _LYAPUNOV_FLOOR) -> Tensor:
-    """Return the P that solves P S + S P = 2 Q diag((1 − λ) max(|λ|, φ‖C‖)) Qᵀ, (d, d), float64.
+    """Return the solution P of P S + S P = 2 Q diag((1 − λ) max(|λ|, φ‖C‖)) Qᵀ, (d, d), float64.
 
-    In the eigenbasis of S, P_ij is the right-hand side over σ_i + σ_j, and 0 where both of these are no more than
-    round-off.
+    In the eigenbasis of S, P_ij is the right-hand side divided by σ_i + σ_j, and 0 if both are round-off.
 
     Args:
         c: C, (d, d), symmetric and finite.
-        s: S = G Gᵀ, (d, d), in float64 from the start: its eigenvalues span as many orders of magnitude as λ does.
-        floor: φ ≥ 0: modes below this share of the largest grow faster than it, by φ‖C‖ a step.
+        s: S = G Gᵀ, (d, d), computed in float64: its eigenvalues span as many orders of magnitude as λ.
+        floor: φ ≥ 0; modes below this share of the largest grow by φ‖C‖ a step.
 
     """
     eigenvalues, q = torch.linalg.eigh(as_float64(c, "C"))
     sizes = eigenvalues.abs()
-    wanted = 2 * (q * ((1 - eigenvalues) * torch.maximum(sizes, floor * sizes.max()))) @ q.T
+    target = 2 * (q * ((1 - eigenvalues) * torch.maximum(sizes, floor * sizes.max()))) @ q.T
     sigma, u = torch.linalg.eigh(as_float64(s, "S"))
     sums = sigma[:, None] + sigma
-    solution = torch.where(sums > _NO_GRADIENT * len(s) * sigma[-1], u.T @ wanted @ u / sums, 0.0)
+    solution = torch.where(sums > _NO_GRADIENT * len(s) * sigma[-1], u.T @ target @ u / sums, 0.0)
     solution = u @ solution @ u.T
     return (solution + solution.T) / 2
 
 
-def accelerated(
-    terms: dict[str, Tensor],
+@in_full_precision
+def with_gradient(
     z1: Tensor,
     z2: Tensor,
+    terms: dict[str, Tensor],
     acceleration: Acceleration,
     center: bool,
     inputs: Sequence[Tensor] = (),
 ) -> dict[str, Tensor]:
     """Return the terms of a loss with another gradient of their sum: −(1/2n) s F P with respect to the embeddings.
 
+    If C is not finite, the terms are returned unchanged, and the check of the loss stops training.
+
     Args:
-        terms: scalars, whose values stay.
         z1: embeddings of the first views, (n, d), of the global batch.
         z2: embeddings of the second views, (n, d).
-        acceleration: which P.
-        center: whether the loss subtracts each view's mean.
-        inputs: for Lyapunov H of both views, (n, m) each, of the global batch.
-
-    Where C is not finite the terms are returned as they came, so that whoever looks at the loss will stop.
+        terms: scalars; their values do not change.
+        acceleration: choice of P.
+        center: subtract the mean of each view, as the loss does.
+        inputs: for ``lyapunov``, H of both views, (n, m) each, of the global batch.
 
     Raises:
-        ValueError: inputs of other views than the embeddings, by their number.
+        ValueError: inputs and embeddings of different numbers of pairs.
 
     """
     f1, f2 = (as_float64(z.detach(), "embeddings") for z in (z1, z2))
@@ -125,38 +178,23 @@ def accelerated(
     if acceleration == "gate":
         p = gate(c)
     else:
-        h1, h2 = _of_views(inputs, len(z1))
+        h1, h2 = _checked_inputs(inputs, len(z1))
         g = (f1.T @ h2 + f2.T @ h1) / (2 * len(z1))
         p = lyapunov(c, g @ g.T)
-    # Each view's mean is subtracted from its gradient already, because it is from the other view's embeddings.
+    # These gradients have zero mean already, because the embeddings of the other view are centred.
     first, second = (-(f @ p / (2 * len(z1))).to(z1) for f in (f2, f1))
     surrogate = (first * z1).sum() + (second * z2).sum()
     values = {name: term.detach() for name, term in terms.items()}
     return values | {"on_diagonal": values["on_diagonal"] + (surrogate - surrogate.detach())}
 
 
-def refuse_others(acceleration: str | None, off_diagonal_weight: float, normalize: bool) -> None:
-    """Refuse an acceleration that does not exist, or another loss than its equations are of.
+def record_last_inputs(encoder: nn.Module) -> deque[Tensor]:
+    """Record the inputs of the last linear layer in its last two calls, (n, m) each, with hooks that stay registered.
 
-    Raises:
-        ValueError: unknown, or a loss that is not ‖C − I‖²_F.
+    If the layer has a bias, a column of ones is appended.
 
-    """
-    if acceleration is None:
-        return
-    if acceleration not in get_args(Acceleration):
-        raise UserError(f"acceleration must be None, 'gate' or 'lyapunov', got {acceleration!r}")
-    if normalize or off_diagonal_weight != 1:
-        raise UserError(
-            f"acceleration={acceleration!r} is for the analytical loss, got normalize={normalize} and "
-            f"off_diagonal_weight={off_diagonal_weight}: set normalize=False and off_diagonal_weight=1"
-        )
-
-
-def last_inputs(encoder: nn.Module) -> deque[Tensor]:
-    """Return what will hold the inputs of an encoder's last linear layer at its last two calls, (n, m) each.
-
-    Where that layer has a bias they have a column of ones more, as if it were a weight.
+    Returns:
+        A deque that every call of the encoder updates.
 
     Raises:
         ValueError: there is no linear layer; when the encoder is called, it does not end in the last one.
@@ -165,35 +203,35 @@ def last_inputs(encoder: nn.Module) -> deque[Tensor]:
     layer = last_linear(encoder)
     if layer is None:
         raise UserError(
-            f"acceleration='lyapunov' needs what enters the last linear layer, and {type(encoder).__name__} has none: "
-            "choose 'gate', or an encoder that ends in a linear layer"
+            f"acceleration='lyapunov' needs the inputs of the last linear layer, but {type(encoder).__name__} has no "
+            "linear layer: choose 'gate', or an encoder that ends in a linear layer"
         )
     inputs: deque[Tensor] = deque(maxlen=2)
     outputs: deque[Tensor] = deque(maxlen=1)
-    layer.register_forward_hook(partial(_keep, inputs, outputs))
-    encoder.register_forward_hook(partial(_check_last, outputs))
+    layer.register_forward_hook(partial(_record, inputs, outputs))
+    encoder.register_forward_hook(partial(_check_output, outputs))
     return inputs
 
 
-def _keep(inputs: deque[Tensor], outputs: deque[Tensor], layer: nn.Module, given: Any, output: Tensor) -> None:
-    h = given[0].detach().flatten(1)
+def _record(inputs: deque[Tensor], outputs: deque[Tensor], layer: nn.Module, args: Any, output: Tensor) -> None:
+    h = args[0].detach().flatten(1)
     inputs.append(h if getattr(layer, "bias", None) is None else torch.cat([h, torch.ones_like(h[:, :1])], 1))
     outputs.append(output.detach())
 
 
-def _check_last(outputs: deque[Tensor], encoder: nn.Module, _given: Any, output: Tensor) -> None:
+def _check_output(outputs: deque[Tensor], encoder: nn.Module, _args: Any, output: Tensor) -> None:
     last = outputs.pop()
     if last.shape != output.shape or last.data_ptr() != output.data_ptr():
         raise UserError(
-            "acceleration='lyapunov' needs an encoder that ends in its last linear layer, and "
+            "acceleration='lyapunov' needs an encoder that ends in its last linear layer, but "
             f"{type(encoder).__name__} does not: choose 'gate'"
         )
 
 
-def _of_views(inputs: Sequence[Tensor], num_pairs: int) -> list[Tensor]:
-    if [len(h) for h in inputs] != [num_pairs] * 2:
+def _checked_inputs(inputs: Sequence[Tensor], num_pairs: int) -> list[Tensor]:
+    if (counts := [len(h) for h in inputs]) != [num_pairs] * 2:
         raise UserError(
-            f"acceleration='lyapunov' needs the encoder to be called on each view before the loss: the embeddings are "
-            f"of {num_pairs} pairs, what entered its last layer of {[len(h) for h in inputs]}"
+            f"acceleration='lyapunov' needs one call of the encoder for each view before the loss, got embeddings of "
+            f"{num_pairs} pairs and inputs of the last layer for {counts}"
         )
-    return [as_float64(h, "what enters the last layer") for h in inputs]
+    return [as_float64(h, "inputs of the last layer") for h in inputs]

@@ -1,4 +1,4 @@
-"""Classifiers of representations, apart from when they are trained and asked: a linear one and k nearest neighbours."""
+"""Classifiers of frozen features: a linear probe and k nearest neighbours."""
 
 from __future__ import annotations
 
@@ -12,10 +12,9 @@ __all__ = ["LinearProbe", "knn_scores"]
 
 
 class LinearProbe:
-    """A linear classifier on standardised features, and its optimiser, Adam.
+    """Linear classifier on features standardised with running statistics, and its Adam optimiser.
 
-    It starts at zero, without a draw: the global generator must not notice. The mean and variance that features are
-    standardised with are running ones.
+    Weights start at zero, which draws nothing from the global generator.
     """
 
     def __init__(self, in_features: int, num_classes: int, learning_rate: float) -> None:
@@ -26,7 +25,7 @@ class LinearProbe:
         self.optimizer = torch.optim.Adam(self.network.parameters(), lr=learning_rate)
 
     def step(self, features: Tensor, labels: Tensor) -> Tensor:
-        """Take one step on features (n, in_features) and labels (n,), n ≥ 2, and return the loss before it."""
+        """Take one step on features (n, in_features) and labels (n,), n ≥ 2; return the loss before the step."""
         with torch.enable_grad():
             loss = cross_entropy(self.network.train()(features), labels)
             self.optimizer.zero_grad()
@@ -35,20 +34,20 @@ class LinearProbe:
         return loss.detach()
 
     def scores(self, features: Tensor) -> Tensor:
-        """Return the logits of features (n, in_features), (n, num_classes)."""
+        """Return the logits (n, num_classes) of features (n, in_features)."""
         return self.network.eval()(features)
 
     def to(self, destination: torch.device | torch.dtype) -> None:
-        """Move everything to a device, or to another precision."""
+        """Move classifier and optimiser to a device or data type."""
         self.network.to(destination)
         self.optimizer.load_state_dict(self.optimizer.state_dict())  # moves the state to the parameters
 
     def state_dict(self) -> dict[str, Any]:
-        """Return classifier and optimiser as tensors and numbers."""
+        """Return the states of classifier and optimiser."""
         return {"probe": self.network.state_dict(), "optimizer": self.optimizer.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over what :meth:`state_dict` returned."""
+        """Restore the states returned by :meth:`state_dict`."""
         self.network.load_state_dict(state["probe"])
         self.optimizer.load_state_dict(state["optimizer"])
 
@@ -62,21 +61,21 @@ def knn_scores(
     temperature: float,
     max_similarities: int = 2**26,
 ) -> Tensor:
-    """Return the votes of the k nearest neighbours for each class, as :class:`OnlineKNN` says, (n, num_classes).
+    """Return the votes of the k nearest neighbours for each class, (n, num_classes), as in :class:`OnlineKNN`.
 
     Args:
-        features: (n, d); they are normalised here.
-        bank: what they are compared with, (N, d), normalised.
-        labels: of the bank, int64, (N,), from 0.
-        num_classes: how many there are.
-        k: number of neighbours, at most N.
-        temperature: of their votes.
-        max_similarities: how many of the n × N similarities are held at a time; 2^26 take 256 MB.
+        features: (n, d); normalised here.
+        bank: normalised features of the labelled images, (N, d).
+        labels: classes of the bank, int64, (N,), from 0.
+        num_classes: number of classes.
+        k: number of neighbours; all if k > N.
+        temperature: temperature of the votes.
+        max_similarities: size of a block of the (n, N) similarities; 2^26 take 256 MB.
 
     """
     votes = []
     for part in normalize(features).split(max(1, max_similarities // len(bank))):
         similarity, nearest = (part @ bank.T).topk(min(k, len(bank)))
-        weights = ((similarity - 1) / temperature).exp()  # at most 1, in the same proportions
+        weights = ((similarity - 1) / temperature).exp()  # at most 1; votes are relative
         votes.append(weights.new_zeros(len(part), num_classes).scatter_add_(1, labels[nearest], weights))
     return torch.cat(votes)

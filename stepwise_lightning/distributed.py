@@ -1,12 +1,10 @@
-"""Communication between the ranks of training; of theory: ``sharing.py``. No other file imports torch.distributed.
+"""Communication between training ranks. Only this module and ``theory/process_group.py`` call collectives.
 
-Why the gradient is exact. W ranks hold the shards z_r of one batch Z = (z_0, …, z_{W−1}). Each gathers Z and computes
-its loss L_r(Z), and gradients are averaged over ranks (as DDP does), so what is followed is the gradient of
-(1/W) Σ_r L_r. As every rank computes the same loss L_r = L of the same Z, that is the gradient of L: what one process
-computes on the joined batch. For it, each shard must hear from all ranks: the adjoint of the gather sums the gradients
-over ranks and hands each its own rows, ∂(Σ_r L_r)/∂z_r = W ∂L/∂z_r. Back-propagated into the weights θ and averaged,
-(1/W) Σ_r (∂z_r/∂θ)ᵀ W ∂L/∂z_r = dL/dθ. Without the sum (an in-place ``all_gather`` or ``all_reduce``), the gradient
-comes out W times too small.
+The gradient of W ranks equals the gradient of one process on the joined batch. Rank r holds the shard z_r of
+Z = (z_0, …, z_{W−1}), gathers Z, and computes the same loss L(Z). The adjoint of the gather sums the gradients over
+ranks and returns each rank its rows, ∂(Σ_r L_r)/∂z_r = W ∂L/∂z_r. Back-propagated into the weights θ and averaged over
+ranks by DDP, this is (1/W) Σ_r (∂z_r/∂θ)ᵀ W ∂L/∂z_r = dL/dθ. Without the sum (in-place ``all_gather`` or
+``all_reduce``), the gradient would be too small by a factor W.
 """
 
 from __future__ import annotations
@@ -19,22 +17,34 @@ from torch import Tensor
 
 from stepwise_lightning.errors import UserError
 
-__all__ = ["all_gather", "all_gather_objects", "all_gather_with_grad", "check_equal_shards"]
+__all__ = [
+    "all_gather",
+    "all_gather_objects",
+    "all_gather_with_grad",
+    "check_equal_shards",
+    "is_distributed",
+    "local_rows",
+]
+
+
+def is_distributed() -> bool:
+    """Return True if several ranks run in a process group."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 def all_gather_with_grad(z: Tensor) -> Tensor:
-    """Return the rows of all ranks, differentiably: (n, …) to (W·n, …), rank 0's first; ``z`` itself in one process.
+    """Gather the rows of all ranks, differentiably: (n, …) to (W·n, …), in rank order; return ``z`` in one process.
 
-    All ranks must call this in the same order with shards of the same shape: see :func:`check_equal_shards`.
+    All ranks must call this in the same order, with shards of equal shape: see :func:`check_equal_shards`.
     """
     return _Gather.apply(z) if is_distributed() else z
 
 
 def check_equal_shards(view: Tensor) -> None:
-    """Raise if the ranks hold unequal numbers of samples in ``view`` (n, …); all ranks must call this together.
+    """Raise an error if the ranks hold different numbers of samples in ``view`` (n, …). All ranks must call this.
 
-    On a CPU the back-end would abort the process without saying why. On a GPU nothing is checked: it would stall the
-    queue at every step. There the back-end reports the mismatch itself, or times out.
+    On a CPU, unequal shards would abort the process without a message. On a GPU nothing is checked, because that would
+    stall the queue at every step; NCCL reports the mismatch or times out.
 
     Raises:
         ValueError: unequal shards.
@@ -52,17 +62,17 @@ def check_equal_shards(view: Tensor) -> None:
 
 
 def all_gather(x: Tensor) -> Tensor:
-    """Stack what R processes hold, in rank order: (…) of equal shapes to (R, …), without gradients."""
+    """Stack tensors of equal shape (…) from R ranks, in rank order: (R, …), without gradients."""
     return all_gather_with_grad(x.detach()[None])
 
 
-def all_gather_objects(own: Any) -> list[Any]:
-    """Return what all ranks hold, in rank order, of any picklable type; all must call this together."""
+def all_gather_objects(item: Any) -> list[Any]:
+    """Return the picklable objects of all ranks, in rank order. All ranks must call this."""
     if not is_distributed():
-        return [own]
-    everyone = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, own)
-    return everyone
+        return [item]
+    items = [None] * dist.get_world_size()
+    dist.all_gather_object(items, item)
+    return items
 
 
 class _Gather(torch.autograd.Function):
@@ -74,16 +84,13 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        # A copy, because autograd may hand the same tensor to other branches and all_reduce writes in place.
+        # Copy, because autograd may pass the same tensor to other branches and all_reduce is in place.
         gradient = gradient.clone(memory_format=torch.contiguous_format)
         dist.all_reduce(gradient)
-        return own_rows(gradient)
+        return local_rows(gradient)
 
 
-def own_rows(rows: Tensor) -> Tensor:
-    # A copy, because a following layer may work in place, as torchvision's ReLUs do.
+def local_rows(rows: Tensor) -> Tensor:
+    """Return a copy of this rank's rows of a gathered tensor."""
+    # A copy, because the next layer may work in place, as torchvision's ReLUs do.
     return rows.chunk(dist.get_world_size())[dist.get_rank()].clone()
-
-
-def is_distributed() -> bool:
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1

@@ -1,11 +1,10 @@
-"""The losses, as pure functions of the two views' embeddings z1, z2 of shape (n, d). No distributed code in here.
+"""Losses as pure functions of the embeddings z1, z2 of two views, (n, d) each, without distributed code.
 
-Each loss is the sum of named terms, which ``…_terms`` returns as they enter the sum, weights included. The defaults of
-the losses are the constants below, which the LightningModules share; the terms have none of their own.
+Each loss is a sum of weighted terms, returned by ``<name>_terms``. The defaults of the losses are the constants below,
+shared with the LightningModules; the terms have no defaults. :data:`LOSSES` is the table of losses.
 
-All of them compute in float64 where a view is float64, else in float32, also of views in half precision and under
-``torch.autocast``: squares of small embeddings vanish in half precision, and those of large ones overflow. Gradients
-have the type of the embeddings.
+Losses are computed in float64 if a view is float64, else in float32, also for half precision and under
+``torch.autocast``. Gradients have the type of the embeddings.
 """
 
 from __future__ import annotations
@@ -21,19 +20,19 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from stepwise_lightning.errors import UserError
-from stepwise_lightning.precision import as_float64, without_autocast
+from stepwise_lightning.precision import as_float64, in_full_precision
 
 OFF_DIAGONAL_WEIGHT = 0.0051
 BARLOW_TWINS_EPS = 1e-5
 TEMPERATURE = 0.5
 # Below it SimCLR is computed in float64: its two terms grow as 1/τ, and the loss is their small difference.
-_COLD = 0.05
+_FLOAT64_TEMPERATURE = 0.05
 INVARIANCE_WEIGHT, VARIANCE_WEIGHT, COVARIANCE_WEIGHT = 25.0, 25.0, 1.0
 VICREG_EPS = 1e-4
 
 
 def sum_terms(terms: Mapping[str, Tensor]) -> Tensor:
-    """Return the sum of the scalars in ``terms``: the loss they make up."""
+    """Return the loss: the sum of the scalars in ``terms``."""
     return reduce(torch.add, terms.values())
 
 
@@ -51,14 +50,14 @@ def barlow_twins_loss(
         z1: embeddings of the first views, (n, d).
         z2: embeddings of the second views, (n, d).
         off_diagonal_weight: the published λ.
-        normalize: True for the published loss (Zbontar et al., ICML 2021), where
-            C = ẑ1ᵀẑ2 / n and ẑ is z batch-normalised with the biased variance. False for the analytical model of
-            Simon et al. (arXiv 2303.15438), where C = (z1ᵀz2 + z2ᵀz1) / 2n; with weight 1 this is ‖C − I‖²_F.
-        center: with ``normalize=False``, subtract each view's mean first (the paper does not).
+        normalize: True for the published loss (Zbontar et al., ICML 2021): C = ẑ1ᵀẑ2 / n, where ẑ is z
+            batch-normalised with the biased variance. False for the analytical model of Simon et al.
+            (arXiv 2303.15438): C = (z1ᵀz2 + z2ᵀz1) / 2n; with weight 1 the loss is ‖C − I‖²_F.
+        center: with ``normalize=False``, subtract the mean of each view first (the paper does not).
         eps: with ``normalize=True``, added to the variance under the root.
 
     Returns:
-        A scalar, float64 where a view is, else float32.
+        A scalar, float64 if a view is, else float32.
 
     Example:
         >>> import torch
@@ -68,39 +67,39 @@ def barlow_twins_loss(
         0.0
 
     Raises:
-        ValueError: the views' shapes or devices differ, are not (n, d), or are empty; views that are not of a real
-            floating type; one pair where means are subtracted.
+        ValueError: views of different shapes or devices, not (n, d), empty, or not of a real floating type; one pair
+            if means are subtracted.
 
     """
     return sum_terms(barlow_twins_terms(z1, z2, off_diagonal_weight, normalize, center, eps))
 
 
+@in_full_precision
 def barlow_twins_terms(
     z1: Tensor, z2: Tensor, off_diagonal_weight: float, normalize: bool, center: bool, eps: float
 ) -> dict[str, Tensor]:
     """Return the terms of :func:`barlow_twins_loss`, ``on_diagonal`` and ``off_diagonal``."""
-    with without_autocast(z1.device):
-        if normalize or center:
-            z1, z2 = _checked_views(z1, z2, 2, "a centred Barlow Twins loss")
-            z1, z2 = z1 - z1.mean(0), z2 - z2.mean(0)
-        else:
-            z1, z2 = _checked_views(z1, z2)
-        if normalize:
-            z1 = z1 * (z1.square().mean(0) + eps).rsqrt()
-            z2 = z2 * (z2.square().mean(0) + eps).rsqrt()
-        c = z1.T @ z2
-        c = c / len(z1) if normalize else (c + c.T) / (2 * len(z1))
-        return {
-            "on_diagonal": (c.diagonal() - 1).square().sum(),
-            "off_diagonal": off_diagonal_weight * _off_diagonal(c).square().sum(),
-        }
+    if normalize or center:
+        z1, z2 = _checked_views(z1, z2, 2, "a centred Barlow Twins loss")
+        z1, z2 = z1 - z1.mean(0), z2 - z2.mean(0)
+    else:
+        z1, z2 = _checked_views(z1, z2)
+    if normalize:
+        z1 = z1 * (z1.square().mean(0) + eps).rsqrt()
+        z2 = z2 * (z2.square().mean(0) + eps).rsqrt()
+    c = z1.T @ z2
+    c = c / len(z1) if normalize else (c + c.T) / (2 * len(z1))
+    return {
+        "on_diagonal": (c.diagonal() - 1).square().sum(),
+        "off_diagonal": off_diagonal_weight * _off_diagonal(c).square().sum(),
+    }
 
 
 def simclr_loss(z1: Tensor, z2: Tensor, temperature: float = TEMPERATURE) -> Tensor:
     """Return NT-Xent, the mean over the 2n views of −log(exp(s_ij/τ) / Σ_{k≠i} exp(s_ik/τ)).
 
-    j is the other view of i's sample, k runs over all other views, and s is the cosine similarity
-    (Chen et al., ICML 2020). It is never negative.
+    j is the other view of sample i, k runs over all other views, and s is the cosine similarity (Chen et al.,
+    ICML 2020). The loss is never negative.
 
     Args:
         z1: embeddings of the first views, (n, d).
@@ -108,38 +107,38 @@ def simclr_loss(z1: Tensor, z2: Tensor, temperature: float = TEMPERATURE) -> Ten
         temperature: τ > 0.
 
     Returns:
-        A scalar, float64 where a view is, else float32; below τ = 0.05 it is computed in float64.
+        A scalar, float64 if a view is, else float32; below τ = 0.05 it is computed in float64.
 
     Raises:
-        ValueError: the views' shapes or devices differ, are not (n, d), or are empty; views that are not of a real
-            floating type; fewer than 2 pairs; τ ≤ 0.
+        ValueError: views of different shapes or devices, not (n, d), empty, or not of a real floating type; fewer than
+            2 pairs; τ ≤ 0.
 
     """
     dtype = torch.float64 if torch.float64 in (z1.dtype, z2.dtype) else torch.float32
     return sum_terms(simclr_terms(z1, z2, temperature)).to(dtype)
 
 
+@in_full_precision
 def simclr_terms(z1: Tensor, z2: Tensor, temperature: float) -> dict[str, Tensor]:
     """Return the terms of :func:`simclr_loss`: ``alignment``, mean −s_ij/τ, and ``uniformity``, mean log Σ_k exp.
 
-    Below τ = 0.05 they are computed, and returned, in float64: they are of the order of 1/τ each, and what matters is
-    their sum, which float32 would round to multiples of 0.008 at τ = 10⁻⁵.
+    Below τ = 0.05 they are float64: each is of order 1/τ, and float32 would round their sum to multiples of 0.008 at
+    τ = 10⁻⁵.
     """
-    with without_autocast(z1.device):
-        z1, z2 = _checked_views(z1, z2, 2, "SimCLR (one pair has no negatives)")
-        if not temperature > 0:
-            raise UserError(f"the temperature must be above 0, got {temperature}")
-        z = torch.cat([z1, z2])
-        z = F.normalize(as_float64(z) if temperature < _COLD else z, dim=1)
-        similarities = z @ z.T / temperature
-        # The other view of sample i is n rows further, in either direction.
-        positives = similarities.diagonal(len(z1))
-        itself = torch.eye(len(z), dtype=torch.bool, device=z.device)
-        alignment = -positives.mean()
-        uniformity = similarities.masked_fill(itself, -torch.inf).logsumexp(1).mean()
-        # Of two means that should cancel round-off can leave a negative sum; gradients stay as they are.
-        excess = (uniformity + alignment).detach().clamp(max=0)
-        return {"alignment": alignment, "uniformity": uniformity - excess}
+    z1, z2 = _checked_views(z1, z2, 2, "SimCLR (one pair has no negatives)")
+    if not temperature > 0:
+        raise UserError(f"the temperature must be above 0, got {temperature}")
+    z = torch.cat([z1, z2])
+    z = F.normalize(as_float64(z) if temperature < _FLOAT64_TEMPERATURE else z, dim=1)
+    similarities = z @ z.T / temperature
+    # Rows i and i + n are the views of one sample.
+    positives = similarities.diagonal(len(z1))
+    identity = torch.eye(len(z), dtype=torch.bool, device=z.device)
+    alignment = -positives.mean()
+    uniformity = similarities.masked_fill(identity, -torch.inf).logsumexp(1).mean()
+    # Round-off can make the sum of two cancelling means negative; gradients are not changed.
+    excess = (uniformity + alignment).detach().clamp(max=0)
+    return {"alignment": alignment, "uniformity": uniformity - excess}
 
 
 def vicreg_loss(
@@ -150,14 +149,14 @@ def vicreg_loss(
     covariance_weight: float = COVARIANCE_WEIGHT,
     eps: float = VICREG_EPS,
 ) -> Tensor:
-    """Return VICReg's weighted sum of invariance, variance and covariance, as its authors' code defines it.
+    """Return the weighted sum of invariance, variance and covariance of VICReg, as in the authors' code.
 
     - invariance: the mean of (z1 − z2)² over samples and dimensions;
     - variance: (v(z1) + v(z2)) / 2, where v is the mean over dimensions of max(0, 1 − √(variance + eps));
     - covariance: c(z1) + c(z2), where c is the sum of the squared off-diagonal covariances, over d.
 
-    Variances and covariances are unbiased, with 1/(n − 1) (Bardes, Ponce and LeCun, ICLR 2022, and
-    ``facebookresearch/vicreg``, whose variance term has a ½ that the paper's formula lacks).
+    Variances and covariances are unbiased, with 1/(n − 1). Source: Bardes, Ponce and LeCun, ICLR 2022, and
+    ``facebookresearch/vicreg``; the factor ½ of the variance term is in the code, not in the formula of the paper.
 
     Args:
         z1: embeddings of the first views, (n, d).
@@ -165,33 +164,33 @@ def vicreg_loss(
         invariance_weight: the published λ.
         variance_weight: the published μ.
         covariance_weight: the published ν.
-        eps: added to the variance under the root; bounds the pull on an embedding that has no variance yet.
+        eps: added to the variance under the root; bounds the gradient at zero variance.
 
     Returns:
-        A scalar, float64 where a view is, else float32.
+        A scalar, float64 if a view is, else float32.
 
     Raises:
-        ValueError: the views' shapes or devices differ, are not (n, d), or are empty; views that are not of a real
-            floating type; fewer than 2 pairs.
+        ValueError: views of different shapes or devices, not (n, d), empty, or not of a real floating type; fewer than
+            2 pairs.
 
     """
     return sum_terms(vicreg_terms(z1, z2, invariance_weight, variance_weight, covariance_weight, eps))
 
 
+@in_full_precision
 def vicreg_terms(
     z1: Tensor, z2: Tensor, invariance_weight: float, variance_weight: float, covariance_weight: float, eps: float
 ) -> dict[str, Tensor]:
     """Return the terms of :func:`vicreg_loss`, ``invariance``, ``variance`` and ``covariance``."""
-    with without_autocast(z1.device):
-        z1, z2 = _checked_views(z1, z2, 2, "VICReg")
-        covariances = [centred.T @ centred / (len(centred) - 1) for centred in (z1 - z1.mean(0), z2 - z2.mean(0))]
-        hinges = [F.relu(1 - (c.diagonal() + eps).sqrt()).mean() for c in covariances]
-        squares = [_off_diagonal(c).square().sum() / len(c) for c in covariances]
-        return {
-            "invariance": invariance_weight * (z1 - z2).square().mean(),
-            "variance": variance_weight * (hinges[0] + hinges[1]) / 2,
-            "covariance": covariance_weight * (squares[0] + squares[1]),
-        }
+    z1, z2 = _checked_views(z1, z2, 2, "VICReg")
+    covariances = [centred.T @ centred / (len(centred) - 1) for centred in (z1 - z1.mean(0), z2 - z2.mean(0))]
+    hinges = [F.relu(1 - (c.diagonal() + eps).sqrt()).mean() for c in covariances]
+    squares = [_off_diagonal(c).square().sum() / len(c) for c in covariances]
+    return {
+        "invariance": invariance_weight * (z1 - z2).square().mean(),
+        "variance": variance_weight * (hinges[0] + hinges[1]) / 2,
+        "covariance": covariance_weight * (squares[0] + squares[1]),
+    }
 
 
 @dataclass(frozen=True)
@@ -240,7 +239,7 @@ def _off_diagonal(matrix: Tensor) -> Tensor:
 
 
 def _checked_views(z1: Tensor, z2: Tensor, min_samples: int = 1, loss: str = "this loss") -> tuple[Tensor, Tensor]:
-    """Return both views in one type, float64 where one of them is, else float32."""
+    """Return both views in the wider of their types."""
     if z1.shape != z2.shape or z1.ndim != 2 or z1.numel() == 0:
         raise UserError(
             f"the two views' embeddings must have one shape (samples, dimensions), not empty, "
@@ -255,5 +254,5 @@ def _checked_views(z1: Tensor, z2: Tensor, min_samples: int = 1, loss: str = "th
         raise UserError(f"the two views' embeddings must be on one device, got {z1.device} and {z2.device}: move one")
     if len(z1) < min_samples:
         raise UserError(f"{loss} needs at least {min_samples} pairs in a batch, got {len(z1)}: raise the batch size")
-    dtype = torch.float64 if torch.float64 in (z1.dtype, z2.dtype) else torch.float32
+    dtype = torch.promote_types(z1.dtype, z2.dtype)
     return z1.to(dtype), z2.to(dtype)

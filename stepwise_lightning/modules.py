@@ -12,27 +12,28 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 
 from stepwise_lightning import losses
-from stepwise_lightning.acceleration import Acceleration, accelerated, last_inputs, refuse_others
 from stepwise_lightning.distributed import all_gather_with_grad, check_equal_shards
 from stepwise_lightning.errors import DivergedError, UserError
+from stepwise_lightning.losses import LOSSES
+from stepwise_lightning.precision import in_full_precision
 from stepwise_lightning.runs.saved import configured_encoder
 
 __all__ = ["BarlowTwins", "JointEmbedding", "SimCLR", "VICReg", "rate_factor"]
 
 
 class JointEmbedding(L.LightningModule):
-    """What all joint-embedding methods share; a method adds ``loss_terms(z1, z2)``.
+    """Base class of joint-embedding methods. A subclass defines ``loss_terms(z1, z2)``.
 
-    A batch is a sequence whose first two items are the two views, (n, …) each. On several ranks each holds an equal
-    shard, and the loss is that of the *global* batch: training follows exactly the path of one process on the joined
-    batches. An encoder with batch normalisation needs ``Trainer(sync_batchnorm=True)`` for that, or, on CPUs,
-    ``plugins=[SyncBatchNorm()]`` from :mod:`stepwise_lightning.distributed`.
+    A batch is a sequence whose first two items are the two views, (n, …) each. With several ranks, each holds an equal
+    shard, and the loss is computed on the *global* batch: training equals training of one process on the joined
+    batches. For this, an encoder with batch normalisation needs ``Trainer(sync_batchnorm=True)`` or, on CPUs,
+    ``plugins=[SyncBatchNorm()]`` from :mod:`stepwise_lightning.sync_batchnorm`.
 
-    **Step k** means, everywhere in this package, the weights after exactly k optimiser steps: ``train/loss`` at step k
-    is the loss of those weights on the batch that is about to change them, and a spectrum at step k is theirs too.
+    **Step k** denotes, everywhere in this package, the weights after exactly k optimiser steps: ``train/loss`` at step
+    k is the loss of these weights on the batch of the next update, and a spectrum at step k is their spectrum.
 
-    Training stops with a FloatingPointError when the loss is NaN or infinite, and a checkpoint of such weights is
-    never written, so that the last good one stays.
+    Training stops with a FloatingPointError when the loss is NaN or infinite. Weights that are not finite are never
+    saved, which preserves the last valid checkpoint.
 
     Class attributes: ``loss_name`` is the name of the loss in ``stepwise_lightning.losses.LOSSES``, if it is one of
     these; ``driven_matrix`` is the matrix whose eigenvalues the loss drives (``stepwise_lightning.spectrum.MATRICES``),
@@ -40,18 +41,18 @@ class JointEmbedding(L.LightningModule):
 
     Args:
         encoder: module from a view (n, …) to embeddings (n, d).
-        learning_rate: of SGD, or of ``optimizer``.
-        momentum: of SGD.
-        weight_decay: of SGD; small modes starve under it.
-        warmup_steps: the learning rate rises linearly over so many steps; see :func:`rate_factor`.
-        cosine: let the learning rate fall to 0 along a half cosine over the rest of training.
-        optimizer: another one of ``torch.optim`` in place of SGD, called with the parameters, for instance
-            ``partial(AdamW, weight_decay=0.01)``, or ``--model.optimizer AdamW``; its rate is ``learning_rate``. The
-            theory of this package speaks of SGD alone.
+        learning_rate: learning rate of SGD or ``optimizer``.
+        momentum: momentum of SGD.
+        weight_decay: weight decay of SGD; it can prevent small modes from growing.
+        warmup_steps: number of steps of a linear warm-up; see :func:`rate_factor`.
+        cosine: decay the learning rate to 0 along a half cosine after the warm-up.
+        optimizer: an optimiser of ``torch.optim`` instead of SGD, called with the parameters, for instance
+            ``partial(AdamW, weight_decay=0.01)``, or ``--model.optimizer AdamW``. Its learning rate is
+            ``learning_rate``. The theory of this package holds for SGD only.
 
     Raises:
-        ValueError: a number that is negative or not finite (of a method's own too), a momentum of 1 or more, or
-            ``momentum`` or ``weight_decay`` beside ``optimizer``, which has its own.
+        ValueError: a setting (also of a subclass) that is negative or not finite, a momentum of 1 or more, or
+            ``momentum`` or ``weight_decay`` together with ``optimizer``.
 
     """
 
@@ -73,31 +74,38 @@ class JointEmbedding(L.LightningModule):
             learning_rate=learning_rate, momentum=momentum, weight_decay=weight_decay, warmup_steps=warmup_steps
         )
         if momentum >= 1:
-            raise UserError(f"momentum must be below 1, or the weights would run away, got {momentum}")
+            raise UserError(f"momentum must be below 1, or training diverges, got {momentum}: lower it")
         if optimizer is not None and (momentum or weight_decay):
-            raise UserError("momentum and weight_decay are of SGD: give them to the optimizer, and leave these 0")
-        # Called here, it collects the arguments of the method's own __init__ too.
+            raise UserError(
+                "momentum and weight_decay are settings of SGD and must be 0 with another optimizer: pass them to it"
+            )
+        # Also saves the arguments of the __init__ of the subclass.
         self.save_hyperparameters(ignore=["encoder"])
-        if callable(self.hparams.get("optimizer")):  # in a configuration it has plain values, which checkpoints keep
-            for kept in (self.hparams, self._hparams_initial):
-                cast(dict[str, Any], kept).pop("optimizer")
+        if callable(self.hparams.get("optimizer")):  # checkpoints hold plain values, as read from a configuration
+            for hparams in (self.hparams, self._hparams_initial):
+                cast(dict[str, Any], hparams).pop("optimizer")
         self.encoder, self.optimizer = encoder, optimizer
+
+    @property
+    def trains_with_sgd(self) -> bool:
+        """True if SGD on the gradient of the loss updates the weights, as forecasts assume."""
+        return self.optimizer is None
 
     @classmethod
     def load_from_checkpoint(cls, checkpoint_path: Any, *arguments: Any, **settings: Any) -> Self:
-        """Return the trained module: ``BarlowTwins.load_from_checkpoint("RUN/checkpoints/last.ckpt")``.
+        """Load a trained module: ``BarlowTwins.load_from_checkpoint("RUN/checkpoints/last.ckpt")``.
 
-        As Lightning's, but for two things: without ``encoder=…`` the encoder is rebuilt from the run's ``config.yaml``
-        (:func:`stepwise_lightning.load_encoder`), and the checkpoint is always read with ``weights_only=True``, as
-        tensors and plain values.
+        Unlike Lightning's method, it rebuilds the encoder from ``config.yaml`` of the run
+        (:func:`stepwise_lightning.load_encoder`) unless ``encoder`` is given, and always reads the checkpoint with
+        ``weights_only=True``.
 
         Raises:
-            FileNotFoundError: no such checkpoint, or neither an encoder nor a configuration.
-            ValueError: ``weights_only=False``; a checkpoint of another method.
+            FileNotFoundError: the checkpoint does not exist, or there is neither an encoder nor a configuration.
+            ValueError: ``weights_only=False``, or a checkpoint of another method.
 
         """
         if settings.get("weights_only") is False:
-            raise UserError("weights_only=False would let a checkpoint run code, and is not accepted: leave it out")
+            raise UserError("weights_only=False is not supported, because a checkpoint could run code: leave it out")
         if "encoder" not in settings:
             settings["encoder"] = configured_encoder(checkpoint_path)
         return super().load_from_checkpoint(checkpoint_path, *arguments, **settings | {"weights_only": True})
@@ -107,25 +115,23 @@ class JointEmbedding(L.LightningModule):
         return self.encoder(x)
 
     def loss_terms(self, z1: Tensor, z2: Tensor) -> dict[str, Tensor]:
-        """Return named scalars, whose sum is the loss of two views' embeddings, (n, d) each."""
+        """Return the named terms of the loss, scalars, for embeddings (n, d) of two views."""
         raise NotImplementedError(f"{type(self).__name__} must define loss_terms(z1, z2)")
 
     def loss(self, z1: Tensor, z2: Tensor) -> Tensor:
-        """Return the scalar loss of two views' embeddings, (n, d) each."""
+        """Return the scalar loss for embeddings (n, d) of two views."""
         return losses.sum_terms(self.loss_terms(z1, z2))
 
     def training_step(self, batch: Sequence[Tensor], batch_idx: int) -> Tensor:
-        """Return the loss of one batch of pairs, logged as ``train/loss`` with its terms as ``train/<term>``."""
+        """Return the loss of a batch of pairs; log it as ``train/loss`` and its terms as ``train/<term>``."""
         check_equal_shards(batch[0])
         z1, z2 = (all_gather_with_grad(self(view)) for view in batch[:2])
-        # In half precision the squares of a small initialisation's embeddings would vanish.
-        with torch.autocast(self.device.type, enabled=False):
-            terms = self.loss_terms(_at_least_single(z1), _at_least_single(z2))
-            loss = losses.sum_terms(terms)
-        # self.log costs as much as a small model's whole step, so it is called only when Lightning will write.
+        terms = in_full_precision(self.loss_terms)(z1, z2)
+        loss = losses.sum_terms(terms)
+        # self.log takes as long as a step of a small model, so call it only when Lightning writes.
         every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
         writing = every > 0 and (self.global_step + 1) % every == 0
-        # Reading a loss on a GPU makes the CPU wait for it, so there it is read only when it is written anyway.
+        # Reading the loss synchronises a GPU, so read it there only when it is logged.
         if (writing or loss.device.type == "cpu") and not math.isfinite(loss.item()):
             self._stop(f"the loss at step {self.global_step} is {loss.item()}", batch)
         if writing:
@@ -134,17 +140,17 @@ class JointEmbedding(L.LightningModule):
         return loss
 
     def validation_step(self, batch: Sequence[Tensor], batch_idx: int) -> None:
-        """Do nothing: what is done with labelled held-out images is up to callbacks."""
+        """Do nothing: callbacks evaluate held-out images."""
 
     def test_step(self, batch: Sequence[Tensor], batch_idx: int) -> None:
         """Do nothing, as in validation."""
 
     def on_train_end(self) -> None:
-        """Stop with an error if the last steps, between two looks at the loss, have destroyed the weights."""
+        """Raise an error if the last steps made the weights NaN or infinite."""
         self._check_weights()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse to save weights that are not finite over good ones."""
+        """Raise an error instead of saving weights that are not finite."""
         self._check_weights()
 
     def _check_weights(self) -> None:
@@ -154,11 +160,11 @@ class JointEmbedding(L.LightningModule):
     def _stop(self, event: str, batch: Sequence[Tensor] = ()) -> None:
         cause = f"training has most likely diverged: lower learning_rate (now {self.hparams['learning_rate']})"
         if not all(view.isfinite().all() for view in batch[:2]):
-            cause = "the batch holds values that are not finite: look at the data"
+            cause = "the batch contains values that are not finite: check the data"
         raise DivergedError(f"training stopped, because {event}; {cause}")
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """Return plain SGD or the one given, with a schedule stepped at every optimiser step if one is asked for."""
+        """Return SGD or ``optimizer``, with a scheduler updated at every optimiser step if one is configured."""
         h = self.hparams
         if self.optimizer is None:
             optimizer: torch.optim.Optimizer = torch.optim.SGD(
@@ -171,12 +177,12 @@ class JointEmbedding(L.LightningModule):
         if not h["warmup_steps"] and not h["cosine"]:
             return optimizer
         num_steps = self.trainer.estimated_stepping_batches if h["cosine"] else math.inf
-        if h["cosine"] and not 0 <= num_steps < math.inf:  # −1 for a stream whose epochs have no length
+        if h["cosine"] and not 0 <= num_steps < math.inf:  # −1 for epochs without a length
             raise UserError(
-                "cosine=True needs to know how long training lasts: set max_steps or max_epochs "
+                "cosine=True needs the number of training steps: set max_steps or max_epochs "
                 "(for data without a length max_steps)"
             )
-        # A lambda, because the scheduler's state would hold a callable object's attributes.
+        # A lambda, because the scheduler would save the attributes of a callable object in its state.
         schedule = torch.optim.lr_scheduler.LambdaLR(
             optimizer, lambda step: rate_factor(step, h["warmup_steps"], num_steps)
         )
@@ -184,10 +190,10 @@ class JointEmbedding(L.LightningModule):
 
 
 def rate_factor(step: int, warmup_steps: int, num_steps: float) -> float:
-    """Return what the learning rate is multiplied with at the optimiser step that follows ``step`` steps.
+    """Return the factor of the learning rate for the optimiser step after ``step`` steps.
 
-    It is (step + 1) / warmup_steps during the warm-up, and then (1 + cos π p) / 2, where p runs from 0 after the
-    warm-up to 1 at ``num_steps``; with ``num_steps = inf`` it stays 1.
+    It is (step + 1) / warmup_steps during the warm-up, then (1 + cos π p) / 2, where p grows from 0 after the warm-up
+    to 1 at ``num_steps``. With ``num_steps = inf`` it is 1 after the warm-up.
     """
     if step < warmup_steps:
         return (step + 1) / warmup_steps
@@ -198,19 +204,18 @@ def rate_factor(step: int, warmup_steps: int, num_steps: float) -> float:
 
 
 class BarlowTwins(JointEmbedding):
-    """Barlow Twins; for the loss's arguments see :func:`barlow_twins_loss`, for others :class:`JointEmbedding`.
+    """Barlow Twins. See :func:`barlow_twins_loss` for its arguments, :class:`JointEmbedding` for the others.
 
     The analytical model of the paper is ``off_diagonal_weight=1, normalize=False``.
 
     Args:
-        acceleration: of the analytical model (beyond the paper): another gradient than the loss's, with which all modes
-            are learned in fewer steps, ``gate`` at the rate of gradient descent, ``lyapunov`` at one of 0.1 to 0.3. For
-            equations and failures see :mod:`stepwise_lightning.acceleration`.
+        acceleration: must be None; accepted for configurations and checkpoints of earlier versions. See
+            :class:`AcceleratedBarlowTwins`.
 
     """
 
     loss_name = "barlow_twins"
-    driven_matrix = losses.LOSSES[loss_name].driven_matrix
+    driven_matrix = LOSSES[loss_name].driven_matrix
 
     def __init__(
         self,
@@ -220,28 +225,27 @@ class BarlowTwins(JointEmbedding):
         normalize: bool = True,
         center: bool = False,
         eps: float = losses.BARLOW_TWINS_EPS,
-        acceleration: Acceleration | None = None,
+        acceleration: str | None = None,
         **optimization: Any,
     ) -> None:
+        if acceleration is not None:
+            raise UserError(
+                f"BarlowTwins has no acceleration={acceleration!r} any more: use the class AcceleratedBarlowTwins"
+            )
         super().__init__(encoder, learning_rate, **optimization)
         _check_not_negative(off_diagonal_weight=off_diagonal_weight, eps=eps)
-        refuse_others(acceleration, off_diagonal_weight, normalize)
-        self._inputs = last_inputs(encoder) if acceleration == "lyapunov" else ()
 
     def loss_terms(self, z1: Tensor, z2: Tensor) -> dict[str, Tensor]:
-        """Return ``on_diagonal`` and ``off_diagonal``; with ``acceleration`` the gradient of their sum is another."""
+        """Return ``on_diagonal`` and ``off_diagonal``."""
         h = self.hparams
-        terms = losses.barlow_twins_terms(z1, z2, h["off_diagonal_weight"], h["normalize"], h["center"], h["eps"])
-        if (acceleration := h["acceleration"]) is None:
-            return terms
-        return accelerated(terms, z1, z2, acceleration, h["center"], [all_gather_with_grad(x) for x in self._inputs])
+        return losses.barlow_twins_terms(z1, z2, h["off_diagonal_weight"], h["normalize"], h["center"], h["eps"])
 
 
 class SimCLR(JointEmbedding):
-    """SimCLR; for ``temperature`` see :func:`simclr_loss`, for other arguments :class:`JointEmbedding`."""
+    """SimCLR. See :func:`simclr_loss` for ``temperature``, :class:`JointEmbedding` for the other arguments."""
 
     loss_name = "simclr"
-    driven_matrix = losses.LOSSES[loss_name].driven_matrix
+    driven_matrix = LOSSES[loss_name].driven_matrix
 
     def __init__(
         self,
@@ -262,10 +266,10 @@ class SimCLR(JointEmbedding):
 
 
 class VICReg(JointEmbedding):
-    """VICReg; for the loss's arguments see :func:`vicreg_loss`, for others :class:`JointEmbedding`."""
+    """VICReg. See :func:`vicreg_loss` for its arguments, :class:`JointEmbedding` for the others."""
 
     loss_name = "vicreg"
-    driven_matrix = losses.LOSSES[loss_name].driven_matrix
+    driven_matrix = LOSSES[loss_name].driven_matrix
 
     def __init__(
         self,
@@ -296,7 +300,3 @@ def _check_not_negative(**settings: float) -> None:
     for name, value in settings.items():
         if not 0 <= value < math.inf:
             raise UserError(f"{name} must be finite and at least 0, got {value}")
-
-
-def _at_least_single(z: Tensor) -> Tensor:
-    return z.float() if z.dtype in (torch.float16, torch.bfloat16) else z

@@ -1,9 +1,11 @@
-"""In which type and where numbers are computed. Knows nothing of Lightning."""
+"""Data types, autocast and threads of numerical code. Does not import Lightning."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import wraps
+from typing import Concatenate, ParamSpec, TypeVar
 
 import numpy as np
 import torch
@@ -12,17 +14,24 @@ from torch import Tensor
 
 from stepwise_lightning.errors import UserError
 
-__all__ = ["as_float64", "check_real", "single_threaded", "on_float64_device", "without_autocast"]
+__all__ = ["as_float64", "check_real", "in_full_precision", "on_float64_device", "single_threaded", "without_autocast"]
 
-# Types of device that have no float64: what is to be float64 is moved to the CPU first.
+# Device types without float64; their tensors are moved to the CPU before a cast to float64.
 _WITHOUT_FLOAT64 = ("mps",)
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 def check_real(tensor: Tensor, name: str) -> None:
-    """Refuse a complex tensor, whose imaginary part a cast would drop, and one of the device 'meta', without values.
+    """Raise an error for a complex tensor, or for a tensor on the device 'meta'.
+
+    Args:
+        tensor: any tensor.
+        name: name of the tensor in the error message.
 
     Raises:
-        ValueError: it is one of them; the error calls it by ``name``.
+        ValueError: the tensor is complex or on the device 'meta'.
 
     """
     if tensor.is_complex():
@@ -34,45 +43,65 @@ def check_real(tensor: Tensor, name: str) -> None:
 
 
 def on_float64_device(tensor: Tensor) -> Tensor:
-    """Return the tensor where it can be float64: on its own device, or on the CPU where that has none (Apple's GPUs).
+    """Return the tensor on its device if that supports float64, else on the CPU (Apple GPUs).
 
-    The cast comes after the move, as a call of its own: one call for both would cast on the device.
+    Cast in a separate call afterwards: a combined call would cast before the move.
     """
     return tensor.cpu() if tensor.device.type in _WITHOUT_FLOAT64 else tensor
 
 
 def as_float64(values: Tensor | ArrayLike, name: str = "the input") -> Tensor:
-    """Return the values as float64, on their device, or on the CPU where that has no float64.
+    """Return the values as a float64 tensor, on their device if it supports float64, else on the CPU.
 
-    Integers and truth values are converted: exactly, up to 2⁵³. Python's own floats keep all their digits.
+    Integers and booleans are converted, exactly up to 2⁵³. Python floats keep full precision.
+
+    Args:
+        values: tensor, array or numbers.
+        name: name of the values in error messages.
 
     Raises:
-        ValueError: it is complex, or holds no values; the error calls it by ``name``.
+        ValueError: the values are complex or on the device 'meta'.
 
     """
-    # By way of NumPy, because torch.as_tensor makes float32 of Python's floats.
+    # NumPy first, because torch.as_tensor would convert Python floats to float32.
     tensor = values if isinstance(values, Tensor) else torch.tensor(np.asarray(values))
     check_real(tensor, name)
     return on_float64_device(tensor).double()
 
 
+def in_full_precision(
+    function: Callable[Concatenate[Tensor, Tensor, P], T],
+) -> Callable[Concatenate[Tensor, Tensor, P], T]:
+    """Decorate a function of two tensors: cast half precision to float32 and disable autocast inside.
+
+    In half precision the squares of small embeddings underflow, and the squares of large ones overflow.
+    """
+
+    @wraps(function)
+    def wrapped(z1: Tensor, z2: Tensor, /, *args: P.args, **kwargs: P.kwargs) -> T:
+        with without_autocast(z1.device):
+            return function(_at_least_float32(z1), _at_least_float32(z2), *args, **kwargs)
+
+    return wrapped
+
+
+def _at_least_float32(tensor: Tensor) -> Tensor:
+    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[object]:
+    """Return a context that disables ``torch.autocast`` on a device."""
+    if torch.amp.is_autocast_available(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()
+
+
 @contextmanager
 def single_threaded() -> Iterator[None]:
-    """Compute in one thread, which is for many small operations.
-
-    Several would wait for each other at each of them, and where a machine does other work for as long as that keeps one
-    of them waiting.
-    """
+    """Run torch in one thread: faster for many small operations, in which several threads mostly wait."""
     number = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         yield
     finally:
         torch.set_num_threads(number)
-
-
-def without_autocast(device: torch.device) -> AbstractContextManager[object]:
-    """Return a context in which ``torch.autocast`` rounds nothing on this device."""
-    if torch.amp.is_autocast_available(device.type):
-        return torch.autocast(device.type, enabled=False)
-    return nullcontext()

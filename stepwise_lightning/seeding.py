@@ -1,4 +1,4 @@
-"""Random numbers that depend on what they are for, and on nothing that happens to run before."""
+"""Seeds derived from a key, independent of execution order."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ __all__ = ["checked_seed", "hashed_seed", "isolated_rng"]
 
 
 def hashed_seed(*key: int | str) -> int:
-    """Return a seed of 64 bits that depends on all of ``key`` and is the same in every process, on every machine."""
+    """Return a 64-bit seed that depends on ``key`` only and is equal in every process and on every machine."""
     return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=8).digest(), "little")
 
 
 def checked_seed(seed: int) -> int:
-    """Return ``seed``; ValueError if torch could not take it."""
+    """Return ``seed``; raise a ValueError if torch does not accept it."""
     if not -(2**63) <= seed < 2**63:
         raise UserError(f"seed must have 64 bits or less, got {seed}")
     return seed
@@ -27,8 +27,8 @@ def checked_seed(seed: int) -> int:
 
 @contextmanager
 def isolated_rng(seed: int) -> Iterator[None]:
-    """Let what torch draws within come from ``seed``, and leave its global generator as it was."""
+    """Seed torch's global generator within the context and restore its state afterwards."""
     with torch.random.fork_rng(devices=[]):
-        # Not torch.manual_seed, which takes 0.2 ms to seed accelerators too.
+        # torch.manual_seed would also seed accelerators, which takes 0.2 ms.
         torch.default_generator.manual_seed(seed)
         yield

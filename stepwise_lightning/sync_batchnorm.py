@@ -1,4 +1,4 @@
-"""Batch normalisation over the global batch, on CPUs too."""
+"""Batch normalisation over the global batch, also on CPUs."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.hooks import RemovableHandle
 
-from stepwise_lightning.distributed import all_gather_with_grad, is_distributed, own_rows
+from stepwise_lightning.distributed import all_gather_with_grad, is_distributed, local_rows
 
 __all__ = ["SyncBatchNorm"]
 
 
 class SyncBatchNorm(TorchSyncBatchNorm):
-    """Batch normalisation over the global batch, on CPUs too: ``Trainer(plugins=[SyncBatchNorm()])``.
+    """Batch normalisation over the global batch, also on CPUs: ``Trainer(plugins=[SyncBatchNorm()])``.
 
-    On GPUs this is Lightning's ``sync_batchnorm=True``, that is, ``torch.nn.SyncBatchNorm``, which refuses CPUs, as DDP
-    does with such layers. On CPUs (precisely: the gloo back-end) each rank gathers the layer's input, normalises the
-    joined batch with torch's ordinary kernel and keeps its own rows. That repeats work on every rank, but statistics,
-    running statistics and gradients are by construction those of one process. In evaluation mode nothing is sent.
+    On GPUs this is ``Trainer(sync_batchnorm=True)``, that is, ``torch.nn.SyncBatchNorm``, which does not support CPUs.
+    With the gloo backend each rank gathers the input of the layer, normalises the joined batch with the ordinary kernel
+    and keeps its rows. Every rank repeats the computation, and statistics, running statistics and gradients are exactly
+    those of one process. In evaluation mode there is no communication.
     """
 
     def __init__(self) -> None:
@@ -27,13 +27,13 @@ class SyncBatchNorm(TorchSyncBatchNorm):
 
     def apply(self, model: nn.Module) -> nn.Module:
         """Synchronise all batch-normalisation layers of ``model``."""
-        # Lightning moves the model to its device only after this, so the back-end has to tell which it will be.
+        # Lightning moves the model to its device later, so the backend determines the kind of device.
         if not dist.is_available() or not dist.is_initialized() or dist.get_backend() != "gloo":
             return super().apply(model)
         for layer in model.modules():
             if isinstance(layer, _BatchNorm):
                 self._hooks.append(layer.register_forward_pre_hook(_gather_input))
-                self._hooks.append(layer.register_forward_hook(_keep_own_rows))
+                self._hooks.append(layer.register_forward_hook(_keep_local_rows))
         return model
 
     def revert(self, model: nn.Module) -> nn.Module:
@@ -49,5 +49,5 @@ def _gather_input(layer: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor] | No
     return (all_gather_with_grad(inputs[0]),) if layer.training else None
 
 
-def _keep_own_rows(layer: nn.Module, inputs: tuple[Tensor], output: Tensor) -> Tensor | None:
-    return own_rows(output) if layer.training and is_distributed() else None
+def _keep_local_rows(layer: nn.Module, inputs: tuple[Tensor], output: Tensor) -> Tensor | None:
+    return local_rows(output) if layer.training and is_distributed() else None

@@ -1,4 +1,4 @@
-"""Accelerated gradients: against the loss's own, the equation that they solve, and training that they speed up."""
+"""Accelerated gradients: agreement with the loss, the equations they solve, and faster training."""
 
 import copy
 import pickle
@@ -8,8 +8,8 @@ import pytest
 import torch
 from lightning.pytorch.loggers import CSVLogger
 
-from stepwise_lightning import MLP, BarlowTwins, Encoder, LinearEncoder, barlow_twins_loss
-from stepwise_lightning.acceleration import accelerated, gate, last_inputs, lyapunov
+from stepwise_lightning import MLP, AcceleratedBarlowTwins, BarlowTwins, Encoder, LinearEncoder, barlow_twins_loss
+from stepwise_lightning.acceleration import gate, lyapunov, record_last_inputs, with_gradient
 
 ANALYTICAL = {"off_diagonal_weight": 1.0, "normalize": False}
 
@@ -24,7 +24,7 @@ def symmetric(size, seed=0):
 
 
 def views(n=40, m=12):
-    """Return two views (n, m), whose Γ has well separated eigenvalues."""
+    """Return two views (n, m) whose Γ has well separated eigenvalues."""
     common = draw(n, m, seed=1) * torch.logspace(0, -1.5, m, dtype=torch.float64)
     return common + 0.05 * draw(n, m, seed=2), common + 0.05 * draw(n, m, seed=3)
 
@@ -36,19 +36,16 @@ def gradient(module, x1, x2):
 
 
 @pytest.mark.parametrize("center", [False, True])
-def test_with_the_matrix_of_gradient_descent_the_gradient_is_that_of_the_loss(center, monkeypatch):
+def test_matrix_of_gradient_descent_gives_the_gradient_of_the_loss(center, monkeypatch):
     monkeypatch.setattr("stepwise_lightning.acceleration.gate", lambda c: 4 * (torch.eye(len(c)) - c))
-    x1, x2 = (x + 0.3 for x in views())  # means that matter
-    plain = MLP(12, [16], 3, seed=1).double()
-    modules = [
-        BarlowTwins(copy.deepcopy(plain), 0.1, center=center, acceleration=acceleration, **ANALYTICAL)
-        for acceleration in (None, "gate")
-    ]
-    expected, actual = (gradient(module, x1, x2) for module in modules)
-    torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-14)
+    x1, x2 = (x + 0.3 for x in views())  # nonzero means
+    encoder = MLP(12, [16], 3, seed=1).double()
+    plain = BarlowTwins(copy.deepcopy(encoder), 0.1, center=center, **ANALYTICAL)
+    accelerated = AcceleratedBarlowTwins(encoder, 0.1, "gate", center=center)
+    torch.testing.assert_close(gradient(accelerated, x1, x2), gradient(plain, x1, x2), rtol=1e-12, atol=1e-14)
 
 
-def test_the_gate_is_gradient_descent_where_modes_are_learned_and_faster_where_they_are_not():
+def test_gate_matches_its_formula():
     q = torch.linalg.qr(draw(4, 4)).Q
     eigenvalues = torch.tensor([1.2, 0.99, 0.5, -0.3], dtype=torch.float64)
     p = gate((q * eigenvalues) @ q.T, floor=1e-2)
@@ -57,22 +54,22 @@ def test_the_gate_is_gradient_descent_where_modes_are_learned_and_faster_where_t
 
 
 @pytest.mark.parametrize("floor", [0.0, 1e-3, 0.5])
-def test_lyapunov_is_the_solution_by_kronecker_products(floor):
+def test_lyapunov_equals_the_solution_with_kronecker_products(floor):
     c, g = 0.5 * symmetric(5), draw(5, 7, seed=4)
     s, identity = g @ g.T, torch.eye(5, dtype=torch.float64)
     eigenvalues, q = torch.linalg.eigh(c)
     top = torch.linalg.matrix_norm(c, 2)
-    wanted = sum(
+    target = sum(
         2 * (1 - x) * max(abs(x), floor * top) * torch.outer(v, v) for x, v in zip(eigenvalues, q.T, strict=True)
     )
-    solution = torch.linalg.solve(torch.kron(s, identity) + torch.kron(identity, s), wanted.flatten()).reshape(5, 5)
+    solution = torch.linalg.solve(torch.kron(s, identity) + torch.kron(identity, s), target.flatten()).reshape(5, 5)
     p = lyapunov(c, s, floor)
     torch.testing.assert_close(p, solution, rtol=1e-9, atol=1e-9)
-    torch.testing.assert_close(p @ s + s @ p, wanted, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(p @ s + s @ p, target, rtol=1e-9, atol=1e-9)
     assert torch.equal(p, p.T)
 
 
-def test_lyapunov_leaves_alone_what_has_no_gradient():
+def test_lyapunov_is_zero_in_directions_without_a_gradient():
     assert not lyapunov(torch.zeros(3, 3), torch.zeros(3, 3)).any()
     c = torch.diag(torch.tensor([0.5, 0.0]))
     p = lyapunov(c, torch.diag(torch.tensor([2.0, 0.0])))
@@ -97,7 +94,7 @@ def descend(module, rate, steps, x1, x2):
 
 
 @pytest.mark.parametrize("center", [False, True])
-def test_under_lyapunov_every_mode_of_a_linear_model_grows_at_one_rate(center):
+def test_lyapunov_grows_every_mode_of_a_linear_model_at_the_same_rate(center):
     x1, x2 = views()
     x1, x2 = (x1 - x1.mean(0), x2 - x2.mean(0)) if center else (x1, x2)
     encoder = LinearEncoder(12, 3).double()
@@ -105,68 +102,68 @@ def test_under_lyapunov_every_mode_of_a_linear_model_grows_at_one_rate(center):
         gamma, v = torch.linalg.eigh((x1.T @ x2 + x2.T @ x1) / (2 * len(x1)))
         encoder.weight.copy_(1e-3 * torch.linalg.qr(draw(3, 3)).Q @ v[:, [-1, -3, -5]].T)
     assert 500 > gamma[-1] / gamma[-5] > 5
-    module = BarlowTwins(encoder, 1.0, center=center, acceleration="lyapunov", **ANALYTICAL)
+    module = AcceleratedBarlowTwins(encoder, 1.0, "lyapunov", center=center)
     path = descend(module, 0.05, 60, x1, x2)
-    # λ ← λ (1 + η (1 − λ))², to round-off, where a mode is not below the floor
+    # λ ← λ (1 + η (1 − λ))², up to round-off, for modes above the floor
     torch.testing.assert_close(path[1:], path[:-1] * (1 + 0.05 * (1 - path[:-1])) ** 2, rtol=1e-6, atol=1e-12)
 
 
 @pytest.mark.parametrize("acceleration", ["gate", "lyapunov"])
 @pytest.mark.parametrize("kind", ["linear", "layer", "mlp"])
-def test_all_modes_are_learned_in_fewer_steps_and_then_stay(acceleration, kind):
+def test_all_modes_are_learned_in_fewer_steps_and_stay_learned(acceleration, kind):
     x1, x2 = views()
     networks = {"linear": LinearEncoder(12, 4, 1e-3), "layer": torch.nn.Linear(12, 4), "mlp": MLP(12, [64], 4)}
     network = networks[kind].double()
     with torch.no_grad():
         [p.mul_(1e-3) for p in list(network.parameters())[-2:] if kind != "linear"]
     plain = BarlowTwins(copy.deepcopy(network), 1.0, **ANALYTICAL)
-    fast = BarlowTwins(network, 1.0, acceleration=acceleration, **ANALYTICAL)
-    # A network's other layers move C too, so that Lyapunov's rate is smaller there.
+    accelerated = AcceleratedBarlowTwins(network, 1.0, acceleration)
+    # The other layers of a network change C too, so Lyapunov needs a smaller learning rate there.
     rate = 0.1 if acceleration == "gate" else 0.3 if kind == "mlp" else 0.5
-    fast_path = descend(fast, rate, 100, x1, x2)
-    assert (fast_path[-1] > 0.99).all() and (fast_path[-1] < 1.01).all()
-    assert 2.5 * steps_until_learned(fast_path) < steps_until_learned(descend(plain, 0.1, 100, x1, x2))
+    path = descend(accelerated, rate, 100, x1, x2)
+    assert (path[-1] > 0.99).all() and (path[-1] < 1.01).all()
+    assert 2.5 * steps_until_learned(path) < steps_until_learned(descend(plain, 0.1, 100, x1, x2))
 
 
 def steps_until_learned(path):
-    """Return the first step at which all eigenvalues are above ½; where there is none, one more than there are."""
+    """Return the first step at which all eigenvalues exceed ½, or the number of measurements."""
     return (path.min(1).values < 0.5).sum().item()
 
 
-def test_a_bias_is_a_weight_of_a_feature_that_is_one():
+def test_bias_acts_as_the_weight_of_a_constant_feature():
     x1, x2 = views()
     layer = torch.nn.Linear(12, 3).double()
-    beside_a_one = LinearEncoder(13, 3).double()
+    joined = LinearEncoder(13, 3).double()
     with torch.no_grad():
-        beside_a_one.weight.copy_(torch.cat([layer.weight, layer.bias[:, None]], 1))
-    with_bias, without = (BarlowTwins(e, 0.1, acceleration="lyapunov", **ANALYTICAL) for e in (layer, beside_a_one))
-    grown = [torch.cat([x, torch.ones(len(x), 1).double()], 1) for x in (x1, x2)]
-    a, b = gradient(with_bias, x1, x2), gradient(without, *grown).reshape(3, 13)
+        joined.weight.copy_(torch.cat([layer.weight, layer.bias[:, None]], 1))
+    with_bias, without = (AcceleratedBarlowTwins(e, 0.1, "lyapunov") for e in (layer, joined))
+    extended = [torch.cat([x, torch.ones(len(x), 1).double()], 1) for x in (x1, x2)]
+    a, b = gradient(with_bias, x1, x2), gradient(without, *extended).reshape(3, 13)
     torch.testing.assert_close(a, torch.cat([b[:, :-1].flatten(), b[:, -1]]), rtol=1e-9, atol=1e-12)
 
 
-def test_the_value_is_that_of_the_loss_and_copies_have_inputs_of_their_own():
+def test_value_equals_the_loss_and_copies_record_separate_inputs():
     x1, x2 = views()
-    module = BarlowTwins(MLP(12, [8], 3).double(), 0.1, acceleration="lyapunov", **ANALYTICAL)
+    module = AcceleratedBarlowTwins(MLP(12, [8], 3).double(), 0.1, "lyapunov")
     z1, z2 = module(x1), module(x2)
     assert float(module.loss(z1, z2).detach()) == float(barlow_twins_loss(z1, z2, **ANALYTICAL).detach())
     for other in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
         other(x1[:5]), other(x2[:5])
         other.loss(other(x1), other(x2)).backward()
-    module.loss(z1, z2).backward()  # what the copies saw is not taken for what it saw
+    module.loss(z1, z2).backward()  # raises if the copies had overwritten its inputs
 
 
-def test_loss_values_that_are_not_finite_are_left_to_whoever_looks_at_the_loss():
+def test_terms_of_an_infinite_loss_are_returned_unchanged():
     z = torch.full((4, 2), torch.nan)
     terms = {"on_diagonal": torch.tensor(torch.nan), "off_diagonal": torch.tensor(0.0)}
-    assert accelerated(terms, z, z, "gate", center=False) is terms
+    assert with_gradient(z, z, terms, "gate", center=False) is terms
 
 
 @pytest.mark.parametrize("acceleration", ["gate", "lyapunov"])
-def test_a_trainer_logs_the_true_loss_and_checkpoints_keep_the_option(acceleration, tmp_path):
+def test_trainer_logs_the_loss_and_checkpoints_restore_the_module(acceleration, tmp_path):
     x1, x2 = (x.float() for x in views())
     loader = torch.utils.data.DataLoader([(x1, x2)] * 30, batch_size=None)
-    module = BarlowTwins(MLP(12, [8], 3), 0.01, center=True, acceleration=acceleration, **ANALYTICAL)
+    module = AcceleratedBarlowTwins(MLP(12, [8], 3), 0.01, acceleration, center=True)
     trainer = L.Trainer(
         max_steps=30, accelerator="cpu", logger=CSVLogger(tmp_path, name="run"), enable_checkpointing=False,
         enable_model_summary=False, enable_progress_bar=False, log_every_n_steps=30,
@@ -178,53 +175,52 @@ def test_a_trainer_logs_the_true_loss_and_checkpoints_keep_the_option(accelerati
     loss = barlow_twins_loss(module(x1), module(x2), center=True, **ANALYTICAL)
     assert trainer.logged_metrics["train/loss"].item() == pytest.approx(loss.item(), rel=1e-5)
     trainer.save_checkpoint(tmp_path / "end.ckpt")
-    again = BarlowTwins.load_from_checkpoint(tmp_path / "end.ckpt", encoder=MLP(12, [8], 3))
-    assert again.hparams["acceleration"] == acceleration
+    restored = AcceleratedBarlowTwins.load_from_checkpoint(tmp_path / "end.ckpt", encoder=MLP(12, [8], 3))
+    assert restored.hparams["acceleration"] == acceleration
+    with pytest.raises(ValueError, match="use the class AcceleratedBarlowTwins"):
+        BarlowTwins.load_from_checkpoint(tmp_path / "end.ckpt", encoder=MLP(12, [8], 3))
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"acceleration": "newton", **ANALYTICAL}, "must be None, 'gate' or 'lyapunov', got 'newton'"),
+        ({"acceleration": "newton"}, "must be 'gate' or 'lyapunov', got 'newton'"),
+        ({"acceleration": "gate", "normalize": True}, "analytical loss, got normalize=True and off_diagonal_weight=1"),
         (
-            {"acceleration": "gate"},
-            "for the analytical loss, got normalize=True and off_diagonal_weight=0.0051: set norm",
-        ),
-        (
-            {"acceleration": "gate", "normalize": False},
-            "for the analytical loss, got normalize=False and off_diagonal_w",
+            {"acceleration": "gate", "off_diagonal_weight": 0.5},
+            "got normalize=False and off_diagonal_weight=0.5: set normalize=False and off_diagonal_weight=1",
         ),
     ],
 )
-def test_other_losses_and_rules_are_refused(settings, message):
+def test_other_accelerations_and_losses_raise(settings, message):
     with pytest.raises(ValueError, match=message):
-        BarlowTwins(LinearEncoder(4, 2), 0.1, **settings)
+        AcceleratedBarlowTwins(LinearEncoder(4, 2), 0.1, **settings)
 
 
-def test_lyapunov_refuses_an_encoder_that_does_not_end_in_a_linear_layer():
-    with pytest.raises(
-        ValueError, match="needs what enters the last linear layer, and Flatten has none: choose 'gate'"
-    ):
-        BarlowTwins(torch.nn.Flatten(), 0.1, acceleration="lyapunov", **ANALYTICAL)
+def test_acceleration_of_barlow_twins_names_the_new_class():
+    assert BarlowTwins(LinearEncoder(4, 2), 0.1, acceleration=None).trains_with_sgd
+    with pytest.raises(ValueError, match="no acceleration='gate' any more: use the class AcceleratedBarlowTwins"):
+        BarlowTwins(LinearEncoder(4, 2), 0.1, acceleration="gate")
+
+
+def test_lyapunov_requires_an_encoder_that_ends_in_a_linear_layer():
+    with pytest.raises(ValueError, match="but Flatten has no linear layer: choose 'gate'"):
+        AcceleratedBarlowTwins(torch.nn.Flatten(), 0.1, "lyapunov")
     network = torch.nn.Sequential(torch.nn.Linear(4, 2), torch.nn.Tanh())
-    module = BarlowTwins(network, 0.1, acceleration="lyapunov", **ANALYTICAL)
-    with pytest.raises(
-        ValueError, match="needs an encoder that ends in its last linear layer, and Sequential does not"
-    ):
+    module = AcceleratedBarlowTwins(network, 0.1, "lyapunov")
+    with pytest.raises(ValueError, match="needs an encoder that ends in its last linear layer, but Sequential does"):
         module(torch.ones(3, 4))
 
 
-def test_lyapunov_needs_the_encoder_to_be_called_before_the_loss():
-    module = BarlowTwins(LinearEncoder(4, 2), 0.1, acceleration="lyapunov", **ANALYTICAL)
-    with pytest.raises(
-        ValueError, match=r"on each view before the loss: the embeddings are of 3 pairs, what .* of \[\]"
-    ):
+def test_lyapunov_requires_a_call_of_the_encoder_before_the_loss():
+    module = AcceleratedBarlowTwins(LinearEncoder(4, 2), 0.1, "lyapunov")
+    with pytest.raises(ValueError, match=r"for each view before the loss, got embeddings of 3 pairs and .* for \[\]"):
         module.loss(torch.ones(3, 2), torch.ones(3, 2))
 
 
-def test_what_enters_the_last_layer_of_an_encoder_is_kept():
+def test_inputs_of_the_last_layer_of_an_encoder_are_recorded():
     encoder = Encoder(out_features=3, backbone="resnet_small", projector_depth=2, hidden_features=8)
-    inputs = last_inputs(encoder)
+    inputs = record_last_inputs(encoder)
     embeddings = [encoder(torch.rand(4, 3, 16, 16)) for _ in range(3)]
     last = encoder.projector[-1]
     for h, z in zip(inputs, embeddings[1:], strict=True):

@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from stepwise_lightning import BarlowTwins, SimCLR, VICReg
+from stepwise_lightning import AcceleratedBarlowTwins, BarlowTwins, SimCLR, VICReg
 from stepwise_lightning.distributed import all_gather_with_grad, check_equal_shards
 from stepwise_lightning.sync_batchnorm import SyncBatchNorm
 
@@ -17,8 +17,8 @@ ANALYTICAL = {"off_diagonal_weight": 1.0, "normalize": False}
 METHODS = {
     "barlow_twins": (BarlowTwins, {}),
     "barlow_twins_analytical": (BarlowTwins, ANALYTICAL),
-    "barlow_twins_gate": (BarlowTwins, {**ANALYTICAL, "acceleration": "gate", "center": True}),
-    "barlow_twins_lyapunov": (BarlowTwins, {**ANALYTICAL, "acceleration": "lyapunov"}),
+    "barlow_twins_gate": (AcceleratedBarlowTwins, {"acceleration": "gate", "center": True}),
+    "barlow_twins_lyapunov": (AcceleratedBarlowTwins, {"acceleration": "lyapunov"}),
     "simclr": (SimCLR, {}),
     "vicreg": (VICReg, {}),
 }

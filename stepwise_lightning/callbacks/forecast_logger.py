@@ -39,11 +39,9 @@ class LiveForecast(NamedTuple):
     """The optimiser step at which the next mode is due; infinite for not before training ends."""
 
 
-def _descent(trainer: L.Trainer, module: L.LightningModule) -> str:
-    """Return what a module is trained by."""
-    if isinstance(module, JointEmbedding) and (acceleration := module.hparams.get("acceleration")):
-        return str(acceleration)
-    return type(trainer.optimizers[0]).__name__ if trainer.optimizers else "none"
+def _trains_with_sgd(trainer: L.Trainer, module: L.LightningModule) -> bool:
+    sgd = bool(trainer.optimizers) and isinstance(trainer.optimizers[0], torch.optim.SGD)
+    return sgd and getattr(module, "trains_with_sgd", True)
 
 
 class ForecastLogger(L.Callback):
@@ -99,8 +97,8 @@ class ForecastLogger(L.Callback):
         self._spectrum = next(spectrum for spectrum in spectra if self._matrix in spectrum.matrices and spectrum.output)
         self.forecasts, self._text = [], ""
         self._stop()
-        if (descent := _descent(trainer, pl_module)) != "SGD":
-            rank_zero_info(f"no forecast of the next mode: that is one of SGD, and this is {descent}")
+        if not _trains_with_sgd(trainer, pl_module):
+            rank_zero_info("no forecast of the next mode: forecasts assume SGD on the gradient of the loss")
             return
         self._measurements, self._learned, self._next_at = -1, -1, 0.0
         self._began, self._spent = time.perf_counter(), 0.0

@@ -47,11 +47,10 @@ class SGDSettings:
         if not 0 <= start < max_steps:
             raise UserError(f"there must be steps to come: got start={start} and max_steps={max_steps}")
         own: Mapping[str, Any] = module.hparams if isinstance(module, JointEmbedding) else {}
-        if getattr(module, "optimizer", None) is not None and isinstance(module, JointEmbedding):
-            raise UserError("a forecast is of SGD, but this module has another optimizer: leave that out")
-        if own.get("acceleration"):
+        if isinstance(module, JointEmbedding) and not module.trains_with_sgd:
             raise UserError(
-                f"a forecast is of SGD, but this module has acceleration={own['acceleration']!r}: leave that out"
+                f"forecasts assume SGD on the gradient of the loss, which this {type(module).__name__} does not use: "
+                "forecast a module without another optimizer or acceleration"
             )
         loss = loss or loss_of(module)
         if settings is None:

@@ -1,6 +1,7 @@
 """Forecasts against training: of the last layer alone, of small networks, and on the command line."""
 
 import math
+from functools import partial
 
 import lightning as L
 import pytest
@@ -9,6 +10,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from stepwise_lightning import (
+    AcceleratedBarlowTwins,
     BarlowTwins,
     ForecastLogger,
     SimCLR,
@@ -330,11 +332,12 @@ def test_the_next_mode_is_said_marked_and_not_forecast_without_sgd(tmp_path, cap
         len(record.matrices)
     ]  # the first below the losses
     assert any(list(line.get_xdata()) == marked for line in axis.lines)
-    for other in ({"optimizer": torch.optim.AdamW}, {"acceleration": "gate"}):
+    accelerated = partial(AcceleratedBarlowTwins, acceleration="gate")
+    for cls, other in ((BarlowTwins, {"optimizer": torch.optim.AdamW, **ANALYTICAL}), (accelerated, {})):
         silent = ForecastLogger()
-        model, _ = trained(tmp_path, BarlowTwins, silent, steps=3, momentum=0.0, **other)
+        model, _ = trained(tmp_path, cls, silent, steps=3, momentum=0.0, **other)
         assert not silent.forecasts
-        with pytest.raises(ValueError, match="a forecast is of SGD, but this module has"):
+        with pytest.raises(ValueError, match="forecasts assume SGD on the gradient of the loss"):
             forecast(model, batches(2), 10)
 
 

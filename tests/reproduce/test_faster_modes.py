@@ -15,7 +15,7 @@ from reproduce.figures.acceleration.descent import (
     Setting,
     fastest_descent,
 )
-from stepwise_lightning import BarlowTwins, FixedCropPairs, LinearEncoder
+from stepwise_lightning import AcceleratedBarlowTwins, BarlowTwins, FixedCropPairs, LinearEncoder
 from stepwise_lightning.theory import feature_cross_correlation
 
 
@@ -38,7 +38,10 @@ def test_descent_in_the_eigenbasis_matches_training_on_the_pairs(setting):
         encoder.weight.copy_(problem.weights0 @ basis.T)
     rate = setting.rate if setting.rule == "lyapunov" else setting.rate / (4 * float(problem.gamma[0]))
     rule = setting.rule if setting.rule in ("gate", "lyapunov") else None
-    module = BarlowTwins(encoder, 1.0, off_diagonal_weight=1.0, normalize=False, acceleration=rule)
+    if rule:
+        module = AcceleratedBarlowTwins(encoder, 1.0, rule)
+    else:
+        module = BarlowTwins(encoder, 1.0, off_diagonal_weight=1.0, normalize=False)
     optimizer = torch.optim.SGD(module.parameters(), lr=rate, momentum=setting.momentum)
     for step in range(25):
         z1, z2 = module(x1), module(x2)

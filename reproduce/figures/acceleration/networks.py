@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from itertools import islice
-from typing import Any
+from typing import Any, get_args
 
 import lightning as L
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from reproduce.figures.acceleration.descent import LEARNED, ConvergenceMonitor, Descent, Setting
 from stepwise_lightning import BarlowTwins, Encoder, TwoViewDataModule
-from stepwise_lightning.acceleration import last_inputs
+from stepwise_lightning.acceleration import AcceleratedBarlowTwins, Acceleration, record_last_inputs
 from stepwise_lightning.classifiers import knn_scores
 from stepwise_lightning.errors import DivergedError
 from stepwise_lightning.features import capture
@@ -49,18 +49,17 @@ def correlation(z1: Tensor, z2: Tensor, center: bool) -> Tensor:
 
 
 def _module(network: nn.Module, setting: Setting, center: bool, rate: float = 1.0) -> BarlowTwins:
-    acceleration: Any = setting.rule if setting.rule in ("gate", "lyapunov") else None
-    return BarlowTwins(
-        network, rate, off_diagonal_weight=1.0, normalize=False, center=center, acceleration=acceleration,
-        momentum=setting.momentum,
-    )  # fmt: skip
+    settings: dict[str, Any] = {"center": center, "momentum": setting.momentum}
+    if setting.rule in get_args(Acceleration):
+        return AcceleratedBarlowTwins(network, rate, setting.rule, **settings)  # type: ignore[arg-type]
+    return BarlowTwins(network, rate, off_diagonal_weight=1.0, normalize=False, **settings)
 
 
 @torch.no_grad()
 def last_layer_inputs(network: nn.Module, x1: Tensor, x2: Tensor) -> tuple[Tensor, Tensor]:
     """Return the inputs of the last layer for both views, (n, m) each, float64."""
-    network = copy.deepcopy(network)  # last_inputs leaves hooks in the network
-    inputs = last_inputs(network)
+    network = copy.deepcopy(network)  # record_last_inputs leaves hooks in the network
+    inputs = record_last_inputs(network)
     network(x1), network(x2)
     return inputs[0].double(), inputs[1].double()
 
