@@ -63,7 +63,8 @@ def pencil_eigenvalues(rows: Tensor, pivots: Tensor, weights: Tensor, log_square
         start: C_0, (d, d): G at log_squares = 0.
 
     """
-    pivot_squares = log_squares[:, pivots]  # (T, d)
+    # Zero rows do not grow; the pivot of one would overflow at late times, and 0 × ∞ is NaN.
+    pivot_squares = torch.where(rows.any(1), log_squares[:, pivots], 0.0)  # (T, d)
     leading = weights[pivots] * rows[torch.arange(len(rows)), pivots].square()
     log_b = -torch.nn.functional.softplus(pivot_squares + leading.clamp(min=0).log()) / 2
     grown = log_squares.new_empty(len(log_squares), len(rows), len(rows))

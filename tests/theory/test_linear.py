@@ -253,6 +253,17 @@ def test_degenerate_starts_match_integration(weights0):
     assert (predicted - integrate(gamma, weights0, times.numpy())).abs().max() < 2e-3
 
 
+def test_start_of_lower_rank_is_finite_at_late_times_for_positive_gamma():
+    """Rows of the start that depend on others stay at zero; all modes of the others are learned."""
+    gamma = torch.eye(3, dtype=torch.float64)
+    for weights0 in (normal(5, 3, 1e-3), normal(1, 3, 1e-3).expand(5, 3), torch.zeros(5, 3)):
+        rank = int(torch.linalg.matrix_rank(weights0))
+        expected = torch.tensor([1.0] * rank + [0.0] * (5 - rank), dtype=torch.float64)
+        for rate in (None, 0.1):
+            eigenvalues = LinearBarlowTwins(gamma, weights0, rate).embedding_eigenvalues(torch.tensor([1e6, math.inf]))
+            torch.testing.assert_close(eigenvalues, expected.expand(2, 5), rtol=0, atol=1e-12)
+
+
 def test_rank_deficient_gamma_has_no_spurious_modes():
     x1, x2 = normal(3, 10, 1.0), normal(3, 10, 1.0, 1)  # three pairs: at most three positive modes
     theory = LinearBarlowTwins(feature_cross_correlation(x1, x2), normal(6, 10, 1e-3))
