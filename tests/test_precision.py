@@ -228,7 +228,7 @@ def test_token_numbers_reach_an_embedding_layer_as_they_are():
 
 def test_a_kernel_of_narrow_integers_is_refused():
     x1, x2 = (x.to(torch.int8) for x in pairs())
-    with pytest.raises(UserError, match="kernel.* returned torch.int8, in which sums wrap around"):
+    with pytest.raises(UserError, match="kernel.* returned torch.int8, whose sums overflow"):
         ContrastiveKernelPCA(lambda x, y: x @ y.T, 1).fit(x1, x2)
 
 

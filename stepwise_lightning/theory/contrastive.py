@@ -1,7 +1,7 @@
-r"""Contrastive kernel PCA: what a kernel machine learns with Barlow Twins, in closed form, for any kernel.
+r"""Contrastive kernel PCA: the solution of Barlow Twins for kernel models in closed form.
 
-Source: Simon et al., *On the Stepwise Nature of Self-Supervised Learning*, ICML 2023, arXiv 2303.15438.
-What goes beyond the paper is marked so.
+Source: Simon et al., *On the Stepwise Nature of Self-Supervised Learning*, ICML 2023, arXiv 2303.15438. The iteration
+without K̃^{−1/2} is derived here.
 
 Legend
     n           number of positive pairs (x_i, x'_i); Z = [X; X'] all 2n views
@@ -25,51 +25,46 @@ from stepwise_lightning.precision import as_float64, check_real, on_float64_devi
 from stepwise_lightning.theory.block_lanczos import KernelOperator, top_eigenpairs
 from stepwise_lightning.theory.estimator import Estimator, function_name
 from stepwise_lightning.theory.linear import LinearBarlowTwins
+from stepwise_lightning.theory.moments import check_view_shapes
 from stepwise_lightning.theory.process_group import process_group
 
 Kernel = Callable[[Tensor, Tensor], Tensor]
-# Eigenvalues below this share of the largest cannot be told from zero.
+# Eigenvalues below this fraction of the largest count as zero.
 _ZERO = 1e-12
+_FITTED = ("eigenvalues", "coefficients", "residuals", "views")
 
 
 class ContrastiveKernelPCA(Estimator):
-    r"""The embedding that kernel Barlow Twins learns from small initialisation, and the way there.
+    r"""The embedding that kernel Barlow Twins learns from small initialisation, and its trajectory.
 
     The model minimises ‖C − I_d‖²_F, C = (1/2n) Σ_i (f(x_i) f(x'_i)ᵀ + f(x'_i) f(x_i)ᵀ), over functions of the kernel's
-    Hilbert space. From small initialisation it learns the top eigenfunctions of the contrastive kernel one after the
-    other and ends at f_j(x) = γ_j^{−1/2} Σ_i β_ij K(z_i, x), up to a rotation of the embedding.
+    Hilbert space. From small initialisation it learns the top eigenfunctions of the contrastive kernel one by one, and
+    converges to f_j(x) = γ_j^{−1/2} Σ_i β_ij K(z_i, x), up to a rotation of the embedding.
 
-    The paper writes this with K̃^{−1/2}. Here (beyond the paper) neither a root nor an inverse is taken: the operator
-    β ↦ (1/2n) P K̃ β is self-adjoint in ⟨u, v⟩ = uᵀ K̃ v, and its top eigenpairs are found by block Lanczos iteration in
-    that inner product, which needs products with K̃ only and does not mind singular K̃ (identical crops happen). Up to
-    300 pairs a dense eigendecomposition on the range of K̃ is used instead.
+    The operator β ↦ (1/2n) P K̃ β is self-adjoint in ⟨u, v⟩ = uᵀ K̃ v. Block Lanczos iteration in this inner product
+    computes its top eigenpairs from products with K̃, also for a singular K̃ (identical crops). Up to 300 pairs, a dense
+    eigendecomposition on the range of K̃ is used.
 
     Args:
-        kernel: any callable ``kernel(x, y)``, (k, …) and (l, …) to (k, l), symmetric and positive semi-definite, such
-            as those of :mod:`stepwise_lightning.theory.kernels`; wrap arguments with ``functools.partial``.
+        kernel: any callable ``kernel(x, y)`` of (k, …) and (l, …) that returns (k, l), symmetric and positive
+            semi-definite, see :mod:`stepwise_lightning.theory.kernels`; bind its arguments with ``functools.partial``.
         n_components: d, number of modes.
-        max_bytes: memory for kernel values, of each process. The kernel matrix is held where half of it, 16 n² bytes,
-            fits, or where a process's part of that does; otherwise it is recomputed in tiles at each iteration.
-        tolerance: residual at which the iteration stops, relative to γ_1; eigenvalues are then right to its square.
-        progress: show a progress bar on fits that take long.
+        max_bytes: memory for kernel values, per process. The kernel matrix is stored if half of it, 16 n² bytes divided
+            by the number of processes, fits; otherwise it is recomputed in tiles at each iteration.
+        tolerance: residual at which the iteration stops, relative to γ_1; the relative error of the eigenvalues is
+            about its square.
+        progress: show a progress bar on long fits.
 
     Attributes (after ``fit``):
         eigenvalues_: γ_1 … γ_d, (d,).
         coefficients_: β, (2n, d), the first n rows for X; signs make the largest |f_j| on Z positive.
         residuals_: ‖A β_j − γ_j β_j‖ in the K̃ norm, A the operator, (d,).
 
-    Once ``torch.distributed`` is initialised, the ranks share ``fit`` and all that embeds: they call it together
-    with the same arguments, and get the model of one process. What one calls alone stands in ``with one_process():``
-    (:mod:`stepwise_lightning.theory.process_group`).
-
-    Everything is float64 on the device of the views, or on the CPU where that has no float64. The kernel gets views as
-    they are, also integers, where all are of one type; where types differ it gets float64.
-
     Example:
         >>> from functools import partial
         >>> import torch
         >>> from stepwise_lightning.theory import ContrastiveKernelPCA, rbf_kernel
-        >>> angles = torch.arange(60) * 0.1  # two views of a point on a circle, a little apart
+        >>> angles = torch.arange(60) * 0.1  # two nearby views of each point of a circle
         >>> x1, x2 = (torch.stack([a.cos(), a.sin()], dim=1) for a in (angles, angles + 0.05))
         >>> model = ContrastiveKernelPCA(partial(rbf_kernel, length_scale=1.0), n_components=3).fit(x1, x2)
         >>> model
@@ -106,45 +101,44 @@ class ContrastiveKernelPCA(Estimator):
         return f"ContrastiveKernelPCA(kernel={function_name(self.kernel)}, n_components={self.n_components}, {fitted})"
 
     def fit(self, x1: Tensor, x2: Tensor, operator: type[KernelOperator] = KernelOperator) -> Self:
-        """Find the top modes on pairs of views.
+        """Compute the top modes of pairs of views.
 
         Args:
-            x1: first views, (n, …), as the kernel takes them.
-            x2: second views, (n, …).
-            operator: what multiplies with the kernel matrix, for those who want to count or time that.
+            x1: first views, (n, …), in the form that the kernel accepts.
+            x2: second views, of the same shape.
+            operator: class of the kernel matrix; subclasses can count or time its products.
 
         Raises:
             ValueError: views that differ in shape, are empty, complex or not finite; a kernel matrix of wrong shape,
-                complex, of narrow integers, not finite or not symmetric; fewer positive modes than ``n_components``
-                (the error says how many there are); ``max_bytes`` too small for one tile of the kernel matrix (the
-                error says what is enough); ranks that do not all call this, with the same views and kernel.
+                complex, of narrow integers, not finite or not symmetric; fewer positive modes than ``n_components``;
+                ``max_bytes`` too small for one tile of the kernel matrix; calls that differ between ranks.
 
         """
         group = process_group()
         group.check_same_call("ContrastiveKernelPCA.fit", x1, x2, self.n_components, self.max_bytes, self.tolerance)
-        self._views = torch.cat(group.run_or_raise_everywhere(lambda: _checked_views(x1, x2)))
+        self._views = torch.cat(group.run_or_raise_everywhere(lambda: _validated_views(x1, x2)))
         kernel_matrix = operator(self.kernel, self._views, self.max_bytes, self.progress)
         eigenvalues, coefficients, residuals = top_eigenpairs(kernel_matrix, self.n_components, self.tolerance)
         positive = int((eigenvalues > _ZERO * eigenvalues.abs().max()).sum())
         if positive < self.n_components:
             raise UserError(
-                f"n_components {self.n_components} is more than the {positive} positive modes that these "
-                f"{len(x1)} pairs have under this kernel: choose 1 to {positive}"
+                f"n_components must be 1 to {positive}, the number of positive modes of these {len(x1)} pairs under "
+                f"this kernel, got {self.n_components}"
                 if positive
-                else "these pairs have no positive mode under this kernel: the views of a pair have nothing in common"
+                else "these pairs have no positive mode under this kernel: check that the views of a pair match"
             )
-        # f_j on a view is proportional to β_j of the other view of its pair: both peak with one sign
+        # f_j on a view is proportional to β_j on the other view of the pair; the largest entries have the same sign.
         peaks = coefficients.gather(0, coefficients.abs().argmax(0, keepdim=True)).sign()
         self.eigenvalues_, self.coefficients_, self.residuals_ = eigenvalues, coefficients * peaks, residuals
         return self
 
     def fit_transform(self, x1: Tensor, x2: Tensor) -> tuple[Tensor, Tensor]:
-        """Fit and return the final embeddings of both views, (n, d) each."""
+        """Fit, and return the final embeddings of both views, (n, d) each."""
         self.fit(x1, x2)
         return self.transform(x1), self.transform(x2)
 
     def transform(self, x: Tensor) -> Tensor:
-        """Return the final embeddings γ_j^{−1/2} Σ_i β_ij K(z_i, x) of any points: (k, …) to (k, d).
+        """Return the final embeddings γ_j^{−1/2} Σ_i β_ij K(z_i, x) of (k, …) points, (k, d).
 
         Raises:
             ValueError: called before ``fit``.
@@ -153,10 +147,10 @@ class ContrastiveKernelPCA(Estimator):
         return self._eigenfunctions(x) / self.eigenvalues_.sqrt()
 
     def transform_at(self, x: Tensor, t: Tensor | float, initial_singular_values: Tensor) -> Tensor:
-        """Return the embeddings during training, Σ_i β_ij K(z_i, x) s_j(t) with s_j(t) of :class:`LinearBarlowTwins`.
+        """Return the embeddings during training, s_j(t) Σ_i β_ij K(z_i, x), with s_j(t) of :class:`LinearBarlowTwins`.
 
         Args:
-            x: (k, …).
+            x: points, (k, …).
             t: learning rate × steps, ≥ 0, scalar or (T,).
             initial_singular_values: s_j(0), (d,), in the order of the modes.
 
@@ -171,17 +165,14 @@ class ContrastiveKernelPCA(Estimator):
         return self._eigenfunctions(x) * singular_values.unsqueeze(-2)
 
     def initial_singular_values(self, f1: Tensor, f2: Tensor) -> Tensor:
-        """Return s_j(0) of a model whose initial embeddings of the pairs of ``fit`` are ``f1``, ``f2``, (n, d') each.
+        """Return s_j(0), (d,), for initial embeddings ``f1``, ``f2`` of the fitted pairs, (n, d') each with d' ≥ d.
 
         In the basis of the eigenfunctions the start is W(0) V = Fᵀ β, F = [f1; f2], and its QR decomposition gives
-        s_j(0) = |R_jj|, as for :class:`LinearBarlowTwins`. So a network's own start, with its tangent kernel, predicts
-        when it learns what: the kernel need not generate the embeddings, only their part in its span is seen.
-
-        Returns:
-            (d,); d' must be at least d.
+        s_j(0) = |R_jj|, as for :class:`LinearBarlowTwins`. The embeddings need not lie in the span of the kernel; only
+        their projection enters. With a network's tangent kernel, its initial embeddings predict its step times.
 
         Raises:
-            ValueError: called before ``fit``; embeddings of other shapes, or not finite.
+            ValueError: called before ``fit``; embeddings of another shape, or not finite.
 
         """
         self._check_fitted()
@@ -193,18 +184,15 @@ class ContrastiveKernelPCA(Estimator):
             )
         f = torch.cat(starts)
         if not f.isfinite().all():
-            raise UserError("the initial embeddings hold NaN or infinite values")
+            raise UserError("the initial embeddings hold NaN or infinite values: check the model")
         return torch.linalg.qr(f.T @ self.coefficients_, mode="r").R.diagonal().abs()
 
     def embedding_eigenvalues(self, t: Tensor | float, initial_singular_values: Tensor) -> Tensor:
-        """Return the eigenvalues of C during training, by the uniform form of :class:`LinearBarlowTwins`.
-
-        (d,) for a scalar ``t`` (learning rate × steps), (T, d) for ``t`` of shape (T,).
-        """
+        """Return the eigenvalues of C at time ``t``; see :meth:`LinearBarlowTwins.embedding_eigenvalues`."""
         return self._trajectory(initial_singular_values).embedding_eigenvalues(t)
 
     def step_times(self, initial_singular_values: Tensor) -> Tensor:
-        """Return τ_j = −log(s_j(0)² γ_j) / 8γ_j, when each mode is learned, (d,); see :class:`LinearBarlowTwins`."""
+        """Return the step times τ_j = −log(s_j(0)² γ_j) / 8γ_j, (d,); see :class:`LinearBarlowTwins`."""
         return self._trajectory(initial_singular_values).step_times
 
     def contrastive_kernel(self, x: Tensor, y: Tensor) -> Tensor:
@@ -215,43 +203,45 @@ class ContrastiveKernelPCA(Estimator):
         return (left[:, :half] @ right[:, half:].T + left[:, half:] @ right[:, :half].T) / (2 * half)
 
     def loss(self, x1: Tensor, x2: Tensor) -> Tensor:
-        """Return ‖C − I_d‖²_F of the final embeddings on other pairs, (n, …) each: 0 on those of ``fit``."""
-        f1, f2 = (self.transform(view) for view in _checked_views(x1, x2))
+        """Return ‖C − I_d‖²_F of the final embeddings on pairs of views, (n, …) each; 0 on the fitted pairs."""
+        f1, f2 = (self.transform(view) for view in _validated_views(x1, x2))
         c = f1.T @ f2 / len(f1)
         return ((c + c.T) / 2 - torch.eye(self.n_components).to(c)).square().sum()
 
     def save(self, path: str | Path) -> None:
-        """Save what was fitted, as plain tensors; the kernel is code and stays with you.
-
-        Raises:
-            ValueError: called before ``fit``.
-
-        """
+        """Save the attributes of a fitted model as plain tensors, without the kernel."""
         self._check_fitted()
-        fitted = {"eigenvalues": self.eigenvalues_, "coefficients": self.coefficients_, "residuals": self.residuals_}
-        torch.save(fitted | {"views": self._views}, path)
+        fitted = (self.eigenvalues_, self.coefficients_, self.residuals_, self._views)
+        torch.save(dict(zip(_FITTED, fitted, strict=True)), path)
 
     @classmethod
     def load(cls, path: str | Path, kernel: Kernel) -> Self:
-        """Return a fitted model from :meth:`save`, with the kernel it was fitted with.
+        """Load a fitted model from the file of :meth:`save`. Pass the kernel with which it was fitted.
 
         Raises:
-            FileNotFoundError: there is no such file.
-            ValueError: it is damaged, or something else; nothing in it is run.
+            FileNotFoundError: the file does not exist.
+            ValueError: the file is damaged, or not a saved model. No code in the file is executed.
 
         """
-        fitted = _read_fitted(path)
-        model = cls(kernel, len(fitted["eigenvalues"]))
-        model.eigenvalues_, model.coefficients_ = fitted["eigenvalues"], fitted["coefficients"]
-        model.residuals_, model._views = fitted["residuals"], fitted["views"]
+        try:
+            saved = torch.load(path, weights_only=True)
+        except OSError:
+            raise
+        except Exception as error:  # torch and its unpickler raise many types
+            kind = f"{type(error).__name__}: {error}".splitlines()[0]
+            raise UserError(f"cannot load a ContrastiveKernelPCA from {str(path)!r} ({kind}): save it again") from error
+        if not _is_fitted(saved):
+            raise UserError(f"{str(path)!r} does not hold a fitted ContrastiveKernelPCA: save it again")
+        model = cls(kernel, len(saved["eigenvalues"]))
+        model.eigenvalues_, model.coefficients_, model.residuals_, model._views = (saved[name] for name in _FITTED)
         return model
 
     def _check_fitted(self) -> None:
         if not hasattr(self, "eigenvalues_"):
-            raise UserError("this ContrastiveKernelPCA is not fitted yet: call fit(x1, x2) first")
+            raise UserError("this ContrastiveKernelPCA is not fitted: call fit(x1, x2) first")
 
     def _trajectory(self, initial_singular_values: Tensor) -> LinearBarlowTwins:
-        """Return the linear model in the basis of the eigenfunctions, where it is diagonal."""
+        """Return the linear model in the basis of the eigenfunctions, where Γ is diagonal."""
         self._check_fitted()
         start = as_float64(initial_singular_values, "initial_singular_values").to(self.eigenvalues_.device)
         if start.shape != self.eigenvalues_.shape or not (start >= 0).all():
@@ -274,62 +264,33 @@ class ContrastiveKernelPCA(Estimator):
 
     def _kernel(self, x: Tensor, views: Tensor) -> Tensor:
         check_real(x, "the points")
-        x, views = _in_one_type(on_float64_device(x).to(views.device), views)
+        x, views = _common_dtype(on_float64_device(x).to(views.device), views)
         return as_float64(self.kernel(x, views), "the kernel").to(self.coefficients_.device)
 
 
-def _checked_views(x1: Tensor, x2: Tensor) -> tuple[Tensor, Tensor]:
-    if x1.shape != x2.shape:
-        raise UserError(f"the two views must have one shape, got {tuple(x1.shape)} and {tuple(x2.shape)}")
-    if x1.ndim < 2 or x1.numel() == 0:
-        raise UserError(f"views must have shape (pairs, features…) and not be empty, got {tuple(x1.shape)}")
+def _validated_views(x1: Tensor, x2: Tensor) -> tuple[Tensor, Tensor]:
+    check_view_shapes(x1, x2)
     for name, x in (("first", x1), ("second", x2)):
         check_real(x, f"the {name} views")
         if not x.isfinite().all():
-            raise UserError(f"the {name} views hold NaN or infinite values: clean them")
+            raise UserError(f"the {name} views hold NaN or infinite values: check the data")
     x1 = on_float64_device(x1)
-    return _in_one_type(x1, on_float64_device(x2).to(x1.device))
+    return _common_dtype(x1, on_float64_device(x2).to(x1.device))
 
 
-def _in_one_type(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """Return both as they are if they are of one type, else as float64: no type of the two holds all of both."""
+def _common_dtype(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """Return both tensors unchanged if they have the same type, else as float64, which holds the values of both."""
     return (x, y) if x.dtype == y.dtype else (x.double(), y.double())
 
 
-def _read_fitted(path: str | Path) -> dict[str, Tensor]:
-    """Return what ``ContrastiveKernelPCA.save`` has written; nothing in the file is run.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is damaged, or something else.
-
-    """
-    try:
-        fitted = torch.load(path, weights_only=True)
-    except OSError:
-        raise
-    except Exception as error:  # torch and its unpickler raise whatever they come across
-        kind = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise UserError(f"{str(path)!r} cannot be read as a saved model ({kind}): fit and save it again") from error
-    if not _is_fitted(fitted):
-        raise UserError(f"{str(path)!r} does not hold a fitted ContrastiveKernelPCA: fit and save it again")
-    return fitted
-
-
 def _is_fitted(saved: Any) -> bool:
-    """Whether ``saved`` is what ``ContrastiveKernelPCA.save`` writes."""
-    names = ("eigenvalues", "coefficients", "residuals", "views")
-    if not isinstance(saved, dict) or not all(isinstance(saved.get(name), Tensor) for name in names):
+    """Return True for the contents of a file of :meth:`ContrastiveKernelPCA.save`."""
+    if not isinstance(saved, dict) or not all(isinstance(saved.get(name), Tensor) for name in _FITTED):
         return False
-    eigenvalues, coefficients, residuals, views = (saved[name] for name in names)
-    return (
-        eigenvalues.ndim == 1
-        and len(eigenvalues) > 0
-        and eigenvalues.shape == residuals.shape
-        and views.ndim > 1
-        and len(views) % 2 == 0
-        and coefficients.shape == (len(views), len(eigenvalues))
-        and all(not saved[name].is_complex() and bool(saved[name].isfinite().all()) for name in names)
-        and all(saved[name].dtype == torch.float64 for name in names[:3])
-        and bool((eigenvalues > 0).all())
-    )
+    eigenvalues, coefficients, residuals, views = tensors = [saved[name] for name in _FITTED]
+    if eigenvalues.ndim != 1 or len(eigenvalues) == 0 or views.ndim < 2 or len(views) % 2:
+        return False
+    if residuals.shape != eigenvalues.shape or coefficients.shape != (len(views), len(eigenvalues)):
+        return False
+    finite = all(not tensor.is_complex() and bool(tensor.isfinite().all()) for tensor in tensors)
+    return finite and all(t.dtype == torch.float64 for t in tensors[:3]) and bool((eigenvalues > 0).all())

@@ -1,4 +1,4 @@
-"""Contrastive kernel PCA against the paper's own form, the linear model, explicit features and gradient flow."""
+"""Contrastive kernel PCA against the paper's formula, the linear model and gradient flow."""
 
 from functools import partial
 
@@ -29,14 +29,14 @@ def pairs(n: int = 30, m: int = 6, seed: int = 0) -> tuple[Tensor, Tensor]:
 
 @pytest.fixture(params=["dense", "lanczos", "streamed"])
 def route(request, monkeypatch) -> dict:
-    """Options under which each of the three routes is taken."""
+    """Return options that select the dense eigendecomposition, Lanczos, or Lanczos with recomputed tiles."""
     if request.param != "dense":
         monkeypatch.setattr(block_lanczos, "_DENSE", 0)
     return {"max_bytes": 8 * 6 * 60 * 7} if request.param == "streamed" else {}
 
 
 @pytest.mark.parametrize("kernel", KERNELS.values(), ids=KERNELS)
-def test_it_is_the_paper_s_form(kernel, route):
+def test_embedding_matches_formula_of_the_paper(kernel, route):
     """f(x) = Λ^{−1/2} Vᵀ K̃^{−1/2} [K(X, x); K(X', x)], V the top eigenvectors of (1/2n) K̃^{1/2} P K̃^{1/2}."""
     x1, x2 = pairs()
     model = ContrastiveKernelPCA(kernel, 4, **route).fit(x1, x2)
@@ -68,7 +68,7 @@ def test_coefficients_are_orthonormal_eigenvectors(route):
     assert model.loss(x1, x2) < 1e-15 < 0.01 < model.loss(*pairs(seed=1))
 
 
-def test_the_linear_kernel_is_the_linear_model(route):
+def test_linear_kernel_matches_linear_model(route):
     x1, x2 = pairs()
     start = torch.tensor([1e-3, 2e-3, 1e-3], dtype=torch.float64)
     model = ContrastiveKernelPCA(linear_kernel, 3, **route).fit(x1, x2)
@@ -84,7 +84,7 @@ def test_the_linear_kernel_is_the_linear_model(route):
     torch.testing.assert_close(embeddings * signs, expected, rtol=1e-6, atol=1e-8)
 
 
-def test_a_start_enters_as_in_the_linear_model(route):
+def test_initial_singular_values_match_linear_model(route):
     x1, x2 = pairs()
     weights = 1e-4 * torch.randn(5, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
     linear = LinearBarlowTwins(feature_cross_correlation(x1, x2), weights)
@@ -100,7 +100,7 @@ def test_a_start_enters_as_in_the_linear_model(route):
         model.initial_singular_values(x1[:, :4], x2[:, :4])
 
 
-def test_the_trajectory_is_that_of_gradient_flow():
+def test_trajectory_matches_gradient_flow():
     """dA/dt = −4 (C − I) A K̃ P / 2n for f(x) = A [K(z_i, x)], integrated by Runge-Kutta from an aligned small start."""
     x1, x2 = pairs(12)
     model = ContrastiveKernelPCA(RBF, 3).fit(x1, x2)
@@ -127,8 +127,8 @@ def test_the_trajectory_is_that_of_gradient_flow():
     assert forever.shape == (2, 5, 3) and embeddings.shape == (5, 3)
 
 
-def test_the_contrastive_kernel_has_these_eigenfunctions():
-    """k_Γ(x, y) = Σ_j γ_j φ_j(x) φ_j(y), φ_j of unit norm, over all modes, the negative ones included."""
+def test_contrastive_kernel_has_the_fitted_eigenfunctions():
+    """k_Γ(x, y) = Σ_j γ_j φ_j(x) φ_j(y), φ_j of unit norm, over all modes, including negative ones."""
     x1, x2 = pairs(8, 3)
     model = ContrastiveKernelPCA(linear_kernel, 3).fit(x1, x2)
     x, y = pairs(4, 3, seed=1)
@@ -138,14 +138,14 @@ def test_the_contrastive_kernel_has_these_eigenfunctions():
     torch.testing.assert_close(functions[0] @ functions[1].T, expected, rtol=1e-8, atol=1e-9)
 
 
-def test_shared_content_minus_noise():
+def test_eigenvalues_are_shared_content_minus_noise():
     x1, x2 = pairs()
     mean, half = (x1 + x2) / 2, (x1 - x2) / 2
     expected = torch.linalg.eigvalsh((mean.T @ mean - half.T @ half) / 30).flip(0)[:4]
     torch.testing.assert_close(ContrastiveKernelPCA(linear_kernel, 4).fit(x1, x2).eigenvalues_, expected)
 
 
-def test_identical_crops_make_a_singular_matrix_and_no_trouble(route):
+def test_repeated_pairs_do_not_change_the_fit(route):
     x1, x2 = pairs()
     x1, x2 = (torch.cat([x[:15], x[:15]]) for x in (x1, x2))
     x2[:5] = x1[:5]
@@ -155,7 +155,7 @@ def test_identical_crops_make_a_singular_matrix_and_no_trouble(route):
     torch.testing.assert_close(once.transform(x1), twice.transform(x1), rtol=1e-6, atol=1e-8)
 
 
-def test_larger_problems_agree_on_all_routes(monkeypatch):
+def test_dense_and_iterative_fits_agree_on_larger_problem(monkeypatch):
     x1, x2 = pairs(400, 20)
     lanczos = ContrastiveKernelPCA(RBF, 6).fit(x1, x2)
     streamed = ContrastiveKernelPCA(RBF, 6, max_bytes=10**6).fit(x1, x2)
@@ -167,7 +167,7 @@ def test_larger_problems_agree_on_all_routes(monkeypatch):
         assert 0 < model.residuals_.max() <= 1e-7 * model.eigenvalues_[0]
 
 
-def test_one_pair_and_float32_and_images():
+def test_single_pair_and_float32_images():
     x1, x2 = pairs(1)
     model = ContrastiveKernelPCA(linear_kernel, 1).fit(x1, x2)
     gamma = (x1 @ x2.T + x1.norm() * x2.norm()).item() / 2  # of (x x'ᵀ + x' xᵀ)/2
@@ -179,12 +179,12 @@ def test_one_pair_and_float32_and_images():
     torch.testing.assert_close(model.eigenvalues_, same.eigenvalues_, rtol=1e-12, atol=0)
 
 
-def test_saved_and_loaded(tmp_path):
+def test_load_restores_saved_model(tmp_path):
     x1, x2 = pairs()
     model = ContrastiveKernelPCA(RBF, 3).fit(x1, x2)
     model.save(tmp_path / "model.pt")
-    again = ContrastiveKernelPCA.load(tmp_path / "model.pt", RBF)
-    assert torch.equal(again.transform(x1), model.transform(x1)) and again.n_components == 3
+    loaded = ContrastiveKernelPCA.load(tmp_path / "model.pt", RBF)
+    assert torch.equal(loaded.transform(x1), model.transform(x1)) and loaded.n_components == 3
     torch.load(tmp_path / "model.pt", weights_only=True)
 
 
@@ -193,40 +193,40 @@ def skewed(x: Tensor, y: Tensor) -> Tensor:
 
 
 BAD = {
-    "shapes": (lambda a, b: (a, b[:, :3]), RBF, {}, r"one shape, got \(30, 6\) and \(30, 3\)"),
-    "lengths": (lambda a, b: (a[:9], b), RBF, {}, r"one shape, got \(9, 6\) and \(30, 6\)"),
+    "shapes": (lambda a, b: (a, b[:, :3]), RBF, {}, r"the same shape, got \(30, 6\) and \(30, 3\)"),
+    "lengths": (lambda a, b: (a[:9], b), RBF, {}, r"the same shape, got \(9, 6\) and \(30, 6\)"),
     "empty": (lambda a, b: (a[:0], b[:0]), RBF, {}, "not be empty"),
     "nan": (lambda a, b: (a, b / 0), RBF, {}, "the second views hold NaN or infinite values"),
-    "wrong shape": (lambda a, b: (a, b), lambda x, y: linear_kernel(x, y)[0], {}, r"must be a real \(k, l\) matrix"),
-    "complex": (lambda a, b: (a, b), lambda x, y: linear_kernel(x, y) * 1j, {}, "must be a real .*complex128"),
-    "asymmetric": (lambda a, b: (a, b), skewed, {}, "must be symmetric: this one is not"),
+    "wrong shape": (lambda a, b: (a, b), lambda x, y: linear_kernel(x, y)[0], {}, r"must return a real \(k, l\)"),
+    "complex": (lambda a, b: (a, b), lambda x, y: linear_kernel(x, y) * 1j, {}, "must return a real .*complex128"),
+    "asymmetric": (lambda a, b: (a, b), skewed, {}, "must be symmetric, got an asymmetric matrix"),
     "kernel nan": (lambda a, b: (a, b), lambda x, y: linear_kernel(x, y).log(), {}, "NaN or infinite values"),
-    "too many": (lambda a, b: (a, b), linear_kernel, {"n_components": 7}, "more than the 6 positive modes .* 1 to 6"),
+    "too many": (lambda a, b: (a, b), linear_kernel, {"n_components": 7}, "must be 1 to 6, .* got 7"),
     "none": (lambda a, b: (a, -a), linear_kernel, {}, "no positive mode"),
-    "no room": (lambda a, b: (a, b), RBF, {"max_bytes": 100}, "cannot hold one tile of kernel values: at least 12288"),
+    "no room": (lambda a, b: (a, b), RBF, {"max_bytes": 100}, "at least 12288 for one tile of kernel values, got 100"),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize(("change", "kernel", "options", "message"), BAD.values(), ids=BAD)
-def test_bad_input_gets_one_clear_line(change, kernel, options, message):
-    with pytest.raises(ValueError, match=message) as caught:
+def test_invalid_input_raises_one_line(change, kernel, options, message):
+    with pytest.raises(ValueError, match=message) as error:
         ContrastiveKernelPCA(kernel, **({"n_components": 2} | options)).fit(*change(*pairs()))
-    assert "\n" not in str(caught.value)
+    assert "\n" not in str(error.value)
 
 
-def test_the_number_of_positive_modes_is_found_by_iteration_too(monkeypatch):
+def test_iteration_counts_positive_modes(monkeypatch):
     monkeypatch.setattr(block_lanczos, "_DENSE", 0)
-    with pytest.raises(ValueError, match="more than the 6 positive modes"):
+    with pytest.raises(ValueError, match="must be 1 to 6, the number of positive modes .*, got 7"):
         ContrastiveKernelPCA(linear_kernel, 7).fit(*pairs())
 
 
-def test_misuse_is_refused():
+def test_invalid_arguments_raise():
     for wrong in ({"n_components": 0}, {"n_components": 2, "tolerance": 0}):
         with pytest.raises(ValueError, match="n_components must be at least 1|tolerance must lie between"):
             ContrastiveKernelPCA(RBF, **wrong)
     model, (x1, x2) = ContrastiveKernelPCA(RBF, 2), pairs()
     for use in (lambda: model.transform(x1), lambda: model.step_times(torch.ones(2)), lambda: model.save("x")):
-        with pytest.raises(ValueError, match=r"not fitted yet: call fit\(x1, x2\) first"):
+        with pytest.raises(ValueError, match=r"is not fitted: call fit\(x1, x2\) first"):
             use()
     model.fit(x1, x2)
     with pytest.raises(ValueError, match="must be 2 values ≥ 0"):

@@ -114,7 +114,7 @@ def num_held_values():
     products = [
         block_lanczos.KernelOperator(RBF, torch.cat(pairs()), size, False) for size in (HELD, HELD_BY_TWO, STREAMED)
     ]
-    return [None if each.held is None else sum(tile.numel() for _, _, tile in each.held) for each in products]
+    return [None if each.tiles is None else sum(tile.numel() for _, _, tile in each.tiles) for each in products]
 
 
 def single_rank_call(rank):
