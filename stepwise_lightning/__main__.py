@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 import sys
+import textwrap
 from importlib import import_module
 from importlib.metadata import version
 
-from stepwise_lightning.commands import COMMANDS, TRAINING
+from stepwise_lightning.commands import COMMANDS
 from stepwise_lightning.errors import one_line
 from stepwise_lightning.signals import INTERRUPTED
 
@@ -15,59 +16,52 @@ __all__ = ["main"]
 
 _HELP = """usage: stepwise COMMAND [options]
 
-Predict, train and watch self-supervised models that learn their embeddings one dimension at a time.
+Predict, train and monitor self-supervised models that learn their embeddings one dimension at a time.
 
-commands ('stepwise COMMAND --help' lists the options of one):
+commands ('stepwise COMMAND --help' lists the options):
 {commands}
 
 options:
   --help, --version
 
-A run is described by a configuration, which comes with the package or is a file of yours:
+A configuration describes a run. It is a file, or one of the package:
   stepwise fit --config barlow_twins_photos      one or two minutes on a laptop, no download
 {configurations}
 A second --config changes some values of the first, and options change single values:
   stepwise fit --config vicreg_photos --config ordinary --trainer.max_steps 500
-All of one, with every default:
+Print a complete configuration, with every default:
   stepwise fit --config vicreg_photos --print_config
 
-Each run gets a folder, runs/NAME/version_N: configuration, checkpoints, spectra, picture.
+Each run has a folder, runs/NAME/version_N, with its configuration, checkpoints, spectra and figure.
 """
 
 
 def main() -> None:
-    """Run ``stepwise``; see :func:`stepwise_lightning.commands.lightning_cli.main` for how it ends."""
-    if not run_without_lightning():
-        # Importing Lightning takes seconds.
-        from stepwise_lightning.commands import lightning_cli
-
-        lightning_cli.main()
-
-
-def run_without_lightning() -> bool:
-    """Do what needs no Lightning: help, version, and the commands of this package; return whether it was that."""
-    command, arguments = (sys.argv[1:2] or ["--help"])[0], sys.argv[2:]
+    """Run ``stepwise``; :func:`stepwise_lightning.commands.lightning_cli.main` describes the exit statuses."""
+    command, *arguments = sys.argv[1:] or ["--help"]
     if command in ("-h", "--help"):
         print(_help(), end="")
     elif command == "--version":
         print(f"stepwise_lightning {version('stepwise_lightning')}")
-    elif command in COMMANDS:
-        _run(command, arguments)
-    elif not command.startswith("-") and command not in TRAINING:
-        sys.exit(f"stepwise: error: unknown command {command!r}; choose from: {', '.join(TRAINING | COMMANDS)}")
+    elif command not in COMMANDS:
+        sys.exit(f"stepwise: error: unknown command {command!r}; choose from: {', '.join(COMMANDS)}")
     else:
-        return False
-    return True
+        _run(command, arguments)
 
 
 def _run(command: str, arguments: list[str]) -> None:
+    name, _ = COMMANDS[command]
+    module = import_module(f"stepwise_lightning.commands.{name}")
+    if name == "lightning_cli":  # one module for several commands, which reports errors itself
+        module.main([command, *arguments])
+        return
     if not sys.flags.safe_path and not {"", os.getcwd()} & set(sys.path):
-        sys.path.insert(0, os.getcwd())  # classes of one's own that a run has used
+        sys.path.insert(0, os.getcwd())  # classes in the working directory that a run has used
     try:
-        import_module(f"stepwise_lightning.commands.{command}").main(arguments)
+        module.main(arguments)
     except KeyboardInterrupt:
         sys.exit(INTERRUPTED)
-    except BrokenPipeError:  # of `stepwise summary … | head`
+    except BrokenPipeError:  # as in `stepwise summary … | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except Exception as error:
         text = one_line(error)
@@ -79,15 +73,9 @@ def _run(command: str, arguments: list[str]) -> None:
 def _help() -> str:
     from stepwise_lightning.commands.configurations import names
 
-    commands = "\n".join(f"  {name:<10}{text}" for name, text in (TRAINING | COMMANDS).items())
-    listed = "".join(f"  {line}\n" for line in _wrapped(names()))
-    return _HELP.format(commands=commands, configurations=listed.rstrip("\n"))
-
-
-def _wrapped(words: list[str]) -> list[str]:
-    import textwrap
-
-    return textwrap.wrap(", ".join(words), 100)
+    commands = "\n".join(f"  {name:<10}{text}" for name, (_, text) in COMMANDS.items())
+    configurations = "\n".join(f"  {line}" for line in textwrap.wrap(", ".join(names()), 100))
+    return _HELP.format(commands=commands, configurations=configurations)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Files that are never half-written: each is the old one or the new one, whenever the process is killed."""
+"""Atomic writes: a kill at any moment leaves the old file or the new one, never a part of one."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ __all__ = ["atomic_write", "atomic_write_text"]
 
 
 def atomic_write(path: Path, write: Callable[[Path], Any]) -> None:
-    """Let ``write`` write a file beside ``path``, and move it there when all of it is on the disk.
+    """Call ``write`` with a temporary path in the same folder, sync that file, and rename it to ``path``.
 
-    The file beside it is hidden, and has the same ending, which tells writers the format. It is removed if ``write``
-    fails; after a kill it may stay, and the next call overwrites it. A missing folder is made.
+    The temporary file is hidden and has the suffix of ``path``, from which writers infer the format. It is removed if
+    ``write`` raises; a kill may leave it, and the next call overwrites it. A missing folder is created.
 
     Raises:
-        CannotWriteError: it cannot be written (an OSError too); ``path`` is as it was.
+        CannotWriteError: the file cannot be written; ``path`` is unchanged.
 
     """
     partial = path.with_name(f".{path.stem}.partial{path.suffix}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write(partial)
-        _sync(partial)  # or a crash of the machine could leave the new name with nothing in it
+        _sync(partial)  # otherwise a crash of the machine could leave the new name on an empty file
         os.replace(partial, path)
     except OSError as error:
         _remove(partial)
@@ -39,12 +39,12 @@ def atomic_write(path: Path, write: Callable[[Path], Any]) -> None:
 
 
 def atomic_write_text(path: Path, text: str) -> None:
-    """Replace a text file, UTF-8, in the same way."""
+    """Write a UTF-8 text file atomically."""
     atomic_write(path, lambda partial: partial.write_text(text, encoding="utf-8"))
 
 
 def _remove(partial: Path) -> None:
-    with suppress(OSError):  # its folder may not be one
+    with suppress(OSError):  # the parent may not be a folder
         partial.unlink()
 
 

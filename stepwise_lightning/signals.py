@@ -1,4 +1,4 @@
-"""How a run is told to stop, and how it says that it has."""
+"""Signals that stop a run, and its exit statuses."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import signal
 
 __all__ = ["EX_TEMPFAIL", "INTERRUPTED", "STOP_SIGNALS"]
 
-# The exit status of a run that was told to stop, has saved itself, and can be continued: sysexits.h's "try again".
+# Exit status of a run that a signal stopped after it saved a checkpoint: "temporary failure" in sysexits.h.
 EX_TEMPFAIL = 75
-# Ctrl-C, and what schedulers send; Windows lacks the last one.
+# Ctrl-C, and the signals of schedulers; Windows has no SIGUSR1.
 STOP_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
-# The exit status after Ctrl-C, as shells say it.
+# Exit status after Ctrl-C, as shells report it.
 INTERRUPTED = 128 + signal.SIGINT

@@ -1,4 +1,4 @@
-"""What a run of the command line writes beside its logs when it starts: its configuration, and where it came from."""
+"""Files that a run of the command line writes when it starts: configuration, provenance, pointer to the run."""
 
 from __future__ import annotations
 
@@ -13,37 +13,45 @@ from stepwise_lightning.callbacks.tensorboard import log_settings
 from stepwise_lightning.errors import cannot_write
 from stepwise_lightning.files import atomic_write_text
 from stepwise_lightning.runs.folders import free_name, run_folder
+from stepwise_lightning.runs.latest import write_pointer
 from stepwise_lightning.runs.provenance import provenance
 
 _SHOWN = ("alpha", "encoder", "init_std", "learning_rate", "loss", "momentum", "seed", "weight_decay")
 
 
 class SaveRun(SaveConfigCallback):
-    """Writes ``config.yaml`` (complete, as run) and ``provenance.json`` (versions, commits, machine) beside the logs.
+    """Write ``config.yaml`` (complete) and ``provenance.json`` (versions, commits, machine) to the folder of the run.
 
-    A run that is continued in its folder keeps them, and gets another pair, ``config_step_300.yaml`` and so on; another
-    run in the same folder writes ``config-v1.yaml``. TensorBoard's table of hyperparameters gets the loss, its rates,
-    the encoder and the scale that it starts from.
+    A resumed run keeps both, and adds ``config_step_300.yaml`` and ``provenance_step_300.json``; another run in the
+    same folder writes ``config-v1.yaml``. TensorBoard's table of hyperparameters gets the loss, its rates, the encoder
+    and its initial scale. When training starts, the pointer file for ``--ckpt_path last`` is written.
+
+    Args:
+        text: the configuration as YAML.
+        pointer: path of the pointer file (:mod:`stepwise_lightning.runs.latest`).
+        arguments: of Lightning's ``SaveConfigCallback``.
+        options: of Lightning's ``SaveConfigCallback``.
 
     Raises:
-        OSError: they cannot be written.
+        OSError: a file cannot be written.
 
     """
 
-    def __init__(self, *arguments: Any, **options: Any) -> None:
-        # Lightning would write to the loggers' common folder, and refuse to start where there is a file already.
+    def __init__(self, *arguments: Any, text: str, pointer: Path, **options: Any) -> None:
+        # Lightning would write to the common folder of the loggers, and fail if it has such a file.
         super().__init__(*arguments, **(options | {"save_to_log_dir": False}))
+        self._text, self._pointer = text, pointer
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Write both files on rank 0, if this is a run: what validates or tests one leaves nothing."""
+        """Write configuration and provenance on rank 0 before training; evaluations write nothing."""
         if stage != "fit":
             return
         if not self.already_saved:
-            self._folder = run_folder(trainer, self.config.get("ckpt_path"))  # a broadcast: every rank must ask
+            self._folder = run_folder(trainer, self.config.get("ckpt_path"))  # a broadcast
         super().setup(trainer, pl_module, stage)
 
     def save_config(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Write both files."""
+        """Write configuration and provenance."""
 
         def paths(stem: str) -> tuple[Path, Path]:
             return self._folder / f"{stem}.yaml", self._folder / f"{stem.replace('config', 'provenance', 1)}.json"
@@ -56,13 +64,18 @@ class SaveRun(SaveConfigCallback):
             self._folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise cannot_write(self._folder, error) from error
-        atomic_write_text(config, self.parser.dump(self.config, skip_none=False))
+        atomic_write_text(config, self._text)
         atomic_write_text(origin, json.dumps(provenance(), indent=2) + "\n")
         log_settings(trainer, _settings(self.config.as_dict()))
 
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Write the pointer file on rank 0, unless the run saves no checkpoints."""
+        if trainer.is_global_zero and trainer.checkpoint_callbacks:
+            write_pointer(self._pointer, self._folder, trainer.loggers)
+
 
 def _settings(config: dict[str, Any]) -> dict[str, bool | float | str]:
-    """Return what most distinguishes runs, few enough for one look; ``config.yaml`` has all."""
+    """Return the few settings in which runs differ most; ``config.yaml`` has all of them."""
     model = dict(config["model"].get("init_args") or {})
     encoder = model.pop("encoder", None)
     parts = dict((encoder.get("init_args") if isinstance(encoder, dict) else None) or {})

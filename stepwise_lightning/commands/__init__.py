@@ -1,22 +1,21 @@
-"""Commands of ``stepwise``: one module each, with ``main(arguments)``; ``lightning_cli`` has the training commands."""
+"""Commands of ``stepwise``, one module each, with ``main(arguments)``."""
 
 from __future__ import annotations
 
 __all__ = ["COMMANDS", "TRAINING"]
 
-# Those with a module of their own here, and what `stepwise --help` says of them.
+# name of the command: module in this package, and its line in `stepwise --help`
 COMMANDS = {
-    "summary": "print what finished runs have learned, as a table",
-    "plot": "draw the trajectories of one finished run, or of several over each other",
-    "embed": "write what a trained encoder makes of a folder of images",
-    "modes": "show what each mode of a trained run looks like, and what it is blind to",
-    "export": "write a trained ResNet as weights for torchvision",
-    "download": "fetch CIFAR-10 or STL-10",
+    "fit": ("lightning_cli", "train a model and log its spectra"),
+    "validate": ("lightning_cli", "evaluate a trained model on its held-out images"),
+    "test": ("lightning_cli", "evaluate a trained model on its test images"),
+    "forecast": ("lightning_cli", "predict when each mode is learned, and the largest stable learning rate"),
+    "summary": ("summary", "print a table of the modes that finished runs have learned"),
+    "plot": ("plot", "plot the eigenvalues of one finished run, or of several in one figure"),
+    "embed": ("embed", "compute the embeddings of a folder of images with a trained encoder"),
+    "modes": ("modes", "describe each mode of a trained run: images, classes, invariances"),
+    "export": ("export", "export a trained ResNet as weights for torchvision"),
+    "download": ("download", "download CIFAR-10 or STL-10"),
 }
-# Those of Lightning's command line.
-TRAINING = {
-    "fit": "train a model, and measure its spectra",
-    "validate": "measure a trained model on its held-out images",
-    "test": "the same on its test images",
-    "forecast": "say when each mode will be learned, and up to which learning rate that is stable",
-}
+# Commands of Lightning's command line: their options are a configuration.
+TRAINING = [name for name, (module, _) in COMMANDS.items() if module == "lightning_cli"]

@@ -1,4 +1,4 @@
-"""How configurations and options change callbacks: those that they do not name stay as they are."""
+"""Options of callbacks, and configurations that change callbacks without listing all of them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from stepwise_lightning.errors import UserError
 
 __all__ = ["OPTIONS", "as_configurations", "merged"]
 
-# What the callbacks of this package are called in options such as --spectrum.num_points.
+# prefixes of options such as --spectrum.num_points
 OPTIONS = {
     "spectrum": "stepwise_lightning.SpectrumLogger",
     "forecast": "stepwise_lightning.ForecastLogger",
@@ -22,16 +22,16 @@ OPTIONS = {
 
 
 def as_configurations(arguments: list[str]) -> list[str]:
-    """Return the arguments of ``stepwise`` with options of callbacks written as configurations.
+    """Return command-line arguments in which options of callbacks are replaced by configurations.
 
-    ``--spectrum.num_points 50`` becomes a configuration of one callback, whose class has that argument. They come last,
-    as options have the last word.
+    ``--spectrum.num_points 50`` becomes a ``--config`` with one callback and that argument. These configurations come
+    last: options override files.
 
     Raises:
         ValueError: an option without a value.
 
     """
-    others, written = list[str](), list[str]()
+    others, configurations = list[str](), list[str]()
     rest = iter(arguments)
     for argument in rest:
         option, equals, value = argument.partition("=")
@@ -39,11 +39,11 @@ def as_configurations(arguments: list[str]) -> list[str]:
         if not (option.startswith("--") and callback in OPTIONS and name):
             others.append(argument)
             continue
-        given = value if equals else next(rest, None)
-        if given is None:
+        text = value if equals else next(rest, None)
+        if text is None:
             raise UserError(f"{option} needs a value")
-        written.append(f"--config={json.dumps(_configuration(OPTIONS[callback], name, given))}")
-    return others + written
+        configurations.append(f"--config={json.dumps(_configuration(OPTIONS[callback], name, text))}")
+    return others + configurations
 
 
 def _configuration(class_path: str, name: str, value: str) -> dict[str, Any]:
@@ -51,29 +51,29 @@ def _configuration(class_path: str, name: str, value: str) -> dict[str, Any]:
     return {"trainer": {"callbacks": [callback]}}
 
 
-def merged(before: list[Any], changes: list[Any]) -> list[Any]:
-    """Return callbacks with changes: each changes the arguments of the one of its class, or is added.
+def merged(callbacks: list[Any], changes: list[Any]) -> list[Any]:
+    """Return configured callbacks with changes: a change updates the arguments of the callback of its class.
 
-    Of several of one class the first change is that of the first, and so on.
+    The n-th change of a class applies to the n-th callback of that class; without such a callback it is appended.
     """
-    result, free = list(before), list(range(len(before)))
+    result, free = list(callbacks), list(range(len(callbacks)))
     for change in changes:
-        same = next((index for index in free if _class_name(before[index]) == _class_name(change)), None)
-        if same is None:
+        index = next((index for index in free if _class_name(callbacks[index]) == _class_name(change)), None)
+        if index is None:
             result.append(change)
         else:
-            free.remove(same)
-            result[same] = _changed(before[same], change)
+            free.remove(index)
+            result[index] = _updated(callbacks[index], change)
     return result
 
 
 def _class_name(callback: Any) -> str:
-    # A class of this package goes by several paths.
+    # Classes of this package have several paths.
     return callback["class_path"].rpartition(".")[2]
 
 
-def _changed(callback: Any, change: Any) -> Any:
-    changed = callback.clone()
+def _updated(callback: Any, change: Any) -> Any:
+    updated = callback.clone()
     for name, value in (change.get("init_args") or {}).items():
-        changed[f"init_args.{name}"] = value
-    return changed
+        updated[f"init_args.{name}"] = value
+    return updated

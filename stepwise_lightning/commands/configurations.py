@@ -1,4 +1,4 @@
-"""The configurations that come with the package, and what the command line says of them before Lightning reads it."""
+"""Named configurations of the package, and class paths that moved."""
 
 from __future__ import annotations
 
@@ -6,40 +6,51 @@ from pathlib import Path
 
 from stepwise_lightning.errors import NotFoundError
 
-__all__ = ["named", "names"]
+__all__ = ["names", "with_files"]
 
 _FOLDER = Path(__file__).parent.parent / "configs"
 
 
 def names() -> list[str]:
-    """Return the names of the configurations that come with the package."""
+    """Return the names of the configurations of the package."""
     return sorted(path.stem for path in _FOLDER.glob("*.yaml"))
 
 
-def named(arguments: list[str]) -> list[str]:
-    """Return the arguments of ``stepwise`` with the names of configurations replaced by the files that they stand for.
+def with_files(arguments: list[str]) -> list[str]:
+    """Return command-line arguments in which names of configurations are replaced by their files.
 
-    A file of that name goes first.
+    A file in the working directory takes precedence over a configuration of the package. Class paths that moved are
+    replaced, in options and in configurations.
 
     Raises:
-        FileNotFoundError: a name without a file.
+        FileNotFoundError: an unknown name.
 
     """
+    from stepwise_lightning.runs.moved_classes import with_current_classes
+
     expanded: list[str] = []
     for argument in arguments:
         option, equals, value = argument.partition("=")
         if expanded and expanded[-1] in ("--config", "-c"):
-            expanded.append(_file(argument))
+            expanded.append(_configuration(argument))
         elif equals and option == "--config":
-            expanded.append(f"--config={_file(value)}")
+            expanded.append(f"--config={_configuration(value)}")
         else:
-            expanded.append(argument)
+            expanded.append(with_current_classes(argument))
     return expanded
 
 
-def _file(given: str) -> str:
-    if not given.isidentifier() or Path(given).is_file():  # a path, or a configuration written out
-        return given
-    if given not in names():
-        raise NotFoundError(f"no configuration {given!r}: give a file, or one of {', '.join(names())}")
-    return str(_FOLDER / f"{given}.yaml")
+def _configuration(value: str) -> str:
+    """Return the path of a configuration, or its text where class paths in it have moved."""
+    from stepwise_lightning.runs.moved_classes import with_current_classes
+
+    if value.isidentifier() and not Path(value).is_file():
+        if value not in names():
+            raise NotFoundError(f"no configuration {value!r}: give a file, or one of {', '.join(names())}")
+        return str(_FOLDER / f"{value}.yaml")
+    try:
+        text = Path(value).read_text(encoding="utf-8")
+    except (OSError, ValueError):  # a configuration as text, or a file that the parser reports
+        return with_current_classes(value)
+    current = with_current_classes(text)
+    return value if current == text else current

@@ -8,10 +8,10 @@ __all__ = ["main"]
 
 
 def main(arguments: list[str]) -> None:
-    """Fetch a data set unless it is there."""
-    parser = Parser("download", "Fetch a data set through torchvision, unless it is there and intact.")
+    """Download a data set unless an intact copy exists."""
+    parser = Parser("download", "Download a data set through torchvision, unless an intact copy exists.")
     parser.add_argument("data", choices=("cifar10", "stl10"), help="170 MB, 2.6 GB")
-    parser.add_argument("--root", default="data", help="where it is put (%(default)s)")
+    parser.add_argument("--root", default="data", help="folder to download to (%(default)s)")
     options = parser.parse_args(arguments)
 
     from stepwise_lightning.data.image_sets import download_images

@@ -11,14 +11,14 @@ __all__ = ["main"]
 
 
 def main(arguments: list[str]) -> None:
-    """Write what the trained encoder of a run makes of images."""
-    parser = Parser("embed", "Write what a trained encoder makes of images: embeddings, the representation before the "
-                    "projector, labels and paths, as arrays in an .npz file.")  # fmt: skip
-    parser.add_argument("run", metavar="RUN", help="the folder of a run, runs/NAME/version_N, or a checkpoint in it")
-    parser.add_argument("--data", required=True, metavar="FOLDER", help="images: a folder, photos, cifar10 or stl10")
-    parser.add_argument("--out", required=True, type=Path, metavar="FILE.npz", help="where to write; must not exist")
-    parser.add_argument("--root", default="data", help="where cifar10 and stl10 lie (%(default)s)")
-    parser.add_argument("--batch-size", type=int, default=256, help="images at a time (%(default)s)")
+    """Write the embeddings of images under the trained encoder of a run."""
+    parser = Parser("embed", "Compute the embeddings of images with the trained encoder of a run. Writes an .npz file "
+                    "with embeddings, the representation before the projector, labels and paths.")  # fmt: skip
+    parser.add_argument("run", metavar="RUN", help="folder of a run, runs/NAME/version_N, or a checkpoint in it")
+    parser.add_argument("--data", required=True, metavar="FOLDER", help="a folder of images, photos, cifar10 or stl10")
+    parser.add_argument("--out", required=True, type=Path, metavar="FILE.npz", help="file to write; must not exist")
+    parser.add_argument("--root", default="data", help="folder of cifar10 and stl10 (%(default)s)")
+    parser.add_argument("--batch-size", type=int, default=256, help="images in a forward pass (%(default)s)")
     options = parser.parse_args(arguments)
     if options.out.suffix != ".npz" or options.out.exists():
         parser.error(f"--out {options.out} {'exists' if options.out.exists() else 'must end in .npz'}: name a new file")

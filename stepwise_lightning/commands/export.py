@@ -11,11 +11,11 @@ __all__ = ["main"]
 
 
 def main(arguments: list[str]) -> None:
-    """Write the ResNet of a run as a state dictionary that torchvision's takes."""
-    parser = Parser("export", "Write the trained ResNet of a run as a plain state dictionary, with torchvision's names "
-                    "and without a classifier.")  # fmt: skip
-    parser.add_argument("run", metavar="RUN", help="the folder of a run, runs/NAME/version_N, or a checkpoint in it")
-    parser.add_argument("--out", required=True, type=Path, metavar="FILE.pt", help="where to write; must not exist")
+    """Write the ResNet of a run as a state dictionary for torchvision."""
+    parser = Parser("export", "Export the trained ResNet of a run as a state dictionary with torchvision's names, "
+                    "without a classifier.")  # fmt: skip
+    parser.add_argument("run", metavar="RUN", help="folder of a run, runs/NAME/version_N, or a checkpoint in it")
+    parser.add_argument("--out", required=True, type=Path, metavar="FILE.pt", help="file to write; must not exist")
     options = parser.parse_args(arguments)
     if options.out.exists():
         parser.error(f"--out {options.out} exists: name a new file")
@@ -27,21 +27,21 @@ def main(arguments: list[str]) -> None:
 
     weights = torchvision_weights(options.run)
     atomic_write(options.out, lambda partial: torch.save(weights, partial))
-    print(f"{options.out}: {len(weights)} tensors, which are loaded by\n")
+    print(f"{options.out}: {len(weights)} tensors; to load them:\n")
     print("\n".join(f"    {line}".rstrip() for line in _loading(load_encoder(options.run), options.out)))
 
 
 def _loading(encoder: Any, path: Path) -> list[str]:
-    """Return the lines of Python that load the weights."""
+    """Return Python code that loads the weights."""
     from stepwise_lightning.encoders import ResNet
 
     resnet = encoder if isinstance(encoder, ResNet) else encoder.backbone
     lines = ["import torch, torchvision", f"network = torchvision.models.{resnet.name}(weights=None)"]
-    if resnet.name == "resnet_small":  # which torchvision does not have
+    if resnet.name == "resnet_small":  # not in torchvision
         lines = ["import torch", "from stepwise_lightning import ResNet"]
         lines += [f'network = ResNet("resnet_small", small_images={resnet.small_images}).network']
     elif resnet.small_images:
         lines += ["network.conv1 = torch.nn.Conv2d(3, 64, 3, padding=1, bias=False)  # the stem for small images"]
         lines += ["network.maxpool = torch.nn.Identity()"]
-    lines += ["network.fc = torch.nn.Identity()  # or strict=False below, and a classifier of your own"]
+    lines += ["network.fc = torch.nn.Identity()  # or use strict=False below, and your own classifier"]
     return [*lines, f'network.load_state_dict(torch.load("{path}", weights_only=True))']

@@ -11,16 +11,16 @@ __all__ = ["main"]
 
 
 def main(arguments: list[str]) -> None:
-    """Write what the learned modes of a run look like."""
-    parser = Parser("modes", "Show what each learned mode of a run is: the images at its ends, what it varies with, "
-                    "what it is blind to, what raises it. Writes a page (HTML, one file) and the embedding for "
-                    "TensorBoard's projector.")  # fmt: skip
-    parser.add_argument("run", metavar="RUN", help="the folder of a run, runs/NAME/version_N, or a checkpoint in it")
+    """Write a description of the learned modes of a run."""
+    parser = Parser("modes", "Describe each learned mode of a run: the images with the lowest and highest values, the "
+                    "attributes and augmentations that change it, and those that it is invariant to. Writes an HTML "
+                    "page, and the embedding for TensorBoard's projector.")  # fmt: skip
+    parser.add_argument("run", metavar="RUN", help="folder of a run, runs/NAME/version_N, or a checkpoint in it")
     parser.add_argument("--data", metavar="FOLDER",
-                        help="images: a folder, photos, cifar10 or stl10 (the run's held-out images)")  # fmt: skip
-    parser.add_argument("--root", help="where cifar10 and stl10 lie (as for the run, or data)")
-    parser.add_argument("--images", type=int, help="how many images at the most (256)")
-    parser.add_argument("--out", type=Path, metavar="FOLDER", help="where to write; must not exist (RUN/modes)")
+                        help="a folder of images, photos, cifar10 or stl10 (the run's held-out images)")  # fmt: skip
+    parser.add_argument("--root", help="folder of cifar10 and stl10 (that of the run, or data)")
+    parser.add_argument("--images", type=int, help="maximum number of images (256)")
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="folder to write; must not exist (RUN/modes)")
     options = parser.parse_args(arguments)
     if options.out is not None and options.out.exists():
         parser.error(f"--out {options.out} exists: name a new folder")
@@ -36,14 +36,14 @@ def main(arguments: list[str]) -> None:
     bar = partial(tqdm, leave=False, disable=None)
     number = {} if options.images is None else {"num_images": options.images}
     portraits = describe_modes(options.run, options.data, options.root, **number, progress=bar)
-    home = checkpoint_of(options.run).parent.parent
-    out = options.out or home / free_name("modes", lambda name: (home / name).exists())
+    run = checkpoint_of(options.run).parent.parent
+    out = options.out or run / free_name("modes", lambda name: (run / name).exists())
     atomic_write_text(out / "modes.html", portraits.html())
     try:
         write_projector(portraits, out / "projector")
     except OSError as error:
         raise cannot_write(out / "projector", error) from error
     count = len(portraits.modes)
-    print(f"found      {count} learned mode{'s' * (count != 1)}, looked at with {len(portraits.images)} images")
+    print(f"found      {count} learned mode{'s' * (count != 1)}, described with {len(portraits.images)} images")
     print(f"page       {out / 'modes.html'}")
     print(f"projector  tensorboard --logdir {out / 'projector'}")

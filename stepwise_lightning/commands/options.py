@@ -1,4 +1,4 @@
-"""The help of ``stepwise fit``: the options that most runs need, those of this package's classes first."""
+"""Help of the training commands: the options that most runs need, first those of the classes of this package."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import yaml
 
 from stepwise_lightning.callbacks.online_evaluation import OnlineKNN, OnlineLinearProbe
 from stepwise_lightning.callbacks.spectrum_logger import SpectrumLogger
-from stepwise_lightning.commands import TRAINING
+from stepwise_lightning.commands import COMMANDS
 from stepwise_lightning.data import FixedCropPairs, TwoViewDataModule
 from stepwise_lightning.encoders import MLP, Encoder, LinearEncoder, Projector, ResNet
 from stepwise_lightning.losses import barlow_twins_loss, simclr_loss, vicreg_loss
@@ -22,7 +22,7 @@ from stepwise_lightning.runs import LastCheckpoint
 __all__ = ["options_of_classes", "short_help"]
 
 _MODEL, _ENCODER, _DATA = "model", "model.encoder", "data"
-_PLACES: list[tuple[str, str, type, tuple[Any, ...]]] = [  # heading, option, class, who else describes its arguments
+_PLACES: list[tuple[str, str, type, tuple[Any, ...]]] = [  # heading, option, class, others that document its arguments
     ("Every model", _MODEL, JointEmbedding, ()),
     ("--model BarlowTwins", _MODEL, BarlowTwins, (barlow_twins_loss,)),
     ("--model VICReg", _MODEL, VICReg, (vicreg_loss,)),
@@ -37,22 +37,22 @@ _PLACES: list[tuple[str, str, type, tuple[Any, ...]]] = [  # heading, option, cl
     ("OnlineKNN", "knn", OnlineKNN, ()),
     ("OnlineLinearProbe", "probe", OnlineLinearProbe, ()),
 ]
-# Lightning describes each in a paragraph.
+# Lightning documents each in a paragraph.
 _TRAINER = {
     "max_steps": "optimiser steps",
-    "max_epochs": "epochs, where steps are not given",
+    "max_epochs": "epochs, if max_steps is not given",
     "accelerator": "cpu, gpu or auto",
-    "devices": "how many of them",
-    "strategy": "ddp for several",
+    "devices": "number of devices",
+    "strategy": "ddp for several devices",
     "precision": "32-true, 64-true, bf16-mixed, …",
-    "log_every_n_steps": "how often the loss is written",
-    "default_root_dir": "where runs without a logger lie",
+    "log_every_n_steps": "interval between logged losses",
+    "default_root_dir": "folder of runs without a logger",
 }
 _INDENT, _WIDTH = " " * 30, 110
 
 
 def options_of_classes() -> dict[str, list[str]]:
-    """Return, for the name of each argument, the options that can have it, such as ``model.encoder``."""
+    """Return for each argument name the options that have this argument, such as ``model.encoder``."""
     places: dict[str, list[str]] = {name: ["trainer"] for name in signature(L.Trainer).parameters}
     for _, option, cls, _ in _PLACES:
         for name in signature(cls).parameters:
@@ -62,30 +62,33 @@ def options_of_classes() -> dict[str, list[str]]:
 
 
 def short_help(command: str) -> str:
-    """Return the help of one of Lightning's commands, or of ``forecast``."""
-    own = ""
+    """Return the help of a training command."""
+    forecast = ""
     if command == "forecast":
-        own = f"{_line('pairs', 'how many pairs of views to take features of; at least 8 times as many as features')}\n"
-        own += f"{_line('picture', 'where to draw it (forecast.png)')}\n"
+        forecast = (
+            f"{_line('pairs', 'number of pairs to measure features on; at least 8 times the number of features')}\n"
+        )
+        forecast += f"{_line('picture', 'file of the figure (forecast.png)')}\n"
+    description = COMMANDS[command][1]
     text = f"""usage: stepwise {command} --config CONFIG [--config CONFIG …] [options]
 
-{TRAINING[command].capitalize()}. CONFIG is a file, or the name of a configuration of the package
-('stepwise --help' lists them). Of several the later ones change what they name; callbacks go by their class.
+{description[0].upper()}{description[1:]}. CONFIG is a file, or the name of a configuration of the package
+('stepwise --help' lists them). Later ones change the values that they name; callbacks are matched by class.
 
 options:
   --config CONFIG
-{_line("ckpt_path", "a checkpoint; for fit, 'last' goes on with the newest run of this name, or begins one")}
-{own}{_line("seed_everything", "of whatever has no seed of its own")}
-  --print_config              print the whole configuration, with every default, and end
-  --model, --data CLASS       of this package, or the dotted path of another
+{_line("ckpt_path", "a checkpoint, or 'last': that of the latest run of this name; fit starts a run if there is none")}
+{forecast}{_line("seed_everything", "seed of everything but the encoder and the data, which have their own")}
+  --print_config              print the complete configuration, with every default, and exit
+  --model, --data CLASS       a class of this package, or the dotted path of another
   --model.help, --data.help CLASS
                               all arguments of a class
-  --trainer.callbacks+ CLASS  one more callback
+  --trainer.callbacks+ CLASS  add a callback
 """
     for heading, option, cls, others in _PLACES:
         if command in ("fit", "forecast") or option in (_MODEL, _ENCODER, _DATA):
             text += f"\n{heading}:\n" + _arguments(option, cls, (cls, *others))
-    text += "\nTrainer, of Lightning's (every argument of it is an option):\n"
+    text += "\nLightning's Trainer (every argument is an option):\n"
     return text + "".join(f"{_line(f'trainer.{name}', meaning)}\n" for name, meaning in _TRAINER.items())
 
 
@@ -104,7 +107,7 @@ def _arguments(option: str, cls: type, described_by: tuple[Any, ...]) -> str:
 
 
 def _shown(parameter: Parameter) -> str:
-    """Return the default as YAML has it."""
+    """Return the default of a parameter in YAML."""
     if parameter.default is Parameter.empty:
         return "required"
     default = list(parameter.default) if isinstance(parameter.default, tuple) else parameter.default
@@ -112,7 +115,7 @@ def _shown(parameter: Parameter) -> str:
 
 
 def _descriptions(docstring: str) -> dict[str, str]:
-    """Return what the section ``Args:`` of a docstring says of each argument."""
+    """Return the descriptions in the section ``Args:`` of a docstring, by argument."""
     section = re.search(r"^Args:\n((?: .*\n|\n)+)", docstring + "\n", re.MULTILINE)
     entries = re.findall(r"^ {4}([\w, ]+): (.*(?:\n {5,}.*)*)", section[1] if section else "", re.MULTILINE)
     return {name: " ".join(text.split()) for names, text in entries for name in names.split(", ")}

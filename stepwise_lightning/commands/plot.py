@@ -12,14 +12,14 @@ _ENDINGS = (".png", ".pdf", ".svg")
 
 
 def main(arguments: list[str]) -> None:
-    """Draw one run, or several over each other."""
-    parser = Parser("plot", "Draw loss and eigenvalues of a finished run against time (learning rate × steps); of "
-                    "several runs, over each other.")  # fmt: skip
+    """Plot one run, or several in one figure."""
+    parser = Parser("plot", "Plot the loss and eigenvalues of a finished run against time (learning rate × steps), or "
+                    "of several runs in one figure.")  # fmt: skip
     parser.add_argument("runs", nargs="+", metavar="RUN", help="folders of runs, runs/NAME/version_N")
     parser.add_argument("--out", type=Path, default=Path("trajectories.png"), metavar="FILE",
-                        help=f"where to write, ending in {', '.join(_ENDINGS)} (%(default)s)")  # fmt: skip
+                        help=f"file to write, ending in {', '.join(_ENDINGS)} (%(default)s)")  # fmt: skip
     parser.add_argument("--matrix", nargs="+", metavar="NAME",
-                        help="which matrices to draw, such as covariance (those of the embedding)")  # fmt: skip
+                        help="matrices to plot, such as covariance (all of the embedding)")  # fmt: skip
     options = parser.parse_args(arguments)
     if options.out.suffix not in _ENDINGS:
         parser.error(f"--out {options.out} must end in one of {', '.join(_ENDINGS)}")
@@ -36,13 +36,13 @@ def main(arguments: list[str]) -> None:
         figure = run_figure(record, name, options.matrix)
     else:
         figure = overlay_figure(runs, "", options.matrix)
-    with matplotlib.rc_context({"pdf.fonttype": 42}):  # text that stays text
+    with matplotlib.rc_context({"pdf.fonttype": 42}):  # embed text as text
         atomic_write(options.out, lambda partial: figure.savefig(partial, dpi=130))
     print(options.out)
 
 
 def _names(runs: list[str]) -> list[str]:
-    """Return what tells runs apart: their paths without what all have in common before and after."""
+    """Return short names of runs: their paths without the folders that all of them share."""
     parts = [Path(run).parts for run in dict.fromkeys(runs)]
     if len(parts) == 1:
         return ["/".join(parts[0][-2:])]

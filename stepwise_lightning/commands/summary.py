@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
 from stepwise_lightning.commands.parser import Parser
-from stepwise_lightning.spectrum.record import SpectrumRecord
+
+if TYPE_CHECKING:
+    from stepwise_lightning.spectrum.record import SpectrumRecord
 
 __all__ = ["main", "table"]
 
@@ -13,12 +16,14 @@ COLUMNS = ("run", "matrix", "distinct steps", "modes learned", "stepwiseness", "
 
 
 def main(arguments: list[str]) -> None:
-    """Print what finished runs have learned."""
-    parser = Parser("summary", "Print what finished runs have learned, a row for each run and matrix: distinct steps, "
-                    "modes learned, stepwiseness, times (learning rate × steps) of the first and the last step, "
-                    "effective rank at the end. docs/glossary.md says what the words mean.")  # fmt: skip
+    """Print a table of the modes that finished runs have learned."""
+    parser = Parser("summary", "Print a table of finished runs, with a row for each run and matrix: distinct steps, "
+                    "modes learned, stepwiseness, times (learning rate × steps) of the first and the last step, final "
+                    "effective rank. docs/glossary.md defines the terms.")  # fmt: skip
     parser.add_argument("runs", nargs="+", metavar="RUN", help="folders of runs, runs/NAME/version_N")
     options = parser.parse_args(arguments)
+
+    from stepwise_lightning.spectrum.record import SpectrumRecord
 
     rows = [COLUMNS, *table({run: SpectrumRecord.load(run) for run in options.runs})]
     widths = [max(len(row[column]) for row in rows) for column in range(len(COLUMNS))]
@@ -29,9 +34,9 @@ def main(arguments: list[str]) -> None:
 
 
 def table(records: dict[str, SpectrumRecord]) -> list[tuple[str, ...]]:
-    """Return what runs have learned, as rows of text under ``COLUMNS``: one for each run and matrix.
+    """Return rows of text with the columns ``COLUMNS``, one row for each run and matrix.
 
-    Times are learning rate × steps; the rank is the effective one at the end. A dash stands for what is not defined.
+    Times are learning rate × steps; the rank is the final effective rank. Undefined values are shown as a dash.
     """
     rows: list[tuple[str, ...]] = []
     for run, record in records.items():

@@ -1,4 +1,4 @@
-"""Runs that survive: checkpoints, going on from them, and where a result came from."""
+"""Training runs on disk: checkpoints, resuming, provenance."""
 
 from stepwise_lightning.runs.checkpoints import AtomicCheckpointIO, LastCheckpoint
 from stepwise_lightning.runs.provenance import provenance

@@ -1,8 +1,8 @@
-"""Folders of runs: location, checkpoints, and the step of each checkpoint."""
+"""Folders of runs and the checkpoints in them."""
 
 from __future__ import annotations
 
-import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,30 +11,28 @@ from weakref import WeakKeyDictionary
 import lightning as L
 import torch
 
-from stepwise_lightning.errors import UserError, cannot_write
-from stepwise_lightning.files import atomic_write_text
-from stepwise_lightning.runs.loggers import folder_of
+from stepwise_lightning.errors import CannotWriteError, UserError, cannot_write
+from stepwise_lightning.runs.loggers import folder_of, logger_kind
 
-CHECKPOINTS = "checkpoints"  # the folder of a run that holds them
-WITHOUT_LOGGER = "stepwise_runs"  # in the Trainer's default_root_dir, where there is no logger
-VERSIONS = "loggers.json"  # beside the checkpoints of a run with several loggers
+CHECKPOINTS = "checkpoints"  # folder of checkpoints in the folder of a run
+WITHOUT_LOGGER = "stepwise_runs"  # folder of the runs without a logger in default_root_dir
 
 _folders: WeakKeyDictionary[Any, Path] = WeakKeyDictionary()
 
 
 def run_folder(trainer: L.Trainer, resumed: str | Path | None = None) -> Path:
-    """Return the folder that this run writes to; all ranks must ask together, and get the same.
+    """Return the folder of this run; a broadcast, which all ranks must call together.
 
-    It is the first logger's (:func:`folder_of`). Without a logger each Trainer gets the next free
-    ``default_root_dir/stepwise_runs/version_N``, which is made at once, so that no other run takes it (not under
-    ``fast_dev_run``, which writes nothing); a run that is continued from a checkpoint there goes on in its own.
+    It is the folder of the first logger (:func:`folder_of`). Without a logger each Trainer creates the next free
+    ``default_root_dir/stepwise_runs/version_N`` (under ``fast_dev_run`` nothing is created); a run that is resumed from
+    a checkpoint in such a folder keeps it.
 
     Args:
         trainer: of the run.
-        resumed: the checkpoint that it goes on from, while the Trainer does not know it yet: in ``setup``.
+        resumed: the checkpoint that is resumed, in ``setup``, where ``trainer.ckpt_path`` is not yet set.
 
     Raises:
-        OSError: the folder of a run without a logger cannot be made.
+        OSError: the folder of a run without a logger cannot be created.
 
     """
     folder = None
@@ -51,11 +49,10 @@ def run_folder(trainer: L.Trainer, resumed: str | Path | None = None) -> Path:
 def _without_logger(trainer: L.Trainer, resumed: str | Path | None) -> Path:
     runs = Path(trainer.default_root_dir, WITHOUT_LOGGER)
     if trainer.state.fn == "fit" and resumed is not None and Path(resumed).parent.name == CHECKPOINTS:
-        own = Path(resumed).parent.parent
-        if own.parent.resolve() == runs.resolve():
-            return own
-    taken = [path.name.removeprefix("version_") for path in runs.glob("version_*")]
-    number = max((int(number) for number in taken if number.isdecimal()), default=-1) + 1
+        run = Path(resumed).parent.parent
+        if run.parent.resolve() == runs.resolve():
+            return run
+    number = max((version_number(path) for path in runs.glob("version_*")), default=-1) + 1
     while not trainer.fast_dev_run:  # type: ignore[attr-defined]
         try:
             (runs / f"version_{number}").mkdir(parents=True)
@@ -63,12 +60,41 @@ def _without_logger(trainer: L.Trainer, resumed: str | Path | None) -> Path:
         except OSError as error:
             if not (runs / f"version_{number}").is_dir():
                 raise cannot_write(runs, error) from error
-            number += 1  # that of a run that begins at this moment
+            number += 1  # another run has just created this one
     return runs / f"version_{number}"
 
 
+def version_number(run: Path) -> int:
+    """Return N for a folder ``version_N``, −1 for other names."""
+    number = run.name.removeprefix("version_")
+    return int(number) if run.name.startswith("version_") and number.isdecimal() else -1
+
+
+def create_logger_folders(trainer: L.Trainer) -> None:
+    """Create the folders of TensorBoard's and CSV loggers on rank 0, before training.
+
+    Raises:
+        CannotWriteError: a folder cannot be created or written to.
+
+    """
+    for logger in trainer.loggers if trainer.is_global_zero else ():
+        if logger_kind(logger) not in ("TensorBoardLogger", "CSVLogger"):
+            continue
+        folder = folder_of(logger, trainer.default_root_dir)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            if not os.access(folder, os.W_OK):
+                raise PermissionError(13, "Permission denied", str(folder))
+        except OSError as error:
+            raise CannotWriteError(
+                error.errno,
+                f"cannot write {error.filename or folder}: {error.strerror}; choose another folder (the logger's "
+                "save_dir, or trainer.default_root_dir)",
+            ) from error
+
+
 def free_name(stem: str, is_taken: Callable[[str], bool]) -> str:
-    """Return ``stem``, or the first of ``stem-v1``, ``stem-v2``, … that is not taken: nothing is overwritten."""
+    """Return the first of ``stem``, ``stem-v1``, ``stem-v2``, … that is not taken."""
     name, number = stem, 0
     while is_taken(name):
         number += 1
@@ -77,32 +103,28 @@ def free_name(stem: str, is_taken: Callable[[str], bool]) -> str:
 
 
 def saved_step(path: Path) -> int:
-    """Return the step of a checkpoint; ValueError if it cannot be read."""
+    """Return the training step of a checkpoint; ValueError if it cannot be read."""
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)["global_step"]
-    except Exception as error:  # whatever torch and pickle make of foreign bytes
-        raise UserError(f"{path} is no checkpoint that can be read: remove it to go on from another") from error
+    except Exception as error:  # torch and pickle raise many types for damaged files
+        raise UserError(f"{path} is no checkpoint that can be read: remove it to resume from another one") from error
 
 
 def is_behind(path: Path, step: int) -> bool:
-    """Return whether a checkpoint can be read, and is not of a later step."""
+    """Return True if a checkpoint can be read and its step is at most ``step``."""
     try:
         return saved_step(path) <= step
     except UserError:
         return False
 
 
-def begin_folder(directory: Path, loggers: list[Any]) -> None:
-    """Make the folder of checkpoints, which says that a run has begun, and note the versions of several loggers.
+def newest_checkpoint_in(run: Path) -> tuple[int, Path] | None:
+    """Return step and path of the newest checkpoint in a run's folder, None without any.
 
-    Raises:
-        OSError: it cannot be made.
-
+    The newest checkpoint has the highest step; where several runs have saved to one folder, it is the ``last*.ckpt``
+    that was saved last.
     """
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise cannot_write(directory, error) from error
-    if len(loggers) > 1:
-        versions = [logger.version if isinstance(logger.version, int) else str(logger.version) for logger in loggers]
-        atomic_write_text(directory / VERSIONS, json.dumps(versions) + "\n")
+    folder = run / CHECKPOINTS
+    last = sorted(folder.glob("last*.ckpt"), key=lambda path: path.stat().st_mtime_ns)
+    paths = last[-1:] if len(last) > 1 else list(folder.glob("[!.]*.ckpt"))
+    return max(((saved_step(path), path) for path in paths), default=None)

@@ -1,136 +1,179 @@
-"""Which run ``--ckpt_path last`` goes on with: the newest of its name, where its logger really writes."""
+"""``--ckpt_path last``: find and resume the latest run of a configuration.
+
+Each ``stepwise fit`` run writes a pointer file when training starts. Its path follows from the configuration alone: the
+``save_dir``, class and name of the first logger, or ``default_root_dir`` without a logger. It holds the folder of the
+run and the version of each logger.
+"""
 
 from __future__ import annotations
 
 import json
+import os
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
-from inspect import signature
+from importlib import import_module
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
+import yaml
 from jsonargparse import Namespace
-from lightning.pytorch.cli import instantiate_class
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 
-from stepwise_lightning.errors import UserError, reason
-from stepwise_lightning.runs.folders import CHECKPOINTS, VERSIONS, WITHOUT_LOGGER, free_name, saved_step
-from stepwise_lightning.runs.loggers import folder_of
+from stepwise_lightning.errors import UserError
+from stepwise_lightning.files import atomic_write_text
+from stepwise_lightning.runs.folders import (
+    CHECKPOINTS,
+    WITHOUT_LOGGER,
+    free_name,
+    newest_checkpoint_in,
+    version_number,
+)
+from stepwise_lightning.runs.loggers import logger_kind
 
-_TOKEN = "stepwise-version"  # stands for a version when a logger is asked where it would write
+__all__ = ["newest_checkpoint", "pointer_file", "resume_latest", "write_pointer"]
+
 _TENSORBOARD = "lightning.pytorch.loggers.TensorBoardLogger"
+_OLD_VERSIONS = "loggers.json"  # versions of several loggers, beside the checkpoints of runs without a pointer file
 
 
-def continue_newest(config: Any) -> int | None:
-    """Point the configuration of ``stepwise fit --ckpt_path last`` to the newest run of its name.
+@dataclass
+class _Run:
+    folder: Path
+    versions: Sequence[int | str]  # of each logger
 
-    Where runs lie is asked of the first logger: one is made for it, and not used. With TensorBoard's and CSV's, and
-    without a logger, the newest run is the one with the highest number that has begun to train; with others the one
-    that was saved last. It goes on in its own folder from its newest checkpoint, and with W&B and MLflow as the same
-    run there; where the version cannot be set, in a new folder, which one line says. Without a checkpoint yet, a
-    new run is started.
+
+def pointer_file(config: Any) -> Path:
+    """Return the path of the pointer file of a configuration of ``stepwise fit``."""
+    loggers = _loggers(config)
+    if not loggers:
+        return _parent(config) / ".latest.json"
+    arguments, class_name = _arguments(loggers[0]), loggers[0].class_path.rpartition(".")[2]
+    parts = [class_name, _name(arguments)]
+    if (version := _configured_version(arguments)) is not None:
+        parts.append(str(version))
+    return _save_dir(config, loggers[0]) / f".latest_{quote('_'.join(parts), safe='')}.json"
+
+
+def write_pointer(path: Path, folder: Path, loggers: Sequence[Any]) -> None:
+    """Write a pointer to the run in ``folder``; relative, as long as the folder is below that of the pointer file."""
+    folder, parent = folder.absolute(), path.absolute().parent
+    relative = folder.relative_to(parent) if folder.is_relative_to(parent) else folder
+    versions = [logger.version if isinstance(logger.version, int) else str(logger.version) for logger in loggers]
+    atomic_write_text(path, json.dumps({"folder": str(relative), "versions": versions}) + "\n")
+
+
+def resume_latest(config: Any) -> int | None:
+    """Change the configuration of ``stepwise fit --ckpt_path last``: resume the latest run, or start a new one.
+
+    The run continues in its folder from its newest checkpoint, and as the same run of W&B or MLflow. A logger whose
+    version cannot be set continues in a new folder. Without a checkpoint in the latest run, a new run starts.
 
     Args:
-        config: of ``fit``; ``ckpt_path`` and the loggers' versions are changed.
+        config: of ``fit``; ``ckpt_path`` and the versions of the loggers are changed.
 
     Returns:
-        The step that it goes on from, None if it starts anew.
+        The step of the checkpoint, None for a new run.
 
     Raises:
-        ValueError: the logger cannot be asked where its runs lie, or a checkpoint cannot be read.
+        ValueError: a checkpoint cannot be read, or the runs of this logger have no pointer file.
 
     """
-    root, loggers, runs = _configured_runs(config)
-    run, begun, place = _newest_place(runs)
-    saved = None if place is None else _newest_checkpoint(place)
-    if saved is None:
-        rank_zero_info(f"no checkpoint in {runs} yet: starting anew")
+    run = _latest_run(config)
+    saved = newest_checkpoint_in(run.folder) if run else None
+    if run is None or saved is None:
+        rank_zero_info(f"no checkpoint in {run.folder if run else _parent(config)} yet: starting a new run")
         config.ckpt_path = None
         return None
-    step, config.ckpt_path = saved[0], str(saved[1].absolute())  # ~ is no home in a path that exists
-    in_place = begun and (not loggers or runs.argument is not None or runs.only)
-    rank_zero_info(f"continuing {place} from step {step}{'' if in_place else ', in a new folder: it cannot be set'}")
-    if loggers and in_place and run is not None:
-        _set_versions(loggers, runs, run, root)
-        if config.trainer.logger in (None, True):
-            config.trainer.logger = loggers[0]
-        if not config.trainer.fast_dev_run:
-            _keep_metrics(loggers, root, step)
+    step, path = saved
+    config.ckpt_path = str(path.absolute())
+    loggers = _loggers(config)
+    in_place = [_set_version(logger, version) for logger, version in zip(loggers, run.versions, strict=False)]
+    elsewhere = "" if not loggers or in_place[0] else f", in a new folder: {loggers[0].class_path} takes no version"
+    rank_zero_info(f"resuming {run.folder} from step {step}{elsewhere}")
+    if loggers and config.trainer.logger in (None, True):
+        config.trainer.logger = loggers[0]
+    if not config.trainer.fast_dev_run and getattr(rank_zero_only, "rank", 0) == 0:
+        for logger in loggers:
+            _keep_metrics(config, logger, step)
     return step
 
 
 def newest_checkpoint(config: Any) -> str:
-    """Return the path of the newest checkpoint of a configuration's newest run, which stays as it is.
+    """Return the path of the newest checkpoint of a configuration's latest run, without changing anything.
 
     Raises:
-        ValueError: there is none; or as :func:`continue_newest`.
+        ValueError: there is no checkpoint; see also :func:`resume_latest`.
 
     """
-    runs = _configured_runs(config)[2]
-    place = _newest_place(runs)[2]
-    saved = None if place is None else _newest_checkpoint(place)
+    run = _latest_run(config)
+    saved = newest_checkpoint_in(run.folder) if run else None
     if saved is None:
-        raise UserError(f"no checkpoint in {runs} yet: train first, or leave --ckpt_path out")
+        place = run.folder if run else _parent(config)
+        raise UserError(f"no checkpoint in {place} yet: train first, or leave --ckpt_path out")
     return str(saved[1].absolute())
 
 
-@dataclass
-class _Runs:
-    """The folders of one logger's runs: ``parent/version/below``, or ``only`` one."""
-
-    parent: Path
-    below: Path = Path()
-    argument: str | None = None  # of the logger's class, that sets the version
-    numbered: bool = False
-    only: bool = False  # the version is given, or there is none: parent is the folder of the run
-    before: Path | None = None  # where version 0.1.0 has put the checkpoints of such runs, all into one folder
-
-    def __str__(self) -> str:
-        return str(self.parent / self.below / CHECKPOINTS if self.only else self.parent)
-
-    def newest(self) -> Path | None:
-        """Return the folder of the newest run that has begun to train: an evaluation leaves one without checkpoints."""
-        if self.only:
-            return self.parent
-        begun = [path for path in self.parent.glob("[!.]*") if (path / self.below / CHECKPOINTS).is_dir()]
-        if self.numbered:
-            begun = [path for path in begun if _number(path) is not None]
-        return max(begun, key=self._age, default=None)
-
-    def _age(self, run: Path) -> float:
-        number = _number(run)
-        if self.numbered and number is not None:
-            return number
-        folder = run / self.below / CHECKPOINTS
-        return max(path.stat().st_mtime_ns for path in (folder, *folder.glob("[!.]*.ckpt")))
+def _latest_run(config: Any) -> _Run | None:
+    pointer = pointer_file(config)
+    try:
+        entry = json.loads(pointer.read_text(encoding="utf-8"))
+        run = _Run(pointer.parent / entry["folder"], entry["versions"])
+    except (OSError, ValueError, KeyError, TypeError):  # no pointer file, or a damaged one
+        return _run_without_pointer(config)
+    return run if run.folder.is_dir() else _run_without_pointer(config)  # it may have been deleted
 
 
-def _configured_runs(config: Any) -> tuple[Path, list[Any], _Runs]:
-    root = Path(config.trainer.default_root_dir or ".").expanduser()
-    loggers = _loggers(config.trainer.logger, root)
-    runs = _runs_of(loggers[0], root) if loggers else _Runs(root / WITHOUT_LOGGER, numbered=True, before=root)
-    return root, loggers, runs
+def _run_without_pointer(config: Any) -> _Run | None:
+    """Return the latest run with a checkpoint that has no pointer file, as those of earlier versions.
+
+    TensorBoard's and CSV runs, and runs without a logger, have numbers. Runs of other loggers are refused.
+    """
+    loggers, parent = _loggers(config), _parent(config)
+    arguments = _arguments(loggers[0]) if loggers else {}
+    below, version = arguments.get("sub_dir") or "", _configured_version(arguments)
+    if loggers and logger_kind(_class_of(loggers[0])) not in ("TensorBoardLogger", "CSVLogger"):
+        _refuse_without_pointer(config, loggers[0])
+        return None
+    if version is None:
+        folders = sorted(parent.glob("version_*"), key=version_number, reverse=True)
+    else:
+        folders = [parent / _version_folder(version)]
+    for folder in folders:
+        if any((folder / below / CHECKPOINTS).glob("[!.]*.ckpt")):
+            number = version_number(folder)
+            saved = folder / below / CHECKPOINTS / _OLD_VERSIONS
+            versions = json.loads(saved.read_text(encoding="utf-8")) if saved.is_file() else [number]
+            return _Run(folder / below, versions if loggers else [])
+    return None
 
 
-def _newest_place(runs: _Runs) -> tuple[Path | None, bool, Path | None]:
-    """Return the newest run, whether it has begun, and the folder of its checkpoints."""
-    run = runs.newest()
-    begun = run is not None and (run / runs.below / CHECKPOINTS).is_dir()
-    return run, begun, run / runs.below if run is not None and begun else runs.before
+def _refuse_without_pointer(config: Any, logger: Any) -> None:
+    """Raise if runs of this logger have checkpoints; which one is the latest, and its version, is not recorded."""
+    folders = [_parent(config)]
+    if logger_kind(_class_of(logger)) == "MLFlowLogger":  # folders are called by the id of the experiment
+        stores = _save_dir(config, logger).glob("*/meta.yaml")
+        name = _name(_arguments(logger))
+        folders = [path.parent for path in stores if yaml.safe_load(path.read_text(encoding="utf-8"))["name"] == name]
+    saved = [path for folder in folders for path in folder.glob(f"*/{CHECKPOINTS}/[!.]*.ckpt")]
+    if saved:
+        newest = max(saved, key=lambda path: path.stat().st_mtime_ns)
+        raise UserError(
+            f"--ckpt_path last: no record of the latest run in {_parent(config)}, whose runs are of an earlier version;"
+            f" to resume the newest checkpoint, give --ckpt_path {newest} (its run is {newest.parent.parent.name})"
+        )
 
 
-def _number(run: Path) -> int | None:
-    number = run.name.removeprefix("version_")
-    return int(number) if run.name.startswith("version_") and number.isdecimal() else None
-
-
-def _loggers(configured: Any, root: Path) -> list[Any]:
-    """Return the loggers of a configuration as a list; Lightning's default one is written out."""
-    if configured in (None, True):
-        return [Namespace(class_path=_TENSORBOARD, init_args=Namespace(save_dir=str(root), name="lightning_logs"))]
-    if not configured:
+def _loggers(config: Any) -> list[Any]:
+    """Return the configured loggers; the default one of Lightning is written out."""
+    loggers = config.trainer.logger
+    if loggers in (None, True):
+        arguments = Namespace(save_dir=str(_root(config)), name="lightning_logs", version=None)
+        return [Namespace(class_path=_TENSORBOARD, init_args=arguments)]
+    if not loggers:
         return []
-    return list(configured) if isinstance(configured, (list, tuple)) else [configured]
+    return list(loggers) if isinstance(loggers, (list, tuple)) else [loggers]
 
 
 def _arguments(logger: Any) -> dict[str, Any]:
@@ -138,104 +181,60 @@ def _arguments(logger: Any) -> dict[str, Any]:
     return {} if arguments is None else arguments.as_dict()
 
 
-def _made(logger: Any, **changes: Any) -> Any:
-    """Return a logger that is asked, and not used."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return instantiate_class((), {"class_path": logger.class_path, "init_args": _arguments(logger) | changes})
-    except Exception as error:  # whatever a class makes of its arguments
-        raise UserError(
-            f"--ckpt_path last cannot ask {logger.class_path} where its runs lie ({reason(error)}): give the path of a "
-            "checkpoint"
-        ) from error
+def _class_of(logger: Any) -> type:
+    module, _, name = logger.class_path.rpartition(".")
+    return getattr(import_module(module), name)
 
 
-def _kind(logger: Any) -> set[str]:
-    return {base.__name__ for base in type(logger).__mro__}  # lightning's and pytorch_lightning's share no class
+def _root(config: Any) -> Path:
+    return Path(config.trainer.default_root_dir or ".").expanduser()
 
 
-def _runs_of(logger: Any, root: Path) -> _Runs:
-    """Return where the runs of a configured logger lie."""
-    made, arguments = _made(logger), _arguments(logger)
-    if "MLFlowLogger" in _kind(made):
-        return _runs_of_mlflow(made, arguments, root)
-    settable = "version" in signature(type(made).__init__).parameters or "version" in arguments
-    numbered = bool(_kind(made) & {"TensorBoardLogger", "CSVLogger"})
-    before = None if numbered else Path(made.save_dir or root, CHECKPOINTS).parent
-    given = arguments.get("version")
-    if given is None and "WandbLogger" in _kind(made):
-        given = arguments.get("id")
-    if given is not None:
-        return _Runs(folder_of(made, root), only=True, before=before)
-    if settable:
-        folder = folder_of(_made(logger, version=_TOKEN), root)
-        return _around(folder, lambda part: part == _TOKEN, "version", numbered, before)
-    version = made.version
-    names = {str(version), f"version_{version}"}
-    return _around(folder_of(made, root), names.__contains__, None, numbered, before)
+def _save_dir(config: Any, logger: Any) -> Path:
+    arguments = _arguments(logger)
+    if address := arguments.get("tracking_uri"):  # of MLflow
+        return Path(address.removeprefix("file:")) if address.startswith("file:") else _root(config)
+    folder = arguments.get("save_dir") or str(_root(config))
+    if logger_kind(_class_of(logger)) == "CSVLogger":  # the only one that creates a folder "~"
+        return Path(folder)
+    return Path(os.path.expandvars(folder)).expanduser()
 
 
-def _around(folder: Path, is_version: Any, argument: str | None, numbered: bool, before: Path | None) -> _Runs:
-    places = [index for index, part in enumerate(folder.parts) if is_version(part)]
-    if not places:
-        return _Runs(folder, only=True, before=before)
-    parts = folder.parts
-    return _Runs(Path(*parts[: places[-1]]), Path(*parts[places[-1] + 1 :]), argument, numbered, before=before)
+def _name(arguments: dict[str, Any]) -> str:
+    """Return the name under which a logger groups runs: W&B's project, MLflow's experiment, the name of others."""
+    return next((arguments[key] for key in ("project", "experiment_name", "name") if arguments.get(key)), "")
 
 
-def _runs_of_mlflow(logger: Any, arguments: dict[str, Any], root: Path) -> _Runs:
-    """Return where MLflow's runs lie; their logger would begin one if it were asked for its name."""
-    from mlflow.tracking import MlflowClient  # type: ignore[import-not-found,unused-ignore]
-
-    save_dir = Path(logger.save_dir or root)
-    experiment = None
-    if not logger.save_dir or save_dir.is_dir():  # where there is nothing yet, the client would not look
-        client = MlflowClient(f"file:{logger.save_dir}" if logger.save_dir else arguments["tracking_uri"])
-        experiment = client.get_experiment_by_name(arguments.get("experiment_name") or "lightning_logs")
-    parent = save_dir / (experiment.experiment_id if experiment else "no experiment")
-    given = arguments.get("run_id")
-    if given is not None:
-        return _Runs(parent / given, only=True, before=save_dir)
-    return _Runs(parent, argument="run_id", before=save_dir)
+def _parent(config: Any) -> Path:
+    """Return the folder of the runs, as far as the configuration names it."""
+    loggers = _loggers(config)
+    return _save_dir(config, loggers[0]) / _name(_arguments(loggers[0])) if loggers else _root(config) / WITHOUT_LOGGER
 
 
-def _newest_checkpoint(run: Path) -> tuple[int, Path] | None:
-    """Return step and path of the newest checkpoint of a run's folder, if it has one.
-
-    That is the one of the highest step; where several runs were saved to one folder, the last one's last.
-    """
-    folder = run / CHECKPOINTS
-    last = sorted(folder.glob("last*.ckpt"), key=lambda path: path.stat().st_mtime_ns)
-    paths = last[-1:] if len(last) > 1 else list(folder.glob("[!.]*.ckpt"))
-    return max(((saved_step(path), path) for path in paths), default=None)
+def _configured_version(arguments: dict[str, Any]) -> int | str | None:
+    return next((arguments[key] for key in ("version", "id", "run_id") if arguments.get(key) is not None), None)
 
 
-def _set_versions(loggers: list[Any], runs: _Runs, run: Path, root: Path) -> None:
-    """Let the first logger go on in the folder of ``run``, and the others where they were then."""
-    if runs.argument is not None:
-        number = _number(run)
-        version: int | str = run.name
-        if number is not None and runs.argument == "version":  # of a folder version_3, the version is 3 or version_3
-            numbered = folder_of(_made(loggers[0], version=number), root)
-            version = number if numbered == run / runs.below else version
-        loggers[0].init_args[runs.argument] = version
-    noted = run / runs.below / CHECKPOINTS / VERSIONS
-    versions = json.loads(noted.read_text(encoding="utf-8")) if noted.is_file() else []
-    for logger, version in zip(loggers[1:], versions[1:], strict=False):
-        arguments = getattr(logger, "init_args", Namespace())
-        for name in ("version", "run_id"):
-            if name in arguments and arguments[name] is None:
-                arguments[name] = version
+def _version_folder(version: int | str) -> str:
+    return f"version_{version}" if isinstance(version, int) else version
 
 
-def _keep_metrics(loggers: list[Any], root: Path, step: int) -> None:
-    """Move the ``metrics.csv`` of a CSVLogger aside, which it would delete when it goes on in its folder."""
-    for logger in loggers:
-        made = _made(logger)
-        if "CSVLogger" in _kind(made) and getattr(rank_zero_only, "rank", 0) == 0:
-            warnings.filterwarnings("ignore", "Experiment logs directory .* exists and is not empty")
-            folder = folder_of(made, root)
-            if (folder / "metrics.csv").is_file():
-                name = free_name(f"metrics_to_step_{step}", lambda name: (folder / f"{name}.csv").exists())  # noqa: B023
-                (folder / "metrics.csv").rename(folder / f"{name}.csv")
+def _set_version(logger: Any, version: int | str) -> bool:
+    """Set the version of a logger unless the configuration has one; return False if it has no such argument."""
+    arguments = getattr(logger, "init_args", None) or {}
+    key = next((key for key in ("run_id", "version") if key in arguments), None)
+    if key is not None and _configured_version(_arguments(logger)) is None:
+        arguments[key] = version
+    return key is not None
+
+
+def _keep_metrics(config: Any, logger: Any, step: int) -> None:
+    """Rename the ``metrics.csv`` of a resumed CSVLogger, which would delete it."""
+    version = _configured_version(_arguments(logger))
+    if logger_kind(_class_of(logger)) != "CSVLogger" or version is None:
+        return
+    warnings.filterwarnings("ignore", "Experiment logs directory .* exists and is not empty")
+    folder = _save_dir(config, logger) / _name(_arguments(logger)) / _version_folder(version)
+    if (folder / "metrics.csv").is_file():
+        name = free_name(f"metrics_to_step_{step}", lambda name: (folder / f"{name}.csv").exists())
+        (folder / "metrics.csv").rename(folder / f"{name}.csv")

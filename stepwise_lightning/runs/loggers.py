@@ -1,4 +1,4 @@
-"""Loggers of any library: their folder, and their TensorBoard writer."""
+"""Loggers of any library: kind, folder, TensorBoard writer."""
 
 from __future__ import annotations
 
@@ -8,19 +8,30 @@ from typing import Any
 
 import lightning as L
 
-__all__ = ["folder_of", "tensorboard_writer", "tensorboard_writers"]
+__all__ = ["folder_of", "logger_kind", "tensorboard_writer", "tensorboard_writers"]
+
+_KINDS = ("TensorBoardLogger", "CSVLogger", "WandbLogger", "MLFlowLogger")
+
+
+def logger_kind(logger: Any) -> str:
+    """Return the kind of a logger or of its class: ``TensorBoardLogger``, ``CSVLogger``, …; '' for other classes.
+
+    The names of the base classes decide, because ``lightning`` and ``pytorch_lightning`` share no class.
+    """
+    cls = logger if isinstance(logger, type) else type(logger)
+    return next((base.__name__ for base in cls.__mro__ if base.__name__ in _KINDS), "")
 
 
 def folder_of(logger: Any, root: str | Path) -> Path:
-    """Return the folder that a logger has for its run: ``log_dir``, or ``save_dir/name/version`` if it has none.
+    """Return the folder of a logger's run: its ``log_dir``, or ``save_dir/name/version`` if it has no ``log_dir``.
 
     Args:
-        logger: of ``lightning``, ``pytorch_lightning``, or like them.
-        root: stands in for a ``save_dir`` of None.
+        logger: a logger of ``lightning``, ``pytorch_lightning`` or another library with the same attributes.
+        root: replaces a ``save_dir`` of None.
 
     """
     folder = getattr(logger, "log_dir", None)
-    if isinstance(folder, (str, os.PathLike)):  # the logger of fast_dev_run has all attributes
+    if isinstance(folder, (str, os.PathLike)):  # the logger of fast_dev_run has every attribute
         return Path(folder)
     name, version = str(logger.name or ""), logger.version
     version = f"version_{version}" if isinstance(version, int) else str(version or "")
@@ -28,13 +39,12 @@ def folder_of(logger: Any, root: str | Path) -> Path:
 
 
 def tensorboard_writer(logger: Any) -> Any:
-    """Return a logger's TensorBoard writer, of ``lightning`` or ``pytorch_lightning``, who share no class; or None."""
-    writer: Any = getattr(logger, "experiment", None)
-    # The log_dir, because the logger of fast_dev_run has a writer that has everything.
-    is_board = hasattr(writer, "add_custom_scalars") and isinstance(writer.log_dir, (str, os.PathLike))
-    return writer if is_board else None
+    """Return the ``SummaryWriter`` of a TensorBoard logger, None for other loggers and on ranks above 0."""
+    writer: Any = logger.experiment if logger_kind(logger) == "TensorBoardLogger" else None
+    # on other ranks the writer is a dummy with every attribute
+    return writer if isinstance(getattr(writer, "log_dir", None), (str, os.PathLike)) else None
 
 
 def tensorboard_writers(trainer: L.Trainer) -> list[Any]:
     """Return the TensorBoard writers of a Trainer's loggers."""
-    return [board for board in map(tensorboard_writer, trainer.loggers) if board is not None]
+    return [writer for writer in map(tensorboard_writer, trainer.loggers) if writer is not None]

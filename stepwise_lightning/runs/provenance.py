@@ -1,4 +1,4 @@
-"""What a result must carry so that somebody else can get it again."""
+"""Provenance of a result: versions, commits, machine, date."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ import torch
 def provenance() -> dict[str, Any]:
     """Return versions, commits, machine and date of this run.
 
-    ``commit`` is this package's, None unless its files are tracked by the repository that they lie in: an installed
-    copy may lie in somebody else's. ``working_directory_commit`` is that of the repository around the working
-    directory, None if there is none.
+    ``commit`` is the commit of this package; it is None where no repository tracks the files of the package, as for an
+    installed copy. ``working_directory_commit`` is the commit of the repository that contains the working directory,
+    None outside of a repository.
     """
     packages = ("stepwise_lightning", "torch", "lightning", "torchvision", "scikit-image", "numpy")
     tracked = _git(Path(__file__).parent, "ls-files", "--error-unmatch", Path(__file__).name) is not None
@@ -44,8 +44,8 @@ def _commit(folder: Path) -> str | None:
 
 
 def _git(folder: Path, *arguments: str) -> str | None:
-    """Return what git prints, None if it fails or is not there."""
-    # A hook of git's, for instance, has variables that name another repository.
+    """Return the output of git, None if it fails or is not installed."""
+    # Hooks of git set variables that name another repository.
     environment = {name: value for name, value in os.environ.items() if name not in ("GIT_DIR", "GIT_WORK_TREE")}
     command = ["git", "-C", str(folder), *arguments]
     try:

@@ -1,4 +1,4 @@
-"""What a run needs beside Lightning's checkpoint to go on as if it had never stopped."""
+"""State that Lightning's checkpoints lack: random number generators, position in an epoch, pending metrics."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def random_state() -> dict[str, Any]:
 
 
 def set_random_state(state: dict[str, Any]) -> None:
-    """Let the generators go on from what :func:`random_state` returned."""
+    """Restore the state returned by :func:`random_state`."""
     torch.set_rng_state(state["torch"])
     if state["cuda"] is not None and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"])
@@ -32,15 +32,15 @@ def set_random_state(state: dict[str, Any]) -> None:
 
 
 def restore_randomness(states: list[dict[str, Any]], rank: int, num_ranks: int) -> None:
-    """Let the generators of this rank go on from those of a checkpoint, whose run may have had another number of ranks.
+    """Restore the random number generators of this rank; the saved run may have had another number of ranks.
 
-    Rank r takes the r-th state. Where there are more ranks than states, rank r is seeded by state r mod their number
-    and by r, so that no two ranks draw the same numbers.
+    Rank r takes the r-th state. A rank without a saved state is seeded by state r mod ``len(states)`` and by r: no two
+    ranks draw the same numbers.
     """
     if len(states) != num_ranks:
         rank_zero_info(
             f"the checkpoint is of {len(states)} process(es), this run has {num_ranks}: samples, views and losses stay "
-            "the same, but sums are rounded otherwise from here on, and random numbers may differ"
+            "the same, but sums are rounded differently from here on, and random numbers may differ"
         )
     if rank < len(states):
         set_random_state(states[rank])
@@ -52,10 +52,10 @@ def restore_randomness(states: list[dict[str, Any]], rank: int, num_ranks: int) 
 
 
 def reopen_epoch(checkpoint: dict[str, Any], accumulate_grad_batches: int = 1) -> None:
-    """Let a checkpoint of a run that ended within an epoch go on within it.
+    """Change the checkpoint of a run that ended within an epoch: training resumes within that epoch.
 
-    Lightning counts that epoch as done, and after ``max_steps`` has been raised it would pass over the rest of it. The
-    counts are set to what they were in the last batch's ``on_train_batch_end``, from where Lightning goes on correctly.
+    Lightning counts the epoch as completed, and would skip its other batches after ``max_steps`` is raised. The counts
+    are reset to their values in the last ``on_train_batch_end``, from which Lightning resumes correctly.
     """
     loop = checkpoint.get("loops", {}).get("fit_loop", {})
     epoch, batches = loop.get("epoch_progress"), loop.get("epoch_loop.batch_progress")
@@ -74,39 +74,44 @@ def reopen_epoch(checkpoint: dict[str, Any], accumulate_grad_batches: int = 1) -
 
 
 def begin_epoch(trainer: L.Trainer) -> bool:
-    """Return whether training starts within an epoch, of which a checkpoint has the beginning.
+    """Return True if training resumes within an epoch.
 
-    Where a checkpoint was made at the end of an epoch, the next one begins: where ``max_steps`` is set, Lightning would
-    take its batches for more of the one that is done. One line says what the second ``fit`` of a Trainer leaves out.
+    After a checkpoint at the end of an epoch the next epoch begins; with ``max_steps`` set, Lightning would count its
+    batches as part of the previous epoch. One line is logged if a second ``fit`` of a Trainer skips the rest of an
+    epoch.
     """
     loop = trainer.fit_loop
     within = loop.epoch_loop.batch_progress.current.ready > 0 and not loop.epoch_loop.batch_progress.is_last_batch
     if within and not loop.is_resuming:
-        rank_zero_info("this fit begins a new epoch: what the one before had left of its last epoch is not seen")
+        rank_zero_info(
+            "this fit begins a new epoch: the remaining batches of the last epoch of the previous fit are skipped"
+        )
     batches, epochs = loop.epoch_loop.batch_progress, loop.epoch_progress
     counts: Any = batches.current, epochs.current
-    done = all(count.ready == count.processed for count in counts) and batches.current.completed == counts[0].processed
-    if loop.is_resuming and batches.is_last_batch and done:
-        loop._restarting = False  # the property would not let it be
+    completed = (
+        all(count.ready == count.processed for count in counts) and batches.current.completed == counts[0].processed
+    )
+    if loop.is_resuming and batches.is_last_batch and completed:
+        loop._restarting = False  # the property cannot be set to False
         loop.epoch_loop.restarting = False
     return within and loop.is_resuming
 
 
 def restore_precision(trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-    """Load weights again that are more precise than the module is before training: with ``precision="64-true"``.
+    """Load the weights again if their dtype differs from that of the module, as with ``precision="64-true"``.
 
-    Lightning loads a checkpoint before it makes the module float64, and would round its weights to float32.
+    Lightning loads a checkpoint before it converts the module to float64, and would round its weights to float32.
     """
-    ours, saved = pl_module.state_dict(), checkpoint["state_dict"]
-    if any(ours[name].dtype != saved[name].dtype for name in ours.keys() & saved.keys()):
+    current, saved = pl_module.state_dict(), checkpoint["state_dict"]
+    if any(current[name].dtype != saved[name].dtype for name in current.keys() & saved.keys()):
         trainer.precision_plugin.convert_module(pl_module)
         trainer.strategy.load_model_state_dict(checkpoint, strict=pl_module.strict_loading)
 
 
 def unwritten_metrics(trainer: L.Trainer) -> dict[str, float]:
-    """Return what Lightning will send to the loggers as soon as the callbacks' hook that is running has ended.
+    """Return the metrics that Lightning will log after the current callback hook.
 
-    A checkpoint is written in such a hook, and a kill just after it would leave a gap.
+    Checkpoints are saved in such a hook; a kill just after it would leave a gap in the logs.
     """
     connector = trainer._logger_connector
     in_batch = connector._first_loop_iter is not None
@@ -117,19 +122,19 @@ def unwritten_metrics(trainer: L.Trainer) -> dict[str, float]:
 
 
 def continue_events(trainer: L.Trainer, unwritten: dict[str, float]) -> None:
-    """Let TensorBoard forget what came after the checkpoint, and write what did not come before it; on rank 0 alone.
+    """Mark TensorBoard's events after the checkpoint as void, and write the metrics that were pending; on rank 0.
 
-    Readers drop all events from this step on that come before the mark set here.
+    Readers drop earlier events whose step is not below that of the mark.
     """
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
     from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 
     step = trainer.global_step
-    for board in tensorboard_writers(trainer):
-        board.flush()
+    for writer in tensorboard_writers(trainer):
+        writer.flush()
         if unwritten:
-            earlier = EventAccumulator(board.log_dir, size_guidance={"scalars": 0, "tensors": 1, "images": 1}).Reload()
-            known = {tag for tag in earlier.Tags()["scalars"] if any(s.step == step - 1 for s in earlier.Scalars(tag))}
-            for tag in unwritten.keys() - known:
-                board.add_scalar(tag, unwritten[tag], step - 1)
-        board.file_writer.add_event(Event(step=step, session_log=SessionLog(status=SessionLog.START)))
+            earlier = EventAccumulator(writer.log_dir, size_guidance={"scalars": 0, "tensors": 1, "images": 1}).Reload()
+            logged = {tag for tag in earlier.Tags()["scalars"] if any(s.step == step - 1 for s in earlier.Scalars(tag))}
+            for tag in unwritten.keys() - logged:
+                writer.add_scalar(tag, unwritten[tag], step - 1)
+        writer.file_writer.add_event(Event(step=step, session_log=SessionLog(status=SessionLog.START)))

@@ -1,4 +1,4 @@
-"""Saved runs: checkpoint, configuration, and the encoder that they describe."""
+"""Saved runs: checkpoint, configuration, and the encoder rebuilt from them."""
 
 from __future__ import annotations
 
@@ -11,30 +11,51 @@ from torch import nn
 
 from stepwise_lightning.errors import NotFoundError, UserError, condensed, reason
 from stepwise_lightning.runs.folders import CHECKPOINTS
+from stepwise_lightning.runs.moved_classes import with_current_classes
 
-__all__ = ["checkpoint_of", "configuration_of", "configured_encoder", "instantiate", "saved_checkpoint"]
+__all__ = ["checkpoint_of", "configuration_of", "configured_encoder", "instantiate", "load_weights", "saved_checkpoint"]
+
+_PREFIX = "encoder."
 
 
 def configured_encoder(checkpoint: str | Path) -> nn.Module:
-    """Return the encoder of a checkpoint's run as it was before training, from the configuration of that run.
+    """Return the untrained encoder that the configuration of a checkpoint's run describes.
 
     Raises:
-        FileNotFoundError: there is no ``config.yaml`` in the folder above the checkpoint's.
-        ValueError: it cannot be read, or configures no encoder.
+        FileNotFoundError: the folder above that of the checkpoint has no ``config.yaml``.
+        ValueError: the configuration cannot be read, or has no encoder.
 
     """
     model = configuration_of(Path(checkpoint)).get("model") or {}
     settings = model.get("init_args") if isinstance(model, dict) else None
     if not isinstance(settings, dict) or "encoder" not in settings:
         name = model.get("class_path") if isinstance(model, dict) else model
-        raise UserError(
-            f"the model of this run, {name}, has no argument 'encoder' to rebuild: use its own load_from_checkpoint"
-        )
+        raise UserError(f"the model of this run, {name}, has no argument 'encoder': use its own load_from_checkpoint")
     return instantiate(nn.Module, settings["encoder"])
 
 
+def load_weights(encoder: nn.Module, checkpoint: Path) -> None:
+    """Load the weights of the encoder in a checkpoint.
+
+    Raises:
+        ValueError: the checkpoint cannot be read, or does not fit the encoder.
+
+    """
+    weights = saved_checkpoint(checkpoint)["state_dict"]
+    encoder_weights = {
+        name.removeprefix(_PREFIX): values for name, values in weights.items() if name.startswith(_PREFIX)
+    }
+    try:
+        encoder.load_state_dict(encoder_weights)
+    except RuntimeError as error:
+        raise UserError(
+            f"{str(checkpoint)!r} does not fit the encoder in the configuration of its run ({reason(error)}): are both "
+            "files of one run?"
+        ) from error
+
+
 def checkpoint_of(run: str | Path) -> Path:
-    """Return the newest checkpoint of a run's folder; a checkpoint itself as it is."""
+    """Return the newest checkpoint in the folder of a run; the path of a checkpoint is returned unchanged."""
     path = Path(run)
     if path.is_file():
         return path
@@ -42,36 +63,41 @@ def checkpoint_of(run: str | Path) -> Path:
         raise NotFoundError(f"no run {str(run)!r}: give the folder of a run, runs/NAME/VERSION, or a checkpoint in it")
     saved = list((path / CHECKPOINTS).glob("[!.]*.ckpt"))
     if not saved:
-        versions = sorted(str(place.parent) for place in path.glob(f"*/{CHECKPOINTS}") if any(place.glob("*.ckpt")))
+        versions = sorted(str(folder.parent) for folder in path.glob(f"*/{CHECKPOINTS}") if any(folder.glob("*.ckpt")))
         remedy = f"; give one of its runs, such as {versions[-1]!r}" if versions else ""
         raise NotFoundError(f"no checkpoint in {str(path / CHECKPOINTS)!r}{remedy}")
     return max(saved, key=lambda file: file.stat().st_mtime_ns)
 
 
-def saved_checkpoint(checkpoint: Path) -> dict[str, Any]:
-    """Load a checkpoint with ``weights_only=True``."""
+def saved_checkpoint(checkpoint: str | Path) -> dict[str, Any]:
+    """Load a checkpoint as data: tensors and plain values, which name nothing to import or run.
+
+    Raises:
+        ValueError: the file cannot be read so, or is no checkpoint of Lightning.
+
+    """
     try:
         saved = torch.load(checkpoint, map_location="cpu", weights_only=True)
-    except Exception as error:  # whatever torch and pickle make of foreign bytes
-        raise UserError(f"{str(checkpoint)!r} is no checkpoint that can be read ({reason(error)})") from error
+    except Exception as error:  # torch and pickle raise many types for damaged files
+        raise UserError(f"the checkpoint {str(checkpoint)!r} cannot be read ({reason(error)})") from error
     if not isinstance(saved, dict) or not isinstance(saved.get("state_dict"), dict):
-        raise UserError(f"{str(checkpoint)!r} is no checkpoint of Lightning's: it has no state_dict")
+        raise UserError(f"{str(checkpoint)!r} is no checkpoint of Lightning: it has no state_dict")
     return saved
 
 
 def configuration_of(checkpoint: Path) -> dict[str, Any]:
-    """Return the configuration beside a checkpoint: of ``last-v1.ckpt`` ``config-v1.yaml``, where there is one."""
+    """Return the configuration of a checkpoint's run; that of ``last-v1.ckpt`` is ``config-v1.yaml``, if it exists."""
     folder = checkpoint.absolute().parent.parent
     suffix = checkpoint.stem.removeprefix("last")
     paths = [folder / f"config{suffix}.yaml", folder / "config.yaml"]
     path = next((path for path in paths if path.is_file()), None)
     if path is None:
         raise NotFoundError(
-            f"no config.yaml in {str(folder)!r}, the folder of the run that {str(checkpoint)!r} is of: `stepwise fit` "
-            "writes one; or build the encoder, and give it to load_from_checkpoint(path, encoder=…)"
+            f"no config.yaml in {str(folder)!r}, the folder of the run of {str(checkpoint)!r}: `stepwise fit` "
+            "writes one; or build the encoder, and pass it to load_from_checkpoint(path, encoder=…)"
         )
     try:
-        configuration = yaml.safe_load(path.read_text(encoding="utf-8"))
+        configuration = yaml.safe_load(with_current_classes(path.read_text(encoding="utf-8")))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{str(path)!r} cannot be read as a configuration ({reason(error)})") from error
     if not isinstance(configuration, dict):
@@ -80,7 +106,7 @@ def configuration_of(checkpoint: Path) -> dict[str, Any]:
 
 
 def instantiate(kind: type, settings: Any) -> Any:
-    """Return the object that a part of a configuration stands for."""
+    """Return an instance of ``kind`` or a subclass, as a part of a configuration describes it."""
     from jsonargparse import ArgumentError, ArgumentParser
 
     parser = ArgumentParser(exit_on_error=False)

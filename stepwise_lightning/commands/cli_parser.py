@@ -1,0 +1,105 @@
+"""Parser of the training commands: configurations that combine, and mistakes reported in one line."""
+
+from __future__ import annotations
+
+import re
+from difflib import get_close_matches
+from typing import Any, NoReturn
+
+from jsonargparse import Namespace
+from lightning.pytorch.cli import LightningArgumentParser
+
+from stepwise_lightning.commands import TRAINING
+from stepwise_lightning.commands.callbacks import as_configurations, merged
+from stepwise_lightning.commands.configurations import with_files
+from stepwise_lightning.commands.options import options_of_classes, short_help
+from stepwise_lightning.errors import UserError, condensed
+
+__all__ = ["EXAMPLES", "CLIParser", "parse"]
+
+EXAMPLES = {
+    "model": "BarlowTwins, SimCLR, VICReg",
+    "encoder": "stepwise_lightning.encoders.Encoder, ….LinearEncoder, ….MLP, ….ResNet",
+    "data": "TwoViewDataModule, FixedCropPairs",
+}
+# Smallest values that the Trainer accepts, but does not check.
+_MINIMUM = {
+    "accumulate_grad_batches": 1, "check_val_every_n_epoch": 1, "gradient_clip_val": 0, "log_every_n_steps": 0
+}  # fmt: skip
+
+
+class CLIParser(LightningArgumentParser):
+    """Parser of a training command that reports a mistake in one line instead of pages of usage."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Exit with one line and status 2."""
+        # the parser of a class is named after the Python file that runs
+        program = self.prog if self.prog.startswith("stepwise") else "stepwise"
+        self.exit(2, f"{program}: error: {_with_suggestion(message)} (see --help)\n")
+
+    def print_help(self, *arguments: Any, **options: Any) -> None:
+        """Print the options that most runs need."""
+        command = self.prog.split()[-1]
+        if command in TRAINING:
+            print(short_help(command), end="")
+        else:
+            super().print_help(*arguments, **options)
+
+    def merge_config(self, cfg_from: Namespace, cfg_to: Namespace) -> Namespace:
+        """Merge two configurations; callbacks that the second one does not name are kept."""
+        config = super().merge_config(cfg_from, cfg_to)
+        callbacks, changes = (each.get("trainer.callbacks") for each in (cfg_to, cfg_from))
+        if isinstance(callbacks, list) and isinstance(changes, list):
+            config["trainer.callbacks"] = merged(callbacks, changes)
+        return config
+
+
+def parse(parser: LightningArgumentParser, arguments: list[str]) -> Namespace:
+    """Parse the arguments of a training command, and check values that Lightning does not check.
+
+    Raises:
+        ValueError: a value is out of range.
+        SystemExit: the parser does not accept an argument.
+
+    """
+    arguments = as_configurations(with_files(arguments))
+    try:
+        config = parser.parse_args(arguments)
+    except UserError:
+        raise
+    except (ValueError, TypeError, KeyError) as error:
+        parser.error(str(error), error)
+    if config.trainer is None:
+        raise UserError("trainer is empty: give it options, such as max_steps, or leave it out")
+    for name, minimum in _MINIMUM.items():
+        if config.trainer[name] is not None and config.trainer[name] < minimum:
+            raise UserError(f"trainer.{name} must be at least {minimum}, got {config.trainer[name]}")
+    if not 0 <= config.seed_everything < 2**32:
+        raise UserError(f"seed_everything must be at least 0 and below 2**32, got {config.seed_everything}")
+    if config.get("weights_only") is False:
+        raise UserError("weights_only=false would let a checkpoint run code, and is not accepted: leave it out")
+    return config
+
+
+def _with_suggestion(message: str) -> str:
+    """Condense a message of the parser, and suggest the option or class that was probably meant."""
+    text = condensed(message)
+    if option := re.search(r"[Oo]ption '([\w.]+)'|[Uu]nrecognized arguments: --([\w.]+)", text):
+        return text + _suggestion(option[1] or option[2])
+    keys = re.findall(r'key "(\w+)"', text)
+    name = re.search(r"Expected a dot import path string: (\S+)", text)
+    if name and keys and keys[-1] in EXAMPLES:
+        return f"unknown {keys[-1]} {name[1]!r}; choose from: {EXAMPLES[keys[-1]]}, or give the dotted path of a class"
+    return text
+
+
+def _suggestion(option: str) -> str:
+    """Return the option of the Trainer, or of a class of this package, that is closest to an unknown one."""
+    places = options_of_classes()
+    known = {*places, "trainer", "model", "data", "seed_everything", "ckpt_path", "class_path", "init_args"}
+    unknown = next((part for part in option.split(".") if part not in known), None)
+    if unknown is None:  # a valid name in the wrong section
+        valid = [f"--{place}.{option.rpartition('.')[2]}" for place in places.get(option.rpartition(".")[2], ())]
+        return f"; did you mean {' or '.join(valid)}?" if valid else ""
+    near = get_close_matches(unknown, known, n=1)
+    return f"; did you mean {near[0]!r}?" if near else ""
