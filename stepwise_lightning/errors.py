@@ -43,6 +43,8 @@ _NO_LISTENER = re.compile(
 )
 # Messages of torch and Lightning: the checkpoint does not fit the module, its optimizers or its schedulers.
 _NOT_RESTORED = re.compile(r"Error\(s\) in loading state_dict|loaded state dict (contains|has)|Trying to restore ")
+# jsonargparse could not instantiate a class; one of its lines is the reason.
+_NOT_INSTANTIATED = "Does not validate against any of the Union subtypes"
 # Messages of Lightning for arguments that it can check only once it has the data.
 _LIGHTNING_ARGUMENT = re.compile(r"`(val_check_interval|limit_\w+_batches|\w*dataloader\w*|Trainer\(.*\))`")
 
@@ -132,6 +134,7 @@ def one_line(error: Exception) -> str | None:
         return f"the checkpoint cannot be restored ({reason(error)}): is it of another model?"
     # by name, because importing Lightning takes seconds
     refused = type(error).__name__ == "MisconfigurationException"
+    refused = refused or isinstance(error, ValueError) and text.startswith(_NOT_INSTANTIATED)
     if refused or isinstance(error, (ValueError, TypeError)) and _LIGHTNING_ARGUMENT.search(text):
         return condensed(text)
     return None

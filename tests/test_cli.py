@@ -35,7 +35,7 @@ MISTAKES = {
     "unknown data": (["--data.init_args.data=imagenet"], "data set 'imagenet' is neither one of photos, cifar10"),
     "missing data": (["--data.init_args.data=stl10"], "stepwise download stl10 --root data"),
     "missing file": (["--config=nowhere.yaml"], "File does not exist"),
-    "missing checkpoint": (["--ckpt_path=nowhere.ckpt"], "Checkpoint file not found: "),
+    "missing checkpoint": (["--ckpt_path=nowhere.ckpt"], "checkpoint file not found: nowhere.ckpt"),
     "divergence": (["--model.init_args.learning_rate=1e9"], "training has most likely diverged"),
 }  # fmt: skip
 
@@ -231,7 +231,7 @@ def test_a_taken_port_is_named(script):
         two = ["--trainer.devices=2", "--trainer.strategy=ddp", "--trainer.max_steps=2"]
         done = script("fit", *simclr(), *two, **ranks)
     assert done.returncode == 1 and f"MASTER_PORT {port}): set MASTER_PORT" in last_line(done)
-    assert "another program has the port where the processes of this run are to meet" in last_line(done)
+    assert "another program uses the port of this run's process group" in last_line(done)
 
 
 def test_configurations_combine_and_print_whole(monkeypatch, tmp_path, capsys):

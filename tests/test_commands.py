@@ -29,8 +29,8 @@ def said(tmp_path_factory):
     write_images(folder)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        patch.setattr(report, "_LEAST_SECONDS", 0.0)
-        patch.setattr(report, "_SHARE", 0.0)
+        patch.setattr(report, "_MIN_SECONDS", 0.0)
+        patch.setattr(report, "_MIN_SHARE", 0.0)
         printed = []
         for seed in (0, 1):
             encoder = {"in_features": 48, "out_features": 3, "init_std": 1e-3, "seed": seed}
@@ -67,7 +67,7 @@ def test_progress_is_rare(monkeypatch):
     clock = iter([0.0, *range(1, 2001)])
     monkeypatch.setattr(report.time, "monotonic", lambda: float(next(clock)))
     lines = []
-    monkeypatch.setattr(report.LineProgress, "_line", lambda self, trainer, module, gone: lines.append(gone) or "")
+    monkeypatch.setattr(report.LineProgress, "_line", lambda self, trainer, module, elapsed: lines.append(elapsed) or "")
     progress = report.LineProgress()
     trainer = type("Trainer", (), {"global_step": 0})()
     progress.on_train_start(trainer, None)

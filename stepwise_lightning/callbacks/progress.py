@@ -1,4 +1,4 @@
-"""What a run says of itself: what it is going to do, how far it is, what has come of it."""
+"""Printed lines of a run: its plan, its progress and its result."""
 
 from __future__ import annotations
 
@@ -14,21 +14,22 @@ from lightning.pytorch.callbacks import ProgressBar
 
 from stepwise_lightning.callbacks.clock import expected_end
 from stepwise_lightning.runs.folders import run_folder
+from stepwise_lightning.runs.loggers import logger_kind
 from stepwise_lightning.spectrum.matrices import phrase
 from stepwise_lightning.spectrum.record import SpectrumRecord
 
 __all__ = ["LineProgress", "Plan", "outcome"]
 
-_LEAST_SECONDS = 10.0  # between two lines of progress
-_SHARE = 0.05  # of the time gone by, which later comes between them
+_MIN_SECONDS = 10.0  # between two lines of progress
+_MIN_SHARE = 0.05  # of the elapsed time, between two lines of progress
 
 
 class Plan(L.Callback):
-    """Says, before training starts, what is trained on what, for how long, and where it is written."""
+    """Print the model, the data, the number of steps and the folder before training starts."""
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Print it, on rank 0."""
-        folder = run_folder(trainer)  # a broadcast: every rank must ask
+        """Print the plan on rank 0."""
+        folder = run_folder(trainer)  # a broadcast
         if trainer.is_global_zero:
             print("\n".join(_plan(trainer, pl_module, folder)), flush=True)
 
@@ -44,7 +45,7 @@ def _plan(trainer: L.Trainer, module: L.LightningModule, folder: Path) -> list[s
     batch = settings.get("global_batch_size") or settings.get("num_pairs")
     each = f" of {batch} pairs" if batch else ""
     begun = f", from step {trainer.global_step}" if trainer.global_step else ""
-    steps = f"{int(end)} steps" if end and math.isfinite(end) else "steps until it is stopped"
+    steps = f"{int(end)} steps" if end and math.isfinite(end) else "steps without a limit"
     rate = trainer.optimizers[0].param_groups[0].get("lr") if trainer.optimizers else None
     speed = f", learning rate {rate:g}" if isinstance(rate, float) else ""
     devices = f"{trainer.world_size} × " if trainer.world_size > 1 else ""
@@ -60,44 +61,44 @@ def _count(number: int) -> str:
 
 
 class LineProgress(ProgressBar):
-    """Progress as a line every so often, for output that is no terminal: at first every ten seconds, later rarer."""
+    """Progress bar for output that is no terminal: a line after ten seconds or more, later after 5 % of the elapsed time."""
 
     def __init__(self) -> None:
         super().__init__()
         self._enabled = True
-        self.note = ""  # at the end of each line
+        self.note = ""  # appended to each line
 
     def disable(self) -> None:
-        """Print nothing, as on all ranks but the first."""
+        """Disable output; Lightning calls this on ranks above 0."""
         self._enabled = False
 
     def enable(self) -> None:
-        """Print."""
+        """Enable output."""
         self._enabled = True
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Begin to count time."""
+        """Start the timer."""
         self._start = self._last = time.monotonic()
         self._first_step = trainer.global_step
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Print a line if it is time to."""
+        """Print a line if enough time has passed."""
         now = time.monotonic()
-        gone = now - self._start
-        if self._enabled and now - self._last >= max(_LEAST_SECONDS, _SHARE * gone):
+        elapsed = now - self._start
+        if self._enabled and now - self._last >= max(_MIN_SECONDS, _MIN_SHARE * elapsed):
             self._last = now
-            print(self._line(trainer, pl_module, gone), flush=True)
+            print(self._line(trainer, pl_module, elapsed), flush=True)
 
-    def _line(self, trainer: L.Trainer, module: L.LightningModule, gone: float) -> str:
+    def _line(self, trainer: L.Trainer, module: L.LightningModule, elapsed: float) -> str:
         step, end = trainer.global_step, expected_end(trainer)
         known = end is not None and math.isfinite(end) and step > self._first_step
-        left = f", about {_span(gone * (end - step) / (step - self._first_step))} left" if known else ""
+        left = f", about {_span(elapsed * (end - step) / (step - self._first_step))} left" if known else ""
         metrics = {name: value for name, value in self.get_metrics(trainer, module).items() if name != "v_num"}
         shown = "".join(f", {name} {_number(float(value))}" for name, value in metrics.items())  # type: ignore[arg-type]
         note = f", {self.note}" if self.note else ""
-        return f"step {step}{f' of {int(end)}' if known else ''}{shown}, {_span(gone)}{left}{note}"
+        return f"step {step}{f' of {int(end)}' if known else ''}{shown}, {_span(elapsed)}{left}{note}"
 
 
 def _span(seconds: float) -> str:
@@ -107,10 +108,10 @@ def _span(seconds: float) -> str:
 
 
 def outcome(trainer: L.Trainer, loggers: Sequence[Any]) -> list[str]:
-    """Return what to say of a run that has ended: where it lies, what was found, how to look at it.
+    """Return the lines printed after training: folder, number of steps, picture, commands to view the run.
 
     Args:
-        trainer: whose fit has ended.
+        trainer: after ``fit``.
         loggers: its ``SpectrumLogger`` callbacks.
 
     """
@@ -127,26 +128,26 @@ def outcome(trainer: L.Trainer, loggers: Sequence[Any]) -> list[str]:
 
 
 def _watching(logger: Any) -> str:
-    """Return the command that shows what a logger has, '' where there is none."""
-    kinds = {base.__name__ for base in type(logger).__mro__}  # lightning's and pytorch_lightning's share no class
-    if "TensorBoardLogger" in kinds:
+    """Return the command or the address that shows a logger's run, '' if there is none."""
+    kind = logger_kind(logger)
+    if kind == "TensorBoardLogger":
         return f"tensorboard --logdir {logger.root_dir}"
-    if "WandbLogger" in kinds:
+    if kind == "WandbLogger":
         run = logger.experiment
         return str(run.url) if getattr(run, "url", None) else f"wandb sync {Path(run.dir).parent}"
-    if "MLFlowLogger" in kinds:
+    if kind == "MLFlowLogger":
         return f"mlflow ui --backend-store-uri {logger._tracking_uri}"
     return ""
 
 
 def _found(record: SpectrumRecord, driven: str | None) -> str:
-    """Name the matrices in which there are steps, what the loss drives first; the module's own if none has any."""
+    """Return the number of distinct steps of each matrix, first that of the matrix that the loss drives."""
     counts = {}
     for matrix in sorted(record.matrices, key=lambda matrix: matrix != driven):
         with suppress(ValueError):  # measured less than twice
             counts[matrix] = record.detect_steps(matrix).num_distinct
     if not counts:
-        return "too little was measured to look for steps"
+        return "too few measurements to detect steps"
     with_steps = {phrase(matrix): count for matrix, count in counts.items() if count}
     if not with_steps:
         return f"no steps in {', '.join(phrase(matrix) for matrix in counts if '.' not in matrix)}"

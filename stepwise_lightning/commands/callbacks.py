@@ -25,7 +25,7 @@ def as_configurations(arguments: list[str]) -> list[str]:
     """Return command-line arguments in which options of callbacks are replaced by configurations.
 
     ``--spectrum.num_points 50`` becomes a ``--config`` with one callback and that argument. These configurations come
-    last: options override files.
+    after the files, which they override; ``--print_config`` follows, because it prints what precedes it.
 
     Raises:
         ValueError: an option without a value.
@@ -43,7 +43,8 @@ def as_configurations(arguments: list[str]) -> list[str]:
         if text is None:
             raise UserError(f"{option} needs a value")
         configurations.append(f"--config={json.dumps(_configuration(OPTIONS[callback], name, text))}")
-    return others + configurations
+    printing = [argument for argument in others if argument.startswith("--print_config")]
+    return [argument for argument in others if argument not in printing] + configurations + printing
 
 
 def _configuration(class_path: str, name: str, value: str) -> dict[str, Any]:

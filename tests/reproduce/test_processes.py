@@ -128,7 +128,7 @@ def test_training_saves_a_checkpoint_when_its_parent_ends(number, tmp_path):
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
     logs = [path.read_text() for path in tmp_path.glob("runs/*/log.txt")]
-    assert len(logs) == 2 and all("told to stop: saved at step" in log for log in logs)
+    assert len(logs) == 2 and all("stopped by a signal: saved at step" in log for log in logs)
     assert not any("max_steps=600" in log for log in logs)
 
 

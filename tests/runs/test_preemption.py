@@ -63,7 +63,7 @@ def stop_and_continue(directory, images, loss, stops, **options):
 def test_a_signal_saves_and_the_same_command_continues(images, tmp_path):
     stop_and_continue(tmp_path / "runs", images, "SimCLR", {"term": ("backward:16", TERM, [0])})
     log = log_of({"directory": tmp_path / "runs" / "term"})
-    assert "told to stop: saved at step 17; the same command with --ckpt_path last continues" in log
+    assert "stopped by a signal: saved at step 17; the same command with --ckpt_path last resumes" in log
     assert "version_0 from step 17" in log and "Traceback" not in log
 
 
