@@ -67,7 +67,9 @@ def test_progress_is_rare(monkeypatch):
     clock = iter([0.0, *range(1, 2001)])
     monkeypatch.setattr(report.time, "monotonic", lambda: float(next(clock)))
     lines = []
-    monkeypatch.setattr(report.LineProgress, "_line", lambda self, trainer, module, elapsed: lines.append(elapsed) or "")
+    monkeypatch.setattr(
+        report.LineProgress, "_line", lambda self, trainer, module, elapsed: lines.append(elapsed) or ""
+    )
     progress = report.LineProgress()
     trainer = type("Trainer", (), {"global_step": 0})()
     progress.on_train_start(trainer, None)
