@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from stepwise_lightning import SpectrumRecord
-from stepwise_lightning.callbacks.tensorboard import scalars
+from stepwise_lightning.callbacks.tensorboard import measured_scalars, predicted_scalars
 
 
 def theory_record(record: SpectrumRecord, eigenvalues: Tensor) -> SpectrumRecord:
@@ -58,5 +58,6 @@ def write_events(folder: Path, record: SpectrumRecord) -> None:
     """Write a record as a TensorBoard run, with the tags and steps of a training run."""
     with SummaryWriter(str(folder)) as writer:
         for index in range(len(record)):
-            for tag, value in scalars(record, index, record.matrices[0]).items():
+            values = measured_scalars(record, index, record.matrices[0]) | predicted_scalars(record, index)
+            for tag, value in values.items():
                 writer.add_scalar(tag, value, int(record.steps[index]))

@@ -1,4 +1,5 @@
 from .acceleration import AcceleratedBarlowTwins as AcceleratedBarlowTwins
+from .callbacks.collapse_monitor import CollapseMonitor as CollapseMonitor
 from .callbacks.collapse_monitor import CollapseWatch as CollapseWatch
 from .callbacks.forecast_logger import ForecastLogger as ForecastLogger
 from .callbacks.online_evaluation import OnlineKNN as OnlineKNN

@@ -77,7 +77,9 @@ def test_spectra(run, scale):
 
 
 def test_other_files_are_no_spectra(tmp_path):
-    with pytest.raises(FileNotFoundError, match="no '.*spectrum.npz': give a spectrum.npz, or the folder of a run"):
+    with pytest.raises(
+        FileNotFoundError, match="no file '.*spectrum.npz': pass a spectrum.npz, or the folder of a finished run"
+    ):
         SpectrumRecord.load(tmp_path)
     three = np.arange(3)
     for arrays in (

@@ -19,7 +19,7 @@ from reproduce.claims import Claim
 from reproduce.figure import Outcome, write_outputs
 from reproduce.report import write_report
 from stepwise_lightning import SpectrumRecord
-from stepwise_lightning.callbacks.writers import SpectrumTable
+from stepwise_lightning.callbacks.run_files import SpectrumTable
 from stepwise_lightning.files import atomic_write, atomic_write_text
 from stepwise_lightning.runs import AtomicCheckpointIO
 

@@ -12,7 +12,7 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from stepwise_lightning import BarlowTwins, FixedCropPairs, LinearEncoder, SpectrumLogger, TwoViewDataModule
-from stepwise_lightning.callbacks.writers import SpectrumTable
+from stepwise_lightning.callbacks.run_files import SpectrumTable
 from stepwise_lightning.spectrum.schedule import log_spaced_steps
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")]

@@ -13,11 +13,11 @@ __all__ = ["Clock", "expected_end"]
 
 
 class Clock:
-    """Sums the learning rates of an optimiser's steps; exactly rate × steps while the rate is constant.
+    """Sum of the learning rates of an optimiser's steps; exactly rate × steps while the rate is constant.
 
-    It listens to the optimiser itself, so that it counts each of its steps once, and with the rate it was taken with,
-    whatever calls it and however many others there are. Of several parameter groups the largest rate counts. Without
-    an optimiser (a module that keeps its own) time is the number of batches, as at a rate of 1.
+    A hook on the optimiser counts each step once, with its learning rate, regardless of the caller and of other
+    optimisers. The largest rate of the parameter groups counts. For modules without an optimiser in Lightning, call
+    :meth:`advance` with rate 1 for each batch.
     """
 
     def __init__(self, before: float = 0.0, start: int = 0, rate: float = 0.0, steps: int = 0) -> None:
@@ -25,29 +25,29 @@ class Clock:
         self._hook: Any = None
 
     def state(self) -> tuple[float, int, float, int]:
-        """Return the arguments of a clock that goes on from here."""
+        """Return the constructor arguments of a clock in this state."""
         return self._before, self._start, self._rate, self.steps
 
-    def listen(self, optimizer: torch.optim.Optimizer) -> None:
+    def attach(self, optimizer: torch.optim.Optimizer) -> None:
         """Count the steps of an optimiser."""
-        self.stop()
+        self.detach()
         self._hook = optimizer.register_step_pre_hook(self._count)
 
-    def stop(self) -> None:
-        """Count no more."""
+    def detach(self) -> None:
+        """Remove the hook from the optimiser."""
         if self._hook is not None:
             self._hook.remove()
             self._hook = None
 
     def advance(self, rate: float) -> None:
-        """Count one step at a learning rate."""
+        """Count one step with a learning rate."""
         if rate != self._rate:
             self._before, self._start, self._rate = self.time, self.steps, rate
         self.steps += 1
 
     @property
     def time(self) -> float:
-        """The sum of the rates of the steps so far."""
+        """Sum of the learning rates so far."""
         return self._before + self._rate * (self.steps - self._start)
 
     def _count(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
@@ -55,8 +55,8 @@ class Clock:
 
 
 def expected_end(trainer: L.Trainer) -> float:
-    """Return the number of steps that Lightning expects, infinite where it cannot tell."""
+    """Return the number of steps that Lightning estimates, infinite without an estimate."""
     try:
         return trainer.estimated_stepping_batches
-    except MisconfigurationException:  # it cannot tell
+    except MisconfigurationException:
         return math.inf

@@ -1,62 +1,59 @@
-"""What practitioners fear, said while a run goes on: an embedding that collapses, wholly or to a few dimensions."""
+"""Detection of collapse: an embedding that shrinks to a point or to a few dimensions, or loses a mode."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import lightning as L
 from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
 
 from stepwise_lightning.callbacks.spectrum_logger import SpectrumLogger
-from stepwise_lightning.callbacks.tensorboard import NAME, Lead
+from stepwise_lightning.callbacks.tensorboard import NAME, PrimaryMatrix
 from stepwise_lightning.errors import UserError
 from stepwise_lightning.spectrum.measures import effective_rank
 from stepwise_lightning.spectrum.record import SpectrumRecord
 
-__all__ = ["Collapse", "CollapseWatch", "find_collapse"]
+__all__ = ["Collapse", "CollapseMonitor", "CollapseWatch", "find_collapse"]
 
-_SUSTAINED = 3  # measurements, as for steps
-_GONE = 0.01  # of the largest that it was
-_LARGE = 0.1  # of the largest now: what counts as a dimension
-_LEAST = 200  # steps that it must last
-_LONG = 10  # times as many steps as when the last dimension was gained, where there is no forecast
-_OVERDUE = 3  # times as long as was forecast
-_GROWS = 2  # times as large since the middle of a plateau, on the logarithmic scale of measurements
+_SUSTAINED = 3  # number of measurements, as in detect_steps
+_VANISHED = 0.01  # relative to the maximum over time
+_LARGE = 0.1  # relative to the largest eigenvalue now: counts as a dimension
+_MIN_STEPS = 200  # minimum duration of a collapse
+_STEP_RATIO = 10  # without a forecast: steps relative to the last gain of a dimension
+_TIME_RATIO = 3  # with a forecast: duration relative to the expected one
+_GROWTH = 2  # growth since the middle of a plateau (in measurements) that rules out a collapse
 _NORMALISED = "normalized_covariance"
-# What the scalar says.
+# Values of the scalar collapse/level.
 LEVELS = {"": 0, "a mode has died": 1, "dimensional collapse": 2, "complete collapse": 3}
 
 
 class Collapse(NamedTuple):
-    """What :func:`find_collapse` found."""
+    """Result of :func:`find_collapse`."""
 
     kind: str
-    """``complete collapse``, ``dimensional collapse``, ``a mode has died``, or '' for none."""
+    """``complete collapse``, ``dimensional collapse``, ``a mode has died``, or '' without a collapse."""
     reading: str
-    """The numbers that say so."""
+    """The numbers that indicate it."""
 
 
-def find_collapse(record: SpectrumRecord, matrix: str = "cross_correlation", due: Sequence[float] = ()) -> Collapse:
-    """Judge from what was measured so far whether an embedding has collapsed.
+def find_collapse(record: SpectrumRecord, matrix: str = "cross_correlation") -> Collapse:
+    """Return the most severe collapse in the last three measurements of a matrix.
 
-    The worst of these that is true of the last three measurements:
-
-    - **complete collapse**: all eigenvalues are below 1 % of the largest that there ever was.
-    - **dimensional collapse**: fewer than half of the eigenvalues are above a tenth of the largest, their number stands
-      still, and neither they nor the next one grow: none has doubled since the middle of this plateau, in measurements.
-      That has to last 200 steps, and three times as long as a forecast gave the next mode, or, where there is none,
-      until there are ten times as many steps as when it began. On the plateaus of a staircase the next mode grows all
-      the time; and before anything has grown, or shrunk, nothing is said.
-    - **a mode has died**: an eigenvalue that had grown (``num_grown``) is below 1 % of the largest that it was.
+    - **complete collapse**: all eigenvalues are below 1 % of the largest eigenvalue of the run.
+    - **dimensional collapse**: fewer than half of the eigenvalues exceed a tenth of the largest, their number is
+      constant, and neither they nor the next one have doubled since the middle of this plateau (in measurements). The
+      plateau must last 200 steps, and three times as long as ``record.expected_times`` expects, or, without a
+      forecast, until ten times the step at which it began. On the plateaus of a staircase the next mode keeps growing.
+      A spectrum without any growth or decay so far, as at the start of a run, is no collapse.
+    - **a mode has died**: an eigenvalue that had grown (``num_grown``) is below 1 % of its maximum.
 
     Args:
-        record: of a run, perhaps one that goes on.
-        matrix: whose eigenvalues to judge.
-        due: times (learning rate × steps) at which modes were forecast to be learned.
+        record: of a finished or running training.
+        matrix: name of the matrix.
 
     Raises:
-        ValueError: that matrix was not measured.
+        ValueError: the matrix was not measured.
 
     """
     values = record.eigenvalues(matrix)
@@ -65,58 +62,64 @@ def find_collapse(record: SpectrumRecord, matrix: str = "cross_correlation", due
     if len(values) <= _SUSTAINED or not values.any():
         return Collapse("", "")
     largest = values[:, 0]
-    if (largest[-_SUSTAINED:] < _GONE * largest.max()).all():
-        return Collapse("complete collapse", f"the largest eigenvalue is {_ratio(largest[-1], largest.max())} it was")
-    counts = (values > _LARGE * largest[:, None]).sum(1)
-    count, dim = int(counts[-1]), values.shape[1]
-    changed = (counts != count).nonzero()
-    begin = int(changed[-1]) + 1 if len(changed) else 0
-    plateau = values[(begin + len(values) - 1) // 2 :, : count + 1]  # its second half
-    began = max(int(steps[begin]), 1)
-    expected = [time for time in due if time > times[begin]]
-    long = times[-1] > times[begin] + _OVERDUE * (min(expected) - times[begin]) if expected else True
-    long &= bool(steps[-1] >= max(1 if expected else _LONG * began, began + _LEAST))
-    stands = (plateau[-_SUSTAINED:].max(0).values <= _GROWS * plateau[0]).all()
-    grown = int(record.measure("num_grown", matrix)[known].nan_to_num(0.0).max())  # NaN: of another size than at first
-    happened = grown or count < counts[0]  # at the start of a run, everything stands still
-    if count < dim / 2 and happened and long and stands and len(values) - begin > 2 * _SUSTAINED:
-        rank = float(effective_rank(values[-1]))
-        return Collapse(
-            "dimensional collapse",
-            f"{count} of {dim} eigenvalues {'is' if count == 1 else 'are'} above a tenth of the largest since step "
-            f"{int(steps[begin])}, and the next one does not grow; effective rank {rank:.2f}",
-        )
+    if (largest[-_SUSTAINED:] < _VANISHED * largest.max()).all():
+        ratio = _ratio(largest[-1], largest.max())
+        return Collapse("complete collapse", f"the largest eigenvalue is {ratio}")
+    # num_grown is NaN after a change of the dimension.
+    grown = int(record.measure("num_grown", matrix)[known].nan_to_num(0.0).max())
+    if reading := _dimensional_collapse(values, steps, times, grown, record.expected_times.get(matrix, [])):
+        return Collapse("dimensional collapse", reading)
     peaks = values[:, :grown].max(0).values
-    dead = (values[-_SUSTAINED:, :grown] < _GONE * peaks).all(0)
+    dead = (values[-_SUSTAINED:, :grown] < _VANISHED * peaks).all(0)
     if dead.any():
         mode = int(dead.nonzero()[0])
-        now = f"eigenvalue {mode + 1} is {_ratio(values[-1, mode], peaks[mode])} it was"
-        return Collapse("a mode has died", now)
+        return Collapse("a mode has died", f"eigenvalue {mode + 1} is {_ratio(values[-1, mode], peaks[mode])}")
     return Collapse("", "")
 
 
-def _ratio(value: Any, peak: Any) -> str:
-    share = float(value / peak)
-    return f"{share:.1g} times what" if share else "0; not so once:"
+def _dimensional_collapse(values: Tensor, steps: Tensor, times: Tensor, grown: int, expected_times: list[float]) -> str:
+    """Return the numbers that indicate a dimensional collapse, '' without one."""
+    counts = (values > _LARGE * values[:, :1]).sum(1)
+    count, dim = int(counts[-1]), values.shape[1]
+    changed = (counts != count).nonzero()
+    begin = int(changed[-1]) + 1 if len(changed) else 0
+    started = grown or count < counts[0]
+    if not (count < dim / 2 and started and len(values) - begin > 2 * _SUSTAINED):
+        return ""
+    first = max(int(steps[begin]), 1)
+    later = [time for time in expected_times if time > times[begin]]
+    min_step = max(1 if later else _STEP_RATIO * first, first + _MIN_STEPS)
+    early = bool(later) and times[-1] <= times[begin] + _TIME_RATIO * (min(later) - times[begin])
+    plateau = values[(begin + len(values) - 1) // 2 :, : count + 1]  # second half
+    growing = (plateau[-_SUSTAINED:].max(0).values > _GROWTH * plateau[0]).any()
+    if growing or early or steps[-1] < min_step:
+        return ""
+    return (
+        f"{count} of {dim} eigenvalues {'is' if count == 1 else 'are'} above a tenth of the largest since step "
+        f"{int(steps[begin])}, and the next one does not grow; effective rank {float(effective_rank(values[-1])):.2f}"
+    )
 
 
-class CollapseWatch(L.Callback):
-    """Warn, in one line, when an embedding collapses while it trains.
+def _ratio(value: Tensor, peak: Tensor) -> str:
+    return f"{float(value / peak):.1g} times its maximum" if value else "0"
 
-    It goes by the measurements of the :class:`stepwise_lightning.SpectrumLogger` that must stand beside it in the
-    Trainer, and judges the matrix to look at first: what the loss drives, if the module says so, else the first that is
-    measured. A :class:`stepwise_lightning.ForecastLogger` tells it when the next mode is due.
-    :func:`stepwise_lightning.callbacks.collapse_monitor.find_collapse` says what is called a collapse, and
-    ``tests/spectrum/test_collapse.py`` has a run that provokes each kind.
 
-    Logged, to every logger, at each measurement: ``collapse/level``, 0 for none, 1 for a mode that has died, 2
-    for a dimensional collapse, 3 for a complete one.
+class CollapseMonitor(L.Callback):
+    """Warn when an embedding collapses during training.
+
+    The callback needs a :class:`stepwise_lightning.SpectrumLogger` in the same Trainer and checks one of its matrices:
+    the module's ``driven_matrix`` if it was measured, else the first. A
+    :class:`stepwise_lightning.ForecastLogger` supplies the expected time of the next mode.
+    :func:`stepwise_lightning.callbacks.collapse_monitor.find_collapse` defines a collapse.
+
+    At each measurement ``collapse/level`` is logged to every logger: 0 for no collapse, 1 for a lost mode, 2 for a
+    dimensional collapse, 3 for a complete collapse. Each kind is warned of once per run.
 
     Raises:
-        UserError: when training starts, there is no SpectrumLogger.
+        UserError: when training starts, the Trainer has no SpectrumLogger.
 
     Attributes:
-        found: what is true now, a :class:`Collapse`.
+        found: result of the last check, a :class:`Collapse`.
 
     """
 
@@ -124,29 +127,34 @@ class CollapseWatch(L.Callback):
         self.found = Collapse("", "")
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Find the measurements to go by."""
+        """Find the SpectrumLogger."""
         spectra = [c for c in trainer.callbacks if isinstance(c, SpectrumLogger)]  # type: ignore[attr-defined]
         if not spectra:
-            raise UserError("CollapseWatch needs a SpectrumLogger in the Trainer: add one")
-        self._spectrum, self._measured, self._warned = spectra[0], 0, {""}
+            raise UserError("CollapseMonitor needs a SpectrumLogger in the Trainer: add one")
+        self._spectrum, self._num_checked, self._warned = spectra[0], 0, {""}
         self.found = Collapse("", "")
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Judge, if there is a new measurement."""
-        record = self._spectrum.record  # empty but in the first process
-        if len(record) in (0, self._measured):
+        """Check a new measurement."""
+        record = self._spectrum.record  # empty on all ranks but the first
+        if len(record) in (0, self._num_checked):
             return
-        self._measured = len(record)
-        matrix = Lead.of(pl_module, record.matrices).matrix
-        self.found = find_collapse(record, matrix, self._spectrum.due.get(matrix, ()))
-        if matrix == "tangent_covariance" and _NORMALISED in record.matrices:  # it has no scale that could vanish
-            whole = find_collapse(record, _NORMALISED)
-            self.found, matrix = (whole, _NORMALISED) if whole.kind == "complete collapse" else (self.found, matrix)
+        self._num_checked = len(record)
+        matrix = PrimaryMatrix.of(pl_module, record.matrices).matrix
+        self.found = find_collapse(record, matrix)
+        if matrix == "tangent_covariance" and _NORMALISED in record.matrices:  # it does not vanish in a collapse
+            complete = find_collapse(record, _NORMALISED)
+            if complete.kind == "complete collapse":
+                self.found, matrix = complete, _NORMALISED
         step, prefix = int(record.steps[-1]), "" if self._spectrum.name == NAME else f"{self._spectrum.name}/"
         for logger in trainer.loggers:
             logger.log_metrics({f"{prefix}collapse/level": float(LEVELS[self.found.kind])}, step=step)
         if self.found.kind not in self._warned:
             self._warned.add(self.found.kind)
             rank_zero_warn(f"step {step}, {matrix}: {self.found.kind}: {self.found.reading}")
+
+
+CollapseWatch = CollapseMonitor
+"""Former name of :class:`CollapseMonitor`, kept for existing configurations."""

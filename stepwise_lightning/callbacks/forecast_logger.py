@@ -232,7 +232,7 @@ class ForecastLogger(L.Callback):
                 *rates[: int(due) - step],
                 due % 1 * rates[int(due) - step - 1],
             ]
-            self._spectrum.due.setdefault(self._matrix, []).append(float(record.times[-1] + sum(ahead)))
+            record.expected_times.setdefault(self._matrix, []).append(float(record.times[-1] + sum(ahead)))
         self.forecasts.append(LiveForecast(step, mode - 1, due))
         self._next_at = step + max(((due - step) if soon else step) / 2, _APART * step)
         if soon:

@@ -1,24 +1,37 @@
-"""Where the measurements of a run go: to files, to the loggers of its Trainer, into pictures."""
+"""Output of a run: ``spectrum.csv``, ``spectrum.npz``, ``steps.json``, ``trajectories.png`` and the loggers."""
 
 from __future__ import annotations
 
+import csv
+import json
+import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable
+from io import BytesIO, TextIOWrapper
 from pathlib import Path
+from typing import Any
 
 import lightning as L
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
-from stepwise_lightning.callbacks.pictures import keep_picture
-from stepwise_lightning.callbacks.tensorboard import Charts, Lead
-from stepwise_lightning.callbacks.writers import SpectrumFiles
-from stepwise_lightning.spectrum.record import SpectrumRecord
+from stepwise_lightning.callbacks.tensorboard import Charts, PrimaryMatrix
+from stepwise_lightning.errors import UserError
+from stepwise_lightning.files import atomic_write, atomic_write_text
+from stepwise_lightning.runs.folders import free_name
+from stepwise_lightning.spectrum.record import Measurement, SpectrumRecord
 
-# Seconds of training per second of drawing: what the figures that are redrawn while a run goes on may cost.
-_DRAWING_SHARE = 500
+__all__ = ["COLUMNS", "Row", "RunFiles", "SpectrumTable", "rows", "write_steps"]
+
+COLUMNS = ("step", "time", "matrix", "quantity", "mode", "value")
+Row = tuple[int, float, str, str, int | str, float]
+# Figures are redrawn during training after 500 times the seconds that the last drawing took.
+_DRAWING_INTERVAL = 500
+# Fewer measurements make no readable trajectories.png.
+_MIN_MEASUREMENTS = 10
 
 
-class Outputs:
-    """What is written of a record that grows, on rank 0 alone; ``fast_dev_run`` writes no files.
+class RunFiles:
+    """Writer of a growing record to files and loggers, on rank 0; ``fast_dev_run`` writes no files.
 
     Raises:
         OSError: a file cannot be written (here or later).
@@ -31,40 +44,193 @@ class Outputs:
         self._trainer, self._module, self._name, self._modes = trainer, module, name, modes
         files = not trainer.fast_dev_run  # type: ignore[attr-defined]
         self._files = SpectrumFiles(folder, name, record, modes) if files else None
-        self._charts: Charts | None = None  # from the first measurement on, which says which matrices there are
-        self._next_figure = time.perf_counter() + _DRAWING_SHARE
+        self._charts: Charts | None = None  # created with the first measurement, which determines the matrices
+        self._next_drawing = time.perf_counter() + _DRAWING_INTERVAL
 
-    def add(self, record: SpectrumRecord, due: Mapping[str, Sequence[float]]) -> None:
-        """Write the last measurement, and perhaps draw what there is so far."""
+    def add(self, record: SpectrumRecord) -> None:
+        """Write the last measurement, and redraw the trajectories at intervals."""
         if self._files is not None:
-            self._files.add(record.rows(-1, self._modes))
+            self._files.table.add(rows(record, -1, self._modes))
         if self._charts is None:
-            self._charts = Charts(self._trainer, Lead.of(self._module, record.matrices), self._name, self._modes)
+            primary = PrimaryMatrix.of(self._module, record.matrices)
+            self._charts = Charts(self._trainer, primary, self._name, self._modes)
         self._charts.add(record)
-        if time.perf_counter() > self._next_figure:
+        if time.perf_counter() > self._next_drawing:
             start = time.perf_counter()
-            self._charts.draw(record, due)
-            self._next_figure = time.perf_counter() + _DRAWING_SHARE * (time.perf_counter() - start)
+            self._charts.draw(record)
+            self._next_drawing = time.perf_counter() + _DRAWING_INTERVAL * (time.perf_counter() - start)
 
     def add_loss(self, record: SpectrumRecord) -> None:
-        """Write the loss of the last measurement, which is known later."""
+        """Write the loss of the last measurement, which is known one step later."""
         if self._charts is not None:
             self._charts.add_loss(record)
         if self._files is not None:
-            self._files.add(row for row in record.rows(-1, 0) if row[3] == "loss")
+            self._files.table.add([_loss_row(record.measurements[-1])])
 
-    def end(self, record: SpectrumRecord, due: Mapping[str, Sequence[float]]) -> Path | None:
-        """Write what can be said of a run that has ended; return the path of its picture, None where none is drawn."""
-        if self._charts is not None and len(record):
-            self._charts.end(record, due)
+    def end(self, record: SpectrumRecord) -> Path | None:
+        """Write the results of a finished run; return the path of ``trajectories.png``, None if it is not drawn."""
+        if self._charts is not None:
+            self._charts.add_num_distinct(record)
         self.close(record, ended=True)
-        if self._files is None:
+        path = self._files.path("trajectories", ".png") if self._files is not None else None
+        picture = _picture(record, path) if path is not None else None
+        if self._charts is not None:
+            self._charts.draw(record, ended=True, picture=picture)
+        if path is None or picture is None:
             return None
-        return keep_picture(self._trainer, record, self._files.named("trajectories", ".png"), self._name, due)
+        for logger in self._trainer.loggers:
+            _log_picture(logger, path, f"{self._name}/trajectories")
+        return path
 
     def close(self, record: SpectrumRecord, ended: bool = False) -> None:
-        """Write the arrays, and what is still to be written elsewhere."""
+        """Write ``spectrum.npz``, and ``steps.json`` if training has ended."""
         if self._charts is not None:
             self._charts.close()
         if self._files is not None:
-            self._files.close(record, ended)
+            if ended:
+                write_steps(self._files.path("steps", ".json"), record)
+            record.save(self._files.folder / f"{self._files.stem}.npz")
+
+
+class SpectrumFiles:
+    """Paths of the files of one run, and its table.
+
+    If the folder contains ``spectrum.csv`` of another run, the files are named ``spectrum-v1.csv`` and so on.
+    """
+
+    def __init__(self, folder: Path, name: str, record: SpectrumRecord, num_modes: int) -> None:
+        self.folder = folder
+        self.stem = free_name(name, lambda stem: self._is_taken(stem, record))
+        if self.stem != name:
+            rank_zero_info(f"{folder / name}.csv belongs to another run: this run writes {self.stem}.csv")
+        measured = (row for index in range(len(record)) for row in rows(record, index, num_modes))
+        self.table = SpectrumTable(folder / f"{self.stem}.csv", measured)
+
+    def path(self, content: str, suffix: str) -> Path:
+        """Return the path of another file of this run: ``steps.json``, ``steps-v1.json`` or ``<name>_steps.json``."""
+        stem = self.stem.replace("spectrum", content, 1)
+        return self.folder / f"{stem if stem != self.stem else f'{self.stem}_{content}'}{suffix}"
+
+    def _is_taken(self, stem: str, record: SpectrumRecord) -> bool:
+        """Return True if another run has written files of this stem."""
+        table, arrays = (self.folder / f"{stem}{suffix}" for suffix in (".csv", ".npz"))
+        if not (table.exists() or arrays.exists()):
+            return False
+        return not (len(record) and table.exists() and _begins_with(table, record.measurements[0]))
+
+
+class SpectrumTable:
+    """``spectrum.csv``: begins with the rows of a resumed run, and is replaced atomically by a longer table.
+
+    Raises:
+        OSError: it cannot be written (here or later).
+
+    """
+
+    def __init__(self, path: Path, rows: Iterable[Row] = ()) -> None:
+        self.path, self._content = path, BytesIO()
+        self._text = TextIOWrapper(self._content, "utf-8", newline="")
+        csv.writer(self._text).writerow(COLUMNS)
+        self.add(rows)
+
+    def add(self, rows: Iterable[Row]) -> None:
+        """Append rows and write the file."""
+        csv.writer(self._text).writerows(map(_with_all_digits, rows))
+        self._text.flush()
+        # Not appended to the file: a kill could truncate a number unnoticed.
+        atomic_write(self.path, lambda partial: partial.write_bytes(self._content.getbuffer()))
+
+
+def rows(record: SpectrumRecord, index: int, num_modes: int | None = None) -> list[Row]:
+    """Return one measurement as rows of ``spectrum.csv``, with the first ``num_modes`` eigenvalues of each matrix.
+
+    A row ``grown_at``, whose value is the time, marks a mode that has grown since the previous measurement.
+    """
+    measurement = record.measurements[index]
+    earlier = record.measurements[: index % len(record)]
+    head = (measurement.step, measurement.time)
+    rows: list[Row] = []
+    for matrix, spectrum in measurement.spectra.items():
+        rows += [(*head, matrix, name, "", value) for name, value in spectrum.measures.items()]
+        before = max((m.spectra[matrix].num_grown for m in earlier if matrix in m.spectra), default=0)
+        rows += [(*head, matrix, "grown_at", mode, measurement.time) for mode in range(before, spectrum.num_grown)]
+        shown = {"eigenvalue": spectrum.eigenvalues}
+        if matrix == "cross_correlation" and measurement.predicted is not None:
+            shown["predicted_eigenvalue"] = measurement.predicted
+        for quantity, values in shown.items():
+            rows += [(*head, matrix, quantity, mode, v) for mode, v in enumerate(values[:num_modes].tolist())]
+    return rows if math.isnan(measurement.loss) else [*rows, _loss_row(measurement)]
+
+
+def _loss_row(measurement: Measurement) -> Row:
+    return measurement.step, measurement.time, "", "loss", "", measurement.loss
+
+
+def _with_all_digits(row: Row) -> tuple[Any, ...]:
+    return row[0], repr(row[1]), *row[2:-1], repr(row[-1])
+
+
+def _begins_with(table: Path, first: Measurement) -> bool:
+    """Return True if a table contains the largest eigenvalues of a measurement to the last digit: the same run."""
+    largest = [
+        (first.step, first.time, matrix, "eigenvalue", 0, spectrum.eigenvalues[0].item())
+        for matrix, spectrum in first.spectra.items()
+        if len(spectrum.eigenvalues)
+    ]
+    lines = {",".join(map(str, _with_all_digits(row))) for row in largest}
+    return lines <= set(table.read_text(encoding="utf-8", errors="replace").splitlines())
+
+
+def write_steps(path: Path, record: SpectrumRecord) -> None:
+    """Write the result of :meth:`SpectrumRecord.detect_steps` for each matrix as JSON; NaN becomes null.
+
+    Raises:
+        OSError: it cannot be written.
+
+    """
+    document: dict[str, Any] = {}
+    for matrix in record.matrices:
+        try:
+            steps = record.detect_steps(matrix)
+        except ValueError as error:  # one measurement, or a learning rate of 0 throughout
+            document[matrix] = {"undefined": str(error)}
+            continue
+        document[matrix] = {
+            "num_distinct": steps.num_distinct,
+            "num_learned": int(steps.num_learned[-1]),
+            "stepwiseness": steps.stepwiseness,
+            "threshold": steps.threshold,
+            "step_times": _nan_to_none(steps.step_times.tolist()),
+            "rise_widths": _nan_to_none(steps.rise_widths.tolist()),
+        }
+    atomic_write_text(path, json.dumps(document, indent=2) + "\n")
+
+
+def _nan_to_none(values: list[float]) -> list[float | None]:
+    return [None if math.isnan(value) else value for value in values]
+
+
+def _picture(record: SpectrumRecord, path: Path) -> bytes | None:
+    """Draw the trajectories of a finished run, write them to ``path`` and return the PNG; None if too short."""
+    if len(record) < _MIN_MEASUREMENTS:
+        return None
+    from stepwise_lightning.plots import run_figure
+
+    try:
+        figure = run_figure(record, title="/".join(path.parent.parts[-2:]))
+    except UserError as error:
+        rank_zero_warn(f"{path.name} is not drawn: {error}")
+        return None
+    content = BytesIO()
+    figure.savefig(content, format="png", dpi=130)
+    atomic_write(path, lambda partial: partial.write_bytes(content.getbuffer()))
+    return content.getvalue()
+
+
+def _log_picture(logger: Any, path: Path, key: str) -> None:
+    """Log a picture to W&B or MLflow; TensorBoard gets it from :class:`Charts`."""
+    kinds = {base.__name__ for base in type(logger).__mro__}  # lightning and pytorch_lightning share no class
+    if "WandbLogger" in kinds:
+        logger.log_image(key=key, images=[str(path)])
+    elif "MLFlowLogger" in kinds:
+        logger.experiment.log_artifact(logger.run_id, str(path), key.rpartition("/")[0])

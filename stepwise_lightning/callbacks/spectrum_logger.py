@@ -1,4 +1,4 @@
-"""The thin wire from a running Trainer to measures, the record, the loggers and files."""
+"""Callback that measures the spectrum of embeddings during training."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lightning.pytorch.callbacks import Checkpoint
 from torch import Tensor, nn
 
 from stepwise_lightning.callbacks.clock import Clock, expected_end
-from stepwise_lightning.callbacks.run_files import Outputs
+from stepwise_lightning.callbacks.run_files import RunFiles
 from stepwise_lightning.callbacks.tensorboard import NAME
 from stepwise_lightning.distributed import all_gather_objects
 from stepwise_lightning.errors import DivergedError, UserError
@@ -23,7 +23,7 @@ from stepwise_lightning.features import (
     Watched,
     capture,
     check_watched,
-    joined,
+    concatenate_ranks,
     label,
     loss_in,
     on_device,
@@ -40,90 +40,51 @@ _KEY = "stepwise_lightning_spectra"  # in a checkpoint
 
 
 class SpectrumLogger(L.Callback):
-    """Log the full spectrum of embeddings while any LightningModule trains.
+    """Log the full spectrum of the embeddings while any LightningModule trains.
 
-    The module is called on one or two views of the same samples, (n, …) each, at log-spaced steps, with batch
-    normalisation on the statistics of those samples (see :func:`stepwise_lightning.features.capture`);
-    training is bit-identical with and without this callback. In float64, the eigenvalues are computed of
+    At log-spaced steps the module is called on one or two views of the same samples, (n, …) each, with batch
+    normalisation on the statistics of these samples (:func:`stepwise_lightning.features.capture`). Training is
+    bit-identical with and without this callback. The eigenvalues of these matrices are computed in float64:
 
-    - ``cross_correlation``: C = (z1ᵀz2 + z2ᵀz1)/2n, where there are two views (``center`` subtracts the means);
-    - ``covariance``: the centred covariance of all embeddings, of both views;
-    - ``normalized_covariance``: the same of the embeddings divided by their norms, as cosine losses see them;
-    - ``tangent_covariance``, if asked for: of these, without their part along the mean of them
+    - ``cross_correlation``: C = (z1ᵀz2 + z2ᵀz1)/2n of two views;
+    - ``covariance``: centred covariance of the embeddings of all views;
+    - ``normalized_covariance``: covariance of the embeddings divided by their norms;
+    - ``tangent_covariance``: covariance of the normalised embeddings without their component along the mean direction
       (:func:`stepwise_lightning.spectrum.measures.tangent_coordinates`).
 
-    **Step k** is the state after exactly k optimiser steps (``trainer.global_step``; batches, where Lightning has no
-    optimiser): step 0 is the initialisation, and a measurement at step k is made just before step k + 1 changes the
-    weights. The loss recorded with it is the mean over the batches of that step of what ``training_step`` returned, NaN
-    where that was none. The last measurement is made when training ends, after other callbacks have had their last word
-    on the weights (this one moves behind them, but before those that save checkpoints), and has no loss. **Time** is
-    the sum of the learning rates of the steps so far: those of the first optimiser, and of its parameter groups the
-    largest rate.
-
-    Written at each measurement, with ``<matrix>`` the name of one, or ``submodule.matrix`` for watched submodules:
-
-    - to every logger of the Trainer: ``C/eig_000`` … (descending), ``num_grown``, ``effective_rank``,
-      ``participation_ratio``, ``alpha_req``, ``rankme``, with the name of the matrix in the place of ``C``, which is
-      that of the cross-correlation, or ``submodule/C``; of a submodule the first 16 eigenvalues. ``At a glance/loss``
-      and ``At a glance/num_grown`` are of the matrix to look at first: what the loss drives, if the module has a
-      ``driven_matrix`` that says so and it is measured, else the first one. At the end, ``steps/num_distinct`` of it;
-    - to TensorBoard also a custom-scalars layout, with charts that have one line a run, and one with all eigenvalues of
-      a matrix; and the trajectories as pictures, at the end and from time to time before;
-    - to ``spectrum.csv`` in the Trainer's log directory, one value a row: ``step, time, matrix, quantity, mode, value``
-      with quantity ``eigenvalue`` (mode 0, 1, …), one of the measures, ``grown_at`` when a mode has grown, or ``loss``
-      (matrix empty);
-    - at the end of training to ``spectrum.npz`` beside it, everything: :meth:`stepwise_lightning.SpectrumRecord.load`
-      reads it, :meth:`stepwise_lightning.SpectrumRecord.arrays` says what is in it;
-    - then to ``steps.json`` what :func:`stepwise_lightning.spectrum.detect_steps` finds in each matrix, and to
-      ``trajectories.png`` a picture of it, which W&B and MLflow get as an image too.
-
-    ``num_grown`` counts modes while training goes on: those whose eigenvalue has grown tenfold since the first
-    measurement and exceeds a tenth of the largest. Which modes were *learned*, in how many distinct steps, can only be
-    said of a run that has ended. ``docs/glossary.md`` has all these words.
-
-    It is kept in checkpoints, so that a resumed run goes on with what was measured before, as if it had never stopped:
-    ``spectrum.csv`` is written anew up to there, also in another folder. In a checkpoint it takes as much room as in
-    the ``.npz``. With other settings than before, what was not measured is NaN. Files of another run are never
-    overwritten: beside them it writes ``spectrum-v1.csv`` and so on. ``fast_dev_run`` writes no files.
-
-    Under DDP every process takes part: all embed the same probe pairs, or their parts of the training batch, which are
-    gathered, however many samples each has; rank 0 computes and writes. A batch of one sample is passed over, and the
-    next one measured.
+    A measurement at step k is made after k optimiser steps, before step k + 1, together with the training loss of step
+    k + 1. The last one is made at the end of training, after all callbacks except checkpointing have run, and has no
+    loss. Time is the sum of the learning rates of the first optimiser. Steps, files, tags and figures:
+    ``docs/read_a_run.md``.
 
     Args:
-        watch: what to measure besides the module's own output: names of submodules, e.g. ``encoder.backbone``, or
-            functions from module and view to embeddings (n, …), which are called by their ``__name__``.
-        probe: what to embed. ``"auto"``: ``trainer.datamodule.probe_pairs()`` where there is such a method, else the
-            training batch of the step; ``"batch"``: always the training batch, the step's first; or one tensor or a
-            pair of tensors. How views are found in a batch: :func:`stepwise_lightning.features.views_in`.
-        matrices: which matrices to measure, of those above.
-        center: subtract the means before C is formed.
-        num_points: about how many measurements to make up to the expected end of training; more if it goes on.
-        num_scalars: how many eigenvalues of a matrix become scalars and CSV rows; the ``.npz`` has all.
-        prediction: the theory's eigenvalues of C, as a function from time (T,) to (T, d), for instance
-            ``LinearBarlowTwins.embedding_eigenvalues``. They are written beside the module's own as
-            ``predicted_eigenvalue`` (``cross_correlation/predicted`` in the ``.npz``) and drawn dashed. TensorBoard has
-            them under the tags of what they predict, as another run, ``theory`` in the folder of this one; other
-            loggers as ``C/predicted_000`` ….
-        keep_embeddings: keep the module's own embeddings (or of what is watched first) of every measurement, for
-            questions asked later: 4 bytes per measurement, view, sample and dimension, in memory, in the ``.npz`` and
-            in each checkpoint.
-        output: measure the module's own output, of ``module(view)``. False where it has no ``forward``, or one that
-            takes or returns something else: then watched submodules are run on their own, on the view.
-        views: a function from a training batch to one or two tensors, where they are not found by themselves.
-        name: of files, ``<name>.csv``, and, where it is another than ``spectrum``, of tags, ``<name>/C/eig_000``; a
-            second logger of the same name in a Trainer becomes ``spectrum_1``, and so on.
+        watch: also measure the outputs of these submodules, such as ``encoder.backbone``, or of functions from module
+            and view to a tensor (n, …).
+        probe: samples to measure on. ``auto``: the data module's ``probe_pairs()``, or the training batch without such
+            a method; ``batch``: always the training batch, of all ranks; or a tensor, or a pair of tensors.
+        matrices: names of the matrices.
+        center: subtract the mean of each view before C is formed.
+        num_points: approximate number of measurements up to the expected end of training.
+        num_scalars: number of eigenvalues per matrix in logged scalars and in ``spectrum.csv``; the ``.npz`` has all.
+        prediction: function from time (T,) to eigenvalues of C (T, d), such as
+            ``LinearBarlowTwins.embedding_eigenvalues``, to log and draw with the measured ones.
+        keep_embeddings: keep the embeddings of each measurement in the record, the ``.npz`` and checkpoints: 4 bytes
+            per measurement, view, sample and dimension.
+        output: measure the output of ``module(view)``. False for a module without such a ``forward``: watched
+            submodules are then called on the view.
+        views: function from a training batch to one or two tensors, if
+            :func:`stepwise_lightning.features.views_in` does not find them.
+        name: stem of the files, and prefix of the tags unless it is ``spectrum``; a second logger of the same name in
+            a Trainer becomes ``spectrum_1``, and so on.
 
     Raises:
-        UserError: bad arguments (a ValueError too); when training starts, an unknown submodule name (the error lists
-            those that exist); at the first measurement, a batch without views, or an output that is no tensor.
+        UserError: invalid arguments; when training starts, an unknown submodule; at the first measurement, a batch
+            without views, or an output that is not a tensor.
 
     Attributes:
-        record: what was measured so far, a :class:`stepwise_lightning.SpectrumRecord`.
-        directory: where it is written, from the start of training on.
-        picture: the file with the trajectories, from the end of training on, None where none is drawn.
-        due: by matrix, times at which modes were forecast to be learned, for pictures to mark
-            (:class:`stepwise_lightning.ForecastLogger` adds them).
+        record: the measurements so far, a :class:`stepwise_lightning.SpectrumRecord`; empty on ranks other than 0.
+        directory: folder of the files, set when training starts.
+        picture: path of the figure of the trajectories, set when training ends; None if it was not drawn.
 
     """
 
@@ -147,165 +108,157 @@ class SpectrumLogger(L.Callback):
         if isinstance(probe, str) and probe not in ("auto", "batch"):
             raise UserError(f"probe must be 'auto', 'batch' or tensors, got {probe!r}")
         if isinstance(watch, str) or not (output or watch):
-            raise UserError(f"watch must be a list of names or functions, not empty without output, got {watch!r}")
+            raise UserError(f"watch must be a list of names or functions, not empty if output=False, got {watch!r}")
         if unknown := set(matrices) - set(MATRICES):
             raise UserError(f"unknown matrices {sorted(unknown)}; choose from: {', '.join(MATRICES)}")
         self.watch: tuple[Watched, ...] = ("", *watch) if output else tuple(watch)
         if len({label(watched) for watched in self.watch}) < len(self.watch):
-            raise UserError(f"two watched things have one name: {', '.join(map(label, self.watch))}")
+            raise UserError(f"watch contains a name twice: {', '.join(map(label, self.watch))}; rename a function")
         self.probe, self.matrices, self.center, self.views, self.name = probe, tuple(matrices), center, views, name
         self.output, self.num_points, self.num_scalars, self.prediction = output, num_points, num_scalars, prediction
         self.keep_embeddings = keep_embeddings
         self.record = SpectrumRecord()
         self.picture: Path | None = None
-        self.due: dict[str, list[float]] = {}
         self._clock = Clock()
-        self._trainer: Any = None  # a reference to the one whose run is recorded
-        self._restored = self._late = self._hears_steps = False
-        self._outputs: Outputs | None = None  # on rank 0, while training goes on
+        self._trainer: Any = None  # weak reference to the Trainer of the record
+        self._restored = self._pending = self._counts_steps = False
+        self._files: RunFiles | None = None  # on rank 0, during training
         self._batch: Any = None
-        self._earlier: Any = None  # the one before
+        self._previous_batch: Any = None
         self._measured_at = -1
-        self._losses: list[float] | None = None  # of the step that was measured last, while it is under way
+        self._losses: list[float] | None = None  # batch losses of the measured step, until it is complete
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Move behind the callbacks that may change weights, and tell loggers of one name apart."""
+        """Move behind the callbacks that may change weights, and make the names of several loggers unique."""
         callbacks = trainer.callbacks  # type: ignore[attr-defined]
         savers = [callback for callback in callbacks if isinstance(callback, Checkpoint)]
         loggers = [callback for callback in callbacks if isinstance(callback, SpectrumLogger)]
         others = [callback for callback in callbacks if callback not in (*savers, *loggers)]
-        # A new list: Lightning is walking through the old one.
+        # A new list, because Lightning iterates over the old one.
         trainer.callbacks = [*others, *loggers, *savers]  # type: ignore[attr-defined]
         names = [logger.name for logger in loggers[: loggers.index(self)]]
         if self.name in names:
             self.name = free_name(self.name, names.__contains__).replace("-v", "_")
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Add all measurements so far, as tensors and numbers."""
-        # Not by state_dict: Lightning would refuse a second logger in one Trainer.
+        """Add all measurements to the checkpoint, as tensors and numbers."""
+        # Not state_dict: Lightning refuses a second callback of one class with the same state key.
         state = {"record": self.record.arrays(), "clock": self._clock.state()}
         checkpoint.setdefault(_KEY, {})[self.name] = state
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Continue with the measurements of a checkpoint."""
+        """Restore the measurements of a checkpoint."""
         if trainer.state.fn != "fit":
             return
+        if "SpectrumLogger" in checkpoint.get("callbacks", {}):
+            raise UserError(
+                "the checkpoint was written by stepwise_lightning 0.1: resume it with version 0.1, or start a new run"
+            )
         self.record, self._clock, self._restored = SpectrumRecord(), Clock(), True
-        old = checkpoint.get("callbacks", {}).get("SpectrumLogger") if self.name == NAME else None
         if (state := checkpoint.get(_KEY, {}).get(self.name)) is not None:
             self.record, self._clock = SpectrumRecord.from_arrays(state["record"]), Clock(*state["clock"])
-        elif old is not None:
-            self.record = SpectrumRecord.from_version_0_1(old)
-            before, start, rate = old["clock"]
-            self._clock = Clock(before, start, rate, checkpoint["global_step"])
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Lay out the schedule, fetch the probe pairs and begin the CSV file."""
+        """Create the schedule, fetch the probe and open the files."""
         check_watched(pl_module, self.watch)
         if not self._restored and (self._trainer is None or self._trainer() is not trainer):
-            self.record, self._clock = SpectrumRecord(), Clock()  # another run, of a callback that is used again
-        self._trainer, self._restored, self._late, self.picture, self.due = ref(trainer), False, False, None, {}
-        self._batch = self._earlier = self._losses = None
+            self.record, self._clock = SpectrumRecord(), Clock()  # the callback is reused in another Trainer
+        self._trainer, self._restored, self._pending, self.picture = ref(trainer), False, False, None
+        self._batch = self._previous_batch = self._losses = None
         step = self._step(trainer)
         self._schedule = Schedule(expected_end(trainer), self.num_points)
-        self._schedule.is_due(step - 1)  # what lies before is done
-        self._listen(trainer)
+        self._schedule.is_due(step - 1)  # skip the steps before a resumed one
+        self._attach_clock(trainer)
         self._probe = self.probe
         if isinstance(self.probe, str):
             pairs = getattr(getattr(trainer, "datamodule", None), "probe_pairs", None)
             self._probe = pairs() if pairs is not None and self.probe == "auto" else "batch"
-        self.directory = run_folder(trainer)  # a broadcast: every rank must ask
-        # What was measured at this very step belonged to a run that ended here: now it has a loss too.
+        self.directory = run_folder(trainer)  # a broadcast: called on every rank
+        # The last measurement of a run that ended at this step is repeated, now with a loss.
         self.record.keep(int((self.record.steps < step).sum()) if trainer.is_global_zero else 0)
+        self.record.expected_times.clear()
         self._measured_at = -1
         if self.prediction is not None and "cross_correlation" in self.record.matrices:
             self.record.predict(torch.stack([self._predicted(time) for time in self.record.times]))
         if trainer.is_global_zero:
-            self._outputs = Outputs(trainer, pl_module, self.directory, self.name, self.record, self.num_scalars)
+            self._files = RunFiles(trainer, pl_module, self.directory, self.name, self.record, self.num_scalars)
 
-    def _listen(self, trainer: L.Trainer) -> None:
+    def _attach_clock(self, trainer: L.Trainer) -> None:
         optimizer: Any = trainer.optimizers[0] if trainer.optimizers else None
-        # Where there is none, Lightning puts one that has no rate.
-        self._hears_steps = hasattr(optimizer, "register_step_pre_hook") and "lr" in next(
+        # For a module without optimisers Lightning creates a mock without a learning rate.
+        self._counts_steps = hasattr(optimizer, "register_step_pre_hook") and "lr" in next(
             iter(optimizer.param_groups), ()
         )
-        if self._hears_steps:
-            self._clock.listen(optimizer)
+        if self._counts_steps:
+            self._clock.attach(optimizer)
 
     def _step(self, trainer: L.Trainer) -> int:
-        # Lightning does not count the steps of optimisers that a module steps, or keeps, by itself.
+        # Lightning does not count steps of optimisers that the module calls directly.
         return max(trainer.global_step, self._clock.steps)
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Measure, if this step is on the schedule, before the batch changes the weights."""
-        self._earlier, self._batch = self._batch, batch
-        if self._losses is None and (self._late or self._schedule.is_due(self._step(trainer))):
-            self._late = not self._measure(trainer, pl_module)
+        """Measure at scheduled steps, before the batch changes the weights."""
+        self._previous_batch, self._batch = self._batch, batch
+        if self._losses is None and (self._pending or self._schedule.is_due(self._step(trainer))):
+            self._pending = not self._measure(trainer, pl_module)
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Record the loss that belongs to the last measurement, when its step is done."""
-        if not self._hears_steps:
+        """Record the mean loss of the measured step when the step is complete."""
+        if not self._counts_steps:
             self._clock.advance(1.0)
         if self._losses is None:
             return
         if (loss := loss_in(outputs)) is not None:
-            # Lightning divides what training_step returned.
-            automatic = pl_module.automatic_optimization
-            self._losses.append(loss * (trainer.accumulate_grad_batches if automatic else 1))
+            # In automatic optimisation Lightning divides the loss by the number of accumulated batches.
+            self._losses.append(loss * (trainer.accumulate_grad_batches if pl_module.automatic_optimization else 1))
         if self._step(trainer) > self._measured_at:
-            self._end_step()
-
-    def _end_step(self) -> None:
-        losses, self._losses = self._losses, None
-        if losses and len(self.record):
-            self.record.set_loss(sum(losses) / len(losses))
-            if self._outputs is not None:
-                self._outputs.add_loss(self.record)
+            losses, self._losses = self._losses, None
+            if losses and len(self.record):
+                self.record.set_loss(sum(losses) / len(losses))
+                if self._files is not None:
+                    self._files.add_loss(self.record)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Measure the final weights and write the ``.npz`` file, the steps found and the picture."""
-        self._losses = None
+        """Measure the final weights, and write the arrays, the steps and the figure."""
         if self._batch is not None and self._measured_at < self._step(trainer):
-            if not self._measure(trainer, pl_module) and self._earlier is not None:
-                self._batch = self._earlier
+            if not self._measure(trainer, pl_module) and self._previous_batch is not None:
+                self._batch = self._previous_batch
                 self._measure(trainer, pl_module)
         self._losses = None
-        self._clock.stop()
-        if (outputs := self._outputs) is not None:
-            self.picture = outputs.end(self.record, self.due)
-            self._outputs = None
+        self._clock.detach()
+        if (files := self._files) is not None:
+            self.picture = files.end(self.record)
+            self._files = None
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """Keep what has been measured when training is interrupted."""
-        self._clock.stop()
-        if (outputs := self._outputs) is not None:
-            self._outputs = None
-            with suppress(OSError):  # a second one, of a full disk, would hide what happened
-                outputs.close(self.record)
+        """Write the measurements when training is interrupted."""
+        self._clock.detach()
+        if (files := self._files) is not None:
+            self._files = None
+            with suppress(OSError):  # a full disk must not hide the original error
+                files.close(self.record)
 
     def _measure(self, trainer: L.Trainer, pl_module: L.LightningModule) -> bool:
-        """Embed the probe on every rank; on rank 0, measure it, and hand on what was measured.
-
-        Return whether there was something to measure: a batch of one sample is nothing.
-        """
+        """Embed the probe on every rank, and measure and write on rank 0; return False for a batch of one sample."""
         step = self._step(trainer)
         from_batch = isinstance(self._probe, str)
         samples = on_device(views_in(self._batch, self.views) if from_batch else views_in(self._probe), pl_module)
         captured = capture(pl_module, samples, self.watch, alone=not self.output) if len(samples[0]) > 1 else {}
         check_finite(captured, samples, pl_module, step)
         if from_batch and trainer.world_size > 1:
-            captured = joined(all_gather_objects({name: [z.cpu() for z in zs] for name, zs in captured.items()}))
+            on_cpu = {name: [z.cpu() for z in views] for name, views in captured.items()}
+            captured = concatenate_ranks(all_gather_objects(on_cpu))
         if not captured:
             return False
         self._measured_at, self._losses = step, []
         if trainer.is_global_zero:
             self.record.append(self._measurement(step, captured))
-            assert self._outputs is not None
-            self._outputs.add(self.record, self.due)
+            assert self._files is not None
+            self._files.add(self.record)
         return True
 
     def _measurement(self, step: int, captured: dict[str, list[Tensor]]) -> Measurement:
@@ -323,17 +276,17 @@ class SpectrumLogger(L.Callback):
 
     def _predicted(self, time: Tensor) -> Tensor:
         assert self.prediction is not None
-        # One by one, also for a run that goes on: together they would be rounded otherwise.
+        # One time per call, also in a resumed run, for identical rounding.
         return as_float64(self.prediction(time[None])[0].detach()).cpu()
 
 
-def recorded(checkpoint: Mapping[str, Any]) -> list[SpectrumRecord]:
-    """Return what each SpectrumLogger had measured when a checkpoint was written; nothing where there was none."""
+def records_in(checkpoint: Mapping[str, Any]) -> list[SpectrumRecord]:
+    """Return the record of each SpectrumLogger in a checkpoint."""
     return [SpectrumRecord.from_arrays(state["record"]) for state in checkpoint.get(_KEY, {}).values()]
 
 
 def check_finite(outputs: dict[str, list[Tensor]], samples: list[Tensor], module: nn.Module, step: int) -> None:
-    """Raise DivergedError if an output that was captured at ``step`` is not finite; say whether the samples are."""
+    """Raise a DivergedError if a captured output is not finite; the message distinguishes non-finite samples."""
     for name, views in outputs.items():
         if not all(z.isfinite().all() for z in views):
             cause = "training has most likely diverged; lower the learning rate"

@@ -1,224 +1,247 @@
-"""What a run's loggers get: scalars in groups, and on TensorBoard's pages charts, pictures and a table of settings."""
+"""Scalars, charts and figures of a record in TensorBoard and other loggers."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import math
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import lightning as L
-from lightning.pytorch.utilities import rank_zero_warn
+import numpy as np
 
 from stepwise_lightning.runs.loggers import tensorboard_writer, tensorboard_writers
 from stepwise_lightning.spectrum.matrices import tag_prefix
 from stepwise_lightning.spectrum.record import SpectrumRecord
 
-NAME = "spectrum"  # of a logger; another name is put before the groups
-# Sorts before the names of all matrices, so that it is what TensorBoard shows first.
-GLANCE = "At a glance"
-SUBMODULE_MODES = 16  # eigenvalues of a submodule that become scalars and lines
+NAME = "spectrum"  # default name of a SpectrumLogger; other names are prepended to tags
+# Sorts before the names of all matrices and is therefore the first group in TensorBoard.
+OVERVIEW = "At a glance"
+SUBMODULE_MODES = 16  # eigenvalues of a submodule that are logged and drawn
 _MODE_CHARTS = 8
 
 
 @dataclass(frozen=True)
-class Lead:
-    """The matrix to look at first, and the class whose loss drives it: ``""`` where that is not known."""
+class PrimaryMatrix:
+    """Matrix that is shown first, and the class whose loss drives it (``""`` if unknown)."""
 
     matrix: str
     driver: str = ""
 
     @classmethod
-    def of(cls, module: L.LightningModule, matrices: list[str]) -> Lead:
-        """Return what ``module.driven_matrix`` says, if that was measured; else the first matrix."""
+    def of(cls, module: L.LightningModule, matrices: list[str]) -> PrimaryMatrix:
+        """Return ``module.driven_matrix`` if it was measured, else the first matrix."""
         driven = getattr(module, "driven_matrix", None)
         return cls(driven, type(module).__name__) if driven in matrices else cls(matrices[0])
 
     @property
     def title(self) -> str:
-        """What charts of it are called."""
-        return group(self.matrix) + (f", driven by {self.driver}" if self.driver else "")
+        """Title of its charts."""
+        return matrix_tag(self.matrix) + (f", driven by {self.driver}" if self.driver else "")
 
 
-def group(matrix: str, name: str = NAME) -> str:
-    """Return what comes before a quantity in its tag, such as ``C`` or ``encoder.backbone/covariance``."""
+def matrix_tag(matrix: str, name: str = NAME) -> str:
+    """Return the start of the tags of a matrix: ``C``, ``encoder.backbone/covariance``, ``<name>/C``."""
     return tag_prefix(matrix) if name == NAME else f"{name}/{tag_prefix(matrix)}"
 
 
-def glance(quantity: str, name: str = NAME) -> str:
-    """Return the tag of a quantity that stands for the run: ``At a glance/loss``."""
-    return f"{'' if name == NAME else f'{name}/'}{GLANCE}/{quantity}"
+def overview_tag(quantity: str, name: str = NAME) -> str:
+    """Return the tag of a quantity of the whole run: ``At a glance/loss``."""
+    return f"{'' if name == NAME else f'{name}/'}{OVERVIEW}/{quantity}"
 
 
-def distinct(name: str = NAME) -> str:
-    """Return the tag of the number of distinct steps, which is known when a run has ended."""
+def num_distinct_tag(name: str = NAME) -> str:
+    """Return the tag of the number of distinct steps, which is logged at the end of a run."""
     return f"{'' if name == NAME else f'{name}/'}steps/num_distinct"
 
 
-def scalars(record: SpectrumRecord, index: int, lead: str, name: str = NAME, num_modes: int | None = None) -> dict:
-    """Return what one measurement says, by tag: ``C/eig_000``, ``C/num_grown``, …; the theory's ``C/predicted_000``.
+def measured_scalars(
+    record: SpectrumRecord, index: int, primary: str, name: str = NAME, num_modes: int | None = None
+) -> dict[str, float]:
+    """Return the scalars of one measurement by tag: ``C/eig_000``, ``C/num_grown``, ``At a glance/loss``, ….
 
     Args:
         record: of the run.
         index: of the measurement.
-        lead: the matrix whose ``num_grown`` is shown at a glance, beside the loss.
-        name: of the logger.
-        num_modes: how many eigenvalues of a matrix, of a submodule's :data:`SUBMODULE_MODES` at the most; None for all.
+        primary: name of the matrix whose ``num_grown`` is part of the overview.
+        name: of the SpectrumLogger.
+        num_modes: number of eigenvalues per matrix, for submodules at most :data:`SUBMODULE_MODES`; None for all.
 
     """
+    measurement = record.measurements[index]
     values: dict[str, float] = {}
-    for _, _, matrix, quantity, mode, value in record.rows(index, num_modes):
-        short = {"eigenvalue": "eig", "predicted_eigenvalue": "predicted"}.get(quantity, quantity)
-        if quantity == "loss":
-            values[glance("loss", name)] = value
-        elif mode == "":
-            values[f"{group(matrix, name)}/{short}"] = value
-        elif quantity != "grown_at" and ("." not in matrix or int(mode) < SUBMODULE_MODES):
-            values[f"{group(matrix, name)}/{short}_{mode:03d}"] = value
-        if matrix == lead and quantity == "num_grown":
-            values[glance(quantity, name)] = value
+    for matrix, spectrum in measurement.spectra.items():
+        prefix = matrix_tag(matrix, name)
+        for measure, value in spectrum.measures.items():
+            values[f"{prefix}/{measure}"] = value
+            if matrix == primary and measure == "num_grown":
+                values[overview_tag(measure, name)] = value
+        shown = spectrum.eigenvalues[:num_modes]
+        shown = shown[:SUBMODULE_MODES] if "." in matrix else shown
+        values |= {f"{prefix}/eig_{mode:03d}": value for mode, value in enumerate(shown.tolist())}
+    if not math.isnan(measurement.loss):
+        values[overview_tag("loss", name)] = measurement.loss
     return values
 
 
-def as_theory(values: Mapping[str, float]) -> dict[str, float]:
-    """Return what theory says under the tags of what it says it of: a run of its own, with a colour of its own."""
-    return {tag.replace("/predicted_", "/eig_"): value for tag, value in values.items() if "/predicted_" in tag}
+def predicted_scalars(
+    record: SpectrumRecord, index: int, name: str = NAME, num_modes: int | None = None, quantity: str = "predicted"
+) -> dict[str, float]:
+    """Return the predicted eigenvalues of C at one measurement by tag, ``C/<quantity>_000``, …."""
+    predicted, prefix = record.measurements[index].predicted, matrix_tag("cross_correlation", name)
+    values = [] if predicted is None else predicted[:num_modes].tolist()
+    return {f"{prefix}/{quantity}_{mode:03d}": value for mode, value in enumerate(values)}
 
 
 class Charts:
-    """What the loggers of a Trainer get of a record that grows; on rank 0 alone.
+    """Writer of a growing record to the loggers of a Trainer, on rank 0.
 
-    TensorBoard shows theory as another run, ``theory`` in the folder of this one.
+    TensorBoard shows predictions as a separate run, ``theory``, in a folder of this name in the run folder.
     """
 
-    def __init__(self, trainer: L.Trainer, lead: Lead, name: str, num_modes: int) -> None:
-        self._trainer, self._lead, self._name, self._num_modes = trainer, lead, name, num_modes
+    def __init__(self, trainer: L.Trainer, primary: PrimaryMatrix, name: str, num_modes: int) -> None:
+        self._trainer, self._primary, self._name, self._num_modes = trainer, primary, name, num_modes
         self._theory: dict[str, Any] = {}
 
     def add(self, record: SpectrumRecord) -> None:
-        """Add the last measurement, and before the first one the layout of the page of custom scalars."""
+        """Log the last measurement, and with the first one the layout of the custom scalars."""
+        primary = self._primary
         if len(record) == 1:
-            modes = min(record.eigenvalues(self._lead.matrix).shape[1], _MODE_CHARTS, self._num_modes)
-            for board in tensorboard_writers(self._trainer):
-                board.add_custom_scalars(layout(record.matrices, self._lead, self._name, modes))
-        values, step = scalars(record, -1, self._lead.matrix, self._name, self._num_modes), int(record.steps[-1])
-        theory = as_theory(values)
-        measured = {tag: value for tag, value in values.items() if "/predicted_" not in tag}
+            modes = min(record.eigenvalues(primary.matrix).shape[1], _MODE_CHARTS, self._num_modes)
+            for writer in tensorboard_writers(self._trainer):
+                writer.add_custom_scalars(layout(record.matrices, primary, self._name, modes))
+        step, options = int(record.steps[-1]), (self._name, self._num_modes)
+        measured = measured_scalars(record, -1, primary.matrix, *options)
         for logger in self._trainer.loggers:
-            board = tensorboard_writer(logger)
-            logger.log_metrics(values if board is None else measured, step=step)
-            if board is not None and theory:
-                self._add_theory(board, theory, step)
+            writer = tensorboard_writer(logger)
+            if writer is None:
+                logger.log_metrics(measured | predicted_scalars(record, -1, *options), step=step)
+            else:
+                logger.log_metrics(measured, step=step)
+                self._add_theory(writer, predicted_scalars(record, -1, *options, quantity="eig"), step)
 
     def add_loss(self, record: SpectrumRecord) -> None:
-        """Add the loss of the last measurement, which is known later."""
+        """Log the loss of the last measurement, which is known one step later."""
         for logger in self._trainer.loggers:
-            logger.log_metrics({glance("loss", self._name): float(record.losses[-1])}, step=int(record.steps[-1]))
+            logger.log_metrics({overview_tag("loss", self._name): float(record.losses[-1])}, step=int(record.steps[-1]))
 
-    def _add_theory(self, board: Any, values: dict[str, float], step: int) -> None:
-        from torch.utils.tensorboard import SummaryWriter  # here, because it takes long
-
-        folder = str(Path(board.log_dir, "theory"))
-        if folder not in self._theory:  # what an earlier part of this run wrote from here on is void
-            self._theory[folder] = SummaryWriter(folder, purge_step=step)
-        for tag, value in values.items():
-            self._theory[folder].add_scalar(tag, value, step)
-
-    def draw(self, record: SpectrumRecord, due: Mapping[str, Sequence[float]], ended: bool = False) -> None:
-        """Draw the trajectories of each matrix, with steps found and times ``due`` by forecast, for TensorBoard."""
-        writers = tensorboard_writers(self._trainer)
-        if not writers or len(record) < 3:
+    def add_num_distinct(self, record: SpectrumRecord) -> None:
+        """Log the number of distinct steps of a finished run."""
+        if not len(record):
             return
-        if not (record.times.diff() > 0).all():
-            rank_zero_warn("no trajectories are drawn: the learning rate was 0, so that time stood still")
+        try:
+            count = record.detect_steps(self._primary.matrix).num_distinct
+        except ValueError:  # measured less than twice
+            return
+        for logger in self._trainer.loggers:
+            logger.log_metrics({num_distinct_tag(self._name): float(count)}, step=int(record.steps[-1]))
+
+    def draw(self, record: SpectrumRecord, ended: bool = False, picture: bytes | None = None) -> None:
+        """Draw the trajectories of each matrix in TensorBoard; ``picture`` is a PNG for the primary matrix."""
+        writers, step = tensorboard_writers(self._trainer), int(record.steps[-1]) if len(record) else 0
+        if not writers or len(record) < 3 or not (record.times.diff() > 0).all():
             return
         for matrix in record.matrices:
+            tag = f"{matrix_tag(matrix, self._name)}/trajectories"
+            if matrix == self._primary.matrix:
+                tag = overview_tag("trajectories", self._name)
+                if picture is not None:
+                    for writer in writers:
+                        writer.add_image(tag, _pixels(picture), step, dataformats="HWC")
+                    continue
             try:
-                figure = self._figure(record, matrix, ended, due.get(matrix, ()))
-            except ValueError:  # measured less than twice, since a run goes on with other settings
+                figure = self._figure(record, matrix, ended)
+            except ValueError:  # measured less than twice, after resuming with other settings
                 continue
-            leads = matrix == self._lead.matrix
-            tag = glance("trajectories", self._name) if leads else f"{group(matrix, self._name)}/trajectories"
-            for board in writers:
-                board.add_figure(tag, figure, int(record.steps[-1]))
-
-    def end(self, record: SpectrumRecord, due: Mapping[str, Sequence[float]]) -> None:
-        """Add the number of distinct steps, which can be said of a run that has ended, and draw it."""
-        try:
-            count = record.detect_steps(self._lead.matrix).num_distinct
-        except ValueError:  # too short
-            return
-        for logger in self._trainer.loggers:
-            logger.log_metrics({distinct(self._name): float(count)}, step=int(record.steps[-1]))
-        self.draw(record, due, ended=True)
+            for writer in writers:
+                writer.add_figure(tag, figure, step)
 
     def close(self) -> None:
-        """Write what is still to be written of the theory."""
+        """Close the writers of the predictions."""
         for writer in self._theory.values():
             writer.close()
         self._theory = {}
 
-    def _figure(self, record: SpectrumRecord, matrix: str, ended: bool, due: Sequence[float]) -> Any:
+    def _add_theory(self, writer: Any, values: dict[str, float], step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter  # slow to import
+
+        if not values:
+            return
+        folder = str(Path(writer.log_dir, "theory"))
+        if folder not in self._theory:  # discards later events of a run that is resumed here
+            self._theory[folder] = SummaryWriter(folder, purge_step=step)
+        for tag, value in values.items():
+            self._theory[folder].add_scalar(tag, value, step)
+
+    def _figure(self, record: SpectrumRecord, matrix: str, ended: bool) -> Any:
         from stepwise_lightning.plots import Panel, eigenvalues_figure
 
-        leads, hidden = matrix == self._lead.matrix, "." in matrix
+        primary, hidden = self._primary, "." in matrix
         num_modes = min(self._num_modes, SUBMODULE_MODES) if hidden else self._num_modes
-        # A hidden representation starts large: what is to be seen in it is what it does at the steps of the embedding.
-        steps = record.detect_steps(self._lead.matrix if hidden else matrix)
+        # A hidden representation starts large: the steps of the embedding are marked in it.
+        steps = record.detect_steps(primary.matrix if hidden else matrix)
         if not ended:
             title = f"{int(record.measure('num_grown', matrix)[-1])} modes grown at step {int(record.steps[-1])}"
-        elif hidden and not leads and "." not in self._lead.matrix:
-            title = f"beside the steps of {group(self._lead.matrix)}"
+        elif hidden and matrix != primary.matrix and "." not in primary.matrix:
+            title = f"dotted: steps of {matrix_tag(primary.matrix)}"
         elif steps.num_distinct or not int(steps.num_learned[-1]):
             title = f"{steps.num_distinct} distinct step{'s' * (steps.num_distinct != 1)}"
         else:
             title = "modes start large: no steps counted"
-        panel = Panel(record, matrix, title, step_times=steps.step_times, num_modes=num_modes, due=due)
-        name = self._lead.title if leads else group(matrix)
+        panel = Panel(record, matrix, title, step_times=steps.step_times, num_modes=num_modes)
+        name = primary.title if matrix == primary.matrix else matrix_tag(matrix)
         figure = eigenvalues_figure([[panel]], [""], title=name)
-        # Small, so that letters can be read where TensorBoard makes a thumbnail of it; sharp where it does not.
+        # Small, for readable letters in the thumbnails of TensorBoard; sharp when enlarged.
         figure.set_size_inches(4.8, 3.6)
         figure.set_dpi(200)
         return figure
 
 
-def layout(matrices: Iterable[str], lead: Lead, name: str, modes: int) -> dict[str, dict[str, list[Any]]]:
-    """Return what TensorBoard's page of custom scalars shows, by category and chart.
+def _pixels(picture: bytes) -> np.ndarray:
+    from PIL import Image
 
-    Its lines have the colour of their run. So there is a chart for each of the first modes of the matrix to look at
-    first, with one line a run, before those with all eigenvalues of a matrix.
+    return np.asarray(Image.open(BytesIO(picture)).convert("RGB"))
+
+
+def layout(matrices: Iterable[str], primary: PrimaryMatrix, name: str, modes: int) -> dict[str, dict[str, list[Any]]]:
+    """Return TensorBoard's layout of custom scalars, by category and chart.
+
+    Lines have the colour of their run: the first charts show one mode of the primary matrix each, one line per run;
+    the others show all eigenvalues of a matrix.
     """
 
     def chart(*tags: str) -> list[Any]:
         return ["Multiline", [f"^{tag}$" for tag in tags]]
 
-    first, prefix = group(lead.matrix, name), "" if name == NAME else f"{name}: "
+    first, prefix = matrix_tag(primary.matrix, name), "" if name == NAME else f"{name}: "
     categories = {
-        f"{prefix}{GLANCE}": {
-            "loss": chart(glance("loss", name)),
-            "modes grown": chart(glance("num_grown", name)),
-            lead.title: chart(f"{first}/eig_[0-9]+"),
+        f"{prefix}{OVERVIEW}": {
+            "loss": chart(overview_tag("loss", name)),
+            "modes grown": chart(overview_tag("num_grown", name)),
+            primary.title: chart(f"{first}/eig_[0-9]+"),
         },
-        f"{prefix}{group(lead.matrix)}, mode by mode": {
+        f"{prefix}{matrix_tag(primary.matrix)}, mode by mode": {
             f"mode {mode}": chart(f"{first}/eig_{mode:03d}") for mode in range(modes)
         },
     }
     for matrix in matrices:
         submodule, _, kind = matrix.rpartition(".")
         category = categories.setdefault(f"{prefix}{submodule or 'embedding'}, all eigenvalues", {})
-        category[tag_prefix(kind)] = chart(f"{group(matrix, name)}/eig_[0-9]+")
+        category[tag_prefix(kind)] = chart(f"{matrix_tag(matrix, name)}/eig_[0-9]+")
     return {category: charts for category, charts in categories.items() if charts}
 
 
 def log_settings(trainer: L.Trainer, settings: Mapping[str, bool | float | str], name: str = NAME) -> None:
-    """Add a run's settings to TensorBoard's table of hyperparameters, beside its loss, its modes and its steps."""
+    """Add the settings of a run to TensorBoard's table of hyperparameters, next to final loss, modes and steps."""
     from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
     from torch.utils.tensorboard.summary import hparams
 
     titles = {
-        glance("loss", name): "final loss",
-        glance("num_grown", name): "modes grown",
-        distinct(name): "distinct steps",
+        overview_tag("loss", name): "final loss",
+        overview_tag("num_grown", name): "modes grown",
+        num_distinct_tag(name): "distinct steps",
     }
     experiment, start, _ = hparams(dict(settings), dict.fromkeys(titles, 0.0))
     data = experiment.value[0].metadata.plugin_data
@@ -226,6 +249,6 @@ def log_settings(trainer: L.Trainer, settings: Mapping[str, bool | float | str],
     for metric in content.experiment.metric_infos:
         metric.display_name = titles[metric.name.tag]
     data.content = content.SerializeToString()
-    for board in tensorboard_writers(trainer):
+    for writer in tensorboard_writers(trainer):
         for summary in (experiment, start):
-            board._get_file_writer().add_summary(summary)
+            writer._get_file_writer().add_summary(summary)

@@ -8,7 +8,7 @@ from typing import Any
 import lightning as L
 import torch
 
-from stepwise_lightning.callbacks.spectrum_logger import recorded
+from stepwise_lightning.callbacks.spectrum_logger import records_in
 from stepwise_lightning.encoders import bias_of
 from stepwise_lightning.errors import UserError, reason
 from stepwise_lightning.files import atomic_write
@@ -68,7 +68,7 @@ class ForecastingTrainer(L.Trainer):
             model, unseen_batches(datamodule), max_steps, start=start, num_pairs=pairs,
             velocity=_velocity(model, checkpoint),
         )  # fmt: skip
-        if records := [record for record in recorded(checkpoint) if result.matrix in record.matrices]:
+        if records := [record for record in records_in(checkpoint) if result.matrix in record.matrices]:
             result = result.with_plateau_correction(records[0])
         print(result)
         if start and result.next_mode[1] < max_steps:

@@ -1,4 +1,4 @@
-"""The figure that all drawing functions return."""
+"""The figure class of all plots."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from matplotlib.figure import Figure as MatplotlibFigure
 
 
 class Figure(MatplotlibFigure):
-    """A matplotlib figure that a notebook shows, whether pyplot has been imported there or not."""
+    """Matplotlib figure that notebooks display with or without pyplot."""
 
     def _repr_png_(self) -> bytes:
         content = BytesIO()

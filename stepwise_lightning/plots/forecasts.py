@@ -1,4 +1,4 @@
-"""A picture of a forecast."""
+"""Figure of a forecast."""
 
 from __future__ import annotations
 
@@ -7,14 +7,15 @@ import torch
 from stepwise_lightning.forecasts.forecast import Forecast
 from stepwise_lightning.plots.figures import Figure
 from stepwise_lightning.plots.panels import mode_colours
+from stepwise_lightning.spectrum.matrices import phrase
 
 __all__ = ["forecast_figure"]
 
 
 def forecast_figure(forecast: Forecast) -> Figure:
-    """Draw the eigenvalues of a forecast against the optimiser's steps, and the step times, which are dotted.
+    """Draw the forecast eigenvalues against optimiser steps, with dotted step times.
 
-    What is promised is solid, with its typical range shaded; what is not is faint.
+    Modes with a known typical error are solid, with their error shaded; the others are faint.
     """
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axis = figure.subplots()
@@ -38,7 +39,7 @@ def forecast_figure(forecast: Forecast) -> Figure:
         axis.set_ylim(1e-6 * top, 3 * top)
     axis.set_xlim(max(float(steps[0]), 1), forecast.max_steps)
     axis.set_xlabel("optimiser step")
-    axis.set_ylabel(f"eigenvalues of the {forecast.matrix.replace('_', ' ')}")
+    axis.set_ylabel(f"eigenvalues of {phrase(forecast.matrix)}")
     axis.set_title(f"Forecast from step {forecast.start}: dotted, when each mode is learned")
     axis.spines[["top", "right"]].set_visible(False)
     return figure

@@ -1,4 +1,4 @@
-"""One run in one place: which of its matrices, beside which theory, and how that is drawn."""
+"""Panels: one matrix of a record, with its theory and steps, and the functions that draw it."""
 
 from __future__ import annotations
 
@@ -21,29 +21,30 @@ from stepwise_lightning.spectrum.record import SpectrumRecord
 
 Array = NDArray[np.float64]
 TIME = "time  (learning rate × step)"
-# Okabe and Ito's, and two more, which colour-blind readers can tell apart too.
+# The colours of Okabe and Ito, and two more, which colour-blind readers can distinguish.
 CLASS_COLOURS = (
     "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#000000", "#999999", "#882255", "#F0E442",
 )  # fmt: skip
 _DASHED: dict[str, Any] = {"color": "black", "linewidth": 1.1, "linestyle": "--"}
 _DOTTED: dict[str, Any] = {"linewidth": 1.1, "linestyle": ":"}
-_WIDE = 6.0  # inches: a figure that has room for a legend in one row
-_DUE: dict[str, Any] = {"color": "black", "marker": "v", "markersize": 6, "markerfacecolor": "white", "linestyle": ""}
+_ONE_ROW_WIDTH = 6.0  # inches: wider figures have the legend in one row
+_FORECAST: dict[str, Any] = {
+    "color": "black", "marker": "v", "markersize": 6, "markerfacecolor": "white", "linestyle": "",
+}  # fmt: skip
 
 
 @dataclass
 class Panel:
-    """How to show one matrix of a record, which holds the numbers.
+    """Drawing options for one matrix of a record.
 
     Args:
-        record: what was measured; its losses are drawn where there is an axis for them.
-        matrix: the name of the matrix whose eigenvalues are drawn; None for the first one of the record.
+        record: of the run; its losses are drawn if there is an axis for them, and the times at which a forecast
+            expects modes are marked at the upper edge.
+        matrix: name of the matrix; None for the first one of the record.
         title: above the panel.
-        theory: drawn dashed: a record of the same matrix, with its own times. None for the record's own prediction of C
-            where it has one.
-        step_times: drawn dotted, one a mode, () for none; None for those that ``detect_steps`` finds in the matrix.
-        num_modes: how many of the eigenvalues to show; None for all.
-        due: times at which modes were forecast to be learned, marked at the upper edge.
+        theory: record of the same matrix, drawn dashed; None for the record's own prediction of C, if any.
+        step_times: drawn dotted, one per mode, () for none; None for the steps that ``detect_steps`` finds.
+        num_modes: number of eigenvalues to draw; None for all.
 
     """
 
@@ -53,26 +54,30 @@ class Panel:
     theory: SpectrumRecord | None = None
     step_times: Tensor | Sequence[float] | None = None
     num_modes: int | None = None
-    due: Sequence[float] = ()
 
     @property
     def name(self) -> str:
-        """The matrix's."""
+        """Name of the matrix."""
         return self.matrix or self.record.matrices[0]
 
     @property
     def label(self) -> str:
-        """What the axis of its eigenvalues is called."""
+        """Label of the eigenvalue axis."""
         return axis_label(self.name)
+
+    @property
+    def expected_times(self) -> list[float]:
+        """Times at which a forecast expects modes to be learned."""
+        return self.record.expected_times.get(self.name, [])
 
     @cached_property
     def times(self) -> Array:
-        """(T,)."""
+        """Times of the measurements, (T,)."""
         return self.record.times.numpy()
 
     @cached_property
     def eigenvalues(self) -> Array:
-        """Those shown, (T, d)."""
+        """The drawn eigenvalues, (T, d)."""
         return self.record.eigenvalues(self.name)[:, : self.num_modes].numpy()
 
     def predicted(self) -> SpectrumRecord | None:
@@ -82,7 +87,7 @@ class Panel:
         return self.theory
 
     def marks(self) -> list[float]:
-        """Return the finite step times; none where steps cannot be looked for."""
+        """Return the step times to draw, NaN for modes without a step."""
         if self.step_times is not None:
             return [float(time) for time in self.step_times][: self.num_modes]
         try:
@@ -92,78 +97,86 @@ class Panel:
 
 
 def mode_colours(count: int) -> list[tuple[float, float, float, float]]:
-    """Return one colour per mode, from purple to light green; each is light enough for black dashes to show on it."""
+    """Return one colour per mode, purple to light green, light enough for black dashes on top."""
     colours = matplotlib.colormaps["viridis"](np.linspace(0, 0.85, count))
     return [tuple(colour) for colour in colours + 0.4 * (1 - colours)]
 
 
-def draw_panel(panel: Panel, loss_axis: Axes | None, eigenvalue_axis: Axes, colour_of_run: Any = None) -> None:
-    """Draw loss (where there is an axis for it) and eigenvalues against log time, theory dashed, steps dotted.
+def draw_panel(panel: Panel, loss_axis: Axes | None, eigenvalue_axis: Axes, run_colour: Any = None) -> None:
+    """Draw loss (if it has an axis) and eigenvalues against log time, theory dashed, steps dotted.
 
-    Each mode has a colour, or all and the loss that of the run.
+    Each mode has its own colour, unless ``run_colour`` is given for all modes and the loss.
     """
     num_modes = panel.eigenvalues.shape[1]
-    colours = mode_colours(num_modes) if colour_of_run is None else [colour_of_run] * num_modes
+    colours = mode_colours(num_modes) if run_colour is None else [run_colour] * num_modes
     axes = [axis for axis in (loss_axis, eigenvalue_axis) if axis is not None]
-    shown = panel.times > 0  # time 0 has no place on a logarithmic axis
-    times, theory = panel.times[shown], panel.predicted()
+    shown = panel.times > 0  # a logarithmic axis has no time 0
+    times = panel.times[shown]
     if loss_axis is not None:
-        loss_axis.plot(times, panel.record.losses.numpy()[shown], color=colour_of_run or "tab:red", linewidth=2.2)
+        loss_axis.plot(times, panel.record.losses.numpy()[shown], color=run_colour or "tab:red", linewidth=2.2)
         loss_axis.set_title(panel.title)
     for values, colour in zip(panel.eigenvalues[shown].T, colours, strict=True):
         eigenvalue_axis.plot(times, values, color=colour, linewidth=2.6)
-    if theory is not None:
-        moved = (theory.times > 0).numpy()
-        dashes = theory.times.numpy()[moved]
-        eigenvalue_axis.plot(dashes, theory.eigenvalues(panel.name)[:, : panel.num_modes].numpy()[moved], **_DASHED)
-        if loss_axis is not None:
-            loss_axis.plot(dashes, theory.losses.numpy()[moved], **_DASHED)
+    _draw_theory(panel, loss_axis, eigenvalue_axis)
     for time, colour in zip(panel.marks(), colours, strict=False):
         if np.isfinite(time):
             for axis in axes:
                 axis.axvline(time, color=colour, zorder=0, **_DOTTED)
-    if panel.due:
+    if expected := panel.expected_times:
         above = eigenvalue_axis.get_xaxis_transform()
-        eigenvalue_axis.plot(panel.due, np.ones(len(panel.due)), transform=above, clip_on=False, **_DUE)
+        eigenvalue_axis.plot(expected, np.ones(len(expected)), transform=above, clip_on=False, **_FORECAST)
     eigenvalue_axis.set_xlabel(TIME)
     if loss_axis is not None:
         loss_axis.set_ylim(bottom=0)
-    first, last = first_rise(panel), times[-1]
-    # More labels would run into each other.
-    ticks = [1.0, 2.0, 5.0] if last / first < 500 else [1.0, 3.0] if last / first < 5000 else [1.0]
     for axis in axes:
-        axis.set_xscale("log")
-        axis.xaxis.set_major_locator(LogLocator(subs=ticks))
-        axis.xaxis.set_major_formatter("{x:g}")
-        axis.xaxis.set_minor_formatter(NullFormatter())
-        axis.set_xlim(first, last)
-        axis.spines[["top", "right"]].set_visible(False)
+        _log_time(axis, first_rise(panel), times[-1])
+
+
+def _draw_theory(panel: Panel, loss_axis: Axes | None, eigenvalue_axis: Axes) -> None:
+    if (theory := panel.predicted()) is None:
+        return
+    moved = (theory.times > 0).numpy()
+    times = theory.times.numpy()[moved]
+    eigenvalue_axis.plot(times, theory.eigenvalues(panel.name)[:, : panel.num_modes].numpy()[moved], **_DASHED)
+    if loss_axis is not None:
+        loss_axis.plot(times, theory.losses.numpy()[moved], **_DASHED)
+
+
+def _log_time(axis: Axes, first: float, last: float) -> None:
+    # Longer axes have fewer tick labels, which would overlap.
+    ticks = [1.0, 2.0, 5.0] if last / first < 500 else [1.0, 3.0] if last / first < 5000 else [1.0]
+    axis.set_xscale("log")
+    axis.xaxis.set_major_locator(LogLocator(subs=ticks))
+    axis.xaxis.set_major_formatter("{x:g}")
+    axis.xaxis.set_minor_formatter(NullFormatter())
+    axis.set_xlim(first, last)
+    axis.spines[["top", "right"]].set_visible(False)
 
 
 def legend_lines(panels: Sequence[Panel], steps_label: str) -> list[Line2D]:
-    """Return what there is to explain in panels: solid, dashed and dotted lines, and gaps on logarithmic axes."""
+    """Return legend entries for the line styles in use: solid, dashed, dotted, and forecast marks."""
     lines = [Line2D([], [], color="0.35", linewidth=2.6, label="experiment")]
     if any(panel.predicted() is not None for panel in panels):
         lines.append(Line2D([], [], label="theory", **_DASHED))
     if any(np.isfinite(panel.marks()).any() for panel in panels):
         lines.append(Line2D([], [], color="0.35", label=steps_label, **_DOTTED))
-    if any(panel.due for panel in panels):
-        lines.append(Line2D([], [], label="forecast, one mode ahead", **_DUE))
+    if any(panel.expected_times for panel in panels):
+        lines.append(Line2D([], [], label="forecast, one mode ahead", **_FORECAST))
     return lines
 
 
 def gap_line(panels: Sequence[Panel]) -> list[Line2D]:
-    """Return what says, in a legend, why lines of eigenvalues are broken on logarithmic axes; nothing if none is."""
+    """Return the legend entry for gaps in lines on a logarithmic axis; empty if no eigenvalue is negative."""
     broken = any((panel.eigenvalues[panel.times > 0] < 0).any() for panel in panels)
     broken_line: dict[str, Any] = {"color": "0.35", "linewidth": 2.6, "linestyle": (0, (2.5, 2.5))}
     return [Line2D([], [], label="gap: eigenvalue below 0", **broken_line)] if broken else []
 
 
 def describe(figure: Figure, title: str, note: str, lines: Sequence[Line2D] = ()) -> None:
-    """Put a title above a figure, and below it a note and one legend for all panels."""
+    """Add a title above a figure, and below it a note and one legend for all panels."""
     figure.suptitle(title)
-    if lines:  # the note is the legend's title, or one would lie over the other
-        columns = len(lines) if figure.get_figwidth() > _WIDE else 2
+    if lines:  # the note is the title of the legend, otherwise both would overlap
+        columns = len(lines) if figure.get_figwidth() > _ONE_ROW_WIDTH else 2
         placed: dict[str, Any] = {"loc": "outside lower center", "ncols": columns, "frameon": False}
         legend = figure.legend(handles=lines, fontsize="small", title=note or None, title_fontsize="small", **placed)
         legend.get_title().set_color("0.3")
@@ -172,18 +185,18 @@ def describe(figure: Figure, title: str, note: str, lines: Sequence[Line2D] = ()
 
 
 def first_rise(panel: Panel) -> float:
-    """Return half the time when the first mode begins to rise: before that nothing is to be seen."""
+    """Return half the time at which the largest eigenvalue reaches 1 % of its maximum: the start of the time axis."""
     moved = panel.times > 0
-    times, top = panel.times[moved], np.nan_to_num(panel.eigenvalues[moved]).max(1, initial=0)  # there may be none
+    times, top = panel.times[moved], np.nan_to_num(panel.eigenvalues[moved]).max(1, initial=0)  # may have no modes
     visible = times[top > 0.01 * top.max()]
     return float(0.5 * visible[0] if len(visible) else times[0])
 
 
 def log_scale(axis: Axes, eigenvalues: Array) -> None:
-    """Give an axis of eigenvalues a logarithmic scale, ten orders of magnitude at the most, of what is above these."""
-    if (eigenvalues > 0).any():  # a collapsed embedding has nothing that a logarithm could show
+    """Set a logarithmic scale of at most ten orders of magnitude below the largest of these eigenvalues."""
+    if (eigenvalues > 0).any():  # a collapsed embedding has no positive eigenvalue
         axis.set_yscale("log", nonpositive="mask")
-        bottom = eigenvalues[eigenvalues > 1e-10 * np.nanmax(eigenvalues)].min()  # below that is round-off
-        top = axis.dataLim.y1  # of all that is drawn
+        bottom = eigenvalues[eigenvalues > 1e-10 * np.nanmax(eigenvalues)].min()  # smaller values are round-off
+        top = axis.dataLim.y1  # including the theory
         margin = (top / bottom) ** 0.05
         axis.set_ylim(bottom / margin, top * margin)

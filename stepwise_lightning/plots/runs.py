@@ -1,4 +1,4 @@
-"""Pictures of finished runs: one with all its matrices, or several over each other."""
+"""Figures of finished runs: one run with all its matrices, or several runs in common axes."""
 
 from __future__ import annotations
 
@@ -14,48 +14,39 @@ from stepwise_lightning.spectrum.record import SpectrumRecord
 
 __all__ = ["overlay_figure", "run_figure"]
 
-# Okabe and Ito's colours, which colour-blind readers can tell apart, without yellow.
+# The colours of Okabe and Ito, which colour-blind readers can distinguish, without yellow.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 
 
-def run_figure(
-    record: SpectrumRecord,
-    title: str = "",
-    matrices: Sequence[str] | None = None,
-    due: Mapping[str, Sequence[float]] | None = None,
-) -> Figure:
-    """Draw one run: loss above eigenvalues against log time, one column for each matrix of the module's own embeddings.
+def run_figure(record: SpectrumRecord, title: str = "", matrices: Sequence[str] | None = None) -> Figure:
+    """Draw one run: loss above eigenvalues against log time, one column per matrix.
 
     Args:
         record: of the run.
         title: of the figure.
-        matrices: other ones to draw.
-        due: by matrix, times at which modes were forecast to be learned, which are marked.
+        matrices: names of the matrices; None for the matrices of the module's own embeddings.
 
     Raises:
-        ValueError: an unknown matrix (the error lists those that there are), or time that stands still.
+        ValueError: an unknown matrix (the error lists the measured ones), or time that does not increase.
 
     """
     _check_time(record)
-    panels = [
-        Panel(record, matrix, _steps_found(record, matrix), due=(due or {}).get(matrix, ()))
-        for matrix in matrices or own_matrices(record)
-    ]
+    panels = [Panel(record, matrix, _steps_title(record, matrix)) for matrix in matrices or embedding_matrices(record)]
     return trajectories_figure(panels, title=title, same_axes=False)
 
 
 def overlay_figure(
     records: Mapping[str, SpectrumRecord], title: str = "", matrices: Sequence[str] | None = None
 ) -> Figure:
-    """Draw runs over each other, each in a colour of its own: loss above eigenvalues against log time.
+    """Draw several runs in common axes, one colour per run: loss above eigenvalues against log time.
 
     Args:
-        records: by the names that the legend gives them.
+        records: by the name in the legend.
         title: of the figure.
-        matrices: which to draw, one column each; those of the modules' own embeddings that all runs have if None.
+        matrices: names of the matrices, one column each; None for the embedding matrices that all runs have.
 
     Raises:
-        ValueError: no run, one without such a matrix, none that all have, or time that stands still.
+        ValueError: no run, no common matrix, a run without one of ``matrices``, or time that does not increase.
 
     """
     if not records:
@@ -63,7 +54,7 @@ def overlay_figure(
     for record in records.values():
         _check_time(record)
     runs = list(records.values())
-    common = [name for name in own_matrices(runs[0]) if all(name in run.matrices for run in runs)]
+    common = [name for name in embedding_matrices(runs[0]) if all(name in run.matrices for run in runs)]
     if not (shown := list(matrices or common)):
         raise UserError(f"the runs {', '.join(records)} have no matrix in common")
     figure = Figure(figsize=(1.2 + 4.4 * len(shown), 6.2), layout="constrained")
@@ -83,24 +74,22 @@ def overlay_figure(
     return figure
 
 
-def own_matrices(record: SpectrumRecord) -> list[str]:
-    """Return the matrices of the module's own embeddings; of what is watched, where there are none."""
+def embedding_matrices(record: SpectrumRecord) -> list[str]:
+    """Return the matrices of the module's own embeddings, or all matrices if only submodules were measured."""
     return [name for name in record.matrices if "." not in name] or record.matrices
 
 
 def _check_time(record: SpectrumRecord) -> None:
-    if len(record) < 2 or not (record.times.diff() > 0).all():
-        raise UserError(
-            "trajectories need at least two measurements and time that moves: the learning rate was 0 at some of them"
-            if len(record) > 1
-            else "trajectories need at least two measurements: train longer"
-        )
+    if len(record) < 2:
+        raise UserError(f"trajectories need at least two measurements, got {len(record)}: train longer")
+    if not (record.times.diff() > 0).all():
+        raise UserError("time (learning rate × step) does not increase: the learning rate was 0 at some steps")
 
 
-def _steps_found(record: SpectrumRecord, matrix: str) -> str:
+def _steps_title(record: SpectrumRecord, matrix: str) -> str:
     try:
         count = record.detect_steps(matrix).num_distinct
-    except ValueError:  # measured less than twice, since the run went on with other settings
+    except ValueError:  # measured less than twice, after resuming with other settings
         return ""
-    # A matrix that starts high, as that of normalised embeddings does, shows modes and no steps.
+    # No steps are counted in a matrix that starts large, such as the normalised covariance.
     return f"{count} distinct step{'' if count == 1 else 's'}" if count else ""

@@ -1,4 +1,4 @@
-"""Figures of how eigenvalues rise: functions of records that return a matplotlib Figure; theory is dashed."""
+"""Figures of eigenvalue trajectories and spectra, with theory dashed."""
 
 from __future__ import annotations
 
@@ -32,11 +32,18 @@ def trajectories_figure(
     log_eigenvalues: bool = False,
     same_axes: bool = True,
 ) -> Figure:
-    """Draw loss above eigenvalues against log time, one column per run (in the manner of the paper's Fig. 1 A-B).
+    """Draw loss above eigenvalues against log time, one column per run (as in the paper's Fig. 1 A-B).
 
-    ``records`` is one record, or several, or panels that say which of their matrices to draw, and what beside it. With
-    ``same_axes`` the runs share their vertical axes, and the first is the main one and wider; without, they are
-    different experiments of equal rank, such as different losses. Vertical dotted lines are the step times.
+    Args:
+        records: one record, or a sequence of records and panels; a panel selects the matrix and its theory.
+        title: of the figure.
+        note: below the figure.
+        loss_label: label of the upper axis.
+        steps_label: legend entry of the vertical dotted lines, which are step times.
+        log_eigenvalues: use a logarithmic scale for eigenvalues.
+        same_axes: share the vertical axes and draw the first run wider; False for different experiments, such as
+            different losses.
+
     """
     panels = [Panel(records)] if isinstance(records, SpectrumRecord) else [_panel(item) for item in records]
     figure = Figure(figsize=(5.2 + 3.4 * len(panels), 6.2), layout="constrained")
@@ -70,9 +77,9 @@ def eigenvalues_figure(
     steps_label: str = "detected step",
     same_time: bool = True,
 ) -> Figure:
-    """Draw eigenvalues against log time: rows of panels, named by labels.
+    """Draw eigenvalues against log time in rows of panels, named by labels.
 
-    With ``same_time`` a column is one experiment, whose panels share their time; without, each panel has its own.
+    With ``same_time`` the panels of a column share their time axis; without, each panel has its own.
     """
     figure = Figure(figsize=(1.6 + 3.6 * len(rows[0]), 1.2 + 2.7 * len(rows)), layout="constrained")
     sharex: Any = "col" if same_time else "none"
@@ -87,7 +94,7 @@ def eigenvalues_figure(
         for axis in axes[i, len(panels) :]:
             axis.set_axis_off()
     if same_time:
-        for j, panel in enumerate(rows[0]):  # where the first row's first mode begins to rise; hidden ones start large
+        for j, panel in enumerate(rows[0]):  # the first row sets the range: hidden representations start large
             axes[0, j].set_xlim(first_rise(panel), panel.times[-1])
     panels = [panel for row in rows for panel in row]
     describe(figure, title, note, legend_lines(panels, steps_label) + gap_line(panels))
@@ -95,7 +102,7 @@ def eigenvalues_figure(
 
 
 def spectra_figure(record: SpectrumRecord | Panel, chosen: Sequence[float] | Tensor, title: str = "") -> Figure:
-    """Draw the whole spectrum, eigenvalue against mode, at chosen times (k,): each is drawn at the nearest sample."""
+    """Draw eigenvalue against mode at the measurements nearest to the chosen times, (k,)."""
     panel = _panel(record)
     times, eigenvalues = panel.times, panel.eigenvalues
     figure = Figure(figsize=(6.4, 4.6), layout="constrained")

@@ -1,4 +1,4 @@
-"""The spectrum of embeddings: eigenvalues, what they say, and the callback that measures them in training."""
+"""Spectra of embeddings: eigenvalues, rank measures, and the detection of steps."""
 
 from stepwise_lightning.spectrum.matrices import MATRICES
 from stepwise_lightning.spectrum.measures import (

@@ -1,8 +1,7 @@
 """Spectra of embeddings and measures of their rank: pure functions of tensors.
 
-Everything is computed in float64, whatever real type comes in: a float32 covariance hides every mode below 1e-8 of the
-top one. It is computed on the device of the embeddings, or on the CPU where that has no float64. Complex numbers are
-refused with a ValueError.
+All inputs are cast to float64: a float32 covariance hides modes below 1e-8 of the largest. Computations run on the
+device of the embeddings, or on the CPU if the device has no float64. Complex inputs raise a ValueError.
 """
 
 from __future__ import annotations
@@ -22,11 +21,11 @@ def embedding_eigenvalues(z: Tensor, center: bool = True) -> Tensor:
     """Return the eigenvalues of the embeddings' covariance (1/n) Σ_i z_i z_iᵀ, descending.
 
     Args:
-        z: embeddings, (n, d), any real type; cast to float64 before anything is multiplied.
-        center: subtract the mean embedding first, which caps the number of non-zero eigenvalues at n − 1.
+        z: embeddings, (n, d), any real type; cast to float64 first.
+        center: subtract the mean embedding first, which limits the number of non-zero eigenvalues to n − 1.
 
     Returns:
-        (d,) float64, ≥ 0, resolved down to about 1e-15 of the largest. For d > n they come from the n × n Gram matrix.
+        (d,) float64, ≥ 0, accurate to about 1e-15 of the largest. For d > n the n × n Gram matrix is used.
 
     Example:
         >>> import torch
@@ -59,14 +58,14 @@ def cross_correlation_eigenvalues(z1: Tensor, z2: Tensor, center: bool = False) 
         center: subtract each view's mean embedding first.
 
     Returns:
-        (d,) float64. For d > 2n they come from a 2n × 2n matrix, the other d − 2n being zero.
+        (d,) float64. For d > 2n a 2n × 2n matrix is used, and d − 2n eigenvalues are zero.
 
     Raises:
         ValueError: the views differ in shape or device, or are not non-empty, finite matrices.
 
     """
     if z1.shape != z2.shape:
-        raise UserError(f"the two views' embeddings must have one shape, got {tuple(z1.shape)} and {tuple(z2.shape)}")
+        raise UserError(f"both views must have the same shape, got {tuple(z1.shape)} and {tuple(z2.shape)}")
     _check_devices([z1, z2])
     z1, z2 = _matrix(z1), _matrix(z2)
     if center:
@@ -82,17 +81,17 @@ def cross_correlation_eigenvalues(z1: Tensor, z2: Tensor, center: bool = False) 
 
 
 def effective_rank(eigenvalues: Tensor) -> Tensor:
-    """Return exp(H(p)), H the entropy of p_k = λ_k / Σλ: the effective rank of a spectrum, between 1 and d.
+    """Return the effective rank exp(H(p)), with H the entropy of p_k = λ_k / Σλ; between 1 and d.
 
-    Roy and Vetterli, *The effective rank*, EUSIPCO 2007; they normalise singular values, here it is the eigenvalues of
-    a covariance. Negative eigenvalues count as zero; an all-zero spectrum has rank 0. Shape (…, d) -> (…).
+    Roy and Vetterli, *The effective rank*, EUSIPCO 2007, normalise singular values; here p contains eigenvalues of a
+    covariance. Negative eigenvalues count as zero; an all-zero spectrum has rank 0. Shape (…, d) -> (…).
     """
     p = _weights(eigenvalues)
     return torch.where(p.sum(-1) > 0, torch.special.entr(p).sum(-1).exp(), 0.0)
 
 
 def participation_ratio(eigenvalues: Tensor) -> Tensor:
-    """Return (Σλ)² / Σλ², between 1 and d: the number of modes that share the variance.
+    """Return the participation ratio (Σλ)² / Σλ²: the number of modes that share the variance, between 1 and d.
 
     Gao et al., *A theory of multineuronal dimensionality*, bioRxiv 214262, 2017. Negative eigenvalues count as zero; an
     all-zero spectrum has ratio 0. Shape (…, d) -> (…).
@@ -102,10 +101,10 @@ def participation_ratio(eigenvalues: Tensor) -> Tensor:
 
 
 def alpha_req(eigenvalues: Tensor) -> Tensor:
-    """Return α of the power law λ_k ∝ k^{−α}: minus the least-squares slope of log λ_k against log k.
+    """Return the exponent α of the power law λ_k ∝ k^{−α}: minus the least-squares slope of log λ_k against log k.
 
-    Agrawal et al., *α-ReQ*, NeurIPS 2022, who fit a middle range of ranks; here all eigenvalues above 1e-12 of the
-    largest are fitted with equal weight. NaN where fewer than two remain. Shape (…, d) -> (…).
+    Agrawal et al., *α-ReQ*, NeurIPS 2022, fit a middle range of ranks; here all eigenvalues above 1e-12 of the largest
+    have equal weight. NaN if fewer than two remain. Shape (…, d) -> (…).
     """
     values = as_float64(eigenvalues, "the eigenvalues").sort(dim=-1, descending=True).values
     kept = values > 1e-12 * values[..., :1].clamp(min=0)
@@ -118,31 +117,31 @@ def alpha_req(eigenvalues: Tensor) -> Tensor:
 
 
 def rankme(z: Tensor) -> Tensor:
-    """Return exp(−Σ p_k log p_k) with p_k = σ_k / Σσ + 1e-7, σ the singular values of the embeddings (n, d).
+    """Return RankMe: exp(−Σ p_k log p_k) with p_k = σ_k / Σσ + 1e-7 and σ the singular values of embeddings (n, d).
 
-    RankMe: Garrido et al., ICML 2023 (the 1e-7 is theirs; not centred). At most min(n, d), up to 1e-5.
+    Garrido et al., ICML 2023, including the 1e-7; without centring. At most min(n, d) + 1e-5.
 
     Raises:
         ValueError: ``z`` is not a non-empty, finite matrix.
 
     """
     z = _matrix(z)
-    sigma = torch.linalg.svdvals(z if len(z) >= z.shape[1] else z.T)  # tall, which is up to four times as fast
+    sigma = torch.linalg.svdvals(z if len(z) >= z.shape[1] else z.T)  # tall matrices are up to four times faster
     if sigma[0] == 0:
         return torch.zeros_like(sigma[0])
     return torch.special.entr(sigma / sigma.sum() + 1e-7).sum().exp()
 
 
 def measure(matrix: str, views: Sequence[Tensor], center: bool = False) -> tuple[Tensor, dict[str, float]]:
-    """Return the eigenvalues, (d,), of one of ``MATRICES``, and the measures of its rank.
+    """Return the eigenvalues of a matrix, (d,), and its rank measures by name.
 
     Args:
-        matrix: which one.
-        views: embeddings, (n, d) each; two of them for ``cross_correlation``.
+        matrix: one of ``MATRICES``.
+        views: embeddings, (n, d) each; ``cross_correlation`` needs two views.
         center: subtract the means before the cross-correlation is formed; covariances are always centred.
 
     Raises:
-        ValueError: as the functions above; also views on different devices.
+        ValueError: invalid embeddings, or views on different devices.
 
     """
     _check_devices(views)
@@ -164,11 +163,11 @@ def measure(matrix: str, views: Sequence[Tensor], center: bool = False) -> tuple
 
 
 def tangent_coordinates(z: Tensor) -> Tensor:
-    """Return the normalised embeddings without their part along the mean of them: û − (û·m̂) m̂, û = z/‖z‖, (n, d).
+    """Return û − (û·m̂) m̂ with û = z/‖z‖: normalised embeddings without their component along the mean, (n, d).
 
-    Embeddings that spread from one point b into k directions lie, once normalised, on a sphere of k dimensions: an arc
-    for k = 1, which takes two dimensions of space, so that their covariance has k + 1 eigenvalues. The mean lies in
-    the same k + 1 dimensions, and without it k are left: here a mode is a dimension.
+    Embeddings that spread from one point into k directions lie on a k-dimensional sphere after normalisation, which
+    spans k + 1 dimensions: their covariance has k + 1 non-zero eigenvalues. The mean direction is one of these
+    dimensions; without it k non-zero eigenvalues remain, one per mode.
 
     Args:
         z: embeddings, (n, d), any real type; cast to float64.
@@ -185,14 +184,14 @@ def _matrix(z: Tensor) -> Tensor:
         raise UserError(f"embeddings must have shape (samples, dimensions) and not be empty, got {tuple(z.shape)}")
     z = as_float64(z.detach(), "the embeddings")
     if not z.isfinite().all():
-        raise UserError("the embeddings hold NaN or infinite values: training has diverged, or the input is not clean")
+        raise UserError("the embeddings contain NaN or infinite values: lower the learning rate, or check the input")
     return z
 
 
 def _check_devices(views: Sequence[Tensor]) -> None:
     devices = list(dict.fromkeys(str(z.device) for z in views))
     if len(devices) > 1:
-        raise UserError(f"the views' embeddings must be on one device, got {' and '.join(devices)}: move one")
+        raise UserError(f"the views must be on one device, got {' and '.join(devices)}: move one")
 
 
 def _weights(eigenvalues: Tensor) -> Tensor:

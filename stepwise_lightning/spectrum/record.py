@@ -1,10 +1,10 @@
-"""What a run has measured: the one form in which it is kept, written, read back and drawn."""
+"""Spectra of a run: the record that is measured, saved, loaded and plotted."""
 
 from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
@@ -17,30 +17,33 @@ from stepwise_lightning.errors import NotFoundError, UserError, reason
 from stepwise_lightning.files import atomic_write
 from stepwise_lightning.spectrum.steps import Steps, detect_steps, num_grown
 
-__all__ = ["COLUMNS", "Measurement", "Row", "Spectrum", "SpectrumRecord"]
+__all__ = ["Measurement", "Spectrum", "SpectrumRecord"]
 
-COLUMNS = ("step", "time", "matrix", "quantity", "mode", "value")
-# (step, time, matrix, quantity, mode, value)
-Row = tuple[int, float, str, str, int | str, float]
 _PREDICTED = "cross_correlation/predicted"
-# Names that earlier versions wrote.
+# Measures that version 0.1 saved under another name.
 _RENAMED = {"num_learned": "num_grown"}
 
 
 @dataclass
 class Spectrum:
-    """One matrix at one moment: its eigenvalues, (d,), descending, and measures of its rank by name."""
+    """Spectrum of one matrix: eigenvalues (d,), descending, and rank measures by name."""
 
     eigenvalues: Tensor
     measures: dict[str, float] = field(default_factory=dict)
 
+    @property
+    def num_grown(self) -> int:
+        """Number of grown modes; 0 if unknown, because the dimension has changed since the first measurement."""
+        count = self.measures.get("num_grown", math.nan)
+        return 0 if math.isnan(count) else int(count)
+
 
 @dataclass
 class Measurement:
-    """What was measured after ``step`` optimiser steps; time is the sum of their learning rates.
+    """Spectra by matrix after ``step`` optimiser steps; ``time`` is the sum of their learning rates.
 
-    ``spectra`` by the name of their matrix; ``predicted`` are the theory's eigenvalues of C, (d,); ``embeddings`` those
-    of the module itself, (views, n, d). The loss, of the batch that changes the weights next, is NaN where unknown.
+    ``loss`` is the training loss of the next step (NaN if unknown), ``predicted`` the eigenvalues of C predicted by
+    theory, (d,), and ``embeddings`` those of the module, (views, n, d).
     """
 
     step: int
@@ -52,18 +55,23 @@ class Measurement:
 
 
 class SpectrumRecord:
-    """What a run has measured, T measurements in the order of time; ``SpectrumRecord.load(folder)`` reads one back.
+    """Record of T measurements in order of time; ``SpectrumRecord.load(folder)`` loads one from a finished run.
 
-    Matrices go by name: ``cross_correlation``, ``covariance``, … of the module's own embeddings
-    (:class:`stepwise_lightning.SpectrumLogger` defines them), ``encoder.backbone.covariance`` of what a submodule puts
-    out. Where something was not measured, as when a run went on with other settings, there is NaN. All
-    tensors are float64 on the CPU, but for steps (int64) and embeddings (float32).
+    Matrices have names: ``cross_correlation``, ``covariance``, … for the embeddings of the module
+    (:class:`stepwise_lightning.SpectrumLogger` defines them), ``encoder.backbone.covariance`` for the output of a
+    submodule. Values that were not measured, for instance because a run was resumed with other settings, are NaN.
+    Tensors are float64 on the CPU, except steps (int64) and embeddings (float32).
 
-    Words are defined in ``docs/glossary.md``: step, time, mode, grown, learned, distinct step, stepwiseness.
+    ``docs/glossary.md`` defines step, time, mode, grown, learned, distinct step and stepwiseness.
+
+    Attributes:
+        expected_times: by matrix, times at which a forecast expects modes to be learned; not saved.
+
     """
 
     def __init__(self) -> None:
         self._measurements: list[Measurement] = []
+        self.expected_times: dict[str, list[float]] = {}
 
     @classmethod
     def of(
@@ -74,10 +82,9 @@ class SpectrumRecord:
         matrix: str = "cross_correlation",
         steps: Tensor | None = None,
     ) -> Self:
-        """Return the record of one matrix, from times (T,), eigenvalues (T, d), losses (T,) and steps (T,).
+        """Return a record of one matrix from times (T,), eigenvalues (T, d), losses (T,) and steps (T,).
 
-        For what was measured by other means, or predicted. Without losses these are NaN; without steps they are
-        0, 1, 2, …
+        Losses default to NaN, steps to 0, 1, 2, ….
 
         Example:
             >>> import torch
@@ -99,45 +106,35 @@ class SpectrumRecord:
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
-        """Return what a run has measured.
-
-        Args:
-            path: the folder of a run, ``runs/<name>/<version>``, or the ``spectrum.npz`` in it, which is written when
-                training ends.
+        """Load the record of a finished run from its folder, ``runs/<name>/<version>``, or its ``spectrum.npz``.
 
         Raises:
-            FileNotFoundError: there is no such file.
-            ValueError: the file is damaged, or something else. Nothing in it is imported or run.
+            FileNotFoundError: the file does not exist.
+            ValueError: the file is damaged or contains no spectra. No code in it is executed.
 
         """
         file = Path(path, "spectrum.npz") if os.path.isdir(path) else Path(path)
         if not file.is_file():
-            raise NotFoundError(
-                f"no {str(file)!r}: give a spectrum.npz, or the folder of a run whose training has ended"
-            )
+            raise NotFoundError(f"no file {str(file)!r}: pass a spectrum.npz, or the folder of a finished run")
         try:
-            # Opened here: NumPy leaves a damaged zip file open.
+            # NumPy leaves a damaged zip file open, hence the explicit stream.
             with file.open("rb") as stream, np.load(stream, allow_pickle=False) as saved:
-                arrays = {name: np.asanyarray(saved[name]) for name in saved}  # of a damaged name it gives bytes
-        except Exception as error:  # NumPy, zipfile and zlib raise whatever they come across
-            raise UserError(
-                f"{str(file)!r} cannot be read as spectra ({reason(error)}): train the run again"
-            ) from error
+                arrays = {name: np.asanyarray(saved[name]) for name in saved}  # bytes for a damaged name
+        except Exception as error:  # NumPy, zipfile and zlib raise many types
+            raise UserError(f"{str(file)!r} cannot be read as spectra ({reason(error)}): train again") from error
         lengths = {len(values) if values.ndim else None for values in arrays.values()}
-        numbers = all(values.dtype.kind in "iuf" for values in arrays.values())
-        if not ({"step", "time", "loss"} <= arrays.keys() and numbers and len(lengths) == 1 and None not in lengths):
-            raise UserError(
-                f"{str(file)!r} holds no spectra: expected step, time, loss and eigenvalues of equal length"
-            )
+        numeric = all(values.dtype.kind in "iuf" for values in arrays.values())
+        if not ({"step", "time", "loss"} <= arrays.keys() and numeric and len(lengths) == 1 and None not in lengths):
+            raise UserError(f"{str(file)!r} holds no spectra: expected step, time, loss, eigenvalues of one length")
         return cls.from_arrays(arrays)
 
     @classmethod
     def from_arrays(cls, arrays: Mapping[str, Any]) -> Self:
-        """Return the record of :meth:`arrays`, NumPy's or torch's, of this version or an earlier one."""
+        """Return the record of :meth:`arrays`, given as NumPy arrays or tensors."""
         record = cls()
         tensors = {name: torch.as_tensor(values) for name, values in arrays.items()}
         steps, times, losses = (tensors.pop(name).tolist() for name in ("step", "time", "loss"))
-        record._measurements = [Measurement(*moment) for moment in zip(steps, times, losses, strict=True)]
+        record._measurements = [Measurement(*values) for values in zip(steps, times, losses, strict=True)]
         embeddings, predicted = tensors.pop("embeddings", None), tensors.pop(_PREDICTED, None)
         for index, measurement in enumerate(record._measurements):
             measurement.embeddings = None if embeddings is None else embeddings[index].clone()
@@ -145,26 +142,24 @@ class SpectrumRecord:
         for name, values in sorted(tensors.items(), key=lambda item: "/" in item[0]):  # eigenvalues first
             matrix, _, measure = name.partition("/")
             for index, measurement in enumerate(record._measurements):
-                if not measure and not (values.shape[1] and values[index].isnan().all()):  # or it was not measured
+                if not measure and not (values.shape[1] and values[index].isnan().all()):  # all NaN: not measured
                     known = ~values[index].isnan()
                     measurement.spectra[matrix] = Spectrum(values[index][known].double().clone())
                 elif measure and matrix in measurement.spectra:
                     measurement.spectra[matrix].measures[_RENAMED.get(measure, measure)] = float(values[index])
         return record
 
-    @classmethod
-    def from_version_0_1(cls, state: Mapping[str, Any]) -> Self:
-        """Return the record in the state that the logger of version 0.1 left in a checkpoint."""
-        arrays = {"step": state["steps"], "time": state["times"], "loss": state["losses"]}
-        arrays |= state["eigenvalues"] | state["measures"]
-        return cls.from_arrays(arrays if state["embeddings"] is None else arrays | {"embeddings": state["embeddings"]})
-
     def __len__(self) -> int:
         return len(self._measurements)
 
     @property
+    def measurements(self) -> Sequence[Measurement]:
+        """All measurements, in order of time."""
+        return self._measurements
+
+    @property
     def steps(self) -> Tensor:
-        """Optimiser steps before each measurement, (T,)."""
+        """Number of optimiser steps before each measurement, (T,)."""
         return torch.tensor([m.step for m in self._measurements], dtype=torch.int64)
 
     @property
@@ -174,39 +169,39 @@ class SpectrumRecord:
 
     @property
     def losses(self) -> Tensor:
-        """Of the training batch that the next step takes, (T,); NaN where there is none, as at the end."""
+        """Training loss of the step after each measurement, (T,); NaN if unknown, as at the end of training."""
         return torch.tensor([m.loss for m in self._measurements], dtype=torch.float64)
 
     @property
     def matrices(self) -> list[str]:
-        """Names of the matrices that were measured."""
+        """Names of the measured matrices."""
         return list(dict.fromkeys(name for m in self._measurements for name in m.spectra))
 
     @property
     def predicted(self) -> Tensor | None:
-        """The theory's eigenvalues of C, (T, d); None where there is no theory."""
-        return _stacked([m.predicted for m in self._measurements])
+        """Eigenvalues of C predicted by theory, (T, d); None without a prediction."""
+        return _stack([m.predicted for m in self._measurements])
 
     def eigenvalues(self, matrix: str = "cross_correlation") -> Tensor:
         """Return the eigenvalues of a matrix, (T, d), descending.
 
         Raises:
-            ValueError: that matrix was not measured (the error lists those that were).
+            ValueError: the matrix was not measured (the error lists the measured ones).
 
         """
-        stacked = _stacked([spectrum.eigenvalues if spectrum else None for spectrum in self._spectra(matrix)])
+        stacked = _stack([spectrum.eigenvalues if spectrum else None for spectrum in self._spectra(matrix)])
         assert stacked is not None
         return stacked
 
     def measures(self, matrix: str = "cross_correlation") -> list[str]:
-        """Return the names of what was measured of a matrix besides its eigenvalues; ValueError as there."""
+        """Return the names of the rank measures of a matrix; ValueError if it was not measured."""
         return list(dict.fromkeys(name for s in self._spectra(matrix) if s for name in s.measures))
 
     def measure(self, measure: str, matrix: str = "cross_correlation") -> Tensor:
-        """Return a measure of a matrix, such as ``effective_rank`` or ``num_grown``, (T,).
+        """Return a rank measure of a matrix, such as ``effective_rank`` or ``num_grown``, (T,).
 
         Raises:
-            ValueError: it was not measured (the error lists what was).
+            ValueError: it was not measured (the error lists the measured ones).
 
         """
         if measure not in self.measures(matrix):
@@ -216,25 +211,20 @@ class SpectrumRecord:
         return torch.tensor(values, dtype=torch.float64)
 
     def embeddings(self, index: int) -> Tensor:
-        """Return the module's embeddings at one measurement, (views, n, d).
-
-        Raises:
-            ValueError: they were not kept: ``SpectrumLogger(keep_embeddings=True)`` does.
-
-        """
-        kept = self._measurements[index].embeddings
-        if kept is None:
+        """Return the embeddings of the module at one measurement, (views, n, d); ValueError if they were not kept."""
+        embeddings = self._measurements[index].embeddings
+        if embeddings is None:
             raise UserError("no embeddings in this record: measure with SpectrumLogger(keep_embeddings=True)")
-        return kept
+        return embeddings
 
     def detect_steps(self, matrix: str = "cross_correlation") -> Steps:
         """Return the steps in the eigenvalues of a matrix: :func:`stepwise_lightning.spectrum.detect_steps`.
 
-        Where time stood still, because the learning rate was 0, the last measurement counts; those without this matrix
-        do not, nor do modes that some of them lack.
+        Of several measurements at one time (learning rate 0) the last is used. Measurements without this matrix and
+        modes that some measurements lack are excluded.
 
         Raises:
-            ValueError: that matrix was not measured, or less than twice.
+            ValueError: the matrix was measured less than twice.
 
         """
         times, values = self.times, self.eigenvalues(matrix)
@@ -248,7 +238,7 @@ class SpectrumRecord:
         return steps._replace(step_times=padded[0], rise_widths=padded[1])
 
     def append(self, measurement: Measurement) -> None:
-        """Add a measurement and the ``num_grown`` of each spectrum."""
+        """Append a measurement and add ``num_grown`` to its spectra."""
         for matrix, spectrum in measurement.spectra.items():
             first = next((m.spectra[matrix] for m in self._measurements if matrix in m.spectra), spectrum)
             if first.eigenvalues.shape == spectrum.eigenvalues.shape:
@@ -257,70 +247,45 @@ class SpectrumRecord:
         self._measurements.append(measurement)
 
     def set_loss(self, loss: float) -> None:
-        """Give the last measurement the loss of the batch that it was made on."""
+        """Set the loss of the last measurement."""
         self._measurements[-1].loss = loss
 
     def predict(self, predicted: Tensor) -> None:
-        """Set the theory's eigenvalues of C at all measurements, (T, d)."""
+        """Set the predicted eigenvalues of C of all measurements, (T, d)."""
         for measurement, values in zip(self._measurements, predicted, strict=True):
             measurement.predicted = values
 
     def keep(self, count: int) -> None:
-        """Keep the first measurements alone."""
+        """Keep only the first ``count`` measurements."""
         del self._measurements[count:]
 
-    def rows(self, index: int, num_modes: int | None = None) -> list[Row]:
-        """Return what one measurement says as rows of ``COLUMNS``: measures, growth, eigenvalues, and a loss if known.
-
-        ``grown_at``, whose value is the time, says that the mode has grown since the measurement before. Of each
-        spectrum the first ``num_modes`` eigenvalues become rows.
-        """
-        measurement = self._measurements[index]
-        head = (measurement.step, measurement.time)
-        rows: list[Row] = []
-        for matrix, spectrum in measurement.spectra.items():
-            rows += [(*head, matrix, name, "", value) for name, value in spectrum.measures.items()]
-            now, before = spectrum.measures.get("num_grown", 0.0), self._most_grown_before(matrix, index)
-            rows += [(*head, matrix, "grown_at", mode, measurement.time) for mode in range(before, int(now))]
-            shown = {"eigenvalue": spectrum.eigenvalues}
-            if matrix == "cross_correlation" and measurement.predicted is not None:
-                shown["predicted_eigenvalue"] = measurement.predicted
-            for quantity, values in shown.items():
-                rows += [(*head, matrix, quantity, mode, v) for mode, v in enumerate(values[:num_modes].tolist())]
-        return rows if math.isnan(measurement.loss) else [*rows, (*head, "", "loss", "", measurement.loss)]
-
     def arrays(self) -> dict[str, Tensor]:
-        """Return everything by name, as ``spectrum.npz`` and checkpoints keep it; the first dimension of each is T.
+        """Return all measurements as tensors by name, the content of ``spectrum.npz``; T is the first dimension.
 
-        ``step``, ``time``, ``loss`` (T,); for each matrix its eigenvalues ``<matrix>`` (T, d) and each of its measures
-        ``<matrix>/<measure>`` (T,); where they are known ``cross_correlation/predicted`` (T, d) and ``embeddings``
-        (T, views, n, d), float32.
+        ``step``, ``time``, ``loss`` (T,); eigenvalues ``<matrix>`` (T, d) and rank measures ``<matrix>/<measure>``
+        (T,); optionally ``cross_correlation/predicted`` (T, d) and ``embeddings`` (T, views, n, d), float32.
         """
         arrays = {"step": self.steps, "time": self.times, "loss": self.losses}
         for matrix in self.matrices:
             arrays[matrix] = self.eigenvalues(matrix)
             arrays |= {f"{matrix}/{name}": self.measure(name, matrix) for name in self.measures(matrix)}
-        optional = {_PREDICTED: self.predicted, "embeddings": _stacked([m.embeddings for m in self._measurements])}
+        optional = {_PREDICTED: self.predicted, "embeddings": _stack([m.embeddings for m in self._measurements])}
         return arrays | {name: values for name, values in optional.items() if values is not None}
 
     def save(self, path: Path) -> None:
-        """Write :meth:`arrays` to an ``.npz`` file in one piece; OSError if it cannot be."""
+        """Write :meth:`arrays` atomically to an ``.npz`` file; OSError if it cannot be written."""
         arrays = {name: values.numpy() for name, values in self.arrays().items()}
         atomic_write(path, lambda partial: np.savez(partial, **arrays))  # type: ignore[arg-type]
 
     def _spectra(self, matrix: str) -> list[Spectrum | None]:
-        """Return each measurement's spectrum of a matrix, None where it was not measured."""
+        """Return the spectrum of a matrix in each measurement, None if not measured."""
         if matrix not in self.matrices:
             raise UserError(f"no matrix {matrix!r} in this record; choose from: {', '.join(self.matrices) or 'none'}")
         return [measurement.spectra.get(matrix) for measurement in self._measurements]
 
-    def _most_grown_before(self, matrix: str, index: int) -> int:
-        earlier = (m.spectra[matrix].measures for m in self._measurements[:index] if matrix in m.spectra)
-        return int(max((measures.get("num_grown", 0.0) for measures in earlier), default=0))
 
-
-def _stacked(values: list[Tensor | None]) -> Tensor | None:
-    """Stack what there is, padded to the largest with NaN, which also stands for what is missing; None for nothing."""
+def _stack(values: list[Tensor | None]) -> Tensor | None:
+    """Stack tensors, padded with NaN to the largest; None entries become NaN, and None is returned if all are None."""
     known = [value for value in values if value is not None]
     if not known:
         return None

@@ -1,4 +1,4 @@
-"""When to measure, and what time it is: time is learning rate × steps."""
+"""Schedule of measurements: log-spaced optimiser steps."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ import torch
 
 from stepwise_lightning.errors import UserError
 
-# How long a run is taken to be that does not say.
-_LONG = 100_000
+# Assumed length of a run of unknown length.
+_DEFAULT_LENGTH = 100_000
 
 
 def log_spaced_steps(last_step: int, num_points: int) -> list[int]:
     """Return about ``num_points`` steps, ascending, evenly spaced in the logarithm: 0, 1, 2, …, last_step.
 
-    The step before the last is always among them: it is the last one that has a training loss.
+    The step before the last is included: it is the last one with a training loss.
     """
     if last_step < 1 or num_points < 2:
         raise UserError(f"a schedule needs last_step ≥ 1 and num_points ≥ 2, got {last_step} and {num_points}")
@@ -24,25 +24,25 @@ def log_spaced_steps(last_step: int, num_points: int) -> list[int]:
 
 
 class Schedule:
-    """The steps at which to measure: log-spaced up to the expected end, and on in the same manner if it is passed.
+    """Log-spaced steps up to the expected end of training, continued with the same ratio beyond it.
 
     Args:
-        last_step: the expected end of training, which several optimisers, streams without a length or a raised
-            ``max_steps`` can prove wrong; infinite where it is not known.
-        num_points: about how many measurements to make up to there.
+        last_step: the expected end of training, infinite if unknown. Several optimisers, streams without a length or a
+            larger ``max_steps`` can extend a run.
+        num_points: approximate number of measurements up to there.
 
     """
 
     def __init__(self, last_step: float, num_points: int) -> None:
         known = math.isfinite(last_step) and last_step >= 1
-        length = int(last_step) if known else _LONG
+        length = int(last_step) if known else _DEFAULT_LENGTH
         self._steps = log_spaced_steps(length, num_points)[::-1]
-        if not known:  # there is no end to be near
+        if not known:  # no measurements before an assumed end
             self._steps = [step for step in self._steps if step < length - 1]
         self._ratio = max(length, 2) ** (1 / (num_points - 1))
 
     def is_due(self, step: int) -> bool:
-        """Return whether ``step`` is on the schedule, or beyond what is; asked again, the next one is looked at."""
+        """Return True once for each scheduled step that ``step`` has reached; removes the steps up to ``step``."""
         due = False
         while self._steps and self._steps[-1] <= step:
             self._steps.pop()

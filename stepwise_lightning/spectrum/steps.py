@@ -1,9 +1,9 @@
-"""When the eigenvalues of an embedding rise, and how far they rise one by one: pure functions of trajectories.
+"""Detection of steps in eigenvalue trajectories: pure functions of times and eigenvalues.
 
-Four rules, four words. A mode is *learned* by :func:`detect_steps`, which judges a whole run from a small start; modes
-rise *apart* or together by :func:`detect_rises`, which judges a run from any start; a mode has *grown* by
-:func:`num_grown`, which can be said while a run goes on; it has *crossed* by :func:`crossing_times`, which is for the
-eigenvalues of C under Barlow Twins, where theory says that they end at 1.
+Four terms refer to four functions. A mode is *learned* according to :func:`detect_steps`, for finished runs from a
+small initialisation; modes rise *apart* according to :func:`detect_rises`, for finished runs from any initialisation;
+a mode has *grown* according to :func:`num_grown`, during training; an eigenvalue of C has *crossed* a level according
+to :func:`crossing_times`, for Barlow Twins, where eigenvalues converge to 1.
 """
 
 from __future__ import annotations
@@ -22,29 +22,29 @@ __all__ = ["Rises", "Steps", "crossing_times", "detect_rises", "detect_steps", "
 
 
 class Steps(NamedTuple):
-    """What :func:`detect_steps` found; times are in the unit of the times given. Its words: ``docs/glossary.md``."""
+    """Result of :func:`detect_steps`, in the unit of the input times. ``docs/glossary.md`` defines the terms."""
 
     step_times: Tensor
-    """(d,): when each mode is learned; NaN for modes that never are, or that start too high to make a step."""
+    """(d,): time at which each mode is learned; NaN for modes that are never learned or start too large."""
     rise_widths: Tensor
     """(d,): time from a tenth of the threshold to the threshold; NaN with the step time."""
     num_learned: Tensor
-    """(T,), int64: modes above the threshold at each time."""
+    """(T,), int64: number of modes above the threshold at each time."""
     num_distinct: int
-    """Steps that are separated from the one before by more than their own rise width."""
+    """Number of steps separated from the previous step by more than their own rise width."""
     stepwiseness: float
     """Median over neighbouring steps of min(separation / rise width, 10); 0 with fewer than two steps."""
     threshold: float
-    """θ, in the unit of the eigenvalues."""
+    """Threshold θ, in the unit of the eigenvalues."""
 
 
 def detect_steps(times: Tensor, eigenvalues: Tensor) -> Steps:
-    """Find the times at which the eigenvalues of an embedding rise, and how far they rise one by one.
+    """Detect the times at which eigenvalues rise, and how distinct these steps are.
 
     Eigenvalues are sorted at each time and median-filtered over three samples. θ is a tenth of the median of the
     largest eigenvalue over the last tenth of the samples. Mode k is learned at t_k, where it first crosses θ and stays
     above for three samples (or to the end), interpolated in log λ; its rise width is w_k = t(θ) − t(θ/10). A mode that
-    starts above θ/10 makes no step. Steps k and k+1 are distinct when (t_{k+1} − t_k) / w_{k+1} > 1.
+    starts above θ/10 has no step. Steps k and k+1 are distinct if (t_{k+1} − t_k) / w_{k+1} > 1.
 
     Example:
         Two modes that saturate at 1, the second long after the first:
@@ -92,29 +92,29 @@ def detect_steps(times: Tensor, eigenvalues: Tensor) -> Steps:
 
 
 class Rises(NamedTuple):
-    """What :func:`detect_rises` found; times are in the unit of the times given."""
+    """Result of :func:`detect_rises`, in the unit of the input times."""
 
     times: Tensor
-    """(d,): when each mode is half-way up; NaN for modes that end below the threshold."""
+    """(d,): time at which each mode completes half of its rise; NaN for modes that end below the threshold."""
     widths: Tensor
-    """(d,): time from a tenth of the way to half of it; NaN with the time."""
+    """(d,): time from a tenth to a half of the rise; NaN with the time."""
     num_modes: int
-    """Modes that end above the threshold."""
+    """Number of modes that end above the threshold."""
     num_apart: int
-    """Of these, the first and those that are separated from the one before by more than their own width."""
+    """Number of these modes separated from the previous one by more than their own width, including the first."""
     separation: float
-    """Median over neighbours of min(separation / width, 10); 0 with fewer than two modes."""
+    """Median over neighbouring modes of min(separation / width, 10); 0 with fewer than two modes."""
 
 
 def detect_rises(times: Tensor, eigenvalues: Tensor) -> Rises:
-    """Find when the eigenvalues of an embedding rise, and how many rise apart, from any start.
+    """Detect the times at which eigenvalues rise, and the number that rise apart, from any initialisation.
 
-    From ordinary initialisation eigenvalues start high, so that :func:`detect_steps` finds no steps whatever they do
-    then; this measure leaves out no mode for how it starts. Eigenvalues are sorted at each time and median-filtered
-    over three samples. A mode's way leads from its smallest value up to its median over the last tenth of the samples;
-    its time t is when it first has half of that behind it, and its width w is how long before it last had a tenth, both
-    interpolated linearly. Modes whose end is above θ, a tenth of the largest one's, count. Modes k and k+1 rise apart
-    when (t_{k+1} − t_k) / w_{k+1} > 1.
+    From ordinary initialisation eigenvalues start large, and :func:`detect_steps` finds no steps by definition; this
+    function counts modes independent of their initial value. Eigenvalues are sorted at each time and median-filtered
+    over three samples. The rise of a mode extends from its minimum to its median over the last tenth of the samples;
+    its time t is where it first completes half of the rise, and its width w the time since it last completed a tenth,
+    both interpolated linearly. Modes count if their final value exceeds a tenth of the largest one. Modes k and k+1
+    rise apart if (t_{k+1} − t_k) / w_{k+1} > 1.
 
     Args:
         times: (T,), ascending; learning rate × steps, or steps.
@@ -148,23 +148,26 @@ def detect_rises(times: Tensor, eigenvalues: Tensor) -> Rises:
 
 
 def num_grown(start: Tensor, now: Tensor) -> int:
-    """Return how many eigenvalues have grown tenfold since the start and exceed a tenth of the largest one now.
+    """Return the number of eigenvalues that have grown tenfold and exceed a tenth of the largest current one.
 
-    What can be said while a run goes on, of descending eigenvalues, (d,) each.
+    Args:
+        start: eigenvalues of the first measurement, (d,), descending.
+        now: current eigenvalues, (d,), descending.
+
     """
     start, now = _on_cpu(start, "eigenvalues"), _on_cpu(now, "eigenvalues")
     return int(((now > 0.1 * now[0]) & (now > 10 * start)).sum())
 
 
 def num_crossed(eigenvalues: Tensor, level: float = 0.5) -> Tensor:
-    """Return how many eigenvalues of C are above ``level``, (…, d) to (…), int64: see :func:`crossing_times`."""
+    """Return the number of eigenvalues of C above ``level``, (…, d) -> (…), int64; see :func:`crossing_times`."""
     return (as_float64(eigenvalues, "eigenvalues") > level).sum(-1)
 
 
 def crossing_times(times: Tensor, eigenvalues: Tensor, level: float = 0.5) -> Tensor:
-    """Return when each eigenvalue of C first reaches ``level``, (d,); NaN if never, or if it starts above.
+    """Return the time at which each eigenvalue of C first reaches ``level``, (d,); NaN if never, or from the start.
 
-    Between samples the log-odds log(λ/(1−λ)) are interpolated linearly: for an isolated mode of the analytical model
+    The log-odds log(λ/(1−λ)) are interpolated linearly between samples; for an isolated mode of the analytical model
     they are linear in time.
 
     Args:
@@ -215,9 +218,9 @@ def _check_trajectory(times: Tensor, values: Tensor) -> None:
     if times.ndim != 1 or values.ndim != 2 or len(times) != len(values) or values.shape[1] < 1:
         raise UserError(f"expected times (T,) and eigenvalues (T, d), got {tuple(times.shape)}, {tuple(values.shape)}")
     if len(times) < 2 or not (times.diff() > 0).all():
-        raise UserError("times must be ascending, with at least two samples")
+        raise UserError(f"times must be ascending, with at least two samples, got {len(times)} samples")
     if not values.isfinite().all():
-        raise UserError("eigenvalues hold NaN or infinite values")
+        raise UserError("eigenvalues contain NaN or infinite values")
 
 
 def _median_of_three(values: Tensor) -> Tensor:
@@ -226,14 +229,14 @@ def _median_of_three(values: Tensor) -> Tensor:
 
 
 def _first_sustained(above: Tensor) -> int | None:
-    """Index of the first sample from which ``above`` holds for three samples, or to the end."""
+    """Return the index of the first sample from which ``above`` is true for three samples, or to the end."""
     padded = torch.cat([above, above.new_ones(2)])
     starts = (padded[:-2] & padded[1:-1] & padded[2:]).nonzero()
     return int(starts[0]) if len(starts) else None
 
 
 def _crossing(times: Tensor, path: Tensor, index: int, level: Tensor) -> float:
-    """Time between samples index − 1 and index at which the path reaches ``level``, linear in log λ."""
+    """Return the time between samples index − 1 and index at which the path reaches ``level``, linear in log λ."""
     tiny = torch.finfo(torch.float64).tiny
     before, after = path[index - 1 : index + 1].clamp(min=tiny).log().tolist()
     fraction = (math.log(float(level)) - before) / (after - before)
@@ -242,7 +245,7 @@ def _crossing(times: Tensor, path: Tensor, index: int, level: Tensor) -> float:
 
 
 def _linear_crossing(times: Tensor, path: Tensor, index: int, level: Tensor) -> float:
-    """Time between samples index − 1 and index at which the path reaches ``level``."""
+    """Return the time between samples index − 1 and index at which the path reaches ``level``, linear in λ."""
     before, after = path[index - 1 : index + 1].tolist()
     start, end = times[index - 1 : index + 1].tolist()
     return start + (float(level) - before) / (after - before) * (end - start)

@@ -326,11 +326,9 @@ def test_the_next_mode_is_said_marked_and_not_forecast_without_sgd(tmp_path, cap
     assert f"forecast: 0 of {DIM} modes learned, next ≈ step {first.expected_step:.0f}" in capsys.readouterr().out
     assert f"of {DIM} modes learned" in progress.note
     # Time is learning rate × steps, from the last measurement on.
-    marked = live._spectrum.due["cross_correlation"]
+    marked = record.expected_times["cross_correlation"]
     assert marked[0] == pytest.approx(first.expected_step * 0.02, rel=1e-6)
-    axis = run_figure(record, due={"cross_correlation": marked}).axes[
-        len(record.matrices)
-    ]  # the first below the losses
+    axis = run_figure(record).axes[len(record.matrices)]  # the first below the losses
     assert any(list(line.get_xdata()) == marked for line in axis.lines)
     accelerated = partial(AcceleratedBarlowTwins, acceleration="gate")
     for cls, other in ((BarlowTwins, {"optimizer": torch.optim.AdamW, **ANALYTICAL}), (accelerated, {})):

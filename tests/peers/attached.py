@@ -14,7 +14,7 @@ from same_runs import assert_same
 from skimage import data
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from stepwise_lightning import CollapseWatch
+from stepwise_lightning import CollapseMonitor
 
 PACKAGES = {"lightning": lightning, "pytorch_lightning": pytorch_lightning}
 # Warnings of pytorch_lightning, which pyproject.toml ignores for lightning.
@@ -78,7 +78,7 @@ def check(package, build, loader, folder, attached, last_step, views=None, froze
     for loggers in ([], [logger for logger, _ in attached]):
         lightning.seed_everything(1, verbose=False)
         module, latest = build(), LastBatch()
-        watches = [CollapseWatch()] if loggers else []  # an alarm is a warning, which fails the test
+        watches = [CollapseMonitor()] if loggers else []  # an alarm is a warning, which fails the test
         callbacks = [latest, *watches, *loggers]
         trainer = train(package, module, loader() if callable(loader) else loader, folder, *callbacks, **options)
         traces.append(copy.deepcopy(trace(trainer, module)))

@@ -17,6 +17,7 @@ from torch.nn.functional import cross_entropy, mse_loss
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from stepwise_lightning import LastCheckpoint, SpectrumLogger, SpectrumRecord
+from stepwise_lightning.callbacks.run_files import rows
 from stepwise_lightning.features import capture, views_in
 from stepwise_lightning.spectrum import embedding_eigenvalues
 
@@ -177,7 +178,7 @@ def test_a_callback_that_is_used_again_begins_anew(tmp_path):
     first = spectra.record
     fit(Classifier(), tmp_path, spectra)
     assert spectra.record is not first and spectra.record.times.tolist() == first.times.tolist()
-    assert spectra.record.rows(3) == first.rows(3)
+    assert rows(spectra.record, 3) == rows(first, 3)
 
 
 def test_a_trainer_that_goes_on_adds_to_the_record(tmp_path):
@@ -325,7 +326,7 @@ class Tuples(Classifier):
 
 def test_an_output_that_is_no_tensor_is_answered_with_what_to_do(tmp_path):
     with pytest.raises(
-        ValueError, match=r"'the module' is no \(n, …\) tensor but tuple: watch a submodule .*output=False"
+        ValueError, match=r"'the module' is not a tensor \(n, …\) but tuple: watch a submodule .*output=False"
     ):
         fit(Tuples(), tmp_path, SpectrumLogger())
 
@@ -381,9 +382,9 @@ def test_networks_that_are_not_registered_and_numbers_alone(tmp_path):
     fit(Hidden(), tmp_path, spectra)
     assert spectra.record.eigenvalues("covariance").shape[1] == 1
     assert spectra.record.eigenvalues("lambda.covariance").shape[1] == 5
-    with pytest.raises(ValueError, match="is no .* tensor but a scalar"):
+    with pytest.raises(ValueError, match="is not a tensor .* but a scalar"):
         capture(nn.Flatten(), [X], [lambda module, view: view.mean()])
-    with pytest.raises(ValueError, match=r"'head' cannot be run on a view of shape \(64, 8\) .*watch a function"):
+    with pytest.raises(ValueError, match=r"'head' cannot run on a view of shape \(64, 8\) .*watch a function"):
         capture(Classifier(), [X], ["head"], alone=True)
 
 
@@ -413,7 +414,7 @@ def test_output_lengths_that_vary_are_kept_and_nothing_is_taken_for_a_number(tmp
     assert known == [3, 4, 5, 3, 4]
     loaded = SpectrumRecord.load(spectra.directory)
     assert loaded.eigenvalues("covariance").isnan().sum() == spectra.record.eigenvalues("covariance").isnan().sum()
-    assert loaded.rows(0) == spectra.record.rows(0)
+    assert rows(loaded, 0) == rows(spectra.record, 0)
 
 
 def test_a_short_last_batch_is_kept_and_one_of_a_single_sample_passed_over(tmp_path):

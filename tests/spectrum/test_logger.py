@@ -13,7 +13,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from reproduce.networks.variants import LOSS_SETTINGS
 from stepwise_lightning import BarlowTwins, SimCLR, SpectrumLogger, SpectrumRecord, VICReg
-from stepwise_lightning.callbacks.tensorboard import Lead, layout, scalars
+from stepwise_lightning.callbacks.run_files import rows
+from stepwise_lightning.callbacks.tensorboard import PrimaryMatrix, layout, measured_scalars
 from stepwise_lightning.features import batch_statistics, capture
 from stepwise_lightning.spectrum import MATRICES, embedding_eigenvalues
 
@@ -88,20 +89,20 @@ def test_tensorboard_has_one_chart_a_matrix_and_the_figure(run):
 
 @pytest.mark.parametrize("module", [BarlowTwins, VICReg, SimCLR])
 def test_what_a_loss_drives_comes_first_and_is_marked(module):
-    lead = Lead.of(module(nn.Linear(2, 2), 0.1), list(MATRICES))
+    lead = PrimaryMatrix.of(module(nn.Linear(2, 2), 0.1), list(MATRICES))
     assert lead.matrix == module.driven_matrix == LOSS_SETTINGS[module.loss_name].matrix
     charts = list(layout(MATRICES, lead, "spectrum", 2).items())
     assert charts[0][0] == "At a glance" and list(charts[0][1])[-1].endswith(f", driven by {module.__name__}")
     assert list(charts[1][1]) == ["mode 0", "mode 1"]  # each of them one line a run
     # Where it is not measured, nothing is said to be driven.
-    assert Lead.of(module(nn.Linear(2, 2), 0.1), ["encoder.covariance"]) == Lead("encoder.covariance")
+    assert PrimaryMatrix.of(module(nn.Linear(2, 2), 0.1), ["encoder.covariance"]) == PrimaryMatrix("encoder.covariance")
 
 
 def test_scalars_of_a_submodule_are_its_first_sixteen_and_the_record_has_all():
     record = SpectrumRecord.of(torch.arange(2.0), torch.ones(2, 40), matrix="encoder.covariance")
-    tags = [tag for tag in scalars(record, -1, "encoder.covariance") if "eig" in tag]
+    tags = [tag for tag in measured_scalars(record, -1, "encoder.covariance") if "eig" in tag]
     assert tags == [f"encoder/covariance/eig_{mode:03d}" for mode in range(16)]
-    assert len(record.rows(-1)) == 40
+    assert len(rows(record, -1)) == 40
 
 
 def test_growth_is_written_when_it_happens(tmp_path):

@@ -1,19 +1,15 @@
-"""What a run has measured: built, asked, written, read back, and read from files of earlier versions."""
+"""SpectrumRecord: construction, access, saving and loading; rows of ``spectrum.csv``."""
 
 import math
-import shutil
-from pathlib import Path
+from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
-from tiny_runs import stepwise
 
-from stepwise_lightning import SpectrumRecord
+from stepwise_lightning import SpectrumLogger, SpectrumRecord
+from stepwise_lightning.callbacks.run_files import rows
 from stepwise_lightning.spectrum import detect_steps
 from stepwise_lightning.spectrum.record import Measurement, Spectrum
-
-OLD = Path(__file__).parent / "files" / "version_0_1"
 
 
 def measurement(step: int, *matrices: str, scale: float = 1.0) -> Measurement:
@@ -27,7 +23,7 @@ def rising() -> SpectrumRecord:
     return SpectrumRecord.of(times, eigenvalues, losses=3 - eigenvalues.sum(1))
 
 
-def test_what_is_put_in_comes_out():
+def test_record_returns_appended_measurements():
     record = SpectrumRecord()
     record.append(measurement(0, "covariance", scale=1e-3))
     record.set_loss(4.0)
@@ -36,14 +32,22 @@ def test_what_is_put_in_comes_out():
     assert record.times.tolist() == [0, 0.5] and record.losses[0] == 4 and math.isnan(record.losses[1])
     assert record.eigenvalues("covariance").tolist() == [[2e-3, 1e-3], [2, 1]]
     assert record.measure("num_grown", "covariance").tolist() == [0, 2]
-    grown = [row for row in record.rows(1) if row[3] == "grown_at"]
-    assert grown == [(5, 0.5, "covariance", "grown_at", 0, 0.5), (5, 0.5, "covariance", "grown_at", 1, 0.5)]
-    assert [row[3:] for row in record.rows(0, 1)] == [
+
+
+def test_csv_rows_contain_measures_growth_eigenvalues_and_loss():
+    record = SpectrumRecord()
+    record.append(measurement(0, "covariance", scale=1e-3))
+    record.set_loss(4.0)
+    record.append(measurement(5, "covariance"))
+    for index in (1, -1):
+        grown = [row for row in rows(record, index) if row[3] == "grown_at"]
+        assert grown == [(5, 0.5, "covariance", "grown_at", 0, 0.5), (5, 0.5, "covariance", "grown_at", 1, 0.5)]
+    assert [row[3:] for row in rows(record, 0, 1)] == [
         ("num_grown", "", 0), ("rankme", "", 1.5), ("eigenvalue", 0, 2e-3), ("loss", "", 4.0),
     ]  # fmt: skip
 
 
-def test_what_was_not_measured_is_nan():
+def test_missing_measurements_are_nan():
     record = SpectrumRecord()
     record.append(measurement(0, "covariance"))
     record.append(measurement(1, "covariance", "head.covariance"))
@@ -52,27 +56,27 @@ def test_what_was_not_measured_is_nan():
     assert record.eigenvalues("covariance").isnan().all(1).tolist() == [False, False, True]
     assert record.measure("rankme", "head.covariance").isnan().tolist() == [True, False, False]
     restored = SpectrumRecord.from_arrays(record.arrays())
-    assert [row for i in range(3) for row in restored.rows(i)] == [row for i in range(3) for row in record.rows(i)]
+    assert [rows(restored, i) for i in range(3)] == [rows(record, i) for i in range(3)]
 
 
-def test_steps_are_those_that_the_detector_finds():
+def test_detect_steps_equals_the_function():
     record = rising()
     assert record.detect_steps().num_distinct == 3
     expected = detect_steps(record.times, record.eigenvalues())
     torch.testing.assert_close(record.detect_steps().step_times, expected.step_times, rtol=0, atol=0)
 
 
-def test_measurements_at_which_time_stood_still_do_not_hide_the_steps():
-    record, still = rising(), SpectrumRecord()
+def test_detect_steps_uses_the_last_of_several_measurements_at_one_time():
+    record, constant = rising(), SpectrumRecord()
     for step in range(3):
-        still.append(Measurement(step, 0.0, spectra={"cross_correlation": Spectrum(record.eigenvalues()[0])}))
+        constant.append(Measurement(step, 0.0, spectra={"cross_correlation": Spectrum(record.eigenvalues()[0])}))
     for index in range(1, len(record)):
         spectra = {"cross_correlation": Spectrum(record.eigenvalues()[index])}
-        still.append(Measurement(index + 2, float(record.times[index]), spectra=spectra))
-    assert torch.equal(still.detect_steps().step_times, record.detect_steps().step_times)
+        constant.append(Measurement(index + 2, float(record.times[index]), spectra=spectra))
+    assert torch.equal(constant.detect_steps().step_times, record.detect_steps().step_times)
 
 
-def test_saved_and_loaded_it_is_the_same(tmp_path):
+def test_save_and_load_preserve_all_arrays(tmp_path):
     record = rising()
     record.predict(0.5 * record.eigenvalues())
     record.save(tmp_path / "spectrum.npz")
@@ -83,7 +87,7 @@ def test_saved_and_loaded_it_is_the_same(tmp_path):
             torch.testing.assert_close(loaded.arrays()[name], values, rtol=0, atol=0, equal_nan=True)
 
 
-def test_unknown_names_are_answered_with_those_that_exist(tmp_path):
+def test_unknown_names_raise_and_list_the_known_ones(tmp_path):
     record = rising()
     with pytest.raises(ValueError, match="no matrix 'covarianc' in this record; choose from: cross_correlation"):
         record.eigenvalues("covarianc")
@@ -91,28 +95,16 @@ def test_unknown_names_are_answered_with_those_that_exist(tmp_path):
         record.measure("rank")
     with pytest.raises(ValueError, match=r"SpectrumLogger\(keep_embeddings=True\)"):
         record.embeddings(0)
-    with pytest.raises(FileNotFoundError, match="whose training has ended"):
+    with pytest.raises(FileNotFoundError, match="pass a spectrum.npz, or the folder of a finished run"):
         SpectrumRecord.load(tmp_path)
 
 
-def test_files_of_version_0_1_are_read():
-    record = SpectrumRecord.load(OLD)
-    with np.load(OLD / "spectrum.npz") as saved:
-        np.testing.assert_array_equal(record.eigenvalues("encoder.1.covariance"), saved["encoder.1.covariance"])
-        np.testing.assert_array_equal(record.measure("num_grown"), saved["cross_correlation/num_learned"])
-        np.testing.assert_array_equal(record.embeddings(3), saved["embeddings"][3])
-    assert record.steps[-1] == 20 and "num_learned" not in record.measures()
+def test_arrays_of_version_0_1_have_num_learned_renamed():
+    arrays = rising().arrays() | {"cross_correlation/num_learned": torch.ones(200)}
+    assert SpectrumRecord.from_arrays(arrays).measures() == ["num_grown"]
 
 
-def test_a_run_begun_by_version_0_1_is_continued(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    folder = tmp_path / "runs/old/version_0"
-    (folder / "checkpoints").mkdir(parents=True)
-    shutil.copy(OLD / "last.ckpt", folder / "checkpoints")  # after 10 steps of 20
-    shutil.copy(OLD / "config.yaml", folder)
-    stepwise("fit", "--config", folder / "config.yaml", "--ckpt_path=last")
-    continued, whole = SpectrumRecord.load(folder), SpectrumRecord.load(OLD)
-    assert torch.equal(continued.steps, whole.steps)
-    for matrix in whole.matrices:
-        torch.testing.assert_close(continued.eigenvalues(matrix), whole.eigenvalues(matrix), rtol=1e-3, atol=1e-12)
-    torch.testing.assert_close(continued.losses, whole.losses, rtol=1e-5, atol=0, equal_nan=True)
+def test_checkpoint_of_version_0_1_is_refused():
+    trainer = SimpleNamespace(state=SimpleNamespace(fn="fit"))
+    with pytest.raises(ValueError, match="written by stepwise_lightning 0.1: resume it with version 0.1"):
+        SpectrumLogger().on_load_checkpoint(trainer, None, {"callbacks": {"SpectrumLogger": {"steps": []}}})
