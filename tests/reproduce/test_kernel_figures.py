@@ -46,7 +46,7 @@ def test_kernel_pca_claims_hold(machines):
 
 
 def test_kernel_pca_writes_events_at_optimiser_steps(machines):
-    """Step k means the weights after exactly k steps; the learning rate is constant, so that time is k times it."""
+    """Step k is measured after exactly k steps; at a constant learning rate, time is proportional to k."""
     with (machines / "data.csv").open(newline="") as file:
         rows = [
             row for row in csv.DictReader(file)
