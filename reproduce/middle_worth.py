@@ -19,7 +19,7 @@ from reproduce.networks.variants import LOSS_SETTINGS
 from stepwise_lightning.data.views import plain_view
 from stepwise_lightning.features import capture
 from stepwise_lightning.modes import mode_worth
-from stepwise_lightning.modes.images import chosen_pictures
+from stepwise_lightning.modes.images import choose_images
 from stepwise_lightning.runs.saved import checkpoint_of, configured_encoder
 from stepwise_lightning.trained import input_settings, load_encoder
 
@@ -38,8 +38,8 @@ def main(arguments: list[str] | None = None) -> None:
     checkpoint = checkpoint_of(runs["barlow_twins"])
     settings = input_settings(checkpoint)
     view = plain_view(settings["image_size"], settings["mean"], settings["std"])
-    pictures, labels, _, _ = chosen_pictures(checkpoint, None, None, options.images)
-    x = torch.stack([view(read()) for read in pictures])
+    readers, labels, _, _ = choose_images(checkpoint, None, None, options.images)
+    x = torch.stack([view(read()) for read in readers])
     print("| accuracy on k components |", " | ".join(f"{k}" for k in NUM_MODES), "|")
     print("|---" * (len(NUM_MODES) + 1) + "|")
     for loss, run in runs.items():

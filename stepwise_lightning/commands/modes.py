@@ -35,15 +35,15 @@ def main(arguments: list[str]) -> None:
 
     bar = partial(tqdm, leave=False, disable=None)
     number = {} if options.images is None else {"num_images": options.images}
-    portraits = describe_modes(options.run, options.data, options.root, **number, progress=bar)
+    description = describe_modes(options.run, options.data, options.root, **number, progress=bar)
     run = checkpoint_of(options.run).parent.parent
     out = options.out or run / free_name("modes", lambda name: (run / name).exists())
-    atomic_write_text(out / "modes.html", portraits.html())
+    atomic_write_text(out / "modes.html", description.html())
     try:
-        write_projector(portraits, out / "projector")
+        write_projector(description, out / "projector")
     except OSError as error:
         raise cannot_write(out / "projector", error) from error
-    count = len(portraits.modes)
-    print(f"found      {count} learned mode{'s' * (count != 1)}, described with {len(portraits.images)} images")
+    count = len(description.modes)
+    print(f"found      {count} learned mode{'s' * (count != 1)}, described with {len(description.images)} images")
     print(f"page       {out / 'modes.html'}")
     print(f"projector  tensorboard --logdir {out / 'projector'}")

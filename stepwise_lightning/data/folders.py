@@ -115,7 +115,7 @@ def list_images(folder: Path) -> Listing:
 def split_folder(folder: Path) -> tuple[dict[str, Split], Counter[str]]:
     """Return the splits ``train``, ``val`` and ``test``, and the number of ignored files by reason.
 
-    If only one of ``val`` and ``test`` exists, it serves as both. A folder without split folders, or with ``train/``
+    A single ``val`` or ``test`` serves as both. A folder without split folders, or with ``train/``
     alone, is split by file: every tenth is held out.
 
     Raises:

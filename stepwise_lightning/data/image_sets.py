@@ -110,8 +110,8 @@ def load_image_set(data: str, split: str = "train", root: str = "data", download
     a folder    without those: nine tenths           every tenth file, sorted    first-level subfolders
     ==========  ===================================  ==========================  ======================
 
-    No pixel of ``photos`` is in two splits, but both show the same eight scenes. If a folder has only one of ``val/``
-    and ``test/``, it serves as both; other usual names are recognised (:mod:`stepwise_lightning.data.folders`). Every
+    No pixel of ``photos`` is in two splits, but both show the same eight scenes. A single ``val/`` or ``test/``
+    serves as both; other usual names are recognised (:mod:`stepwise_lightning.data.folders`). Every
     tenth file is a fair held-out set only if the files are independent: split near-duplicates, such as frames of a
     video, into folders yourself. To use a folder named ``photos``, write ``./photos``. Unreadable files raise: here if
     the images are small, otherwise when they are needed.

@@ -1,4 +1,4 @@
-"""What can be said of an image without a network, and how much of a mode that explains."""
+"""Simple image attributes, and the share of a mode's variance that they explain."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from torch import Tensor
 
 __all__ = ["ATTRIBUTES", "class_share", "correlations", "explained_share", "image_attributes"]
 
-_GRAY = (0.2989, 0.587, 0.114)  # weights of red, green and blue, as in the augmentation
-_FINE = 0.125  # cycles per pixel: a quarter of what a pixel grid can show
-_CONSTANT = 1e-6  # what differs by less between images is round-off
-# What each is, for readers.
+_GRAY = (0.2989, 0.587, 0.114)  # weights of red, green and blue, as in torchvision
+_FINE = 0.125  # cycles per pixel, a quarter of the Nyquist frequency
+_CONSTANT = 1e-6  # smaller differences between images are round-off
+# Definitions, shown on the page.
 ATTRIBUTES = {
     "brightness": "mean of the gray image",
     "contrast": "standard deviation of the gray image",
@@ -46,30 +46,30 @@ def image_attributes(images: Tensor) -> dict[str, Tensor]:
 def correlations(coordinates: Tensor, attribute: Tensor) -> Tensor:
     """Return Pearson's r of each mode, (n, k), with an attribute, (n,): (k,), NaN where either is constant."""
     c, a = coordinates - coordinates.mean(0), attribute - attribute.mean()
-    if a.abs().max() < _CONSTANT:  # as colour is in grayscale images
+    if a.abs().max() < _CONSTANT:  # for example colour of grayscale images
         return torch.full((c.shape[1],), torch.nan, dtype=torch.float64)
     return (a @ c) / (a.norm() * c.norm(dim=0))
 
 
 def explained_share(coordinates: Tensor, attributes: dict[str, Tensor]) -> Tensor:
-    """Return how much of each mode's variance all attributes together explain, linearly, (k,).
+    """Return the share of each mode's variance that all attributes explain in a linear regression, (k,).
 
-    That is 1 − Σ(left-out residual)² / Σ(c − c̄)²: each image is predicted by the others, so that attributes that say
-    nothing explain nothing however few the images are, but for chance, which may make it negative.
+    It is 1 − Σ(leave-one-out residual)² / Σ(c − c̄)²: unrelated attributes explain nothing, even with few images, and
+    chance may make it negative.
     """
-    known = [values for values in attributes.values() if values.std() > _CONSTANT]
+    varying = [values for values in attributes.values() if values.std() > _CONSTANT]
     centred = coordinates - coordinates.mean(0)
-    x = torch.stack([torch.ones_like(coordinates[:, 0]), *((v - v.mean()) / v.std() for v in known)], 1)
+    x = torch.stack([torch.ones_like(coordinates[:, 0]), *((v - v.mean()) / v.std() for v in varying)], 1)
     hat = x @ torch.linalg.pinv(x)
-    own = (1 - hat.diagonal()).clamp(min=1e-9)[:, None]
-    return 1 - ((centred - hat @ centred) / own).square().sum(0) / centred.square().sum(0)
+    left_out = (1 - hat.diagonal()).clamp(min=1e-9)[:, None]
+    return 1 - ((centred - hat @ centred) / left_out).square().sum(0) / centred.square().sum(0)
 
 
 def class_share(coordinates: Tensor, labels: Tensor) -> Tensor | None:
-    """Return how much of each mode's variance lies between classes, (k,); None with fewer than two known classes.
+    """Return the share of each mode's variance between classes, (k,); None with fewer than two known classes.
 
-    ε² = 1 − (1 − η²)(n − 1)/(n − classes), with η² the variance of class means over all: without a relation it is 0 in
-    the mean, and perhaps below. Labels below 0 are unknown.
+    ε² = 1 − (1 − η²)(n − 1)/(n − classes), where η² is the variance of class means over the total variance. Without a
+    relation its mean is 0, and it may be negative. Labels below 0 are unknown.
     """
     known = labels >= 0
     c = coordinates[known] - coordinates[known].mean(0)

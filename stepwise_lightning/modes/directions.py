@@ -1,4 +1,4 @@
-"""Modes as directions: the eigenvectors that belong to a spectrum, and the coordinates of embeddings along them."""
+"""Eigenvectors of a spectrum, and coordinates of embeddings along them."""
 
 from __future__ import annotations
 
@@ -14,28 +14,26 @@ from stepwise_lightning.spectrum.matrices import MATRICES, TABLE, mean_direction
 
 __all__ = ["Modes"]
 
-# Below this share of the largest one an eigenvalue of float32 embeddings is round-off.
-_LEAST_SHARE = 1e-12
+_MIN_SHARE = 1e-12  # of the largest eigenvalue; smaller eigenvalues of float32 embeddings are round-off
 
 
 @dataclass(frozen=True)
 class Modes:
-    """The directions of embedding space that the eigenvalues of one matrix belong to.
+    """Eigenvalues and eigenvectors of one matrix of the embeddings.
 
-    A spectrum says how large each mode is; its direction says what it is of: the coordinate c_k(x) = v_kᵀ (s(x) − s̄)
-    of an input x, with v_k the k-th eigenvector and s(x) the embedding as the matrix sees it: z itself for C and the
-    covariance, z/‖z‖ for the normalised covariance, that without its part along the mean for the tangent covariance
-    (:func:`stepwise_lightning.spectrum.measures.tangent_coordinates`). Means are always subtracted, also before C is
-    formed: a direction in which all inputs agree tells none from another.
+    The coordinate of an input x along mode k is c_k(x) = v_kᵀ (s(x) − s̄), with the k-th eigenvector v_k. s(x) is the
+    embedding z for C and the covariance, z/‖z‖ for the normalised covariance, and z/‖z‖ without its component along the
+    mean for the tangent covariance (:func:`stepwise_lightning.spectrum.measures.tangent_coordinates`). The mean is
+    always subtracted, also before C is computed, because a component equal for all inputs does not distinguish them.
 
-    The sign of an eigenvector is arbitrary; here its largest entry is positive.
+    The sign of each eigenvector is chosen to make its largest entry positive.
 
     Attributes:
-        matrix: which one, of ``stepwise_lightning.spectrum.MATRICES``.
-        eigenvalues: (k,), descending, float64; those of C may be negative.
+        matrix: a name in ``stepwise_lightning.spectrum.matrices.MATRICES``.
+        eigenvalues: (k,), descending, float64; eigenvalues of C may be negative.
         directions: (d, k), orthonormal columns v_k, float64.
         origin: s̄, (d,), float64.
-        axis: the direction of the mean of normalised embeddings, (d,); None but for the tangent covariance.
+        axis: direction of the mean of the normalised embeddings, (d,), for the tangent covariance; otherwise None.
 
     """
 
@@ -50,15 +48,15 @@ class Modes:
         """Return the modes of embeddings.
 
         Args:
-            views: (n, d) of one view, or of several, all of the same inputs; cast to float64 first. C needs two.
-            matrix: whose eigenvectors they are.
+            views: embeddings (n, d) of one view, or of several views of the same inputs, computed in float64. C needs
+                two views.
+            matrix: a name in ``stepwise_lightning.spectrum.matrices.MATRICES``.
 
         Returns:
-            At most d modes; those without variance (below 1e-12 of the largest, or beyond the number of samples) are
-            left out, so that there may be none.
+            At most d modes, possibly none: modes without variance (below 1e-12 of the largest) are omitted.
 
         Raises:
-            ValueError: an unknown matrix, shapes that do not fit, values that are not finite, one view for C.
+            ValueError: an unknown matrix, mismatched shapes, values that are not finite, or one view for C.
 
         """
         if matrix not in MATRICES:
@@ -66,16 +64,16 @@ class Modes:
         z = [as_float64(view.detach(), "the embeddings") for view in ([views] if isinstance(views, Tensor) else views)]
         _check(z, matrix)
         axis = mean_direction(torch.cat(z)) if matrix == "tangent_covariance" else None
-        seen = [TABLE[matrix].transform(view, axis) for view in z]
-        origin = torch.cat(seen).mean(0)
+        transformed = [TABLE[matrix].transform(view, axis) for view in z]
+        origin = torch.cat(transformed).mean(0)
         if matrix == "cross_correlation":
-            first, second = (view - view.mean(0) for view in seen)
+            first, second = (view - view.mean(0) for view in transformed)
             product = first.T @ second / len(first)
             eigenvalues, vectors = (part.flip(-1) for part in torch.linalg.eigh((product + product.T) / 2))
-        else:  # more dimensions than samples, as pixels have, cost no more this way
-            _, lengths, rows = torch.linalg.svd(torch.cat(seen) - origin, full_matrices=False)
-            eigenvalues, vectors = lengths.square() / sum(map(len, seen)), rows.T
-        kept = eigenvalues.abs() > _LEAST_SHARE * eigenvalues.abs().max()
+        else:  # an SVD is cheap also with more dimensions than samples
+            _, lengths, rows = torch.linalg.svd(torch.cat(transformed) - origin, full_matrices=False)
+            eigenvalues, vectors = lengths.square() / sum(map(len, transformed)), rows.T
+        kept = eigenvalues.abs() > _MIN_SHARE * eigenvalues.abs().max()
         eigenvalues, vectors = eigenvalues[kept], vectors[:, kept]
         signs = vectors.gather(0, vectors.abs().argmax(0, keepdim=True)).sign()
         return cls(matrix, eigenvalues, vectors * signs, origin, axis)
@@ -91,8 +89,8 @@ class Modes:
 def _check(z: list[Tensor], matrix: str) -> None:
     shapes = {tuple(view.shape) for view in z}
     if len(shapes) != 1 or z[0].ndim != 2 or not z[0].numel():
-        raise UserError(f"embeddings must be (n, d) and of one shape in all views, got {sorted(shapes)}")
+        raise UserError(f"embeddings must be (n, d) with the same shape in all views, got {sorted(shapes)}")
     if matrix == "cross_correlation" and len(z) != 2:
-        raise UserError(f"C is of two views, got {len(z)}: choose another matrix, or give both")
+        raise UserError(f"cross_correlation needs two views, got {len(z)}: choose another matrix, or give both views")
     if not all(view.isfinite().all() for view in z):
-        raise UserError("the embeddings hold NaN or infinite values: training has diverged, or the input is not clean")
+        raise UserError("the embeddings contain NaN or infinite values: check for diverged training or invalid inputs")

@@ -1,4 +1,4 @@
-"""What in an input raises a mode: the mean gradient, and what happens when a part of an image is covered."""
+"""Sensitivity of modes to pixels: mean gradients and occlusion maps."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ _BATCH = 64
 
 
 def mean_gradients(encoder: nn.Module, modes: Modes, inputs: Tensor) -> Tensor:
-    """Return the gradient of each mode's coordinate with respect to the input, the mean over inputs, (k, *input).
+    """Return the gradient of each mode's coordinate with respect to the input, averaged over inputs, (k, *input).
 
-    To first order it is the change of all inputs, by the same small pattern, that raises the mode most. Of a linear
-    encoder it is the mode itself.
+    To first order it is the small pattern that, added to all inputs, raises the mode most. For a linear encoder it is
+    the mode itself.
 
     Args:
-        encoder: in evaluation mode; its output is (n, d).
+        encoder: in evaluation mode, with output (n, d).
         modes: of its embeddings.
         inputs: (n, …), float32.
 
@@ -41,16 +41,17 @@ def mean_gradients(encoder: nn.Module, modes: Modes, inputs: Tensor) -> Tensor:
 def occlusion_maps(
     encoder: nn.Module, modes: Modes, images: Tensor, progress: Callable[[Iterable[Any]], Iterable[Any]] = iter
 ) -> Tensor:
-    """Return by how much each place of an image raises each mode, (n, k, h, w), float64.
+    """Return the contribution of each pixel of an image to each mode, (n, k, h, w), float64.
 
-    A square of a quarter of the image's side is covered with the mean colour of the training images, at every half
-    square; what the coordinate loses by that is shared out evenly to all squares over a pixel (Zeiler and Fergus 2014).
+    A square of a quarter of the image's side is covered with the mean colour of the training images, in steps of half a
+    square. The value of a pixel is the decrease of the coordinate, averaged over the squares that cover the pixel
+    (Zeiler and Fergus 2014).
 
     Args:
-        encoder: in evaluation mode; its output is (n, d).
+        encoder: in evaluation mode, with output (n, d).
         modes: of its embeddings.
-        images: normalised, (n, c, h, w), so that 0 is the mean colour.
-        progress: put around the places, for instance ``tqdm``.
+        images: normalised, (n, c, h, w); 0 is the mean colour.
+        progress: wrapper of the loop over positions, for example ``tqdm``.
 
     """
     height, width = images.shape[2:]

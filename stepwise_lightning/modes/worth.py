@@ -1,4 +1,4 @@
-"""What modes are worth: how well the first k of them tell classes apart."""
+"""Classification accuracy of the first k modes of a representation."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from stepwise_lightning.precision import as_float64
 __all__ = ["mode_worth"]
 
 Classifier = Literal["ridge", "knn"]
-_MAX_DISTANCES = 2**24  # held at a time; they take 128 MB
+_MAX_DISTANCES = 2**24  # in memory at a time, 128 MB
 
 
 def mode_worth(
@@ -29,37 +29,38 @@ def mode_worth(
     penalty: float = 0.01,
     neighbours: int = 10,
 ) -> Tensor:
-    """Return the accuracy of a classifier that sees the first k modes of a representation, for each k.
+    """Return the accuracy of a classifier on the first k modes of a representation, for each k.
 
-    The modes are those of :class:`stepwise_lightning.modes.Modes`, found without labels. Each coordinate is divided by
-    its standard deviation, since a small start gives embeddings of any size. Then, with the N known views as rows of X
-    (N, k), and their classes as rows of Y with a single 1,
+    The modes (:class:`stepwise_lightning.modes.Modes`) are computed without labels. Each coordinate is divided by its
+    standard deviation, because a small initialisation gives embeddings of any size. With the N labelled views as rows
+    of X (N, k) and their one-hot classes as rows of Y,
 
     - ``ridge``: Y ≈ 1bᵀ + XW, where b and W minimise ‖Y − 1bᵀ − XW‖² + penalty · N‖W‖²; the largest output is the
-      answer. Along one mode it can tell little more than the two classes at its ends, however many there are.
-    - ``knn``: the most frequent class of the nearest in Euclidean distance, among equals that of nearer ones. One mode
-      can tell many classes.
+      prediction. Along one mode it separates little more than the two classes at its ends.
+    - ``knn``: the most frequent class among the nearest neighbours in Euclidean distance; ties go to nearer neighbours.
+      One mode can separate many classes.
 
-    Without ``held_out`` every input is classified by all others. Its views are left out together, for ridge in closed
-    form: Y_i minus its prediction is (I − H_ii)⁻¹ (Y_i − Ŷ_i), with Ŷ = HY the fit to all and i the rows of one input
-    (Allen 1974). Near-duplicates among the inputs, such as overlapping tiles, flatter k-NN in particular.
+    Without ``held_out``, every input is classified by all other inputs (leave-one-out over inputs, not views). Ridge
+    uses the closed form: Y_i minus its prediction is (I − H_ii)⁻¹ (Y_i − Ŷ_i), where Ŷ = HY is the fit to all inputs
+    and i are the rows of one input (Allen 1974). Near-duplicates, such as overlapping tiles, inflate the accuracy, in
+    particular of k-NN.
 
     Args:
-        views: representations of one view of each input, (n, d), or of several; any real type, cast to float64.
-        labels: int64, (n,); inputs with a label below 0 help to find the modes, and are not classified.
-        matrix: whose modes they are; ``cross_correlation`` needs two views.
-        num_modes: how many at the most; None for all.
-        classifier: which one.
-        held_out: representations (m, d) of other inputs and their labels (m,), to be classified in place of these.
+        views: representations (n, d) of one view of each input, or of several; any real type, computed in float64.
+        labels: int64, (n,); inputs with a label below 0 contribute to the modes and are not classified.
+        matrix: matrix of the modes; ``cross_correlation`` needs two views.
+        num_modes: largest number of modes; None for all.
+        classifier: ``ridge`` or ``knn``.
+        held_out: representations (m, d) of other inputs and their labels (m,), which are classified instead.
         penalty: of ridge, > 0.
         neighbours: of k-NN, ≥ 1.
 
     Returns:
-        (modes + 1,), float64: the share of right answers with the first k modes. With k = 0 all answers are the most
-        frequent class: chance.
+        Accuracies with the first k = 0, 1, … modes, (modes + 1,), float64. With k = 0 the most frequent class is
+        predicted, which is chance level.
 
     Example:
-        Two classes that differ in a direction of little variance, which is the second mode:
+        Two classes that differ in a direction of little variance, the second mode:
 
         >>> import torch
         >>> from stepwise_lightning import mode_worth
@@ -68,7 +69,7 @@ def mode_worth(
         tensor([0.5556, 1.0000], dtype=torch.float64)
 
     Raises:
-        ValueError: shapes that do not fit, fewer than two known inputs, a value out of range, an unknown classifier or
+        ValueError: mismatched shapes, fewer than two labelled inputs, a value out of range, an unknown classifier or
             matrix; see also :meth:`stepwise_lightning.modes.Modes.of`.
 
     """
@@ -85,48 +86,48 @@ def mode_worth(
     scale = coordinates.square().mean(0).sqrt()
     x, y = (coordinates / scale)[known.repeat(len(views))], one_hot(targets).double().repeat(len(views), 1)
     inputs = torch.arange(len(targets)).repeat(len(views))
-    asked, answers = None, labels[known].repeat(len(views))
+    queries, expected = None, labels[known].repeat(len(views))
     if held_out is not None:
         known = held_out[1] >= 0
-        asked, answers = modes.coordinates(held_out[0].detach())[known] / scale, held_out[1][known]
+        queries, expected = modes.coordinates(held_out[0].detach())[known] / scale, held_out[1][known]
     most = len(modes) if num_modes is None else min(num_modes, len(modes))
-    accuracies = [(answers == classes[y.sum(0).argmax()]).double().mean()]
+    accuracies = [(expected == classes[y.sum(0).argmax()]).double().mean()]
     for k in range(1, most + 1):
-        part = None if asked is None else asked[:, :k]
+        part = None if queries is None else queries[:, :k]
         if classifier == "ridge":
             scores = _ridge_scores(x[:, :k], y, inputs, penalty, part)
         else:
             scores = _neighbour_scores(x[:, :k], y, inputs, neighbours, part)
-        accuracies.append((classes[scores.argmax(1)] == answers).double().mean())
+        accuracies.append((classes[scores.argmax(1)] == expected).double().mean())
     return torch.stack(accuracies)
 
 
-def _ridge_scores(x: Tensor, y: Tensor, inputs: Tensor, penalty: float, asked: Tensor | None) -> Tensor:
-    """Return the outputs for other points, (m, classes), or for each of these by all inputs but its own."""
+def _ridge_scores(x: Tensor, y: Tensor, inputs: Tensor, penalty: float, queries: Tensor | None) -> Tensor:
+    """Return the outputs for ``queries``, (m, classes), or the leave-one-out outputs for ``x``."""
     centre = x.mean(0)
     centred = x - centre
     inverse = torch.linalg.inv(centred.T @ centred + penalty * len(x) * torch.eye(x.shape[1], dtype=x.dtype))
     weights = inverse @ (centred.T @ y)
-    if asked is not None:
-        return y.mean(0) + (asked - centre) @ weights
+    if queries is not None:
+        return y.mean(0) + (queries - centre) @ weights
     residuals = y - y.mean(0) - centred @ weights
-    order = inputs.argsort(stable=True)  # the rows of each input together
+    order = inputs.argsort(stable=True)  # groups the rows of each input
     rows = centred[order].unflatten(0, (int(inputs.max()) + 1, -1))
-    own = rows @ inverse @ rows.mT + 1 / len(x)
-    left_out = torch.linalg.solve(torch.eye(own.shape[1]).to(own) - own, residuals[order].unflatten(0, rows.shape[:2]))
+    hat = rows @ inverse @ rows.mT + 1 / len(x)
+    left_out = torch.linalg.solve(torch.eye(hat.shape[1]).to(hat) - hat, residuals[order].unflatten(0, rows.shape[:2]))
     return y - left_out.flatten(0, 1)[order.argsort()]
 
 
-def _neighbour_scores(x: Tensor, y: Tensor, inputs: Tensor, neighbours: int, asked: Tensor | None) -> Tensor:
-    """Return the votes for other points, (m, classes), or for each of these by all inputs but its own."""
-    points = x if asked is None else asked
-    least = 1 if asked is not None else len(x) // (int(inputs.max()) + 1)
-    count = max(1, min(neighbours, len(x) - (least if asked is None else 0)))
-    votes = 1 + torch.arange(count, 0, -1).to(x)[:, None] / (2 * count * count)  # decides among equals
+def _neighbour_scores(x: Tensor, y: Tensor, inputs: Tensor, neighbours: int, queries: Tensor | None) -> Tensor:
+    """Return the votes for ``queries``, (m, classes), or the leave-one-out votes for ``x``."""
+    points = x if queries is None else queries
+    num_left_out = len(x) // (int(inputs.max()) + 1) if queries is None else 0
+    count = max(1, min(neighbours, len(x) - num_left_out))
+    votes = 1 + torch.arange(count, 0, -1).to(x)[:, None] / (2 * count * count)  # nearer neighbours decide ties
     scores = []
     for part in torch.arange(len(points)).split(max(1, _MAX_DISTANCES // len(x))):
         distances = torch.cdist(points[part], x)
-        if asked is None:
+        if queries is None:
             distances[inputs[part][:, None] == inputs] = torch.inf
         scores.append((y[distances.topk(count, largest=False).indices] * votes).sum(1))
     return torch.cat(scores)
@@ -134,14 +135,16 @@ def _neighbour_scores(x: Tensor, y: Tensor, inputs: Tensor, neighbours: int, ask
 
 def _check(views: list[Tensor], labels: Tensor, held_out: tuple[Tensor, Tensor] | None) -> None:
     pairs = [(view, labels) for view in views] + ([held_out] if held_out is not None else [])
-    for view, names in pairs:
-        if view.ndim != 2 or names.shape != view.shape[:1] or names.is_floating_point():
+    for view, targets in pairs:
+        if view.ndim != 2 or targets.shape != view.shape[:1] or targets.is_floating_point():
             raise UserError(
                 f"representations must be (n, d) and their labels (n,) integers, got {tuple(view.shape)} and "
-                f"{tuple(names.shape)} {names.dtype}"
+                f"{tuple(targets.shape)} {targets.dtype}"
             )
         if view.shape[1] != views[0].shape[1]:
-            raise UserError(f"held-out representations have {view.shape[1]} dimensions, the others {views[0].shape[1]}")
+            raise UserError(
+                f"held-out representations have {view.shape[1]} dimensions, but the others have {views[0].shape[1]}"
+            )
         as_float64(view, "the representations")
     if int((labels >= 0).sum()) < 2:
-        raise UserError("fewer than two inputs have a label of at least 0: there is nothing to tell apart")
+        raise UserError("fewer than two inputs have a label of at least 0: label more inputs")

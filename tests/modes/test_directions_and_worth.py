@@ -1,4 +1,4 @@
-"""Modes as directions, and what the first of them are worth: against plain loops, and where the answer is known."""
+"""Modes and the accuracy of classifiers on them, against plain loops and in cases with known answers."""
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ LABELS[:5] = -1
 
 
 @pytest.mark.parametrize("matrix", MATRICES)
-def test_the_eigenvalues_are_those_that_spectra_have(matrix):
+def test_eigenvalues_equal_the_measured_spectrum(matrix):
     modes = Modes.of(list(Z), matrix)
     expected, _ = measure(matrix, list(Z), center=True)
     torch.testing.assert_close(modes.eigenvalues, expected[: len(modes)], rtol=1e-9, atol=1e-15)
@@ -27,7 +27,7 @@ def test_the_eigenvalues_are_those_that_spectra_have(matrix):
 
 
 @pytest.mark.parametrize("matrix", MATRICES)
-def test_the_spectrum_along_the_modes_is_diagonal(matrix):
+def test_matrix_of_the_coordinates_is_diagonal(matrix):
     modes = Modes.of(list(Z), matrix)
     first, second = (modes.coordinates(z) for z in Z)
     if matrix == "cross_correlation":
@@ -41,41 +41,41 @@ def test_the_spectrum_along_the_modes_is_diagonal(matrix):
     torch.testing.assert_close(product, modes.eigenvalues.diag(), rtol=1e-9, atol=1e-12)
 
 
-def test_directions_without_variance_are_no_modes():
+def test_directions_without_variance_are_omitted():
     assert len(Modes.of(torch.ones(9, 4))) == 0
     assert len(Modes.of(torch.randn(5, 300, generator=GENERATOR))) == 4  # fewer samples than dimensions
 
 
-def test_gradients_pass_through_coordinates():
+def test_coordinates_are_differentiable():
     modes = Modes.of(list(Z), "tangent_covariance")
     z = Z[0, :3].double().requires_grad_()
     assert torch.autograd.gradcheck(modes.coordinates, z)
 
 
 def refitted_ridge(x, labels, left_out, penalty):
-    """Answer one input by a ridge regression on the others, from the normal equations."""
+    """Predict the class of one input by a ridge regression on the others, from the normal equations."""
     views, n, _ = x.shape
-    kept = torch.tensor([i for i in range(n) if i != left_out])
-    rows, names = x[:, kept].flatten(0, 1), labels[kept].repeat(views)
+    others = torch.tensor([i for i in range(n) if i != left_out])
+    rows, names = x[:, others].flatten(0, 1), labels[others].repeat(views)
     design = torch.cat([torch.ones(len(rows), 1, dtype=rows.dtype), rows], 1)
     shrink = penalty * views * n * torch.eye(design.shape[1], dtype=rows.dtype)
     shrink[0, 0] = 0
     targets = torch.nn.functional.one_hot(names, 3).double()
-    # The mean that the closed form subtracts is free in both, so that it does not matter which.
+    # The intercept is not penalised: centring, as in the closed form, does not change the predictions.
     weights = torch.linalg.solve(design.T @ design + shrink, design.T @ targets)
-    asked = torch.cat([torch.ones(views, 1, dtype=rows.dtype), x[:, left_out]], 1)
-    return (asked @ weights).argmax(1)
+    queries = torch.cat([torch.ones(views, 1, dtype=rows.dtype), x[:, left_out]], 1)
+    return (queries @ weights).argmax(1)
 
 
 @pytest.mark.parametrize("classifier", ["ridge", "knn"])
-def test_leaving_out_is_what_a_loop_does(classifier):
+def test_leave_one_out_accuracy_equals_a_loop(classifier):
     modes, known = Modes.of(list(Z), "cross_correlation"), LABELS >= 0
     coordinates = torch.stack([modes.coordinates(z) for z in Z])
     x, labels = (coordinates / coordinates.flatten(0, 1).square().mean(0).sqrt())[:, known], LABELS[known]
     worth = mode_worth(list(Z), LABELS, "cross_correlation", 4, classifier, neighbours=1)
     assert worth.shape == (5,) and float(worth[0]) == int(labels.bincount().max()) / len(labels)
     for k in range(1, 5):
-        right = 0
+        num_correct = 0
         for i in range(len(labels)):
             if classifier == "ridge":
                 answers = refitted_ridge(x[..., :k], labels, i, 0.01)
@@ -83,12 +83,12 @@ def test_leaving_out_is_what_a_loop_does(classifier):
                 distances = torch.cdist(x[:, i, :k], x[..., :k].flatten(0, 1)).unflatten(1, x.shape[:2])
                 distances[:, :, i] = torch.inf
                 answers = labels.repeat(2)[distances.flatten(1).argmin(1)]
-            right += int((answers == labels[i]).sum())
-        assert float(worth[k]) == right / (2 * len(labels))
+            num_correct += int((answers == labels[i]).sum())
+        assert float(worth[k]) == num_correct / (2 * len(labels))
 
 
-def test_a_class_is_worth_the_mode_that_it_lies_in():
-    """Of four independent modes the third alone tells the classes; the others are noise."""
+def test_accuracy_rises_with_the_mode_that_separates_the_classes():
+    """The third of four independent modes separates the classes; the others are noise."""
     n = 600
     x = torch.randn(n, 4, generator=torch.Generator().manual_seed(1)) * torch.tensor([8.0, 4, 2, 1])
     labels = (x[:, 2] > 0).long()
@@ -101,7 +101,7 @@ def test_a_class_is_worth_the_mode_that_it_lies_in():
     assert mode_worth(x, permuted).max() < 0.6
 
 
-def test_scale_and_type_of_a_representation_do_not_matter():
+def test_accuracy_is_independent_of_scale_and_dtype():
     worth = mode_worth(list(Z), LABELS)
     torch.testing.assert_close(mode_worth([z.double() * 1e-6 for z in Z], LABELS), worth)
 
@@ -112,13 +112,13 @@ def test_scale_and_type_of_a_representation_do_not_matter():
         ((Z[0], LABELS[:-1]), "labels"),
         ((Z[0], LABELS, "covariance", None, "svm"), "classifier must be one of ridge, knn"),
         ((Z[0], LABELS, "C"), "unknown matrix 'C'; choose from"),
-        ((Z[0], LABELS, "cross_correlation"), "C is of two views, got 1"),
+        ((Z[0], LABELS, "cross_correlation"), "cross_correlation needs two views, got 1"),
         ((Z[0], torch.full((40,), -1)), "fewer than two inputs have a label"),
         ((Z[0] * torch.nan, LABELS), "NaN"),
         ((Z[0], LABELS, "covariance", None, "ridge", (Z[0, :, :2], LABELS)), "held-out representations have 2 dim"),
     ],
 )
-def test_mistakes_are_told_in_one_line(arguments, message):
+def test_invalid_arguments_raise_one_line(arguments, message):
     with pytest.raises(ValueError, match=message) as error:
         mode_worth(*arguments)
     assert "\n" not in str(error.value)

@@ -1,4 +1,4 @@
-"""What a page of modes says is so, of a run where it is known; and what is told of images and runs of every kind."""
+"""Descriptions of modes, their page and files, for a run with known modes and for images of every kind."""
 
 import base64
 import json
@@ -37,14 +37,14 @@ def write_image(path, pixels, mode="RGB"):
 
 
 def levels(number, side=SIZE):
-    """Return an image that is the brighter the larger its number, with noise on it."""
+    """Return a noisy image whose brightness grows with its number."""
     noise = np.random.default_rng(number).integers(0, 60, (side, side, 3))
     return (noise + 6 * number).astype(np.uint8)
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """Train a linear model on images that differ in brightness, and return the folder of the run."""
+    """Train a linear model on images of different brightness and return the folder of the run."""
     folder = tmp_path_factory.mktemp("modes")
     for split in ("train", "val"):
         for number in range(32):
@@ -56,7 +56,7 @@ def run(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def portraits(run):
+def description(run):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(run.parents[2])
         return describe_modes(run)
@@ -76,28 +76,28 @@ def refusal(capsys, *arguments):
     return line
 
 
-def test_the_first_mode_is_what_the_images_differ_in(portraits):
-    assert len(portraits.images) == 32 and portraits.modes.matrix == "cross_correlation"
-    assert abs(portraits.attributes["brightness"][0]) > 0.98 and portraits.explained[0] > 0.95
-    assert portraits.class_share[0] > 0.6  # uniform in two halves: 3/4
+def test_first_mode_is_the_brightness_of_the_images(description):
+    assert len(description.images) == 32 and description.modes.matrix == "cross_correlation"
+    assert abs(description.attributes["brightness"][0]) > 0.98 and description.explained[0] > 0.95
+    assert description.class_share[0] > 0.6  # 3/4 for a uniform coordinate and two classes
     for name in ("crop position", "flip", "hue", "blur"):
-        assert portraits.unchanged[name][0] > 0.97
-    assert portraits.unchanged["brightness"][0] < 0.97
-    assert portraits.unchanged["all together"][0] < portraits.unchanged["flip"][0]
-    low, middle, high = (portraits.images[ends].mean() for ends in portraits.ends[0])
+        assert description.invariance[name][0] > 0.97
+    assert description.invariance["brightness"][0] < 0.97
+    assert description.invariance["all together"][0] < description.invariance["flip"][0]
+    low, middle, high = (description.images[ends].mean() for ends in description.ends[0])
     assert min(low, high) < middle < max(low, high)
 
 
-def test_the_mean_gradient_of_a_linear_encoder_is_its_mode(run, portraits):
+def test_mean_gradient_of_a_linear_encoder_is_its_mode(run, description):
     weight = load_encoder(run).weight.detach().double()
     state = torch.load(run / "checkpoints/last.ckpt", weights_only=True)["TwoViewDataModule"]
-    expected = (portraits.modes.directions.T @ weight).unflatten(1, (3, SIZE, SIZE))
+    expected = (description.modes.directions.T @ weight).unflatten(1, (3, SIZE, SIZE))
     expected = expected / torch.tensor(state["std"]).double()[:, None, None]
-    torch.testing.assert_close(portraits.gradients, expected, rtol=1e-5, atol=1e-9)
+    torch.testing.assert_close(description.gradients, expected, rtol=1e-5, atol=1e-9)
 
 
 class Page(HTMLParser):
-    """Collects what a page holds, and whatever it would load."""
+    """Parse a page: open tags, images, ids, words, and references to other files."""
 
     def __init__(self, text):
         super().__init__()
@@ -122,20 +122,20 @@ class Page(HTMLParser):
         self.words.append(data)
 
 
-def test_the_page_is_whole_and_loads_nothing(portraits):
-    page = Page(portraits.html())
-    count = len(portraits.modes)
+def test_page_is_well_formed_and_self_contained(description):
+    page = Page(description.html())
+    count = len(description.modes)
     assert page.open == [] and page.loaded == [] and page.ids == [f"mode-{mode + 1}" for mode in range(count)]
     assert len(page.images) == count * (3 * 6 + 2 * 3 + 1)
     for image in page.images:
         kind, data = image["src"].split(",", 1)
         assert kind == "data:image/png;base64" and image["alt"]
         assert Image.open(BytesIO(base64.b64decode(data))).size == (SIZE, SIZE)
-    assert "class_1" in "".join(page.words) and "url(" not in portraits.html() and "@import" not in portraits.html()
-    assert portraits._repr_html_().startswith("<iframe srcdoc=")
+    assert "class_1" in "".join(page.words) and "url(" not in description.html() and "@import" not in description.html()
+    assert description._repr_html_().startswith("<iframe srcdoc=")
 
 
-def test_the_command_writes_page_and_projector_and_overwrites_nothing(run, portraits, monkeypatch, capsys):
+def test_command_writes_page_and_projector_without_overwriting(run, description, monkeypatch, capsys):
     monkeypatch.chdir(run.parents[2])
     command(run, "--images", 9)
     printed = capsys.readouterr().out
@@ -155,22 +155,22 @@ def test_the_command_writes_page_and_projector_and_overwrites_nothing(run, portr
 
 KINDS = {
     "gray, no labels, different sizes": [("L", f"{n}.png", 6 + n) for n in range(6)],
-    "RGBA, one class": [("RGBA", f"only/{n}.png", 11) for n in range(5)],
+    "RGBA, one class with a name to escape": [("RGBA", f'a <b> "c" & d/{n}.png', 11) for n in range(5)],
     "large, some without a label": [("RGB", f"{'a/' * (n % 2)}{n}.png", 140) for n in range(4)],
 }
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_images_of_any_kind(kind, run, tmp_path):
+def test_modes_of_images_of_every_kind(kind, run, tmp_path):
     for number, (mode, name, side) in enumerate(KINDS[kind]):
         write_image(tmp_path / "data" / name, levels(5 * number, side), mode)
-    portraits = describe_modes(run, str(tmp_path / "data"))
-    assert len(portraits.images) == len(KINDS[kind]) and portraits.class_share is None
-    assert portraits.attributes["saturation"].isnan().all() == ("gray" in kind)
-    assert Page(portraits.html()).open == [] and all(Path(path).exists() for path in portraits.paths)
+    description = describe_modes(run, str(tmp_path / "data"))
+    assert len(description.images) == len(KINDS[kind]) and description.class_share is None
+    assert description.attributes["saturation"].isnan().all() == ("gray" in kind)
+    assert Page(description.html()).open == [] and all(Path(path).exists() for path in description.paths)
 
 
-def test_what_cannot_be_described_is_said_in_one_line(run, tmp_path, capsys):
+def test_invalid_runs_and_images_raise_one_line(run, tmp_path, capsys):
     assert "no run 'nowhere'" in refusal(capsys, "nowhere")
     (tmp_path / "empty").mkdir()
     assert "no images in" in refusal(capsys, run, "--data", tmp_path / "empty")
@@ -191,15 +191,15 @@ def test_what_cannot_be_described_is_said_in_one_line(run, tmp_path, capsys):
     assert "no eigenvalue of its cross_correlation has changed by a tenth" in refusal(capsys, early)
 
 
-def test_without_a_record_modes_are_counted_in_the_images(run, tmp_path, monkeypatch):
+def test_without_a_record_eigenvalues_give_the_number_of_modes(run, tmp_path, monkeypatch):
     monkeypatch.chdir(run.parents[2])
     shutil.copytree(run, tmp_path / "bare")
     (tmp_path / "bare/spectrum.npz").unlink()
-    portraits = describe_modes(tmp_path / "bare")
-    assert len(portraits.modes) >= 1 and portraits.modes.eigenvalues[-1] > 0.1 * portraits.modes.eigenvalues[0]
+    description = describe_modes(tmp_path / "bare")
+    assert len(description.modes) >= 1 and description.modes.eigenvalues[-1] > 0.1 * description.modes.eigenvalues[0]
 
 
-def test_a_covered_part_matters_where_the_encoder_looks():
+def test_occlusion_map_is_positive_where_the_encoder_has_weights():
     encoder = nn.Sequential(nn.Flatten(), nn.Linear(3 * 64, 1, bias=False)).eval()
     with torch.no_grad():
         encoder[1].weight.zero_().unflatten(1, (3, 8, 8))[0, 0, :4, :4] = 1.0
@@ -210,7 +210,7 @@ def test_a_covered_part_matters_where_the_encoder_looks():
     assert maps.shape == (6, 1, 8, 8) and (maps[:, 0, :4, :4] > 0).all() and (maps[:, 0, 5:, 5:] == 0).all()
 
 
-def test_attributes_are_what_they_are_called():
+def test_attributes_of_known_images():
     images = torch.zeros(5, 3, 8, 8)
     images[1] = 1.0  # white
     images[2, 0] = 1.0  # red
@@ -225,38 +225,40 @@ def test_attributes_are_what_they_are_called():
     assert values["fine detail"] == pytest.approx([0, 0, 0, 0, 1])
 
 
-def test_shares_of_variance_where_they_are_known():
+def test_shares_of_variance_in_known_cases():
     generator = torch.Generator().manual_seed(0)
     images, noise = (torch.randn(400, count, 1, generator=generator).double() for count in (1, 4))
     torch.testing.assert_close(
-        variations.shared_by_views(images + noise), torch.tensor([0.5]).double(), rtol=0, atol=0.05
+        variations.intraclass_correlation(images + noise), torch.tensor([0.5]).double(), rtol=0, atol=0.05
     )
-    assert variations.unchanged_share(images.expand(-1, 3, -1)) == pytest.approx(1)
+    assert variations.invariance(images.expand(-1, 3, -1)) == pytest.approx(1)
     shifts = torch.tensor([-1.0, 0, 1]).double()[None, :, None]
-    assert variations.unchanged_share(images * 0 + shifts) == pytest.approx(0)
+    assert variations.invariance(images * 0 + shifts) == pytest.approx(0)
     labels = torch.arange(400) % 4
     assert attributes.class_share(images[:, 0] + 5 * labels[:, None], labels) > 0.95
     assert abs(attributes.class_share(images[:, 0], labels)) < 0.02
     assert attributes.class_share(images[:, 0], labels * 0) is None
-    told = {"one": noise[:, 0, 0], "two": noise[:, 1, 0]}
+    values = {"one": noise[:, 0, 0], "two": noise[:, 1, 0]}
     mode = (noise[:, 0] - 2 * noise[:, 1] + noise[:, 2]).double()
-    x = torch.stack([torch.ones(400).double(), *told.values()], 1)
-    left_out = [  # a loop
+    x = torch.stack([torch.ones(400).double(), *values.values()], 1)
+    left_out = [  # plain loop
         mode[i] - x[i] @ torch.linalg.lstsq(x[torch.arange(400) != i], mode[torch.arange(400) != i]).solution
         for i in range(400)
     ]
     expected = 1 - torch.stack(left_out).square().sum() / (mode - mode.mean()).square().sum()
-    torch.testing.assert_close(attributes.explained_share(mode, told), expected[None])
+    torch.testing.assert_close(attributes.explained_share(mode, values), expected[None])
 
 
-def test_views_differ_in_one_parameter_alone():
+def test_views_differ_in_one_parameter():
     image = torch.randint(0, 256, (3, 20, 30), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    strengths = AugmentationParameters.of("standard")
-    views = variations.varied_views(image, strengths, 16)
-    assert list(views) == list(variations.parameters(strengths)) and json.dumps(variations.parameters(strengths))
+    parameters = AugmentationParameters.of("standard")
+    views = variations.varied_views(image, parameters, 16)
+    assert list(views) == list(variations.parameter_ranges(parameters)) and json.dumps(
+        variations.parameter_ranges(parameters)
+    )
     middle = views["flip"][0]
     torch.testing.assert_close(views["flip"][1], middle.flip(-1))
-    for name in ("brightness", "contrast", "saturation", "hue"):  # the middle of three levels changes nothing
+    for name in ("brightness", "contrast", "saturation", "hue"):  # the middle of three levels is the identity
         torch.testing.assert_close(views[name][1], middle, rtol=0, atol=1e-5)
         assert (views[name][0] - views[name][2]).abs().mean() > 0.01
     torch.testing.assert_close(views["grayscale"][0], middle)
