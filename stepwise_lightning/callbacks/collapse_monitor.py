@@ -107,8 +107,8 @@ def _ratio(value: Tensor, peak: Tensor) -> str:
 class CollapseMonitor(L.Callback):
     """Warn when an embedding collapses during training.
 
-    The callback needs a :class:`stepwise_lightning.SpectrumLogger` in the same Trainer and checks one of its matrices:
-    the module's ``driven_matrix`` if it was measured, else the first. A
+    The callback needs a :class:`stepwise_lightning.SpectrumLogger` in the same Trainer. It checks the module's
+    ``driven_matrix`` if it was measured, else the first matrix. A
     :class:`stepwise_lightning.ForecastLogger` supplies the expected time of the next mode.
     :func:`stepwise_lightning.callbacks.collapse_monitor.find_collapse` defines a collapse.
 

@@ -33,6 +33,8 @@ _MIN_MEASUREMENTS = 10
 class RunFiles:
     """Writer of a growing record to files and loggers, on rank 0; ``fast_dev_run`` writes no files.
 
+    If the folder contains ``spectrum.csv`` of another run, the files are named ``spectrum-v1.csv`` and so on.
+
     Raises:
         OSError: a file cannot be written (here or later).
 
@@ -41,16 +43,21 @@ class RunFiles:
     def __init__(
         self, trainer: L.Trainer, module: L.LightningModule, folder: Path, name: str, record: SpectrumRecord, modes: int
     ) -> None:
-        self._trainer, self._module, self._name, self._modes = trainer, module, name, modes
-        files = not trainer.fast_dev_run  # type: ignore[attr-defined]
-        self._files = SpectrumFiles(folder, name, record, modes) if files else None
+        self._trainer, self._module, self._folder, self._name, self._modes = trainer, module, folder, name, modes
         self._charts: Charts | None = None  # created with the first measurement, which determines the matrices
         self._next_drawing = time.perf_counter() + _DRAWING_INTERVAL
+        self._table: SpectrumTable | None = None
+        if not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            self._stem = free_name(name, lambda stem: _is_of_another_run(folder, stem, record))
+            if self._stem != name:
+                rank_zero_info(f"{folder / name}.csv belongs to another run: this run writes {self._stem}.csv")
+            measured = (row for index in range(len(record)) for row in rows(record, index, modes))
+            self._table = SpectrumTable(folder / f"{self._stem}.csv", measured)
 
     def add(self, record: SpectrumRecord) -> None:
         """Write the last measurement, and redraw the trajectories at intervals."""
-        if self._files is not None:
-            self._files.table.add(rows(record, -1, self._modes))
+        if self._table is not None:
+            self._table.add(rows(record, -1, self._modes))
         if self._charts is None:
             primary = PrimaryMatrix.of(self._module, record.matrices)
             self._charts = Charts(self._trainer, primary, self._name, self._modes)
@@ -64,15 +71,15 @@ class RunFiles:
         """Write the loss of the last measurement, which is known one step later."""
         if self._charts is not None:
             self._charts.add_loss(record)
-        if self._files is not None:
-            self._files.table.add([_loss_row(record.measurements[-1])])
+        if self._table is not None:
+            self._table.add([_loss_row(record.measurements[-1])])
 
     def end(self, record: SpectrumRecord) -> Path | None:
         """Write the results of a finished run; return the path of ``trajectories.png``, None if it is not drawn."""
         if self._charts is not None:
             self._charts.add_num_distinct(record)
         self.close(record, ended=True)
-        path = self._files.path("trajectories", ".png") if self._files is not None else None
+        path = self._path("trajectories", ".png") if self._table is not None else None
         picture = _picture(record, path) if path is not None else None
         if self._charts is not None:
             self._charts.draw(record, ended=True, picture=picture)
@@ -86,37 +93,15 @@ class RunFiles:
         """Write ``spectrum.npz``, and ``steps.json`` if training has ended."""
         if self._charts is not None:
             self._charts.close()
-        if self._files is not None:
+        if self._table is not None:
             if ended:
-                write_steps(self._files.path("steps", ".json"), record)
-            record.save(self._files.folder / f"{self._files.stem}.npz")
+                write_steps(self._path("steps", ".json"), record)
+            record.save(self._folder / f"{self._stem}.npz")
 
-
-class SpectrumFiles:
-    """Paths of the files of one run, and its table.
-
-    If the folder contains ``spectrum.csv`` of another run, the files are named ``spectrum-v1.csv`` and so on.
-    """
-
-    def __init__(self, folder: Path, name: str, record: SpectrumRecord, num_modes: int) -> None:
-        self.folder = folder
-        self.stem = free_name(name, lambda stem: self._is_taken(stem, record))
-        if self.stem != name:
-            rank_zero_info(f"{folder / name}.csv belongs to another run: this run writes {self.stem}.csv")
-        measured = (row for index in range(len(record)) for row in rows(record, index, num_modes))
-        self.table = SpectrumTable(folder / f"{self.stem}.csv", measured)
-
-    def path(self, content: str, suffix: str) -> Path:
+    def _path(self, content: str, suffix: str) -> Path:
         """Return the path of another file of this run: ``steps.json``, ``steps-v1.json`` or ``<name>_steps.json``."""
-        stem = self.stem.replace("spectrum", content, 1)
-        return self.folder / f"{stem if stem != self.stem else f'{self.stem}_{content}'}{suffix}"
-
-    def _is_taken(self, stem: str, record: SpectrumRecord) -> bool:
-        """Return True if another run has written files of this stem."""
-        table, arrays = (self.folder / f"{stem}{suffix}" for suffix in (".csv", ".npz"))
-        if not (table.exists() or arrays.exists()):
-            return False
-        return not (len(record) and table.exists() and _begins_with(table, record.measurements[0]))
+        stem = self._stem.replace("spectrum", content, 1)
+        return self._folder / f"{stem if stem != self._stem else f'{self._stem}_{content}'}{suffix}"
 
 
 class SpectrumTable:
@@ -170,15 +155,21 @@ def _with_all_digits(row: Row) -> tuple[Any, ...]:
     return row[0], repr(row[1]), *row[2:-1], repr(row[-1])
 
 
-def _begins_with(table: Path, first: Measurement) -> bool:
-    """Return True if a table contains the largest eigenvalues of a measurement to the last digit: the same run."""
+def _is_of_another_run(folder: Path, stem: str, record: SpectrumRecord) -> bool:
+    """Return False if no files have this stem, or if the table contains the first measurement to the last digit."""
+    table = folder / f"{stem}.csv"
+    if not (table.exists() or (folder / f"{stem}.npz").exists()):
+        return False
+    if not (len(record) and table.exists()):
+        return True
+    first = record.measurements[0]
     largest = [
         (first.step, first.time, matrix, "eigenvalue", 0, spectrum.eigenvalues[0].item())
         for matrix, spectrum in first.spectra.items()
         if len(spectrum.eigenvalues)
     ]
     lines = {",".join(map(str, _with_all_digits(row))) for row in largest}
-    return lines <= set(table.read_text(encoding="utf-8", errors="replace").splitlines())
+    return not lines <= set(table.read_text(encoding="utf-8", errors="replace").splitlines())
 
 
 def write_steps(path: Path, record: SpectrumRecord) -> None:

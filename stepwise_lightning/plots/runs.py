@@ -46,7 +46,7 @@ def overlay_figure(
         matrices: names of the matrices, one column each; None for the embedding matrices that all runs have.
 
     Raises:
-        ValueError: no run, no common matrix, a run without one of ``matrices``, or time that does not increase.
+        ValueError: no run, no common matrix, a run that lacks one, or time that does not increase.
 
     """
     if not records:

@@ -79,14 +79,13 @@ def detect_steps(times: Tensor, eigenvalues: Tensor) -> Steps:
                 step_times[mode] = _crossing(times, path, index, threshold)
                 low = int((path[:index] <= threshold / 10).nonzero()[-1]) + 1
                 widths[mode] = step_times[mode] - _crossing(times, path, low, threshold / 10)
-    detected = step_times.isfinite()
-    gaps = step_times[detected].diff() / widths[detected][1:]
+    num_distinct, stepwiseness = _separation(step_times, widths)
     return Steps(
         step_times=step_times,
         rise_widths=widths,
         num_learned=(values > threshold).sum(1) if threshold > 0 else torch.zeros(len(values), dtype=torch.int64),
-        num_distinct=int(detected.any()) + int((gaps > 1).sum()),
-        stepwiseness=float(gaps.clamp(max=10).quantile(0.5)) if len(gaps) else 0.0,
+        num_distinct=num_distinct,
+        stepwiseness=stepwiseness,
         threshold=float(threshold),
     )
 
@@ -136,15 +135,14 @@ def detect_rises(times: Tensor, eigenvalues: Tensor) -> Rises:
             last_below = lowest + int((path[lowest:index] <= tenth).nonzero()[-1])
             halves[mode] = _linear_crossing(times, path, index, half)
             widths[mode] = halves[mode] - _linear_crossing(times, path, last_below + 1, tenth)
-    counted = halves.isfinite()
-    gaps = halves[counted].diff() / widths[counted][1:]
-    return Rises(
-        times=halves,
-        widths=widths,
-        num_modes=int(counted.sum()),
-        num_apart=int(counted.any()) + int((gaps > 1).sum()),
-        separation=float(gaps.clamp(max=10).quantile(0.5)) if len(gaps) else 0.0,
-    )
+    return Rises(halves, widths, int(halves.isfinite().sum()), *_separation(halves, widths))
+
+
+def _separation(times: Tensor, widths: Tensor) -> tuple[int, float]:
+    """Return the number of modes that rise apart, and the median separation in units of the later width, at most 10."""
+    finite = times.isfinite()
+    gaps = times[finite].diff() / widths[finite][1:]
+    return int(finite.any()) + int((gaps > 1).sum()), float(gaps.clamp(max=10).quantile(0.5)) if len(gaps) else 0.0
 
 
 def num_grown(start: Tensor, now: Tensor) -> int:
