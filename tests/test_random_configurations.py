@@ -159,7 +159,7 @@ def trains_two_steps(config: dict[str, Any]) -> None:
         stepwise("validate", f"--config={run / 'config.yaml'}", *checkpoints)
 
 
-@few(2)
+@few(1)
 @given(config=configurations())
 def test_valid_configurations_train(config, folder):
     trains_two_steps(config)
@@ -273,7 +273,7 @@ def names_the_key(config: dict[str, Any], key: str, capsys: pytest.CaptureFixtur
 
 @pytest.mark.parametrize("kind", [typos, wrong_types, out_of_range])
 def test_invalid_configurations_name_the_key(kind, folder, capsys):
-    @few(4)
+    @few(2)
     @given(case=kind())
     def check(case: tuple[dict[str, Any], str]) -> None:
         names_the_key(*case, capsys)
