@@ -1,12 +1,12 @@
-r"""Training of a last linear layer on features that stay, simulated exactly, for all three losses (beyond the paper).
+r"""Simulation of SGD on a last linear layer with fixed features, for the three losses.
 
 Legend
     n           pairs of a batch, with features h, h' in R^m
     W (d, m)    weights, b (d,) bias, z = W h + b the embedding
-    C (d, d)    the embeddings' cross-correlation; λ_k the k-th eigenvalue of it, or of a covariance
-    η, β, ω     learning rate, momentum, weight decay; v the velocity, called momentum buffer in torch
+    C (d, d)    cross-correlation of the embeddings; λ_k the k-th eigenvalue of C or of a covariance
+    η, β, ω     learning rate, momentum, weight decay; v the velocity (torch's momentum buffer)
 
-A bias is simulated as the weight of one more feature, which is one everywhere.
+A bias is simulated as the weight of an additional constant feature 1.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from stepwise_lightning.errors import UserError
 from stepwise_lightning.losses import loss_settings
 from stepwise_lightning.precision import as_float64, single_threaded
 from stepwise_lightning.spectrum.measures import tangent_coordinates
-from stepwise_lightning.theory.growth import growth_matrix
+from stepwise_lightning.theory.growth import check_momentum, growth_matrix
 from stepwise_lightning.theory.layer_gradients import layer_gradient
 from stepwise_lightning.theory.moments import FeatureMoments, validated_features
 
@@ -33,48 +33,48 @@ __all__ = ["LastLayer", "LayerTrajectory"]
 
 @dataclass(frozen=True)
 class LayerTrajectory:
-    """How a last layer was trained."""
+    """Trajectory of a simulated last layer."""
 
     steps: Tensor
-    """(K,), the optimiser steps at which eigenvalues were taken."""
+    """(K,), optimiser steps at which eigenvalues are computed."""
     eigenvalues: Tensor
-    """(K, d), descending, float64; infinite from where the weights have diverged."""
+    """(K, d), descending, float64; infinite after the weights diverge."""
     weight: Tensor
-    """(d, m) after the last step; of projected features the part that lies in their span."""
+    """(d, m) after the last step; for projected features, its part in their span."""
     bias: Tensor | None
     """(d,) after the last step."""
 
 
 class LastLayer:
-    r"""A last linear layer, z = W h + b, whose features h stay what they are.
+    r"""A last linear layer z = W h + b with fixed features h.
 
-    :meth:`simulate` follows what ``torch.optim.SGD`` would do to it, to round-off, with the gradients of
-    :mod:`stepwise_lightning.theory.layer_gradients`. Barlow Twins and VICReg depend on moments of the features alone,
-    so that a step takes O(d m²), whatever the number of pairs; one of SimCLR takes O(n² d).
+    :meth:`simulate` reproduces ``torch.optim.SGD`` to round-off, with the gradients of
+    :mod:`stepwise_lightning.theory.layer_gradients`. Barlow Twins and VICReg depend on moments of the features only: a
+    step takes O(d m²) for any number of pairs. A step of SimCLR takes O(n² d).
 
-    What a network's own features do while it trains is not in it: before training it is right about the first mode, and
-    for Barlow Twins and SimCLR roughly about later ones.
+    The features of a network change during training. From an untrained network, the simulation is accurate for the
+    first mode, and for Barlow Twins and SimCLR approximate for later modes.
 
     Args:
         loss: ``barlow_twins``, ``vicreg`` or ``simclr``.
         h1: features of the first views, (n, m), or in batches, (batches, n, m). Barlow Twins and VICReg descend the
-            loss of the batches' mean moments, SimCLR goes through the batches in turn.
-        h2: features of the second views.
-        weight: W at the start, (d, m).
-        bias: b at the start, (d,), or None for a layer without.
-        num_components: project wide features on so many directions: half of them the leading eigenvectors of the
-            growth matrix, half the leading principal components (not centred). Exact where the features' rank is no
-            larger. At least 2d, that no mode is left out. On 2048 features of an untrained ResNet-50, 64 directions
-            move the first five steps of Barlow Twins by less than 0.1 %, and λ_1 to λ_3 of VICReg by at most 16 % over
-            1200 steps; with 64 principal components alone the second and third step of the former are 9 and 16 % late,
-            and λ_2 of the latter ends seven times too small. For SimCLR only the first step has been found to survive
-            it (0.3 %). To see what it does elsewhere, double it. None: no projection.
-        in_turn: let Barlow Twins and VICReg go through the batches in turn too, one a step.
-        settings: the loss's own arguments, with its own defaults.
+            loss of the mean moments of the batches; SimCLR uses one batch per step, cyclically.
+        h2: features of the second views, of the same shape.
+        weight: initial W, (d, m).
+        bias: initial b, (d,), or None for a layer without bias.
+        num_components: number of directions on which wide features are projected, at least 2d: half are leading
+            eigenvectors of the growth matrix, half leading principal components (not centred). Exact if the rank of the
+            features is not larger. On 2048 features of an untrained ResNet-50, 64 directions change the first five
+            steps of Barlow Twins by less than 0.1 %, and λ_1 to λ_3 of VICReg by at most 16 % over 1200 steps; with 64
+            principal components alone, the second and third step of Barlow Twins are 9 and 16 % late, and the final λ_2
+            of VICReg is seven times too small. For SimCLR only the first step is accurate (0.3 %). To check another
+            case, double the number. None: no projection.
+        in_turn: use one batch per step, cyclically, also for Barlow Twins and VICReg.
+        settings: arguments of the loss, with the loss's defaults.
 
     Attributes:
-        variance_left_out: share of the features' variance outside these directions; 0 without a projection.
-        rate_left_out: no mode outside of them grows faster than this share of the fastest one's rate.
+        variance_left_out: fraction of the features' variance outside the directions; 0 without a projection.
+        rate_left_out: upper bound on the growth rates of modes outside the directions, relative to the fastest mode.
 
     Raises:
         ValueError: an unknown loss or setting, shapes that do not match, values that are not finite, or a number of
@@ -104,19 +104,18 @@ class LastLayer:
         if num_components is not None and not 1 <= num_components <= m:
             raise UserError(f"num_components must lie between 1 and the {m} features, got {num_components}")
         self._has_bias = bias is not None
-        self._basis, self.rate_left_out = None, 0.0
+        self._basis, self.variance_left_out, self.rate_left_out = None, 0.0, 0.0
         if num_components is not None:
             growth = growth_matrix(loss, h1, h2, len(weight), **self.settings)
             self._basis, self.rate_left_out = _components(growth, h1, h2, num_components)
+            if (total := _variance(h1, h2)) > 0:
+                self.variance_left_out = max(1 - _variance(h1 @ self._basis, h2 @ self._basis) / total, 0.0)
         self._weight0 = self._joined(weight, bias)
         if not self._weight0.isfinite().all():
-            raise UserError("weight and bias must be finite: look at the checkpoint")
+            raise UserError("weight and bias must be finite, got NaN or infinite values: check the checkpoint")
         x1, x2 = self._inputs(h1), self._inputs(h2)
-        single = zip(x1.split(1), x2.split(1), strict=True) if in_turn else [(x1, x2)]
-        self._gradients = [layer_gradient(loss, a, b, len(weight), self.settings) for a, b in single]
-        self.variance_left_out = 0.0
-        if self._basis is not None and (whole := _variance(h1, h2)) > 0:
-            self.variance_left_out = max(1 - _variance(h1 @ self._basis, h2 @ self._basis) / whole, 0.0)
+        batches = zip(x1.split(1), x2.split(1), strict=True) if in_turn else [(x1, x2)]
+        self._gradients = [layer_gradient(loss, a, b, len(weight), self.settings) for a, b in batches]
 
     @torch.no_grad()
     @single_threaded()
@@ -129,40 +128,32 @@ class LastLayer:
         measured_at: Iterable[int] | None = None,
         measured_on: tuple[Tensor, Tensor] | None = None,
     ) -> LayerTrajectory:
-        r"""Follow the steps v ← βv + ∇L + ωW, W ← W − ηv of ``torch.optim.SGD``, weights and bias alike.
+        r"""Simulate the steps v ← βv + ∇L + ωW, W ← W − ηv of ``torch.optim.SGD`` for weights and bias.
 
-        The eigenvalues are those that a run of this loss is judged by, over all pairs: C for Barlow Twins (centred if
-        the loss is, or normalises), the covariance for VICReg, the tangent covariance for SimCLR
+        The eigenvalues over all pairs are of the matrix that the loss drives: C for Barlow Twins (centred if the loss
+        is centred or normalised), the covariance for VICReg, the tangent covariance for SimCLR
         (:func:`stepwise_lightning.spectrum.measures.tangent_coordinates`).
 
         Args:
             learning_rates: η of each step, (T,): ``[0.002] * 600``, or any schedule.
             momentum: β in [0, 1).
             weight_decay: ω ≥ 0.
-            velocity: v at the start, a running optimiser's ``momentum_buffer`` of the weights, (d, m), and of the bias,
-                if there is one, (d,); None for zero.
-            measured_at: after how many steps, between 0 and T, to take eigenvalues; None for all. Those of SimCLR pass
-                all pairs through the layer each time.
-            measured_on: features of other pairs, (n, m) each, to take eigenvalues on: held-out ones show what the layer
-                has fitted to too few pairs. None: those that it is trained on.
+            velocity: initial v, the ``momentum_buffer`` of the weights, (d, m), and of the bias, if any, (d,); None for
+                zero.
+            measured_at: steps between 0 and T after which eigenvalues are computed; None for all. For SimCLR, each
+                measurement passes all pairs through the layer.
+            measured_on: features (n, m) of both views of other pairs for the eigenvalues, for example held-out pairs;
+                None for the training pairs.
 
         Raises:
-            ValueError: a setting out of range, or of another shape.
+            ValueError: an argument out of range or of the wrong shape.
 
         """
-        rates = as_float64(learning_rates, "learning_rates")
-        if rates.ndim != 1 or not (rates >= 0).all() or not 0 <= momentum < 1 or not weight_decay >= 0:
-            raise UserError(
-                "learning_rates must be ≥ 0, one for each step (T,), momentum in [0, 1) and weight_decay ≥ 0, "
-                f"got rates of shape {tuple(rates.shape)}, {momentum} and {weight_decay}"
-            )
-        steps = sorted(set(range(len(rates) + 1) if measured_at is None else measured_at))
-        if not steps or not 0 <= steps[0] <= steps[-1] <= len(rates):
-            raise UserError(f"measured_at must name steps between 0 and {len(rates)}, the number of learning rates")
+        rates, steps = _validated_schedule(learning_rates, momentum, weight_decay, measured_at)
         pairs = self._features if measured_on is None else validated_features(*measured_on)
-        w, v = self._weight0.clone(), self._start_velocity(velocity)
+        w, v = self._weight0.clone(), self._initial_velocity(velocity)
         measured, weights = set(steps), [self._weight0] if steps[0] == 0 else []
-        for step, rate in enumerate(rates.tolist()):
+        for step, rate in enumerate(rates):
             v.mul_(momentum).add_(self._gradients[step % len(self._gradients)](w, step))
             if weight_decay:
                 v.add_(w, alpha=weight_decay)
@@ -178,29 +169,29 @@ class LastLayer:
         return LayerTrajectory(torch.tensor(steps), eigenvalues, weight, w[:, -1] if self._has_bias else None)
 
     def _inputs(self, h: Tensor) -> Tensor:
-        """Return features (…, m) as the simulated layer sees them: projected, and with a one for the bias."""
+        """Return features (…, m), projected, and extended by a constant feature 1 for the bias."""
         h = h if self._basis is None else h @ self._basis
         return pad(h, (0, 1), value=1.0) if self._has_bias else h
 
     def _joined(self, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """Return weights and bias, or their velocities, as weights of :meth:`_inputs`."""
+        """Return weights and bias, or their velocities, as one matrix that acts on :meth:`_inputs`."""
         device = self._features[0].device
         joined = as_float64(weight.detach()).to(device)
         joined = joined if self._basis is None else joined @ self._basis
-        # A copy in any case: training goes on with the tensors that it was given.
+        # Copy, because the caller's optimiser may update its tensors in place.
         return joined.clone() if bias is None else torch.cat([joined, as_float64(bias.detach()).to(device)[:, None]], 1)
 
-    def _start_velocity(self, velocity: Sequence[Tensor] | None) -> Tensor:
+    def _initial_velocity(self, velocity: Sequence[Tensor] | None) -> Tensor:
         if velocity is None:
             return torch.zeros_like(self._weight0)
         d = len(self._weight0)
         expected = [(d, self._features[0].shape[-1]), (d,)][: 1 + self._has_bias]
         if (shapes := [tuple(v.shape) for v in velocity]) != expected:
-            raise UserError(f"velocity must hold one tensor for each parameter, of shapes {expected}, got {shapes}")
+            raise UserError(f"velocity must hold one tensor per parameter, of shapes {expected}, got {shapes}")
         return self._joined(velocity[0], velocity[1] if self._has_bias else None)
 
     def _eigenvalues(self, weights: list[Tensor], h1: Tensor, h2: Tensor) -> Tensor:
-        """Return those of each of the K weights on features (n, m), (K, d)."""
+        """Return the eigenvalues for each of K weights on features (n, m), (K, d)."""
         if not weights:
             return self._weight0.new_zeros(0, len(self._weight0))
         if self.loss == "simclr":
@@ -211,13 +202,33 @@ class LastLayer:
         else:
             centered = self.settings["center"] or self.settings["normalize"]
             matrices = _products(weights, FeatureMoments.of(h1, h2).gamma(centered))
-        finite = matrices.isfinite().all(2).all(1)  # the weights may be, and their squares not
+        finite = matrices.isfinite().all(2).all(1)  # squares of finite weights may overflow
         eigenvalues = torch.linalg.eigvalsh(torch.where(finite[:, None, None], matrices, 0.0)).flip(1)
         return torch.where(finite[:, None], eigenvalues, math.inf)
 
 
+def _validated_schedule(
+    learning_rates: Sequence[float] | Tensor, momentum: float, weight_decay: float, measured_at: Iterable[int] | None
+) -> tuple[list[float], list[int]]:
+    """Return the learning rates, and the measured steps in ascending order."""
+    rates = as_float64(learning_rates, "learning_rates")
+    check_momentum(momentum)
+    if rates.ndim != 1 or not (rates >= 0).all() or not weight_decay >= 0:
+        raise UserError(
+            "learning_rates must be ≥ 0, one for each step (T,), and weight_decay ≥ 0, "
+            f"got rates of shape {tuple(rates.shape)} and weight_decay {weight_decay}"
+        )
+    steps = sorted(set(range(len(rates) + 1) if measured_at is None else measured_at))
+    if not steps or not 0 <= steps[0] <= steps[-1] <= len(rates):
+        bounds = f"{steps[0]} to {steps[-1]}" if steps else "no steps"
+        raise UserError(
+            f"measured_at must be steps between 0 and {len(rates)}, the number of learning rates, got {bounds}"
+        )
+    return rates.tolist(), steps
+
+
 def _components(growth: Tensor, h1: Tensor, h2: Tensor, count: int) -> tuple[Tensor, float]:
-    """Return an orthonormal basis (m, count), see :class:`LastLayer`, and ``rate_left_out``."""
+    """Return an orthonormal basis (m, count) of leading directions, see :class:`LastLayer`, and ``rate_left_out``."""
     h = _stacked(h1, h2)
     moments, principal = torch.linalg.eigh(h.T @ h)
     if int((moments > 1e-12 * moments[-1]).sum()) <= count:

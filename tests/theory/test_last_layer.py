@@ -1,4 +1,4 @@
-"""The simulation of a last layer against torch.optim.SGD on the package's own losses."""
+"""Simulation of a last layer against torch.optim.SGD on the losses of the package."""
 
 import math
 
@@ -20,7 +20,7 @@ def normal(*shape, seed=0):
 
 
 def features(*shape, seed=0):
-    """Rectified features of two views, (…, m): not centred, with shared content and noise."""
+    """Return rectified features of two views, (…, m), not centred, with shared content and noise."""
     content = normal(*shape, NUM_FEATURES, seed=seed) * torch.logspace(0.2, -0.8, NUM_FEATURES, dtype=torch.float64)
     return tuple((content + 0.2 * normal(*shape, NUM_FEATURES, seed=seed + k)).relu() for k in (1, 2))
 
@@ -35,7 +35,7 @@ def linear_layer(scale, bias=True, in_features=NUM_FEATURES):
 
 
 def train(layer, loss, h1, h2, rates, momentum, weight_decay=0.0, optimizer=None, **settings):
-    """Train a layer with SGD on batches (batches, n, m) in turn, and return the optimiser."""
+    """Train a layer with SGD, one of the batches (batches, n, m) per step, and return the optimiser."""
     if optimizer is None:
         optimizer = torch.optim.SGD(layer.parameters(), lr=1.0, momentum=momentum, weight_decay=weight_decay)
     for step, rate in enumerate(rates):
@@ -63,8 +63,8 @@ CASES = {
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_it_does_what_sgd_does(name):
-    """300 steps with warm-up, momentum and weight decay, to round-off."""
+def test_simulation_matches_sgd(name):
+    """300 steps with warm-up, momentum and weight decay agree to round-off."""
     loss, settings, rate, batches = CASES[name]
     h1, h2 = features(batches, 24)
     layer, rates = linear_layer(1e-3), [rate * min(1, (step + 1) / 50) for step in range(300)]
@@ -74,7 +74,7 @@ def test_it_does_what_sgd_does(name):
     train(layer, loss, h1, h2, rates, 0.9, 1e-3, **settings)
     assert error(simulated.weight, layer.weight) < 1e-10
     assert error(simulated.bias, layer.bias) < 1e-10
-    assert error(start, layer.weight) > 0.5  # it has been trained
+    assert error(start, layer.weight) > 0.5
     z1, z2 = (layer(h.flatten(0, 1)).detach() for h in (h1, h2))
     both = torch.cat([z1, z2])
     expected = {
@@ -87,7 +87,7 @@ def test_it_does_what_sgd_does(name):
 
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("name", ["analytical", "vicreg", "simclr"])
-def test_it_goes_on_where_an_optimiser_is(name, bias):
+def test_simulation_continues_from_optimizer_state(name, bias):
     loss, settings, rate, batches = CASES[name]
     h1, h2 = features(batches, 24)
     layer = linear_layer(0.01, bias)
@@ -102,8 +102,8 @@ def test_it_goes_on_where_an_optimiser_is(name, bias):
 
 
 @pytest.mark.parametrize(("loss", "settings"), [("barlow_twins", ANALYTICAL), ("vicreg", {"eps": 0.01})])
-def test_batches_descend_the_loss_of_their_mean_moments(loss, settings):
-    """Copies of one batch are that batch; and the first, linear steps are those of batches taken together."""
+def test_batches_use_mean_moments(loss, settings):
+    """Copies of a batch equal the batch; the first, linear step of several batches is the mean of their steps."""
     h1, h2 = features(4, 24)
     weight, rates = 1e-9 * normal(DIM, NUM_FEATURES, seed=7), [0.001] * 5
     one = LastLayer(loss, h1[0], h2[0], weight, **settings).simulate(rates)
@@ -114,7 +114,7 @@ def test_batches_descend_the_loss_of_their_mean_moments(loss, settings):
     torch.testing.assert_close(together.weight, torch.stack(alone).mean(0), rtol=1e-9, atol=0)
 
 
-def test_eigenvalues_are_taken_when_and_where_asked():
+def test_eigenvalues_at_requested_steps_and_on_other_pairs():
     (h1, h2), (other1, other2) = features(2, 24), features(40, seed=5)
     layer = LastLayer("simclr", h1, h2, normal(DIM, NUM_FEATURES, seed=7), normal(DIM, seed=8))
     all_steps = layer.simulate([0.01] * 20, 0.9)
@@ -122,21 +122,21 @@ def test_eigenvalues_are_taken_when_and_where_asked():
     some = layer.simulate([0.01] * 20, 0.9, measured_at=(20, 3, 0, 3))
     assert some.steps.tolist() == [0, 3, 20]
     torch.testing.assert_close(some.eigenvalues, all_steps.eigenvalues[[0, 3, 20]], rtol=1e-12, atol=0)
-    elsewhere = layer.simulate([0.01] * 20, 0.9, measured_at=[20], measured_on=(other1, other2))
+    held_out = layer.simulate([0.01] * 20, 0.9, measured_at=[20], measured_on=(other1, other2))
     z1, z2 = (h @ all_steps.weight.T + all_steps.bias for h in (other1, other2))
     expected = measure("tangent_covariance", [z1, z2])[0]
-    torch.testing.assert_close(elsewhere.eigenvalues[0], expected, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(held_out.eigenvalues[0], expected, rtol=1e-9, atol=1e-12)
 
 
 def wide_features(num_pairs, width=60):
-    """More features than pairs may span; most of the variance is noise, which is not shared."""
+    """Return wide features, possibly of low rank, with most of the variance in noise that the views do not share."""
     content = normal(num_pairs, 6, seed=1) * torch.tensor([1.0, 0.7, 0.5, 0.35, 0.25, 0.18], dtype=torch.float64)
     shared, mixing = content @ normal(6, width, seed=2) / 6, normal(8, width, seed=3)
     return [(shared + normal(num_pairs, 8, seed=4 + k) @ mixing / 4 + 0.3).relu() for k in (0, 1)]
 
 
 @pytest.mark.parametrize("loss", ["barlow_twins", "vicreg", "simclr"])
-def test_a_projection_on_all_that_features_span_changes_nothing(loss):
+def test_projection_on_span_of_features_is_exact(loss):
     h1, h2 = wide_features(12)
     layer = linear_layer(1e-2, in_features=60)
     settings = ANALYTICAL if loss == "barlow_twins" else {}
@@ -149,8 +149,8 @@ def test_a_projection_on_all_that_features_span_changes_nothing(loss):
     torch.testing.assert_close(actual.weight @ h1.T, expected.weight @ h1.T, rtol=1e-8, atol=1e-12)
 
 
-def test_a_projection_keeps_what_grows_fastest():
-    """The steps of Barlow Twins from a fifth of the directions, and which principal components alone would miss."""
+def test_projection_keeps_fastest_modes():
+    """A fifth of the directions give the steps of Barlow Twins; principal components alone do not."""
     h1, h2 = wide_features(300)
     weight, rates = 1e-4 * normal(3, 60, seed=7), [0.005] * 1200
     whole, projected = (
@@ -168,7 +168,7 @@ def test_a_projection_keeps_what_grows_fastest():
     assert (late[2] == 0) | (late[2] > 1.05 * expected[2])
 
 
-def test_pairs_without_any_feature_leave_simclr_finite():
+def test_simclr_is_finite_for_zero_features():
     h1, h2 = features(1, 24)
     h1[0, 3] = 0.0
     layer = linear_layer(1.0, bias=False)
@@ -177,14 +177,14 @@ def test_pairs_without_any_feature_leave_simclr_finite():
     assert error(simulated.weight, layer.weight) < 1e-10
 
 
-def test_what_diverges_has_infinite_eigenvalues():
+def test_diverged_weights_have_infinite_eigenvalues():
     h1, h2 = features(24)
     simulated = LastLayer("barlow_twins", h1, h2, normal(DIM, NUM_FEATURES), **ANALYTICAL).simulate([10.0] * 50)
     assert simulated.eigenvalues[0].isfinite().all() and simulated.eigenvalues[-1].isinf().all()
     assert not simulated.eigenvalues.isnan().any()
 
 
-def test_what_cannot_be_is_refused():
+def test_invalid_arguments_raise():
     (h1, h2), weight = features(24), normal(DIM, NUM_FEATURES)
     with pytest.raises(ValueError, match=r"weight must be \(d, m\) with m = 16 features, .* got \(5, 15\)"):
         LastLayer("vicreg", h1, h2, weight[:, 1:])
@@ -197,14 +197,14 @@ def test_what_cannot_be_is_refused():
     layer = LastLayer("vicreg", h1, h2, weight, torch.zeros(DIM))
     with pytest.raises(ValueError, match=r"one for each step \(T,\), .* got rates of shape \(\)"):
         layer.simulate(0.1)
-    with pytest.raises(ValueError, match="measured_at must name steps between 0 and 3"):
-        layer.simulate([0.1] * 3, measured_at=[4])
+    with pytest.raises(ValueError, match="measured_at must be steps between 0 and 3, .* got 0 to 4"):
+        layer.simulate([0.1] * 3, measured_at=[0, 4])
     with pytest.raises(ValueError, match=r"of shapes \[\(5, 16\), \(5,\)\], got \[\(5, 16\)\]"):
         layer.simulate([0.1], 0.9, velocity=[torch.zeros(5, 16)])
 
 
 @pytest.mark.parametrize("loss", ["barlow_twins", "vicreg"])
-def test_batches_can_be_taken_in_turn(loss):
+def test_in_turn_uses_one_batch_per_step(loss):
     h1, h2 = features(3, 24)
     layer, settings = linear_layer(0.1), ANALYTICAL if loss == "barlow_twins" else {"eps": 0.1}
     simulated = LastLayer(loss, h1, h2, layer.weight, layer.bias, in_turn=True, **settings).simulate([0.002] * 40, 0.9)
