@@ -1,15 +1,13 @@
-"""What the linear experiment costs beyond its arithmetic, as ratios measured in one run: ``make benchmark``.
+"""Overhead of the linear experiment, as ratios measured in one run: ``make benchmark``.
 
-1. A Lightning training step against a bare PyTorch loop with the same module, loss, optimiser and batch (limit 3).
-2. The closed form at every logged step against the training it predicts (limit 1/100).
+1. A Lightning training step relative to a plain PyTorch loop with the same module, loss, optimiser and batch (limit 3).
+2. The closed form at every logged step relative to the training that it predicts (limit 1/100).
 
-Bare and Lightning runs alternate, and the median over the rounds is compared, so that drift of the machine cancels.
+Plain and Lightning runs alternate, and medians over rounds are compared, which cancels drift of the machine.
 """
 
 from __future__ import annotations
 
-import argparse
-import platform
 import statistics
 import sys
 import time
@@ -20,21 +18,21 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.loggers import TensorBoardLogger
-from timing import Stopwatch, alternate, quiet_lightning, within
+from timing import Stopwatch, alternate, argument_parser, check_all, machine, quiet_lightning
 
 from stepwise_lightning import BarlowTwins, FixedCropPairs, LinearEncoder, SpectrumLogger
 from stepwise_lightning.theory import LinearBarlowTwins, feature_cross_correlation
 
-STEPS = 24_000  # about the length of the cpu profile on photographs; training time is scaled to it
+STEPS = 24_000  # approximate length of the cpu profile on photographs, to which training time is scaled
 
 
 def new_module(rate: float) -> BarlowTwins:
-    """Return the analytical model of the linear figure."""
+    """Return the linear model of the linear figure."""
     return BarlowTwins(LinearEncoder(1200, 10, 1e-3), rate, off_diagonal_weight=1.0, normalize=False)
 
 
-def bare_loop(pairs: FixedCropPairs, rate: float, steps: int) -> float:
-    """Return seconds for ``steps`` steps of a plain loop."""
+def plain_loop(pairs: FixedCropPairs, rate: float, steps: int) -> float:
+    """Return seconds for ``steps`` steps of a plain PyTorch loop."""
     module = new_module(rate)
     optimizer = module.configure_optimizers()
     start = time.perf_counter()
@@ -46,8 +44,8 @@ def bare_loop(pairs: FixedCropPairs, rate: float, steps: int) -> float:
     return time.perf_counter() - start
 
 
-def lightning_run(pairs: FixedCropPairs, rate: float, steps: int, everything: bool) -> float:
-    """Return seconds for ``steps`` steps through a Trainer, alone or as the figure script runs it."""
+def lightning_run(pairs: FixedCropPairs, rate: float, steps: int, as_figure: bool) -> float:
+    """Return seconds for ``steps`` steps with a Trainer, alone or with the logging of the figure script."""
     watch = Stopwatch()
     pairs.hparams["steps_per_epoch"] = steps
     with TemporaryDirectory() as directory:
@@ -55,9 +53,9 @@ def lightning_run(pairs: FixedCropPairs, rate: float, steps: int, everything: bo
         trainer = L.Trainer(
             max_steps=steps,
             accelerator="cpu",
-            logger=TensorBoardLogger(directory) if everything else False,
-            callbacks=[watch, *(extras if everything else [])],
-            enable_progress_bar=everything,
+            logger=TensorBoardLogger(directory) if as_figure else False,
+            callbacks=[watch, *(extras if as_figure else [])],
+            enable_progress_bar=as_figure,
             enable_checkpointing=False,
             enable_model_summary=False,
         )
@@ -66,7 +64,7 @@ def lightning_run(pairs: FixedCropPairs, rate: float, steps: int, everything: bo
 
 
 def closed_form(theory: LinearBarlowTwins) -> float:
-    """Return seconds for evaluating the uniform form at 300 times."""
+    """Return seconds to evaluate the uniform approximation at 300 times."""
     assert theory.learning_rate is not None
     times = theory.learning_rate * torch.logspace(0, 4.38, 300, dtype=torch.float64).round()
     start = time.perf_counter()
@@ -75,15 +73,14 @@ def closed_form(theory: LinearBarlowTwins) -> float:
 
 
 def main() -> int:
-    """Print the ratios; return 1 if one is over its limit."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=5, help="how often each is timed (default: 5)")
-    parser.add_argument("--steps", type=int, default=1000, help="training steps a round (default: 1000)")
+    """Print the ratios; return 1 if one exceeds its limit."""
+    parser = argument_parser(__doc__, rounds=5)
+    parser.add_argument("--steps", type=int, default=1000, help="training steps per round (default: 1000)")
     options = parser.parse_args()
     quiet_lightning()
-    torch.set_num_threads(1)  # as the figure script does
+    torch.set_num_threads(1)  # like the figure script
     ok = True
-    print(f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}; medians of rounds")
+    print(f"{machine()}; medians of rounds")
     for num_pairs in (250, 500):
         pairs = FixedCropPairs(num_pairs=num_pairs)
         pairs.setup()
@@ -91,20 +88,23 @@ def main() -> int:
         rate = 0.1 / (4 * float(torch.linalg.eigvalsh(gamma)[-1]))
         theory = LinearBarlowTwins(gamma, LinearEncoder(1200, 10, 1e-3).weight.detach(), rate)
         timed: dict[str, Callable[[], float]] = {
-            "bare": lambda p=pairs, r=rate: bare_loop(p, r, options.steps),
-            "trainer": lambda p=pairs, r=rate: lightning_run(p, r, options.steps, everything=False),
-            "figure": lambda p=pairs, r=rate: lightning_run(p, r, options.steps, everything=True),
+            "plain": lambda p=pairs, r=rate: plain_loop(p, r, options.steps),
+            "trainer": lambda p=pairs, r=rate: lightning_run(p, r, options.steps, as_figure=False),
+            "figure": lambda p=pairs, r=rate: lightning_run(p, r, options.steps, as_figure=True),
             "theory": lambda t=theory: closed_form(t),
         }
         seconds = {name: statistics.median(values) for name, values in alternate(timed, options.rounds).items()}
         training = seconds["figure"] / options.steps * STEPS
         ratios = {
-            "Lightning step / bare step": (seconds["trainer"] / seconds["bare"], 3),
-            "same with spectra, TensorBoard, progress bar": (seconds["figure"] / seconds["bare"], 3),
+            "Lightning step / plain step": (seconds["trainer"] / seconds["plain"], 3),
+            "Lightning step with spectra, TensorBoard, progress bar / plain step": (
+                seconds["figure"] / seconds["plain"],
+                3,
+            ),
             f"closed form at 300 times / training of {STEPS} steps": (seconds["theory"] / training, 0.01),
         }
-        print(f"\n{num_pairs} pairs of 20×20 crops; bare step {1e3 * seconds['bare'] / options.steps:.2f} ms")
-        ok &= all([within(name, ratio, limit) for name, (ratio, limit) in ratios.items()])
+        print(f"\n{num_pairs} pairs of 20×20 crops; plain step {1e3 * seconds['plain'] / options.steps:.2f} ms")
+        ok &= check_all(ratios)
     return 0 if ok else 1
 
 

@@ -1,7 +1,7 @@
-"""neural-tangents' structured derivatives for ``tangents.py``, which starts this in a process of its own.
+"""Tangent kernels from neural-tangents' structured derivatives, in a separate process of ``tangents.py``.
 
-It reads a file of parameters and inputs, answers each line on standard input with the processor seconds of one kernel,
-and writes the kernel beside that file at the end.
+Read parameters and inputs from a file, compute a kernel for each line on standard input and print its processor
+seconds, and write the last kernel next to the file.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 
 os.environ["XLA_FLAGS"] = "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"
 
-import jax  # noqa: E402 - it reads its flags when it is imported
+import jax  # noqa: E402 - jax reads XLA_FLAGS on import
 import neural_tangents as nt  # noqa: E402
 import numpy as np  # noqa: E402
 from jax import numpy as jnp  # noqa: E402
@@ -23,7 +23,7 @@ CHANNELS = ("NCHW", "OIHW", "NCHW")
 
 
 def network(parameters: list[Any], x: Any) -> Any:
-    """Return the outputs of layers with a ReLU between them; those of images are averaged before the last one."""
+    """Return the outputs of layers with ReLU between them and, for images, average pooling before the last layer."""
     *inner, (weight, bias) = parameters
     for kernel, shift in inner:
         if kernel.ndim == 4:
@@ -35,13 +35,13 @@ def network(parameters: list[Any], x: Any) -> Any:
 
 
 def main() -> None:
-    """Answer one line after the other."""
+    """Compute one kernel for each line of standard input."""
     path = Path(sys.argv[1])
     jax.config.update("jax_enable_x64", True)
-    given = np.load(path)
-    values = [jnp.asarray(given[f"arr_{index}"]) for index in range(len(given.files))]
+    arrays = np.load(path)
+    values = [jnp.asarray(arrays[f"arr_{index}"]) for index in range(len(arrays.files))]
     x, parameters = values[0], list(zip(values[1::2], values[2::2], strict=True))
-    # without vmap_axes it takes 6.9 s for the wide network, and 0.11 s with
+    # vmap_axes reduces the time of the wide network from 6.9 s to 0.11 s
     kernel = jax.jit(
         nt.empirical_ntk_fn(
             network, vmap_axes=0, implementation=nt.NtkImplementation.STRUCTURED_DERIVATIVES, trace_axes=(-1,)

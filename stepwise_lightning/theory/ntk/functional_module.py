@@ -34,9 +34,13 @@ class FunctionalModule:
     def __init__(self, module: nn.Module, dtype: torch.dtype, names: list[str]) -> None:
         self.module, self.dtype, self.names = module, dtype, names
         for name, layer in module.named_modules():
-            _check_layer(f"{name!r} ({type(layer).__name__})" if name else type(layer).__name__, layer)
+            _check_layer(layer_label(name, layer), layer)
         for name in names:
-            _check_parameter(name, module.get_parameter(name))
+            if not module.get_parameter(name).is_floating_point():
+                raise UserError(
+                    f"parameter {name!r} is {module.get_parameter(name).dtype}: store real and imaginary parts as two "
+                    "parameters, or list the real parameters in `parameters`"
+                )
         tensors = dict(module.named_parameters()) | dict(module.named_buffers())
         self.state = {name: self._cast(tensor.detach()) for name, tensor in tensors.items()}
         self.device = next(iter(self.state.values())).device
@@ -75,19 +79,13 @@ class FunctionalModule:
         return result
 
     def _flatten_outputs(self, outputs: Any, x: Tensor) -> Tensor:
-        kind = type(self.module).__name__
-        if not isinstance(outputs, Tensor):
+        is_tensor = isinstance(outputs, Tensor)
+        has_rows = is_tensor and (len(x) == 1 or (outputs.ndim > 0 and len(outputs) == len(x)))
+        if not (has_rows and outputs.is_floating_point()):
+            kind = f"{outputs.dtype} of shape {tuple(outputs.shape)}" if is_tensor else type(outputs).__name__
             raise UserError(
-                f"{kind} returns a {type(outputs).__name__}, not a tensor (k, …): wrap it in a module that returns one"
-            )
-        if not outputs.is_floating_point():
-            raise UserError(
-                f"{kind} returns {outputs.dtype}, but a tangent kernel needs real, differentiable outputs: wrap it in "
-                "a module that returns them (torch.view_as_real splits complex numbers)"
-            )
-        if len(x) > 1 and (outputs.ndim == 0 or len(outputs) != len(x)):
-            raise UserError(
-                f"{kind} returns shape {tuple(outputs.shape)} for {len(x)} samples: return one row for each sample"
+                f"{type(self.module).__name__} returns {kind} for {len(x)} samples: wrap it in a module that "
+                "returns one real tensor with a row for each sample (torch.view_as_real splits complex numbers)"
             )
         return outputs.reshape(len(x), -1)
 
@@ -137,6 +135,11 @@ def preserve_attributes(module: nn.Module) -> Iterator[None]:
             attributes.update(values)
 
 
+def layer_label(name: str, layer: nn.Module) -> str:
+    """Return the name of a layer for error messages."""
+    return f"{name!r} ({type(layer).__name__})" if name else type(layer).__name__
+
+
 def _check_layer(label: str, layer: nn.Module) -> None:
     if isinstance(layer, torch.jit.ScriptModule):
         raise UserError(f"{label} is compiled by torch.jit: pass the original module")
@@ -156,11 +159,3 @@ def _check_layer(label: str, layer: nn.Module) -> None:
             raise UserError(f"{label} has an uninitialised {name}: call the module on a batch first")
         if tensor.device.type == "meta":
             raise UserError(f"{label} has a {name} without values, on the device 'meta': load its weights first")
-
-
-def _check_parameter(name: str, parameter: Tensor) -> None:
-    if not parameter.is_floating_point():
-        raise UserError(
-            f"parameter {name!r} is {parameter.dtype}, but a tangent kernel needs real parameters: store real and "
-            "imaginary parts separately, or list the other parameters in `parameters`"
-        )

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook
 
 from stepwise_lightning.errors import UserError, reason
-from stepwise_lightning.theory.ntk.functional_module import FunctionalModule
+from stepwise_lightning.theory.ntk.functional_module import FunctionalModule, layer_label
 from stepwise_lightning.theory.ntk.layers import LayerCandidates
 
 # Tolerances for round-off, relative to the largest output: one sample in two batches, and one batch in two calls.
@@ -43,19 +43,35 @@ def check_samples(network: FunctionalModule, candidates: LayerCandidates, sample
         outputs = _forward_recorded(network, candidates, samples, state)
         if changed := [name for name, value in network.state.items() if value._version != versions[name]]:
             raise UserError(f"the forward pass changes the parameters {changed}: freeze them during the call")
-        if _rng_state(network.device) != rng_state:
-            raise UserError(f"{_first_difference(network, samples, samples)} draws random numbers: call eval() first")
         network.mutable_buffers = [
             name for name in buffers if state[name] is not buffers[name] or state[name]._version > 0
         ]
-        repeated = network.forward(samples, state)
-        if not _close(repeated, outputs, _REPEAT_TOLERANCE if network.mutable_buffers else _BATCH_TOLERANCE):
-            raise UserError(_nondeterminism(network, samples))
+        tolerance = _REPEAT_TOLERANCE if network.mutable_buffers else _BATCH_TOLERANCE
+        repeats = _close(network.forward(samples, state), outputs, tolerance)
+        if _rng_state(network.device) != rng_state or not (repeats or network.mutable_buffers):
+            raise UserError(f"{_first_difference(network, samples, samples)} draws random numbers: call eval() first")
+        if not repeats:
+            raise UserError(
+                f"the outputs depend on buffers that each call changes, {network.mutable_buffers}: call eval()"
+            )
         if candidates.layers:
-            # of three samples, the middle one has neighbours on both sides
-            for index in (1,) if len(samples) == 3 else range(len(samples)):
-                _check_independent(network, candidates, samples, index, outputs)
+            _check_independence(network, candidates, samples, outputs)
     return outputs.shape[1]
+
+
+def _check_independence(
+    network: FunctionalModule, candidates: LayerCandidates, samples: Tensor, outputs: Tensor
+) -> None:
+    # of three samples, the middle one has neighbours on both sides
+    for index in (1,) if len(samples) == 3 else range(len(samples)):
+        sample = samples[index : index + 1]
+        with candidates.record_single_sample(index):
+            alone = network(sample)
+        if not _close(alone, outputs[index : index + 1], _BATCH_TOLERANCE):
+            raise UserError(
+                f"{_first_difference(network, samples, sample, index)} mixes samples: a tangent kernel needs a module "
+                "whose output for a sample does not depend on the rest of the batch"
+            )
 
 
 def _forward_recorded(
@@ -73,33 +89,10 @@ def _forward_recorded(
         ) from error
 
 
-def _nondeterminism(network: FunctionalModule, samples: Tensor) -> str:
-    if network.mutable_buffers:
-        return f"outputs depend on the buffers {network.mutable_buffers}, which each forward pass changes: call eval()"
-    return (
-        f"{_first_difference(network, samples, samples)} returns different outputs in two equal calls: remove its "
-        "random numbers"
-    )
-
-
-def _check_independent(
-    network: FunctionalModule, candidates: LayerCandidates, samples: Tensor, index: int, outputs: Tensor
-) -> None:
-    sample = samples[index : index + 1]
-    with candidates.record_single_sample(index):
-        alone = network(sample)
-    if not _close(alone, outputs[index : index + 1], _BATCH_TOLERANCE):
-        raise UserError(
-            f"{_first_difference(network, samples, sample, index)} mixes samples: a tangent kernel needs a module "
-            "whose output for a sample does not depend on the rest of the batch"
-        )
-
-
 def _first_difference(network: FunctionalModule, left: Tensor, right: Tensor, index: int = 0) -> str:
     """Name the first layer with equal inputs and different outputs for sample ``index`` of left and 0 of right."""
-    for (name, *first), (other, *second) in zip(
-        _record_calls(network, left), _record_calls(network, right), strict=False
-    ):
+    calls, other_calls = _record_calls(network, left), _record_calls(network, right)
+    for (name, *first), (other, *second) in zip(calls, other_calls, strict=False):
         pairs = [(a[index : index + 1], b[:1]) for a, b in zip(first, second, strict=True) if a.ndim and b.ndim]
         if name == other and [_close(*pair, _BATCH_TOLERANCE) for pair in pairs] == [True, False]:
             return name
@@ -113,8 +106,7 @@ def _record_calls(network: FunctionalModule, x: Tensor) -> list[tuple[str, Tenso
     def record(layer: nn.Module, args: Any, output: Any) -> None:
         output = output[0] if isinstance(output, tuple) and output else output
         if layer in names and args and isinstance(args[0], Tensor) and isinstance(output, Tensor):
-            name = names[layer]
-            calls.append((f"{name!r} ({type(layer).__name__})" if name else type(layer).__name__, args[0], output))
+            calls.append((layer_label(names[layer], layer), args[0], output))
 
     names = {layer: name for name, layer in network.module.named_modules()}
     with register_module_forward_hook(record):
