@@ -30,9 +30,7 @@ _MAX_SIDE = {"cpu": 512}
 _MIN_SIDE = 16
 # Largest relative excess of a rank's work over the mean.
 _MAX_IMBALANCE = 0.1
-# Row and column slices of a tile.
-_Position = tuple[slice, slice]
-_Tile = tuple[slice, slice, Tensor]
+_Tile = tuple[slice, slice, Tensor]  # rows, columns, values
 
 
 class KernelOperator:
@@ -42,13 +40,7 @@ class KernelOperator:
 
     P ranks share the work. Each computes 1/P of the tiles (16 n² / P bytes) and holds the rows of 1/P of the pairs,
     both views of each. A product gathers all rows from the ranks and reduces the result to each rank's rows.
-
-    Args:
-        kernel: callable of (k, …) and (l, …) points, returns (k, l).
-        points: first views, then second views, (2n, …).
-        max_bytes: memory for kernel values on each rank.
-        progress: show a progress bar on rank 0.
-
+    ``max_bytes`` limits the memory for kernel values on each rank. ``points`` are the first, then the second views.
     """
 
     def __init__(
@@ -126,7 +118,7 @@ class KernelOperator:
             number = max(number, min(balanced, -(-self.size // _MIN_SIDE)))
         return -(-self.size // number)
 
-    def _local_positions(self, side: int) -> tuple[list[_Position], int]:
+    def _local_positions(self, side: int) -> tuple[list[tuple[slice, slice]], int]:
         """Return the positions of this rank's tiles, and the number of values of the rank with the most."""
         slices = [slice(i, min(i + side, self.size)) for i in range(0, self.size, side)]
         positions = [(rows, columns) for i, rows in enumerate(slices) for columns in slices[i:]]
@@ -139,7 +131,7 @@ class KernelOperator:
         return local, max(loads)
 
     def _stored_tiles(self) -> list[_Tile]:
-        # Clone, because a kernel may return a view of a larger tensor.
+        # A kernel may return a view of a larger tensor.
         return [(rows, columns, tile.clone()) for rows, columns, tile in self._computed_tiles()]
 
     def _computed_tiles(self) -> Iterator[_Tile]:
@@ -149,7 +141,7 @@ class KernelOperator:
             x = self.points[rows]
             y = x if rows == columns else self.points[columns]
             tile = as_float64(self.kernel(x, y).detach(), "the kernel").to(self.points.device)
-            # The sum is faster to check than every value, and NaN or infinite if one of them is.
+            # One NaN or infinite value makes the sum not finite, which is faster to check.
             if not tile.sum().isfinite():
                 raise UserError("the kernel returned NaN or infinite values: rescale the inputs or its length scale")
             yield rows, columns, tile
@@ -179,7 +171,7 @@ class KernelOperator:
 
 
 def top_eigenpairs(operator: KernelOperator, count: int, tolerance: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the ``count`` largest eigenvalues, K̃-orthonormal eigenvectors (2n, count) and residuals, or all of A's."""
+    """Return the top ``count`` eigenvalues of A or all, K̃-orthonormal eigenvectors (2n, count), and residuals."""
     if operator.tiles is not None and operator.size <= 2 * _DENSE:
         eigenvalues, vectors, residuals = _dense(operator, count)
     else:

@@ -26,8 +26,6 @@ from stepwise_lightning.losses import loss_settings
 from stepwise_lightning.precision import as_float64
 from stepwise_lightning.theory.moments import FeatureMoments
 
-__all__ = ["growth_matrix", "heavy_ball_growth"]
-
 
 def growth_matrix(loss: str, h1: Tensor, h2: Tensor, dim: int, bias_norm: float = 1.0, **settings: Any) -> Tensor:
     r"""Return H of dW/dt = A W H, the gradient flow of a last linear layer z = W h + b while W is small.

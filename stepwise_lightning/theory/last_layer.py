@@ -28,8 +28,6 @@ from stepwise_lightning.theory.growth import check_momentum, growth_matrix
 from stepwise_lightning.theory.layer_gradients import layer_gradient
 from stepwise_lightning.theory.moments import FeatureMoments, validated_features
 
-__all__ = ["LastLayer", "LayerTrajectory"]
-
 
 @dataclass(frozen=True)
 class LayerTrajectory:
@@ -63,12 +61,11 @@ class LastLayer:
         weight: initial W, (d, m).
         bias: initial b, (d,), or None for a layer without bias.
         num_components: number of directions on which wide features are projected, at least 2d: half are leading
-            eigenvectors of the growth matrix, half leading principal components (not centred). Exact if the rank of the
-            features is not larger. On 2048 features of an untrained ResNet-50, 64 directions change the first five
-            steps of Barlow Twins by less than 0.1 %, and λ_1 to λ_3 of VICReg by at most 16 % over 1200 steps; with 64
-            principal components alone, the second and third step of Barlow Twins are 9 and 16 % late, and the final λ_2
-            of VICReg is seven times too small. For SimCLR only the first step is accurate (0.3 %). To check another
-            case, double the number. None: no projection.
+            eigenvectors of the growth matrix, half leading principal components (not centred); None for no projection.
+            Exact if the rank of the features is not larger. On 2048 features of an untrained ResNet-50, 64 directions
+            change the first five steps of Barlow Twins by less than 0.1 % (64 principal components alone: the third
+            by 16 %), and λ_1 to λ_3 of VICReg by at most 16 % over 1200 steps (alone: λ_2 by a factor of seven). For
+            SimCLR only the first step is accurate (0.3 %). To check another case, double the number.
         in_turn: use one batch per step, cyclically, also for Barlow Twins and VICReg.
         settings: arguments of the loss, with the loss's defaults.
 
@@ -107,9 +104,10 @@ class LastLayer:
         self._basis, self.variance_left_out, self.rate_left_out = None, 0.0, 0.0
         if num_components is not None:
             growth = growth_matrix(loss, h1, h2, len(weight), **self.settings)
-            self._basis, self.rate_left_out = _components(growth, h1, h2, num_components)
-            if (total := _variance(h1, h2)) > 0:
-                self.variance_left_out = max(1 - _variance(h1 @ self._basis, h2 @ self._basis) / total, 0.0)
+            h = torch.cat([h1.flatten(0, 1), h2.flatten(0, 1)])
+            self._basis, self.rate_left_out = _components(growth, h, num_components)
+            total, kept = (float(x.var(0, correction=0).sum()) for x in (h, h @ self._basis))
+            self.variance_left_out = max(1 - kept / total, 0.0) if total > 0 else 0.0
         self._weight0 = self._joined(weight, bias)
         if not self._weight0.isfinite().all():
             raise UserError("weight and bias must be finite, got NaN or infinite values: check the checkpoint")
@@ -194,14 +192,17 @@ class LastLayer:
         """Return the eigenvalues for each of K weights on features (n, m), (K, d)."""
         if not weights:
             return self._weight0.new_zeros(0, len(self._weight0))
+        w = torch.stack(weights)
         if self.loss == "simclr":
             h = torch.cat([h1, h2])
-            matrices = torch.stack([_covariance(tangent_coordinates(h @ w.T)) for w in weights])
-        elif self.loss == "vicreg":
-            matrices = _products(weights, FeatureMoments.of(h1, h2).pooled)
+            matrices = torch.stack([_covariance(tangent_coordinates(h @ each.T)) for each in w])
         else:
-            centered = self.settings["center"] or self.settings["normalize"]
-            matrices = _products(weights, FeatureMoments.of(h1, h2).gamma(centered))
+            moments = FeatureMoments.of(h1, h2)
+            if self.loss == "vicreg":
+                features = moments.pooled
+            else:
+                features = moments.gamma(self.settings["center"] or self.settings["normalize"])
+            matrices = w @ features @ w.mT
         finite = matrices.isfinite().all(2).all(1)  # squares of finite weights may overflow
         eigenvalues = torch.linalg.eigvalsh(torch.where(finite[:, None, None], matrices, 0.0)).flip(1)
         return torch.where(finite[:, None], eigenvalues, math.inf)
@@ -227,9 +228,8 @@ def _validated_schedule(
     return rates.tolist(), steps
 
 
-def _components(growth: Tensor, h1: Tensor, h2: Tensor, count: int) -> tuple[Tensor, float]:
+def _components(growth: Tensor, h: Tensor, count: int) -> tuple[Tensor, float]:
     """Return an orthonormal basis (m, count) of leading directions, see :class:`LastLayer`, and ``rate_left_out``."""
-    h = _stacked(h1, h2)
     moments, principal = torch.linalg.eigh(h.T @ h)
     if int((moments > 1e-12 * moments[-1]).sum()) <= count:
         return principal.flip(1)[:, :count].contiguous(), 0.0
@@ -240,19 +240,6 @@ def _components(growth: Tensor, h1: Tensor, h2: Tensor, count: int) -> tuple[Ten
     return torch.linalg.qr(torch.cat(parts, 1)).Q, float(rates[num_fast] / rates[0]) if num_fast else 0.0
 
 
-def _variance(h1: Tensor, h2: Tensor) -> float:
-    return float(_stacked(h1, h2).var(0, correction=0).sum())
-
-
-def _stacked(h1: Tensor, h2: Tensor) -> Tensor:
-    return torch.cat([h1.flatten(0, -2), h2.flatten(0, -2)])
-
-
 def _covariance(z: Tensor) -> Tensor:
     z = z - z.mean(0)
     return z.T @ z / len(z)
-
-
-def _products(weights: list[Tensor], features: Tensor) -> Tensor:
-    stacked = torch.stack(weights)
-    return stacked @ features @ stacked.mT

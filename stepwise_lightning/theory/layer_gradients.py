@@ -3,7 +3,7 @@ r"""Gradients of the three losses with respect to the weights W of a last linear
 ============================  ===========================================================================
 loss                          gradient
 ============================  ===========================================================================
-Barlow Twins                  2 G W Γ, G = 2(C − I) on the diagonal, 2κC off it (κ its weight)
+Barlow Twins                  2 G W Γ
 … normalised                  N W Xᵀ + Nᵀ W X − diag(s_1² (G∘C)1) W S_1 − diag(s_2² (G∘C)ᵀ1) W S_2
 VICReg                        (2λ/d) W D + Σ_v [(4ν/d) off(C_v) − diag(μ 1[σ_v < 1] / 2dσ_v)] W Σ_v
 SimCLR                        Σ_i (du_i − u_i u_i·du_i)/‖z_i‖ h_iᵀ, du = (E + Eᵀ) u / 2nτ
@@ -34,8 +34,6 @@ from torch import Tensor
 
 from stepwise_lightning.theory.moments import FeatureMoments
 
-__all__ = ["Gradient", "layer_gradient"]
-
 # Maps the weights and the index of the step to the gradient.
 Gradient = Callable[[Tensor, int], Tensor]
 
@@ -45,8 +43,8 @@ def layer_gradient(loss: str, h1: Tensor, h2: Tensor, dim: int, settings: Mappin
 
     Args:
         loss: ``barlow_twins``, ``vicreg`` or ``simclr``.
-        h1: features of the first views, float64, (batches, n, m). Barlow Twins and VICReg use the mean
-            moments of the batches; SimCLR uses one batch per step, cyclically.
+        h1: features of the first views, float64, (batches, n, m). Barlow Twins and VICReg use the mean moments
+            of the batches; SimCLR uses one batch per step, cyclically.
         h2: features of the second views.
         dim: d.
         settings: all arguments of the loss.
@@ -57,7 +55,8 @@ def layer_gradient(loss: str, h1: Tensor, h2: Tensor, dim: int, settings: Mappin
     moments = FeatureMoments.of(h1, h2)
     if loss == "vicreg":
         return _vicreg(moments, dim, **settings)
-    return (_normalized_barlow_twins if settings["normalize"] else _barlow_twins)(moments, **settings)
+    barlow_twins = _normalized_barlow_twins if settings["normalize"] else _barlow_twins
+    return barlow_twins(moments, **settings)
 
 
 def _barlow_twins(moments: FeatureMoments, off_diagonal_weight: float, center: bool, **_: Any) -> Gradient:

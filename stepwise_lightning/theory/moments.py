@@ -16,8 +16,6 @@ from torch import Tensor
 from stepwise_lightning.errors import UserError
 from stepwise_lightning.precision import as_float64
 
-__all__ = ["FeatureMoments", "validated_features", "feature_cross_correlation"]
-
 
 def feature_cross_correlation(x1: Tensor, x2: Tensor) -> Tensor:
     """Return Γ = (1/2n) Σ_i (x_i x'_iᵀ + x'_i x_iᵀ), the features' cross-correlation between two views.

@@ -19,8 +19,6 @@ from torch import Tensor
 from stepwise_lightning.precision import as_float64
 from stepwise_lightning.theory.growth import check_momentum, heavy_ball_growth
 
-__all__ = ["StabilityLimits", "diverging_fraction", "stability_limits"]
-
 
 class StabilityLimits(NamedTuple):
     """Limits of x = 4ηγ_1 for analytical Barlow Twins; see :func:`stability_limits`."""
