@@ -227,5 +227,5 @@ def test_claims_and_report(scale, tmp_path, capsys):
         kept = finished_claims(path.parent, identity)
         assert kept is None or print_verdict(path.parent, kept) in (0, 1)
         outcomes.add(("claims.json cannot be read" in page, kept is None))
-        assert re.fullmatch(r"(warning: [^\n]*; the figure is made again\n)?", capsys.readouterr().err)
+        assert re.fullmatch(r"(warning: [^\n]*; computing the figure again\n)?", capsys.readouterr().err)
     assert {(True, True), (False, False)} <= outcomes

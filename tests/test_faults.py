@@ -83,7 +83,7 @@ def test_training_on_what_is_not_finite_stops_and_says_so(value):
     x = torch.randn(16, 6)
     x[10] = value
     with pytest.raises(
-        FloatingPointError, match="the loss at step 2 is nan; the batch holds values that are not finite"
+        FloatingPointError, match="the loss at step 2 is nan; the batch contains values that are not finite"
     ):
         fit(x, torch.randn(16, 6), LinearEncoder(6, 2))
 

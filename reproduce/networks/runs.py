@@ -36,7 +36,7 @@ from stepwise_lightning.forecasts.sgd import SGDSettings, last_features, last_la
 from stepwise_lightning.forecasts.simulate import NUM_PAIRS, forecast_of_features, unseen_batches
 from stepwise_lightning.modules import JointEmbedding
 from stepwise_lightning.plots import Panel
-from stepwise_lightning.runs.saved import configuration_of, configured_encoder, saved_checkpoint
+from stepwise_lightning.runs.saved import configuration_of, configured_encoder, load_weights
 from stepwise_lightning.spectrum import Rises, Steps, detect_rises
 
 
@@ -112,8 +112,7 @@ class Run(TrainingRun):
         if trained or step:
             path = self.weights / f"step={step}.ckpt" if step else self.checkpoint
             with self._readable("the checkpoint"):
-                state = saved_checkpoint(path)["state_dict"]
-                encoder.load_state_dict({key.removeprefix("encoder."): value for key, value in state.items()})
+                load_weights(encoder, path)
         return encoder
 
     def saved_steps(self) -> list[int]:

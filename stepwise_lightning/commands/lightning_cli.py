@@ -214,12 +214,10 @@ def _check_checkpoint(path: str, model: Any) -> None:
     """Refuse to resume with other settings of the model: the optimiser's would come from the checkpoint.
 
     Raises:
-        ValueError: the checkpoint cannot be read, is of version 0.1, or has other settings.
+        ValueError: the checkpoint cannot be read, or has other settings.
 
     """
     checkpoint = saved_checkpoint(path)
-    if "clock" in (checkpoint.get("callbacks", {}).get("SpectrumLogger") or {}):
-        raise UserError(f"{path} is of version 0.1, whose runs cannot be resumed: finish the run with version 0.1")
     settings = getattr(model, "init_args", None)  # absent for a class without arguments
     configured = {} if settings is None else settings.as_dict()
     trained = checkpoint.get("hyper_parameters")

@@ -10,6 +10,7 @@ from typing import Any
 import lightning as L
 import yaml
 
+from stepwise_lightning.acceleration import AcceleratedBarlowTwins
 from stepwise_lightning.callbacks.online_evaluation import OnlineKNN, OnlineLinearProbe
 from stepwise_lightning.callbacks.spectrum_logger import SpectrumLogger
 from stepwise_lightning.commands import COMMANDS
@@ -25,6 +26,7 @@ _MODEL, _ENCODER, _DATA = "model", "model.encoder", "data"
 _PLACES: list[tuple[str, str, type, tuple[Any, ...]]] = [  # heading, option, class, others that document its arguments
     ("Every model", _MODEL, JointEmbedding, ()),
     ("--model BarlowTwins", _MODEL, BarlowTwins, (barlow_twins_loss,)),
+    ("--model AcceleratedBarlowTwins", _MODEL, AcceleratedBarlowTwins, ()),
     ("--model VICReg", _MODEL, VICReg, (vicreg_loss,)),
     ("--model SimCLR", _MODEL, SimCLR, (simclr_loss,)),
     ("--model.encoder stepwise_lightning.Encoder", _ENCODER, Encoder, (ResNet, Projector)),
@@ -99,7 +101,8 @@ def _arguments(option: str, cls: type, described_by: tuple[Any, ...]) -> str:
     lines, every = [], signature(JointEmbedding).parameters
     for name, parameter in signature(cls).parameters.items():
         of_every_model = cls is not JointEmbedding and issubclass(cls, JointEmbedding) and name in every
-        if parameter.kind is Parameter.VAR_KEYWORD or name == "encoder" or of_every_model:
+        unused = cls is BarlowTwins and name == "acceleration"  # kept for configurations of earlier versions
+        if parameter.kind is Parameter.VAR_KEYWORD or name == "encoder" or of_every_model or unused:
             continue
         text = re.sub(r":\w+:`(?:.*\.)?(\w+)`", r"\1", texts.get(name, "")).replace("``", "")
         lines.append(_line(f"{option}.{name}", f"{text.removesuffix('.')} ({_shown(parameter)})"))

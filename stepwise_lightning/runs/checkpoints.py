@@ -94,7 +94,7 @@ class LastCheckpoint(Checkpoint):
         every_n_train_steps: interval between checkpoints; a kill without warning loses at most this many steps.
 
     Raises:
-        ValueError: ``every_n_train_steps`` is below 1; the checkpoint to resume is of version 0.1.
+        ValueError: ``every_n_train_steps`` is below 1.
         OSError: the folder cannot be created, or the file cannot be written.
 
     """

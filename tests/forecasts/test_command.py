@@ -6,13 +6,13 @@ from pathlib import Path
 import pytest
 from tiny_runs import changed, refusal, stepwise, write_images
 
-FOUND_NOWHERE = "no checkpoint in runs/lightning_logs yet: train first, or leave --ckpt_path out"
+NO_CHECKPOINT = "no checkpoint in runs/lightning_logs yet: train first, or leave --ckpt_path out"
 MISTAKES = {
     "another model": ({"model.class_path": "lightning.pytorch.demos.boring_classes.BoringModel", "model.init_args": {}},
-                      [], "a forecast understands BarlowTwins, VICReg and SimCLR, not BoringModel"),
+                      [], "the model must be BarlowTwins, VICReg or SimCLR, got BoringModel"),
     "no data": ({"data": None}, [], "data is missing"),
     "no end": ({"trainer.max_steps": -1}, [], "set trainer.max_steps"),
-    "no run": ({}, ["--ckpt_path=last"], FOUND_NOWHERE),
+    "no run": ({}, ["--ckpt_path=last"], NO_CHECKPOINT),
     "no checkpoint": ({}, ["--ckpt_path=nowhere.ckpt"], "nowhere.ckpt"),
 }  # fmt: skip
 
