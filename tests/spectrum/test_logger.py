@@ -1,4 +1,4 @@
-"""The spectrum logger on models that are not ours, with batch normalisation, and in TensorBoard."""
+"""SpectrumLogger on a supervised classifier: record, files, TensorBoard, and activation capture."""
 
 import csv
 
@@ -20,7 +20,7 @@ from stepwise_lightning.spectrum import MATRICES, embedding_eigenvalues
 
 
 class Classifier(L.LightningModule):
-    """A plain supervised model with batch normalisation and dropout, as anybody might write it."""
+    """Supervised model with batch normalisation and dropout."""
 
     def __init__(self):
         super().__init__()
@@ -59,28 +59,28 @@ def run(tmp_path_factory):
     return spectra, module, logger
 
 
-def test_attached_in_one_line_to_a_supervised_classifier(run):
+def test_supervised_classifier_is_measured_without_changes(run):
     spectra, module, _ = run
     expected = {name + matrix for name in ("", "features.", "features.0.") for matrix in ("covariance",)}
     expected |= {name.replace("covariance", "normalized_covariance") for name in expected}
-    assert set(spectra.record.matrices) == expected  # no cross-correlation: the second item of a batch is no view
+    assert set(spectra.record.matrices) == expected  # no cross-correlation: the batch has one view
     assert spectra.record.eigenvalues("features.covariance").shape == (len(spectra.record), 6)
     assert spectra.record.eigenvalues("covariance").shape == (len(spectra.record), 3)
 
 
-def test_training_is_bit_identical_with_and_without_it(run, tmp_path):
+def test_training_is_bit_identical_without_the_callback(run, tmp_path):
     plain, _ = fit(tmp_path, [])
     for ours, theirs in zip(run[1].state_dict().values(), plain.state_dict().values(), strict=True):
         assert torch.equal(ours, theirs)
 
 
-def test_tensorboard_has_one_chart_a_matrix_and_the_figure(run):
+def test_tensorboard_has_charts_per_matrix_and_the_figure(run):
     spectra, _, logger = run
     events = EventAccumulator(logger.log_dir, size_guidance={"tensors": 0, "images": 0}).Reload()
     layout = events.Tensors("custom_scalars__config__")[0].tensor_proto.string_val[0]
-    assert (
-        b"^features/covariance/eig_[0-9]+$" in layout and b"driven" not in layout
-    )  # nobody knows what this loss drives
+    assert b"^features/covariance/eig_[0-9]+$" in layout
+    assert b"driven" not in layout  # the driven matrix of this loss is unknown
+    assert spectra.picture == spectra.directory / "trajectories.png" and spectra.picture.exists()
     images = events.Images("At a glance/trajectories")
     assert images[-1].step == spectra.record.steps[-1] and images[-1].width > 500
     for measure in ("num_grown", "effective_rank", "participation_ratio", "alpha_req", "rankme"):
@@ -88,26 +88,25 @@ def test_tensorboard_has_one_chart_a_matrix_and_the_figure(run):
 
 
 @pytest.mark.parametrize("module", [BarlowTwins, VICReg, SimCLR])
-def test_what_a_loss_drives_comes_first_and_is_marked(module):
-    lead = PrimaryMatrix.of(module(nn.Linear(2, 2), 0.1), list(MATRICES))
-    assert lead.matrix == module.driven_matrix == LOSS_SETTINGS[module.loss_name].matrix
-    charts = list(layout(MATRICES, lead, "spectrum", 2).items())
+def test_driven_matrix_comes_first(module):
+    primary = PrimaryMatrix.of(module(nn.Linear(2, 2), 0.1), list(MATRICES))
+    assert primary.matrix == module.driven_matrix == LOSS_SETTINGS[module.loss_name].matrix
+    charts = list(layout(MATRICES, primary, "spectrum", 2).items())
     assert charts[0][0] == "At a glance" and list(charts[0][1])[-1].endswith(f", driven by {module.__name__}")
-    assert list(charts[1][1]) == ["mode 0", "mode 1"]  # each of them one line a run
-    # Where it is not measured, nothing is said to be driven.
+    assert list(charts[1][1]) == ["mode 0", "mode 1"]
     assert PrimaryMatrix.of(module(nn.Linear(2, 2), 0.1), ["encoder.covariance"]) == PrimaryMatrix("encoder.covariance")
 
 
-def test_scalars_of_a_submodule_are_its_first_sixteen_and_the_record_has_all():
+def test_submodules_have_sixteen_scalars_and_all_rows():
     record = SpectrumRecord.of(torch.arange(2.0), torch.ones(2, 40), matrix="encoder.covariance")
     tags = [tag for tag in measured_scalars(record, -1, "encoder.covariance") if "eig" in tag]
     assert tags == [f"encoder/covariance/eig_{mode:03d}" for mode in range(16)]
     assert len(rows(record, -1)) == 40
 
 
-def test_growth_is_written_when_it_happens(tmp_path):
+def test_growth_of_a_mode_is_written_at_its_step(tmp_path):
     class Growing(Classifier):
-        """Its output grows a thousandfold, one direction after the other."""
+        """The output of one direction grows a thousandfold."""
 
         def forward(self, x):
             step = self.global_step if self._trainer else 0
@@ -129,7 +128,7 @@ def test_growth_is_written_when_it_happens(tmp_path):
     assert spectra.record.measure("num_grown", "covariance")[[0, -1]].tolist() == [0, 1]
 
 
-def test_npz_has_every_eigenvalue_and_scalars_are_capped(tmp_path):
+def test_num_scalars_limits_the_csv_but_not_the_npz(tmp_path):
     spectra = SpectrumLogger(watch=["features"], num_points=5, num_scalars=2)
     fit(tmp_path, [spectra])
     with np.load(spectra.directory / "spectrum.npz") as saved:
@@ -140,9 +139,9 @@ def test_npz_has_every_eigenvalue_and_scalars_are_capped(tmp_path):
     assert modes == {"0", "1"}
 
 
-def test_capture_uses_the_batch_s_statistics_and_leaves_no_trace():
+def test_capture_uses_batch_statistics_and_restores_the_state():
     module = Classifier().train()
-    module.head.eval()  # a mixed state, to be restored
+    module.head.eval()  # a mixed mode, to be restored
     before = {name: value.clone() for name, value in module.state_dict().items()}
     modes, state = [part.training for part in module.modules()], torch.get_rng_state()
     x = torch.randn(32, 8, generator=torch.Generator().manual_seed(1))
@@ -156,14 +155,14 @@ def test_capture_uses_the_batch_s_statistics_and_leaves_no_trace():
     assert all(part.track_running_stats for part in module.modules() if isinstance(part, nn.BatchNorm1d))
 
 
-def test_what_was_captured_is_not_overwritten_further_on():
+def test_captured_activations_are_not_overwritten_in_place():
     net = nn.Sequential(nn.Linear(4, 3), nn.ReLU(inplace=True))
     x = torch.randn(5, 4, generator=torch.Generator().manual_seed(0))
     captured = capture(net, [x], ["0"])["0"][0]
     assert captured.min() < 0 and torch.equal(captured, net[0](x))
 
 
-def test_batch_statistics_restores_after_an_error():
+def test_batch_statistics_restores_modes_after_an_error():
     module = Classifier()
     with pytest.raises(RuntimeError), batch_statistics(module):
         assert not module.features[3].training and module.features[1].training
@@ -171,7 +170,7 @@ def test_batch_statistics_restores_after_an_error():
     assert all(part.training for part in module.modules())
 
 
-def test_a_probe_of_ones_own(tmp_path):
+def test_probe_tensor_is_measured(tmp_path):
     probe = torch.randn(20, 8, generator=torch.Generator().manual_seed(5))
     spectra = SpectrumLogger(probe=probe, num_points=3)
     module, _ = fit(tmp_path, [spectra])
@@ -179,17 +178,14 @@ def test_a_probe_of_ones_own(tmp_path):
     torch.testing.assert_close(spectra.record.eigenvalues("covariance")[-1], expected)
 
 
-def test_unknown_names_are_answered_with_those_that_exist(tmp_path):
+def test_invalid_settings_raise_and_list_the_valid_ones(tmp_path):
     with pytest.raises(ValueError, match="no submodule 'featurs' to watch; did you mean one of: features"):
         fit(tmp_path, [SpectrumLogger(watch=["featurs"])])
     for arguments, message in (
-        ({"num_points": 1}, "at least 2"), ({"probe": "val"}, "'auto', 'batch'"), ({"matrices": ["gram"]}, "unknown"),
-    ):  # fmt: skip
+        ({"num_points": 1}, "num_points must be at least 2, got 1"),
+        ({"num_scalars": -1}, "num_scalars must be at least 0, got -1"),
+        ({"probe": "val"}, "'auto', 'batch'"),
+        ({"matrices": ["gram"]}, "unknown"),
+    ):
         with pytest.raises(ValueError, match=message):
             SpectrumLogger(**arguments)
-
-
-def test_numbers_out_of_range_are_refused_by_name():
-    for name, value in (("num_points", 1), ("num_scalars", -1)):
-        with pytest.raises(ValueError, match=f"{name} must be at least [02], got {value}"):
-            SpectrumLogger(**{name: value})

@@ -1,4 +1,4 @@
-"""Eigenvalues against exact spectra and brute force; rank measures against their definitions."""
+"""Eigenvalues of known spectra and against brute force; rank measures against their definitions."""
 
 import math
 
@@ -27,7 +27,7 @@ def normal(n, d, seed=0):
 
 
 @pytest.mark.parametrize(("n", "d"), [(200, 10), (30, 80)])
-def test_eigenvalues_down_to_1e_12_of_the_largest(n, d):
+def test_eigenvalues_are_accurate_to_1e_12_of_the_largest(n, d):
     rank = min(n, d)
     exact = torch.logspace(2, -10, rank, dtype=torch.float64)
     z = n**0.5 * (orthonormal(n, rank, 0) * exact.sqrt()) @ orthonormal(d, rank, 1).T
@@ -40,7 +40,7 @@ def test_eigenvalues_down_to_1e_12_of_the_largest(n, d):
 
 @pytest.mark.parametrize("center", [True, False])
 @pytest.mark.parametrize(("n", "d"), [(50, 7), (6, 40)])
-def test_eigenvalues_against_their_definition(n, d, center):
+def test_eigenvalues_match_their_definition(n, d, center):
     z1, z2 = normal(n, d, 0) + 1, normal(n, d, 1) + 2
     a, b = (z1 - z1.mean(0), z2 - z2.mean(0)) if center else (z1, z2)
     covariance = sum(torch.outer(row, row) for row in a) / n
@@ -49,7 +49,7 @@ def test_eigenvalues_against_their_definition(n, d, center):
     torch.testing.assert_close(cross_correlation_eigenvalues(z1, z2, center), torch.linalg.eigvalsh(c).flip(0))
 
 
-def test_float32_embeddings_are_cast_before_the_covariance():
+def test_float32_embeddings_are_cast_to_float64_first():
     exact = torch.tensor([1.0, 1e-10], dtype=torch.float64)
     z = (orthonormal(64, 2, 0) * exact.sqrt() * 8).float()  # a float32 covariance would lose 1e-10
     torch.testing.assert_close(embedding_eigenvalues(z, center=False), exact, rtol=1e-3, atol=0)
@@ -74,7 +74,7 @@ def test_alpha_req_recovers_a_power_law_and_ignores_round_off():
     assert math.isnan(float(alpha_req(torch.tensor([1.0, 0, 0]))))
 
 
-def test_rankme_uses_singular_values_as_its_paper_does():
+def test_rankme_matches_its_definition():
     z = normal(40, 6) @ torch.diag(torch.tensor([1.0, 1, 1, 0.1, 0.1, 0]).double())
     sigma = np.linalg.svd(z.numpy(), compute_uv=False)
     p = sigma / sigma.sum() + 1e-7
@@ -82,7 +82,7 @@ def test_rankme_uses_singular_values_as_its_paper_does():
     assert float(rankme(torch.eye(5))) == pytest.approx(5, abs=1e-5)
 
 
-def test_a_collapsed_embedding_has_rank_zero():
+def test_collapsed_embedding_has_rank_zero():
     z = torch.ones(20, 4)
     eigenvalues = embedding_eigenvalues(z)
     assert float(effective_rank(eigenvalues)) == float(participation_ratio(eigenvalues)) == 0
@@ -99,15 +99,15 @@ def test_a_collapsed_embedding_has_rank_zero():
         (lambda: cross_correlation_eigenvalues(torch.ones(3, 2), torch.ones(3, 4)), r"\(3, 2\) and \(3, 4\)"),
     ],
 )
-def test_bad_input_is_refused_in_one_line(call, message):
-    with pytest.raises(ValueError, match=message) as refusal:
+def test_invalid_input_raises_one_line(call, message):
+    with pytest.raises(ValueError, match=message) as error:
         call()
-    assert "\n" not in str(refusal.value)
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("modes", [1, 2, 4])
-def test_embeddings_that_spread_into_k_directions_have_k_modes_in_the_tangent_covariance(modes):
-    # One point and k directions orthogonal to it, far enough that the sphere's curvature is seen.
+def test_tangent_covariance_has_one_mode_per_direction(modes):
+    # One point and k directions orthogonal to it, far enough for the curvature of the sphere to matter.
     rng = np.random.default_rng(modes)
     basis = np.linalg.qr(rng.standard_normal((7, modes + 1)))[0]
     z = basis[:, 0] + rng.standard_normal((200, modes)) * rng.uniform(0.5, 2, modes) @ basis[:, 1:].T

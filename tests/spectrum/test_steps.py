@@ -1,4 +1,4 @@
-"""The step detector, the count of a run that goes on, and crossing times, on trajectories known in closed form."""
+"""Steps, rises, grown modes and crossing times of trajectories known in closed form."""
 
 import math
 
@@ -13,10 +13,10 @@ def sigmoid_modes(rates, delay=14.0, duration=8.0, samples=600):
     return times, torch.sigmoid(torch.tensor(rates, dtype=torch.float64) * times[:, None] * 2 - delay)
 
 
-def test_detector_on_separate_modes():
+def test_steps_of_separate_modes_match_the_logistic_curve():
     rates = [8.0, 4.0, 2.0]
     times, eigenvalues = sigmoid_modes(rates, duration=10)
-    steps = detect_steps(times, eigenvalues[:, [1, 0, 2]])  # the order of the columns does not matter
+    steps = detect_steps(times, eigenvalues[:, [1, 0, 2]])  # in any order of the columns
     odds = math.log(0.1 / 0.9)
     expected = torch.tensor([(14 + odds) / (2 * r) for r in rates], dtype=torch.float64)
     torch.testing.assert_close(steps.step_times, expected, rtol=2e-3, atol=0)
@@ -28,12 +28,12 @@ def test_detector_on_separate_modes():
     assert steps.threshold == pytest.approx(0.1, rel=1e-6)
 
 
-def test_detector_merges_modes_that_rise_together():
+def test_modes_that_rise_together_are_one_distinct_step():
     times, eigenvalues = sigmoid_modes([4.0, 3.9, 2.0])
     assert detect_steps(times, eigenvalues).num_distinct == 2
 
 
-def test_modes_that_start_high_or_never_rise_are_no_steps():
+def test_modes_that_start_large_or_never_rise_have_no_step():
     times, rising = sigmoid_modes([4.0])
     high = torch.linspace(0.05, 1, len(times)).double()[:, None]
     never = torch.full_like(high, -1e-9)
@@ -44,7 +44,7 @@ def test_modes_that_start_high_or_never_rise_are_no_steps():
     assert detect_steps(times, torch.zeros(len(times), 3)).num_learned.sum() == 0
 
 
-def test_a_spike_of_one_sample_is_not_a_step():
+def test_spike_of_one_sample_is_no_step():
     times, eigenvalues = sigmoid_modes([2.0])
     spiked = eigenvalues.clone()
     spiked[100] = 1.0
@@ -59,14 +59,14 @@ def test_crossing_times_interpolate_the_log_odds():
     assert torch.isnan(crossed[2:]).all()
 
 
-def test_modes_have_grown_tenfold_and_to_a_tenth_of_the_largest():
+def test_num_grown_requires_tenfold_growth_and_a_tenth_of_the_largest():
     start = torch.tensor([1.0, 1e-3, 1e-3, 1e-6])
     assert num_grown(start, start) == 0
     assert num_grown(start, torch.tensor([2.0, 0.3, 0.1, 1e-3])) == 1  # large; grown; too small; too small
     assert num_grown(start, torch.tensor([11.0, 1.2, 0.3, 0.2])) == 2
 
 
-def test_modes_have_crossed_above_one_half():
+def test_num_crossed_counts_eigenvalues_above_the_level():
     assert num_crossed(torch.tensor([[0.9, 0.5, 0.1], [1.0, 0.6, 0.51]])).tolist() == [1, 3]
 
 
@@ -79,13 +79,13 @@ def test_modes_have_crossed_above_one_half():
         (lambda: crossing_times(torch.arange(4), torch.ones(4, 2), level=2), "between 0 and 1"),
     ],
 )
-def test_bad_input_is_refused_in_one_line(call, message):
-    with pytest.raises(ValueError, match=message) as refusal:
+def test_invalid_input_raises_one_line(call, message):
+    with pytest.raises(ValueError, match=message) as error:
         call()
-    assert "\n" not in str(refusal.value)
+    assert "\n" not in str(error.value)
 
 
-def test_rises_of_separate_modes_have_the_times_and_widths_of_the_logistic_curve():
+def test_rises_of_separate_modes_match_the_logistic_curve():
     rates = [8.0, 4.0, 2.0]
     times, eigenvalues = sigmoid_modes(rates, duration=12, samples=4000)
     rises = detect_rises(times, eigenvalues[:, [2, 0, 1]])
@@ -97,9 +97,9 @@ def test_rises_of_separate_modes_have_the_times_and_widths_of_the_logistic_curve
     assert rises.separation == pytest.approx(float(sum(separations)) / 2, rel=0.01)
 
 
-def test_modes_that_rise_together_are_not_apart_however_they_start():
+def test_modes_that_rise_together_are_not_apart_from_any_start():
     times, together = sigmoid_modes([4.0, 3.5, 3.0])
-    for start in (0.0, 0.3):  # of which the second would leave the detector of steps nothing
+    for start in (0.0, 0.3):  # detect_steps finds nothing from 0.3
         values = start + (1 - start) * together
         assert detect_rises(times, values)[2:4] == (3, 1)
     _, apart = sigmoid_modes([8.0, 4.0, 2.0])
@@ -107,7 +107,7 @@ def test_modes_that_rise_together_are_not_apart_however_they_start():
     assert detect_steps(times, 0.3 + 0.7 * apart).num_distinct == 0
 
 
-def test_modes_that_first_decay_are_judged_from_their_lowest_point():
+def test_rise_starts_at_the_minimum_of_a_mode():
     times, rising = sigmoid_modes([8.0, 4.0], delay=30.0)
     decaying = 0.6 * torch.exp(-8 * times)[:, None]
     plain, after_decay = detect_rises(times, rising), detect_rises(times, rising + decaying)
@@ -115,7 +115,7 @@ def test_modes_that_first_decay_are_judged_from_their_lowest_point():
     torch.testing.assert_close(after_decay.times, plain.times, rtol=1e-3, atol=0)
 
 
-def test_a_mode_that_ends_low_or_never_rises_is_not_counted():
+def test_mode_that_ends_small_or_never_rises_is_not_counted():
     times, rising = sigmoid_modes([4.0])
     low, constant = 0.05 * rising, torch.full_like(rising, 1.5)
     assert detect_rises(times, torch.cat([rising, low], 1)).num_modes == 1
