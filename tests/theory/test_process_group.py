@@ -232,7 +232,7 @@ def test_killed_rank_ends_the_others_with_one_line(num_ranks, processes):
         else:
             assert outcome.status == 1
             (line,) = outcome.output.splitlines()
-            assert line.startswith("another process of this run has ended or does not answer: look at what it")
+            assert line.startswith("another process of this run has ended or does not answer: read its output")
 
 
 @pytest.mark.slow
