@@ -159,7 +159,7 @@ def experiment(name: str, seed: int, options: argparse.Namespace) -> Result:
     theory = LinearBarlowTwins(torch.diag(machine.eigenvalues_), torch.diag(start), learning_rate=rate)
     step_times = theory.step_times
     steps = int(DURATION * float(step_times.max()) / rate)
-    a, record = _train(a, k, rate, steps, f"{name}, seed {seed}")
+    a, record = _train(a, k, rate, steps, f"kernel_pca, {name}, seed {seed}")
     wrong = ContrastiveKernelPCA(kernel, machine.n_components).fit(x1, x2.roll(1, 0))
     alignments: dict[str, float] = {}
     for points, x, rows in (("training", z, k), ("held_out", held_out, kernel(held_out, z))):

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 from argparse import Namespace
 
 import pytest
@@ -22,7 +23,9 @@ from stepwise_lightning.theory import ContrastiveKernelPCA, EmpiricalNTK, linear
 @pytest.fixture(scope="module")
 def machines(tmp_path_factory):
     out = tmp_path_factory.mktemp("results")
-    assert main(["kernel_pca", "--profile", "smoke", "--seeds", "0", "--out", str(out)]) == 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "cpu_count", lambda: 1)  # no worker processes, which take seconds to start
+        assert main(["kernel_pca", "--profile", "smoke", "--seeds", "0", "--out", str(out)]) == 0
     return out / "kernel_pca"
 
 

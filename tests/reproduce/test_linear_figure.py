@@ -4,21 +4,17 @@ import csv
 import json
 
 import pytest
-import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from reproduce.__main__ import main
-from stepwise_lightning import FixedCropPairs
-from stepwise_lightning.theory import feature_cross_correlation
-
-TINY = ["--profile", "smoke", "--seeds", "0", "--crop-size", "6", "--dim", "2"]
 
 
 @pytest.fixture(scope="module")
 def outputs(tmp_path_factory):
+    """Run the figure with two of the smoke profile's four dimensions, which need a twelfth of the steps."""
     out = tmp_path_factory.mktemp("results")
-    assert main(["linear_model", "--profile", "smoke", "--seeds", "0", "--out", str(out)]) == 0
+    assert main(["linear_model", "--profile", "smoke", "--dim", "2", "--seeds", "0", "--out", str(out)]) == 0
     return out / "linear_model"
 
 
@@ -30,7 +26,7 @@ def test_linear_model_claims_hold_and_are_documented(outputs):
     assert all(claim["control"] and claim["control_value"] is not None for claim in document["claims"])
     assert {"settings", "seeds", "options", "versions", "commit", "data_set", "machine", "runs"} <= set(document)
     assert document["options"]["relative_rate"] <= 0.1
-    assert [row["seed"] for row in document["runs"]] == [0] * 4
+    assert [row["seed"] for row in document["runs"]] == [0] * 2
     for mode in document["runs"]:
         assert mode["measured_step_time"] == pytest.approx(mode["predicted_step_time"], rel=0.02)
 
@@ -52,17 +48,6 @@ def test_theory_and_experiment_share_a_tensorboard_tag(outputs):
     )
     assert [s.step for s in measured] == [s.step for s in predicted]
     assert max(abs(a.value - b.value) for a, b in zip(measured, predicted, strict=True)) <= 0.05
-
-
-def test_failing_claim_gives_exit_status_1(tmp_path, capsys):
-    pairs = FixedCropPairs(num_pairs=64, crop_size=6)
-    pairs.setup()
-    limit = 1 / (4 * torch.linalg.eigvalsh(feature_cross_correlation(pairs.x1, pairs.x2))[-1])
-    # Just below the stability limit the first mode rises in a few steps, and the closed form is inaccurate.
-    assert main(["linear_model", *TINY, "--learning-rate", f"{0.9 * limit:.6g}", "--out", str(tmp_path)]) == 1
-    printed = capsys.readouterr().out
-    assert "FAILS" in printed and "claims FAIL" in printed
-    assert not json.loads((tmp_path / "linear_model" / "claims.json").read_text(encoding="utf-8"))["all_hold"]
 
 
 @pytest.mark.parametrize(

@@ -1,11 +1,36 @@
 """Long figures with the smoke profile."""
 
+import csv
 import json
+from pathlib import Path
 
 import pytest
+import torch
 
 from reproduce.__main__ import main
+from reproduce.claims import read_claim
 from reproduce.figures import FIGURES, LONG
+from reproduce.networks.variants import LOSS_SETTINGS
+from stepwise_lightning.spectrum import detect_steps
+
+STORED = Path(__file__).parents[2] / "reproduce" / "results" / "middle_scale"
+
+
+def test_stored_eigenvalues_of_middle_scale_give_its_claims():
+    with (STORED / "data.csv").open(newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["quantity"] == "eigenvalue"]
+
+    def distinct_steps(loss, variant):
+        run = [row for row in rows if (row["loss"], row["variant"]) == (loss, variant)]
+        times = sorted({float(row["time"]) for row in run})
+        eigenvalues = torch.tensor([float(row["value"]) for row in run], dtype=torch.float64)
+        return detect_steps(torch.tensor(times), eigenvalues.view(len(times), -1)).num_distinct
+
+    claims = [read_claim(saved) for saved in json.loads((STORED / "claims.json").read_text(encoding="utf-8"))["claims"]]
+    assert [claim.name for claim in claims] == [f"{loss}_steps" for loss in LOSS_SETTINGS]
+    assert all(claim.holds for claim in claims)
+    assert [claim.measured for claim in claims] == [distinct_steps(loss, "small") for loss in LOSS_SETTINGS]
+    assert {claim.control_value for claim in claims} == {distinct_steps("barlow_twins", "ordinary")}
 
 
 @pytest.mark.slow

@@ -30,8 +30,13 @@ def figure(out, *arguments, measured=1.0):
     return run_figure(plot, ["--out", str(out), *arguments])
 
 
-@pytest.mark.parametrize("file", [*FILES, "claims.json"])
-@pytest.mark.parametrize("damage", ["half", "empty", "gone", "other text"])
+@pytest.mark.parametrize(
+    ("file", "damage"),
+    [
+        ("figure.png", "gone"), ("figure.pdf", "half"), ("data.csv", "other text"), ("claims.json", "half"),
+        ("claims.json", "empty"), ("claims.json", "gone"),
+    ],
+)  # fmt: skip
 def test_damaged_output_is_reported_and_computed_again(file, damage, tmp_path, capsys):
     assert figure(tmp_path) == 0
     path = tmp_path / "plot" / file
@@ -64,7 +69,13 @@ def test_resume_depends_on_settings_and_not_on_paths(tmp_path, monkeypatch, caps
         assert ("kept from" in capsys.readouterr().out) is kept
         assert figure(tmp_path) == 0
     assert figure(tmp_path, "--resume", measured=2.0) == 0  # no new measurement
+
+
+def test_failing_claim_gives_exit_status_1(tmp_path, capsys):
     assert figure(tmp_path, measured=2.0) == 1
+    printed = capsys.readouterr().out
+    assert "FAILS  a number: 2 (<= 1)" in printed and "VERDICT: 1 of 1 claims FAIL" in printed
+    assert not json.loads((tmp_path / "plot" / "claims.json").read_text(encoding="utf-8"))["all_hold"]
 
 
 @pytest.mark.parametrize("name", ["kernel_pca", "linear_model", "three_losses", "all"])

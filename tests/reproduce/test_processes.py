@@ -181,6 +181,12 @@ def test_killed_training_is_reported_and_resumes(tmp_path):
     assert (runs[1].directory.parent / "log.txt").read_text().count("--ckpt_path=last") == 1
 
 
+def test_map_parallel_returns_results_in_order(capsys):
+    assert processes.map_parallel(pow, [(2, 3), (3, 2), (5, 2)], "powers") == [8, 9, 25]
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "powers: 0 of 3 runs, 0 min 0 s" and lines[-1].startswith("powers: 3 of 3 runs, ")
+
+
 def test_progress_prints_plain_lines_without_a_terminal(monkeypatch, capsys):
     seconds = iter([0.0, 0.0, 10.0, 25.0, 25.0, 30.0, 62.0])
     monkeypatch.setattr(processes.time, "monotonic", lambda: next(seconds))
