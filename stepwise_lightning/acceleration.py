@@ -20,8 +20,8 @@ descent, 1/(4γ_1); near it, the first mode may overshoot tenfold.
 
 *Lyapunov*: P S + S P = 2 Q diag((1 − λ) max(\|λ\|, φ‖C‖)) Qᵀ. A step ΔW = ηPG of the last layer changes C by
 η (P S + S P) to first order. With frozen features, every λ therefore follows dλ/dk = 2η (1 − λ) λ over steps k,
-whatever its γ. The learning rate has no unit: stable below 1 with frozen features, slow below 0.1. In a network the
-other layers change C too; small networks tolerate about 0.3.
+independent of its γ. The learning rate has no unit: stable below 1 with frozen features, slow below 0.1. In a network
+the other layers change C too; small networks tolerate about 0.3.
 
 These statements hold for frozen features and full batches (numbers: ``reproduce/figures/faster_modes.py``). Known
 failures: with batches of 64 fresh pairs, noise in C and S loses the subspace of the largest γ; with 256 pairs it is not

@@ -1,7 +1,6 @@
-"""Encoders: modules that take a batch of images and return embeddings (n, d).
+"""Encoders: modules from a batch of images or vectors to embeddings (n, d).
 
-Each takes a ``seed`` and draws its initial weights from a generator of its own: what else consumes random numbers,
-another layer's bias or another projector, changes nothing.
+Each encoder takes a ``seed`` and draws its initial weights from a separate generator, so they depend on nothing else.
 """
 
 from __future__ import annotations
@@ -20,18 +19,16 @@ __all__ = ["Encoder", "LinearEncoder", "MLP", "Projector", "ResNet", "scale_last
 
 
 class LinearEncoder(nn.Module):
-    """The linear model f(x) = W x on flattened inputs, without a bias.
+    """Linear model f(x) = W x on flattened inputs, without a bias.
 
     Args:
         in_features: m, the number of pixels times channels.
         out_features: d, the embedding dimension.
-        init_std: standard deviation of the normal distribution that W is drawn from; None for the ordinary
-            initialisation of ``torch.nn.Linear``, uniform on ±1/√m.
-        seed: seed of that draw, so that it depends on nothing else.
+        init_std: standard deviation of normal weights; None for uniform weights on ±1/√m, as in ``torch.nn.Linear``.
+        seed: seed of the initial weights.
 
     Raises:
-        ValueError: a dimension below 1, or a standard deviation that is not finite and ≥ 0; when called, inputs of
-            another size.
+        ValueError: a dimension below 1, a negative or infinite standard deviation; in a call, inputs of another size.
 
     """
 
@@ -51,24 +48,24 @@ class LinearEncoder(nn.Module):
         self.weight = nn.Parameter(weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map (n, …) inputs with m elements each to (n, d)."""
+        """Return the embeddings (n, d) of inputs (n, …) with m elements each."""
         _check_inputs(x, self.weight.shape[1])
-        # For d ≪ m this order of the product runs about twice as fast on a CPU as x Wᵀ.
+        # For d ≪ m this product takes half as long on a CPU as x Wᵀ.
         return (self.weight @ x.flatten(1).T).T
 
 
 class MLP(nn.Sequential):
-    """A multilayer perceptron with ReLU on flattened inputs: in_features -> hidden widths -> out_features.
+    """Multilayer perceptron with ReLU on flattened inputs.
 
     Args:
         in_features: number of pixels times channels.
         hidden: widths of the hidden layers.
-        out_features: d.
-        bias: whether the layers have biases.
-        seed: of the initial weights.
+        out_features: d, the embedding dimension.
+        bias: add biases to all layers.
+        seed: seed of the initial weights.
 
     Raises:
-        ValueError: a width below 1; when called, inputs of another size.
+        ValueError: a width below 1; in a call, inputs of another size.
 
     """
 
@@ -82,12 +79,12 @@ class MLP(nn.Sequential):
             )
         layers: list[nn.Module] = [nn.Flatten()]
         with isolated_rng(checked_seed(seed)):
-            for narrow, wide in pairwise(widths):
-                layers += [nn.Linear(narrow, wide, bias=bias), nn.ReLU()]
+            for width_in, width_out in pairwise(widths):
+                layers += [nn.Linear(width_in, width_out, bias=bias), nn.ReLU()]
         super().__init__(*layers[:-1])
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map (n, …) inputs with in_features elements each to (n, out_features)."""
+        """Return the embeddings (n, out_features) of inputs (n, …) with in_features elements each."""
         first = self[1]
         assert isinstance(first, nn.Linear)
         _check_inputs(x, first.in_features)
@@ -95,21 +92,17 @@ class MLP(nn.Sequential):
 
 
 class ResNet(nn.Module):
-    """A torchvision ResNet without its classifier: (n, 3, h, w) to the pooled representation (n, out_features).
+    """ResNet of torchvision without its classifier: images (n, 3, h, w) to pooled features (n, out_features).
 
     ``resnet_small`` is for CPUs: four stages of one basic block, 8 to 64 channels, 77 352 parameters.
 
     Args:
         name: ``resnet_small``, ``resnet18``, ``resnet34`` or ``resnet50``.
-        small_images: a 3×3 stem without stride or pooling, for images up to about 64 pixels; else torchvision's.
-        seed: of the initial weights.
+        small_images: use a 3×3 stem without stride or pooling, for images up to about 64 pixels.
+        seed: seed of the initial weights.
 
     Attributes:
         out_features: 64, 512, 512 or 2048.
-        name, small_images: as given.
-
-    Raises:
-        ValueError: an unknown name.
 
     """
 
@@ -131,25 +124,24 @@ class ResNet(nn.Module):
         self.out_features: int = network.fc.in_features
         self.name, self.small_images = name, small_images
         network.fc = nn.Identity()
-        # Its convolutions then work on channels-last images, whatever they are given: a step takes a quarter less on a
-        # CPU for the small network, a tenth less for ResNet-50.
+        # Saves a quarter of a step of the small network on a CPU, a tenth of a step of ResNet-50.
         self.network = network.to(memory_format=torch.channels_last)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map images (n, 3, h, w) to (n, out_features)."""
+        """Return the features (n, out_features) of images (n, 3, h, w)."""
         return self.network(x)
 
 
 class Projector(nn.Sequential):
-    """``depth`` linear layers with (batch normalisation and) ReLU between them; nothing after the last.
+    """Linear layers with optional batch normalisation and ReLU between them.
 
     Args:
         in_features: width of the representation.
-        out_features: d.
+        out_features: d, the embedding dimension.
         depth: number of linear layers; 1 is a linear projector.
-        hidden_features: width between them.
+        hidden_features: width of the hidden layers.
         norm: ``batch`` or ``none``, before each ReLU.
-        seed: of the initial weights.
+        seed: seed of the initial weights.
 
     Raises:
         ValueError: a width or depth below 1, or an unknown norm.
@@ -183,26 +175,22 @@ class Projector(nn.Sequential):
 
 
 class Encoder(nn.Module):
-    """A ResNet and a projector, from ordinary or small initialisation.
+    """ResNet and projector, with ordinary or small initialisation.
 
     Args:
         out_features: d, the embedding dimension.
-        backbone: see :class:`ResNet`, as ``small_images``.
-        small_images: a stem for small images.
-        projector_depth: see :class:`Projector`, as ``hidden_features`` and ``norm``.
-        hidden_features: of the projector.
-        norm: of the projector.
-        alpha: scale of the last layer's initial weights, see :func:`scale_last_layer`; 1 is ordinary initialisation.
-        bias_norm: norm of the last layer's initial bias, a random direction; None leaves it as torch draws it, scaled
-            by ``alpha``.
-        seed: of the initial weights.
+        backbone: name of the :class:`ResNet`; for ``small_images`` see there.
+        small_images: use a stem for small images.
+        projector_depth: depth of the :class:`Projector`; for ``hidden_features`` and ``norm`` see there.
+        hidden_features: width of the hidden layers of the projector.
+        norm: normalisation of the projector.
+        alpha: scale of the last layer, see :func:`scale_last_layer`; 1 is ordinary initialisation.
+        bias_norm: norm of the initial bias of the last layer, in a random direction; None scales the bias by ``alpha``.
+        seed: seed of the initial weights.
 
     Attributes:
-        backbone: its output is the hidden representation; ``SpectrumLogger(watch=["encoder.backbone"])`` watches it.
-        projector: maps that to the embedding.
-
-    Raises:
-        ValueError: see :class:`ResNet`, :class:`Projector`, :func:`scale_last_layer`.
+        backbone: its output is the hidden representation; ``SpectrumLogger(watch=["encoder.backbone"])`` measures it.
+        projector: maps the hidden representation to the embedding.
 
     """
 
@@ -220,31 +208,31 @@ class Encoder(nn.Module):
     ) -> None:
         super().__init__()
         self.backbone = ResNet(backbone, small_images, seed)
-        # Other seeds, or the first rows of equal shape would start alike.
+        # Other seeds, because equal seeds would draw equal rows for layers of equal shape.
         self.projector = Projector(
             self.backbone.out_features, out_features, projector_depth, hidden_features, norm, seed + 1_000_003
         )
         scale_last_layer(self.projector, alpha, bias_norm, seed + 2_000_003)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map images (n, 3, h, w) to embeddings (n, out_features)."""
+        """Return the embeddings (n, out_features) of images (n, 3, h, w)."""
         return self.projector(self.backbone(x))
 
 
 @torch.no_grad()
 def scale_last_layer(module: nn.Module, alpha: float, bias_norm: float | None = None, seed: int = 0) -> nn.Module:
-    """Start small: multiply weights and bias of the last linear layer inside ``module`` by ``alpha``, and return it.
+    """Multiply weights and bias of the last linear layer of ``module`` by ``alpha`` in place; return the module.
 
-    Only the last layer: with batch normalisation, a scale of the other weights cancels in the forward pass and
-    multiplies their effective learning rate by 1/α²; without it, scaling all layers shrinks the tangent kernel too, and
-    nothing is learned in any reasonable time.
+    Only the last layer is scaled. With batch normalisation, scaling the other weights does not change the output but
+    multiplies their effective learning rate by 1/α²; without it, scaling all layers also shrinks the tangent kernel,
+    and training becomes extremely slow.
 
     Args:
-        module: changed in place.
-        alpha: α > 0; the outputs become α times what they were.
-        bias_norm: if given, the bias becomes a vector of this norm in a random direction. Cosine losses need a
-            direction to start from: without one they see embeddings of full rank however small these are.
-        seed: of that direction.
+        module: a module with a linear layer.
+        alpha: α > 0, the factor of the outputs.
+        bias_norm: norm of the new bias, in a random direction. Cosine losses need a bias: without one they see
+            embeddings of full rank, however small these are.
+        seed: seed of the direction.
 
     Example:
         >>> from torch import nn
@@ -276,19 +264,19 @@ def scale_last_layer(module: nn.Module, alpha: float, bias_norm: float | None = 
 
 
 def last_linear(module: nn.Module) -> nn.Linear | LinearEncoder | None:
-    """Return the linear layer of a module that was registered last; None if there is none."""
+    """Return the linear layer registered last in a module, or None."""
     layers = [layer for layer in module.modules() if isinstance(layer, (nn.Linear, LinearEncoder))]
     return layers[-1] if layers else None
 
 
 def bias_of(layer: nn.Linear | LinearEncoder) -> Tensor | None:
-    """Return the bias of a layer, None if it has none."""
+    """Return the bias of a layer, or None."""
     return getattr(layer, "bias", None)
 
 
 def _check_inputs(x: Tensor, in_features: int) -> None:
-    if (given := x[0].numel()) != in_features:
-        raise UserError(f"in_features is {in_features}, but each input has {given} values: set in_features={given}")
+    if (count := x[0].numel()) != in_features:
+        raise UserError(f"in_features is {in_features}, but each input has {count} values: set in_features={count}")
 
 
 def _small_resnet() -> nn.Module:
@@ -296,7 +284,7 @@ def _small_resnet() -> nn.Module:
     from torchvision.models.resnet import ResNet as TorchvisionResNet
 
     network: Any = TorchvisionResNet(BasicBlock, [1, 1, 1, 1])
-    # torchvision fixes the width of the first stage at 64: build the same stages from 8 channels.
+    # torchvision fixes the width of the first stage at 64: rebuild the stages from 8 channels.
     network.inplanes = 8
     network.conv1 = nn.Conv2d(3, 8, 7, stride=2, padding=3, bias=False)
     network.bn1 = nn.BatchNorm2d(8)

@@ -125,8 +125,7 @@ class JointEmbedding(L.LightningModule):
     def training_step(self, batch: Sequence[Tensor], batch_idx: int) -> Tensor:
         """Return the loss of a batch of pairs; log it as ``train/loss`` and its terms as ``train/<term>``."""
         check_equal_shards(batch[0])
-        z1, z2 = (all_gather_with_grad(self(view)) for view in batch[:2])
-        terms = in_full_precision(self.loss_terms)(z1, z2)
+        terms = in_full_precision(self.loss_terms)(*(all_gather_with_grad(self(view)) for view in batch[:2]))
         loss = losses.sum_terms(terms)
         # self.log takes as long as a step of a small model, so call it only when Lightning writes.
         every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
@@ -206,12 +205,8 @@ def rate_factor(step: int, warmup_steps: int, num_steps: float) -> float:
 class BarlowTwins(JointEmbedding):
     """Barlow Twins. See :func:`barlow_twins_loss` for its arguments, :class:`JointEmbedding` for the others.
 
-    The analytical model of the paper is ``off_diagonal_weight=1, normalize=False``.
-
-    Args:
-        acceleration: must be None; accepted for configurations and checkpoints of earlier versions. See
-            :class:`AcceleratedBarlowTwins`.
-
+    The analytical model of the paper is ``off_diagonal_weight=1, normalize=False``. ``acceleration`` must be None; it
+    remains for configurations and checkpoints of earlier versions.
     """
 
     loss_name = "barlow_twins"

@@ -18,8 +18,8 @@ class SyncBatchNorm(TorchSyncBatchNorm):
 
     On GPUs this is ``Trainer(sync_batchnorm=True)``, that is, ``torch.nn.SyncBatchNorm``, which does not support CPUs.
     With the gloo backend each rank gathers the input of the layer, normalises the joined batch with the ordinary kernel
-    and keeps its rows. Every rank repeats the computation, and statistics, running statistics and gradients are exactly
-    those of one process. In evaluation mode there is no communication.
+    and keeps its rows. Every rank repeats the computation, and statistics, running statistics and gradients equal those
+    in one process. In evaluation mode there is no communication.
     """
 
     def __init__(self) -> None:

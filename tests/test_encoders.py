@@ -1,4 +1,4 @@
-"""Shapes, sizes, small starts, and initial weights that depend on their seed alone."""
+"""Shapes and sizes of encoders, small initialisation, and seeds."""
 
 import math
 
@@ -19,17 +19,18 @@ def equal(a, b):
 
 @pytest.mark.parametrize(
     ("name", "width", "parameters"),
-    [("resnet_small", 64, 77_352), ("resnet18", 512, 11_168_832), ("resnet34", 512, 21_276_992),
-     ("resnet50", 2048, 23_500_352)],
+    [("resnet_small", 64, 77_352), ("resnet18", 512, 11_168_832),
+     pytest.param("resnet34", 512, 21_276_992, marks=pytest.mark.slow),
+     pytest.param("resnet50", 2048, 23_500_352, marks=pytest.mark.slow)],
 )  # fmt: skip
-def test_resnets(name, width, parameters):
+def test_resnet_sizes(name, width, parameters):
     network = ResNet(name)
     assert network.out_features == width
     assert sum(p.numel() for p in network.parameters()) == parameters
     assert network(images()).shape == (4, width)
 
 
-def test_stems_keep_or_reduce_the_resolution():
+def test_small_image_stem_preserves_the_resolution():
     sizes = {}
     for small in (True, False):
         network = ResNet("resnet18", small_images=small).network
@@ -38,9 +39,8 @@ def test_stems_keep_or_reduce_the_resolution():
     assert sizes == {True: 64, False: 16}
 
 
-@pytest.mark.parametrize("depth", [1, 2, 3])
-@pytest.mark.parametrize("norm", ["batch", "none"])
-def test_projector(depth, norm):
+@pytest.mark.parametrize(("depth", "norm"), [(1, "batch"), (3, "batch"), (2, "none")])
+def test_projector_layers(depth, norm):
     projector = Projector(12, 5, depth, hidden_features=7, norm=norm)
     assert projector(torch.ones(4, 12)).shape == (4, 5)
     kinds = [type(layer) for layer in projector]
@@ -48,10 +48,25 @@ def test_projector(depth, norm):
     assert kinds.count(nn.BatchNorm1d) == (depth - 1 if norm == "batch" else 0)
 
 
-def test_mlp():
+def test_mlp_shapes():
     mlp = MLP(12, [8, 6], 3)
     assert mlp(torch.ones(5, 3, 2, 2)).shape == (5, 3)
     assert sum(p.numel() for p in MLP(12, [8], 3, bias=False).parameters()) == 12 * 8 + 8 * 3
+
+
+def test_linear_encoder_weights_and_output():
+    before = torch.get_rng_state()
+    encoder = LinearEncoder(12, 3, init_std=1e-3, seed=4)
+    assert torch.equal(before, torch.get_rng_state())
+    assert torch.equal(encoder.weight, LinearEncoder(12, 3, init_std=1e-3, seed=4).weight)
+    x = torch.randn(5, 3, 2, 2, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(encoder(x), torch.nn.functional.linear(x.flatten(1), encoder.weight))
+    ordinary = LinearEncoder(1200, 10).weight.detach()
+    assert ordinary.abs().max() <= 1200**-0.5
+    assert float(ordinary.std()) == pytest.approx((3 * 1200) ** -0.5, rel=0.03)
+    for arguments in ((0, 3), (3, 0), (3, 3, -1.0), (3, 3, math.nan)):
+        with pytest.raises(ValueError, match="≥"):
+            LinearEncoder(*arguments)
 
 
 @pytest.mark.parametrize(
@@ -59,7 +74,7 @@ def test_mlp():
     [lambda seed: Encoder(4, projector_depth=2, seed=seed), lambda seed: MLP(12, [8], 3, seed=seed),
      lambda seed: LinearEncoder(12, 3, seed=seed), lambda seed: Encoder(4, bias_norm=1.0, seed=seed)],
 )  # fmt: skip
-def test_weights_depend_on_the_seed_alone(build):
+def test_weights_depend_only_on_the_seed(build):
     state = torch.get_rng_state()
     first = build(1)
     assert torch.equal(state, torch.get_rng_state())
@@ -67,19 +82,19 @@ def test_weights_depend_on_the_seed_alone(build):
     assert equal(first, build(1)) and not equal(first, build(2))
 
 
-def test_one_part_does_not_change_another():
+def test_backbone_weights_do_not_depend_on_the_projector():
     a, b = Encoder(4, projector_depth=1), Encoder(9, projector_depth=3, norm="none", alpha=1e-3)
     assert equal(a.backbone, b.backbone)
 
 
-def test_small_start_scales_the_embedding_and_nothing_else():
+def test_alpha_scales_only_the_embedding():
     ordinary, small = Encoder(6, projector_depth=2).double(), Encoder(6, projector_depth=2, alpha=1e-4).double()
     x = images(dtype=torch.float64)
     torch.testing.assert_close(small(x), 1e-4 * ordinary(x), rtol=1e-5, atol=0)
     assert equal(ordinary.backbone, small.backbone)
 
 
-def test_bias_of_a_given_norm():
+def test_bias_norm_sets_the_norm_of_the_bias():
     last = Encoder(6, alpha=1e-4, bias_norm=1.0).projector[-1]
     assert last.bias.norm().item() == pytest.approx(1) and (last.bias != 0).all()
 
@@ -98,7 +113,7 @@ def test_bias_of_a_given_norm():
         (lambda: scale_last_layer(nn.Linear(2, 2, bias=False), 1.0, bias_norm=1.0), "with a bias"),
     ],
 )
-def test_bad_input_is_refused_in_one_line(call, message):
-    with pytest.raises(ValueError, match=message) as refusal:
+def test_invalid_arguments_raise_one_line(call, message):
+    with pytest.raises(ValueError, match=message) as error:
         call()
-    assert "\n" not in str(refusal.value)
+    assert "\n" not in str(error.value)

@@ -1,4 +1,4 @@
-"""The losses of half, mixed and wrong types, under autocast, and of SimCLR at temperatures that float32 cannot take."""
+"""Data types of losses, autocast, and SimCLR at temperatures too low for float32."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from stepwise_lightning import BarlowTwins, SimCLR, VICReg, simclr_loss
 
 @every_loss
 @pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("scale", [1e-3, 1.0, 100.0])
+@pytest.mark.parametrize("scale", [1e-3, 100.0])
 def test_half_precision_is_computed_in_float32(loss, loop, arguments, kind, scale):
     halves = [(scale * z).to(kind).requires_grad_() for z in views(n=64, d=16)]
     singles = [z.detach().float().requires_grad_() for z in halves]
@@ -21,7 +21,7 @@ def test_half_precision_is_computed_in_float32(loss, loop, arguments, kind, scal
 
 
 @every_loss
-def test_of_two_types_the_wider_one_is_taken(loss, loop, arguments):
+def test_views_of_two_types_are_promoted(loss, loop, arguments):
     z1, z2 = views()
     for kind in (torch.float16, torch.bfloat16, torch.float32):
         narrow = z1.to(kind)
@@ -33,21 +33,21 @@ def test_of_two_types_the_wider_one_is_taken(loss, loop, arguments):
 
 @every_loss
 @pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16])
-def test_autocast_changes_nothing(loss, loop, arguments, kind):
+def test_autocast_does_not_change_losses(loss, loop, arguments, kind):
     z1, z2 = (z.float().requires_grad_() for z in views(n=64, d=16))
     expected = loss(z1, z2, *arguments)
     with torch.autocast("cpu", kind):
         value = loss(z1, z2, *arguments)
         assert torch.is_autocast_enabled("cpu")
     assert value.dtype == torch.float32 and torch.equal(value, expected)
-    for gradient, wanted in zip(
+    for gradient, target in zip(
         torch.autograd.grad(value, (z1, z2)), torch.autograd.grad(expected, (z1, z2)), strict=True
     ):
-        assert torch.equal(gradient, wanted)
+        assert torch.equal(gradient, target)
 
 
 @pytest.mark.parametrize("method", [BarlowTwins, SimCLR, VICReg])
-def test_nor_does_it_inside_a_module(method):
+def test_autocast_does_not_change_the_loss_of_a_module(method):
     z1, z2 = (z.float() for z in views(n=64, d=16))
     model = method(torch.nn.Identity(), learning_rate=0.1)
     expected = model.loss(z1, z2)
@@ -56,8 +56,8 @@ def test_nor_does_it_inside_a_module(method):
 
 
 @every_loss
-@pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("level", [0.0, 1e-4, 1.0, 10.0])
+@pytest.mark.parametrize("kind", [torch.float16, torch.float32])
+@pytest.mark.parametrize("level", [0.0, 10.0])
 def test_collapsed_embeddings_have_finite_losses_and_gradients(loss, loop, arguments, kind, level):
     z1, z2 = (torch.full((8, 4), level, dtype=kind, requires_grad=True) for _ in range(2))
     value = loss(z1, z2, *arguments)
@@ -66,20 +66,20 @@ def test_collapsed_embeddings_have_finite_losses_and_gradients(loss, loop, argum
 
 
 @every_loss
-def test_integers_and_complex_numbers_are_refused_and_so_are_two_devices(loss, loop, arguments):
+def test_integers_complex_numbers_and_two_devices_raise(loss, loop, arguments):
     z1, z2 = views()
     for kind, convert in ((torch.int64, "float()"), (torch.bool, "float()"), (torch.complex64, "view_as_real")):
         for pair in ((z1.to(kind), z2), (z1, z2.to(kind))):
-            with pytest.raises(ValueError, match=f"real floating type.* {kind}") as refusal:
+            with pytest.raises(ValueError, match=f"real floating type.* {kind}") as error:
                 loss(*pair, *arguments)
-            assert convert in str(refusal.value) and "\n" not in str(refusal.value)
+            assert convert in str(error.value) and "\n" not in str(error.value)
     with pytest.raises(ValueError, match="must be on one device, got cpu and meta: move one"):
         loss(z1, z2.to("meta"), *arguments)
 
 
 # ---- SimCLR at small temperatures ----
 def exact_simclr(z1, z2, temperature):
-    """NT-Xent in float64, each view's loss as log(1 + Σ over the negatives of exp of a difference)."""
+    """Return NT-Xent in float64, with the loss of a view as log(1 + Σ_k exp((s_ik − s_ij)/τ)) over negatives k."""
     z = torch.nn.functional.normalize(torch.cat([z1, z2]).double(), dim=1)
     n, total = len(z1), 0.0
     for i in range(2 * n):
@@ -90,8 +90,8 @@ def exact_simclr(z1, z2, temperature):
     return total
 
 
-@pytest.mark.parametrize("temperature", [1e-8, 1e-5, 1e-3, 0.02, 0.05, 0.1, 0.5, 10.0])
-@pytest.mark.parametrize("kind", [torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("temperature", [1e-8, 1e-3, 0.05, 0.5, 10.0])
+@pytest.mark.parametrize("kind", [torch.float32, torch.float64])
 def test_simclr_is_exact_and_never_negative_at_any_temperature(temperature, kind):
     z1, z2 = (z.to(kind) for z in views(n=16, d=8))
     close = z1 + (1e-3 * z2).to(kind)
@@ -105,16 +105,15 @@ def test_simclr_is_exact_and_never_negative_at_any_temperature(temperature, kind
         assert all(gradient.isfinite().all() for gradient in torch.autograd.grad(value, (a, b)))
 
 
-@pytest.mark.parametrize("seed", range(20))
-def test_simclr_is_not_negative_by_round_off(seed):
-    generator = torch.Generator().manual_seed(seed)
-    z = torch.randn(8, 64, generator=generator)
-    for temperature in (0.05, 0.06, 0.08, 0.1):
-        assert 0 <= simclr_loss(z, z + 1e-4 * torch.randn(8, 64, generator=generator), temperature) < 0.1
+def test_round_off_does_not_make_simclr_negative():
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(20):
+        z = torch.randn(8, 64, generator=generator)
+        for temperature in (0.05, 0.06, 0.08, 0.1):
+            assert 0 <= simclr_loss(z, z + 1e-4 * torch.randn(8, 64, generator=generator), temperature) < 0.1
 
 
-def test_simclr_does_not_count_a_view_among_its_own_negatives():
-    """Scaled down, the view itself would be the nearest of all by far."""
+def test_simclr_excludes_a_view_from_its_negatives():
     z = torch.eye(4)
     for temperature in (1e-5, 0.5):
         expected = exact_simclr(z, z.roll(1, 0), temperature)

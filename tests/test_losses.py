@@ -1,4 +1,4 @@
-"""The losses against loops written from their formulas, and against their symmetries."""
+"""Losses against loops written from their formulas, and their invariances."""
 
 import math
 
@@ -12,14 +12,14 @@ N, D = 6, 4
 
 
 def views(n=N, d=D, seed=0):
-    """Two correlated views with unequal scales and means, float64, (n, d) each."""
+    """Return two correlated views with unequal scales and means, float64, (n, d) each."""
     generator = torch.Generator().manual_seed(seed)
     common, noise1, noise2 = torch.randn(3, n, d, dtype=torch.float64, generator=generator)
     scales, shift = torch.linspace(0.3, 2, d, dtype=torch.float64), torch.linspace(-1, 1, d, dtype=torch.float64)
     return (common + 0.5 * noise1) * scales + shift, (common + 0.5 * noise2) * scales - shift
 
 
-# ---- the formulas, one number at a time ----
+# ---- loops ----
 def mean(values):
     values = list(values)
     return sum(values) / len(values)
@@ -97,30 +97,30 @@ every_loss = pytest.mark.parametrize(("loss", "loop", "arguments"), CASES.values
 
 
 @every_loss
-def test_values_and_gradients_equal_the_loop(loss, loop, arguments):
+def test_values_and_gradients_match_the_loop(loss, loop, arguments):
     z1, z2 = (z.requires_grad_() for z in views())
     value, expected = loss(z1, z2, *arguments), loop(z1, z2, *arguments)
     torch.testing.assert_close(value, expected, rtol=1e-12, atol=0)
-    for gradient, wanted in zip(
+    for gradient, target in zip(
         torch.autograd.grad(value, (z1, z2)), torch.autograd.grad(expected, (z1, z2)), strict=True
     ):
-        torch.testing.assert_close(gradient, wanted, rtol=1e-10, atol=1e-13)
+        torch.testing.assert_close(gradient, target, rtol=1e-10, atol=1e-13)
 
 
 @every_loss
-def test_gradients_equal_finite_differences(loss, loop, arguments):
+def test_gradients_match_finite_differences(loss, loop, arguments):
     z1, z2 = (z.requires_grad_() for z in views(seed=1))
     assert torch.autograd.gradcheck(lambda a, b: loss(a, b, *arguments), (z1, z2))
 
 
 @every_loss
-def test_swapping_the_views_and_permuting_the_samples_changes_nothing(loss, loop, arguments):
+def test_losses_are_invariant_to_swapped_views_and_permuted_pairs(loss, loop, arguments):
     z1, z2 = views()
     order = torch.randperm(N, generator=torch.Generator().manual_seed(2))
     value = loss(z1, z2, *arguments)
     torch.testing.assert_close(loss(z2, z1, *arguments), value, rtol=1e-13, atol=0)
     torch.testing.assert_close(loss(z1[order], z2[order], *arguments), value, rtol=1e-13, atol=0)
-    assert abs(loss(z1[order], z2, *arguments) - value) > 1e-3  # the pairing counts
+    assert abs(loss(z1[order], z2, *arguments) - value) > 1e-3  # not invariant to permuting one view
 
 
 @pytest.mark.parametrize(
@@ -135,14 +135,14 @@ def test_swapping_the_views_and_permuting_the_samples_changes_nothing(loss, loop
     ],
     ids=["analytical", "analytical_centred", "simclr", "published", "analytical_other_weight", "vicreg"],
 )
-def test_rotating_the_embeddings_changes_nothing_where_no_axis_is_singled_out(loss, invariant):
+def test_invariance_to_rotations_of_the_embedding(loss, invariant):
     z1, z2 = views()
     rotation = torch.linalg.qr(torch.randn(D, D, dtype=torch.float64, generator=torch.Generator().manual_seed(3)))[0]
     change = (loss(z1 @ rotation, z2 @ rotation) - loss(z1, z2)).abs() / loss(z1, z2)
     assert change < 1e-13 if invariant else change > 1e-3
 
 
-def test_what_else_leaves_the_losses_unchanged():
+def test_invariances_to_scale_and_shift():
     z1, z2 = views()
     scales = torch.linspace(0.5, 3, N, dtype=torch.float64)[:, None]
     torch.testing.assert_close(simclr_loss(scales * z1, z2 / scales), simclr_loss(z1, z2), rtol=1e-13, atol=0)
@@ -152,20 +152,20 @@ def test_what_else_leaves_the_losses_unchanged():
     torch.testing.assert_close(vicreg_loss(z1 + 5, z2 + 5), vicreg_loss(z1, z2), rtol=1e-12, atol=0)
 
 
-def test_values_known_in_closed_form():
+def test_values_in_closed_form():
     identity = torch.eye(D, dtype=torch.float64)
     # C = I exactly, and C = 0.
     assert barlow_twins_loss(D**0.5 * identity, D**0.5 * identity, 1.0, normalize=False).item() == pytest.approx(0)
     assert barlow_twins_loss(0 * identity, 0 * identity, 1.0, normalize=False).item() == D
-    # Orthogonal pairs of equal views: one positive at similarity 1 among 2n − 1, the others at 0.
+    # Equal views of orthogonal samples: one positive of similarity 1, 2n − 2 negatives of similarity 0.
     expected = math.log(math.exp(2) + 2 * D - 2) - 2
     assert simclr_loss(identity, identity).item() == pytest.approx(expected, rel=1e-14)
-    # Collapsed embeddings have the hinge only; it is 1 − √eps in either view.
+    # Collapsed embeddings have only the hinge, 1 − √eps in each view.
     assert vicreg_loss(0 * identity, 0 * identity).item() == pytest.approx(25 * 0.99, rel=1e-14)
 
 
 @every_loss
-def test_float32_agrees_with_float64(loss, loop, arguments):
+def test_float32_matches_float64(loss, loop, arguments):
     z1, z2 = (z.requires_grad_() for z in views(n=64, d=16))
     s1, s2 = (z.detach().float().requires_grad_() for z in (z1, z2))
     single, double = loss(s1, s2, *arguments), loss(z1, z2, *arguments)
@@ -185,7 +185,7 @@ def test_float32_agrees_with_float64(loss, loop, arguments):
         (VICReg, vicreg_loss, ["invariance", "variance", "covariance"]),
     ],
 )
-def test_a_module_has_the_defaults_of_its_loss_and_names_its_terms(method, loss, names):
+def test_modules_use_the_defaults_of_their_loss_and_name_its_terms(method, loss, names):
     z1, z2 = views()
     terms = method(torch.nn.Identity(), learning_rate=0.1).loss_terms(z1, z2)
     assert list(terms) == names
@@ -206,19 +206,19 @@ def test_a_module_has_the_defaults_of_its_loss_and_names_its_terms(method, loss,
         ((1, 3), (1, 3), "at least 2 pairs in a batch, got 1: raise the batch size"),
     ],
 )
-def test_bad_shapes_are_one_clear_line(loss, shape1, shape2, message):
+def test_invalid_shapes_raise_one_line(loss, shape1, shape2, message):
     with pytest.raises(ValueError, match=message) as error:
         loss(torch.ones(shape1), torch.ones(shape2))
     assert "\n" not in str(error.value)
 
 
-def test_one_pair_is_enough_where_nothing_is_centred():
+def test_one_pair_is_valid_without_centring():
     assert barlow_twins_loss(torch.ones(1, 1), torch.ones(1, 1), normalize=False).item() == 0
     with pytest.raises(ValueError, match="at least 2 pairs"):
         barlow_twins_loss(torch.ones(1, 1), torch.ones(1, 1), normalize=False, center=True)
 
 
 @pytest.mark.parametrize("temperature", [0.0, -1.0, math.nan])
-def test_a_temperature_must_be_positive(temperature):
+def test_temperature_must_be_positive(temperature):
     with pytest.raises(ValueError, match="temperature must be above 0, got"):
         simclr_loss(torch.ones(2, 2), torch.ones(2, 2), temperature)

@@ -1,4 +1,4 @@
-"""The modules in a real Trainer: named terms, learning-rate schedule, stopping at NaN, checkpoints."""
+"""Modules in a Trainer: logged terms, learning-rate schedule, divergence, and checkpoints."""
 
 import math
 from functools import partial
@@ -46,18 +46,18 @@ def encoder():
 
 
 @pytest.mark.parametrize("method", TERMS)
-def test_the_terms_are_logged_and_sum_to_the_loss(method, tmp_path):
+def test_logged_terms_sum_to_the_loss(method, tmp_path):
     trainer = fit(method(encoder(), learning_rate=1e-3), tmp_path, 3)
     logged = {name: value.item() for name, value in trainer.logged_metrics.items()}
     assert logged.keys() == {"train/loss"} | {f"train/{term}" for term in TERMS[method]}
     assert sum(logged[f"train/{term}"] for term in TERMS[method]) == pytest.approx(logged["train/loss"], rel=1e-6)
 
 
-def test_logging_can_be_switched_off(tmp_path):
+def test_log_every_n_steps_0_disables_logging(tmp_path):
     assert fit(VICReg(encoder(), learning_rate=1e-3), tmp_path, 2, log_every_n_steps=0).logged_metrics == {}
 
 
-def test_warm_up_and_cosine_reach_the_optimiser(tmp_path):
+def test_optimiser_follows_warm_up_and_cosine(tmp_path):
     rates = []
 
     class Record(L.Callback):
@@ -68,7 +68,7 @@ def test_warm_up_and_cosine_reach_the_optimiser(tmp_path):
     optimizer = fit(module, tmp_path, 10, callbacks=[Record()]).optimizers[0]
     assert rates == pytest.approx([0.2 * rate_factor(step, 4, 10) for step in range(10)])
     assert rates[:4] == pytest.approx([0.05, 0.1, 0.15, 0.2]) and rates[4] == pytest.approx(0.2)
-    assert rates[7] == pytest.approx(0.1)  # half way down
+    assert rates[7] == pytest.approx(0.1)  # half-way along the cosine
     assert optimizer.param_groups[0]["momentum"] == 0.9 and optimizer.param_groups[0]["weight_decay"] == 1e-4
 
 
@@ -76,20 +76,20 @@ def test_rate_factor():
     assert [rate_factor(step, 0, math.inf) for step in (0, 10**6)] == [1, 1]
     assert [rate_factor(step, 2, math.inf) for step in range(4)] == [0.5, 1, 1, 1]
     assert rate_factor(100, 0, 100) == pytest.approx(0) and rate_factor(101, 0, 100) == pytest.approx(0)
-    assert rate_factor(5, 5, 5) == 1  # nothing is left for the cosine
+    assert rate_factor(5, 5, 5) == 1  # no steps remain for the cosine
 
 
-def test_cosine_needs_an_end(tmp_path):
+def test_cosine_requires_a_last_step(tmp_path):
     with pytest.raises(ValueError, match="set max_steps or max_epochs"):
         fit(SimCLR(encoder(), learning_rate=0.1, cosine=True), tmp_path, -1, max_epochs=-1, loader=pairs(2))
 
 
-def test_negative_warm_up_is_refused():
+def test_negative_warm_up_raises():
     with pytest.raises(ValueError, match="warmup_steps must be finite and at least 0, got -1"):
         SimCLR(encoder(), learning_rate=0.1, warmup_steps=-1)
 
 
-def test_a_diverging_run_stops_and_keeps_the_last_good_checkpoint(tmp_path):
+def test_divergence_stops_training_and_keeps_the_last_finite_checkpoint(tmp_path):
     saved = ModelCheckpoint(tmp_path, save_last=True, every_n_train_steps=1, save_top_k=0)
     module = BarlowTwins(encoder(), learning_rate=1e3, normalize=False)
     with pytest.raises(FloatingPointError, match=r"loss at step \d+ is (nan|inf); .*lower.*1000") as error:
@@ -99,12 +99,14 @@ def test_a_diverging_run_stops_and_keeps_the_last_good_checkpoint(tmp_path):
     assert all(value.isfinite().all() for value in state.values())
 
 
-def test_bad_data_is_named_as_the_cause(tmp_path):
-    with pytest.raises(FloatingPointError, match="loss at step 2 is nan; the batch holds values that are not finite"):
+def test_batch_with_nan_is_reported_as_the_cause(tmp_path):
+    with pytest.raises(
+        FloatingPointError, match="loss at step 2 is nan; the batch contains values that are not finite: check the data"
+    ):
         fit(VICReg(encoder(), learning_rate=1e-3), tmp_path, 5, loader=pairs(5, bad_step=2))
 
 
-def test_weights_that_broke_at_the_last_step_are_neither_saved_nor_passed_over(tmp_path):
+def test_nan_weights_after_the_last_step_raise(tmp_path):
     class Break(L.Callback):
         def on_train_batch_end(self, trainer, module, *_):
             if trainer.global_step == 3:
@@ -114,8 +116,8 @@ def test_weights_that_broke_at_the_last_step_are_neither_saved_nor_passed_over(t
         fit(VICReg(encoder(), learning_rate=1e-3), tmp_path, 3, callbacks=[Break()])
 
 
-@pytest.mark.parametrize("method", TERMS)
-def test_checkpoints_hold_primitives_and_load(method, tmp_path):
+@pytest.mark.parametrize("method", [BarlowTwins, *(pytest.param(m, marks=pytest.mark.slow) for m in (SimCLR, VICReg))])
+def test_checkpoints_contain_plain_values_and_restore_the_module(method, tmp_path):
     trainer = fit(method(encoder(), learning_rate=1e-3, warmup_steps=2, cosine=True), tmp_path, 3)
     trainer.save_checkpoint(tmp_path / "end.ckpt")
     checkpoint = torch.load(tmp_path / "end.ckpt", weights_only=True)
@@ -126,20 +128,20 @@ def test_checkpoints_hold_primitives_and_load(method, tmp_path):
     assert dict(again.hparams) == dict(trainer.lightning_module.hparams) and again.hparams["warmup_steps"] == 2
 
 
-def test_in_half_precision_the_loss_is_still_computed_in_single(tmp_path):
-    seen = []
+def test_mixed_precision_computes_the_loss_in_float32(tmp_path):
+    dtypes = []
 
-    class Watch(VICReg):
+    class Recording(VICReg):
         def loss_terms(self, z1, z2):
             terms = super().loss_terms(z1, z2)
-            seen.extend([z1.dtype, terms["covariance"].dtype])
+            dtypes.extend([z1.dtype, terms["covariance"].dtype])
             return terms
 
-    fit(Watch(encoder(), learning_rate=1e-3), tmp_path, 1, precision="bf16-mixed")
-    assert seen == [torch.float32, torch.float32]
+    fit(Recording(encoder(), learning_rate=1e-3), tmp_path, 1, precision="bf16-mixed")
+    assert dtypes == [torch.float32, torch.float32]
 
 
-def test_a_method_without_terms_says_what_to_define():
+def test_base_class_requires_loss_terms():
     from stepwise_lightning.modules import JointEmbedding
 
     with pytest.raises(NotImplementedError, match=r"must define loss_terms\(z1, z2\)"):
@@ -147,7 +149,7 @@ def test_a_method_without_terms_says_what_to_define():
 
 
 class Sharded(L.LightningDataModule):
-    """Every global batch holds the same samples, however many processes share it."""
+    """Data whose global batches do not depend on the number of processes."""
 
     def train_dataloader(self):
         pairs = torch.randn(2, 40, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
@@ -157,7 +159,7 @@ class Sharded(L.LightningDataModule):
 
 
 @pytest.mark.slow
-def test_two_cpu_processes_train_through_lightning_as_one_does(tmp_path):
+def test_two_cpu_processes_match_one_process(tmp_path):
     def train(**trainer):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
@@ -171,7 +173,7 @@ def test_two_cpu_processes_train_through_lightning_as_one_does(tmp_path):
         torch.testing.assert_close(two[name], value, rtol=1e-10, atol=1e-12)
 
 
-def test_another_optimiser_has_the_module_s_rate_and_schedule_and_stays_out_of_checkpoints(tmp_path):
+def test_other_optimiser_uses_the_learning_rate_and_is_not_saved_in_checkpoints(tmp_path):
     module = BarlowTwins(
         encoder(), learning_rate=0.02, warmup_steps=2, optimizer=partial(torch.optim.AdamW, weight_decay=0.1)
     )
@@ -185,11 +187,13 @@ def test_another_optimiser_has_the_module_s_rate_and_schedule_and_stays_out_of_c
         tmp_path / "saved/last.ckpt", encoder=encoder(), optimizer=torch.optim.Adam
     )
     assert torch.equal(again.encoder.weight, module.encoder.weight) and again.optimizer is torch.optim.Adam
-    with pytest.raises(ValueError, match="momentum and weight_decay are of SGD: give them to the optimizer"):
+    with pytest.raises(
+        ValueError, match="momentum and weight_decay are settings of SGD and must be 0 with another optimizer"
+    ):
         VICReg(encoder(), 0.1, momentum=0.9, optimizer=torch.optim.Adam)
 
 
-def test_the_command_line_takes_any_optimiser_and_goes_on_with_no_other(tmp_path, monkeypatch):
+def test_command_line_optimiser_is_saved_and_required_to_resume(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write_images(tmp_path)
     options = ["--model.optimizer=AdamW", "--model.optimizer.weight_decay=0.1"]

@@ -1,4 +1,4 @@
-"""Real training through Lightning: what a step is, what is logged, and where."""
+"""Training with Lightning: definition of a step, logged values, and output files."""
 
 import csv
 import math
@@ -32,8 +32,8 @@ def train(directory, steps=STEPS, callbacks=(), **trainer):
     return pairs, start, encoder.weight.detach(), logger
 
 
-def by_hand(pairs, weights, steps):
-    """Weights and loss after each of 0 … ``steps`` steps of gradient descent, without Lightning or an optimiser."""
+def gradient_descent(pairs, weights, steps):
+    """Return weights and loss after each of 0 … ``steps`` steps of gradient descent, without Lightning."""
     weights = weights.clone().requires_grad_()
     x1, x2 = pairs.x1.flatten(1), pairs.x2.flatten(1)
     history = []
@@ -49,10 +49,10 @@ def by_hand(pairs, weights, steps):
 def run(tmp_path_factory):
     spectra = SpectrumLogger(num_points=20)
     pairs, start, end, logger = train(tmp_path_factory.mktemp("logs"), callbacks=[spectra])
-    return spectra, by_hand(pairs, start, STEPS), pairs, end, logger
+    return spectra, gradient_descent(pairs, start, STEPS), pairs, end, logger
 
 
-def test_step_k_means_the_weights_after_k_optimiser_steps(run):
+def test_step_k_is_measured_after_k_optimiser_steps(run):
     spectra, history, pairs, end, _ = run
     steps = spectra.record.steps.tolist()
     assert steps[0] == 0 and steps[-2:] == [STEPS - 1, STEPS]
@@ -75,7 +75,7 @@ def test_step_k_means_the_weights_after_k_optimiser_steps(run):
     assert math.isnan(spectra.record.losses[-1])
 
 
-def test_event_file_read_back_with_tensorboard(run):
+def test_tensorboard_event_file_contains_the_record(run):
     spectra, history, _, _, logger = run
     events = EventAccumulator(logger.log_dir, size_guidance={"scalars": 0}).Reload()
     tags = set(events.Tags()["scalars"])
@@ -96,7 +96,7 @@ def test_event_file_read_back_with_tensorboard(run):
         assert scalar.value == pytest.approx(history[scalar.step][1], rel=1e-4)
 
 
-def test_csv_and_npz_beside_the_event_file(run):
+def test_csv_and_npz_files_contain_the_record(run):
     spectra, _, _, _, logger = run
     with open(f"{logger.log_dir}/spectrum.csv", newline="") as file:
         rows = list(csv.DictReader(file))
@@ -117,7 +117,7 @@ def test_training_is_bit_identical_with_and_without_the_logger(tmp_path, run):
     assert torch.equal(train(tmp_path)[2], run[3])
 
 
-def test_an_interrupted_run_keeps_what_was_measured(tmp_path):
+def test_interrupted_run_keeps_its_measurements(tmp_path):
     class Stop(L.Callback):
         def on_train_batch_end(self, trainer, *_):
             if trainer.global_step == 30:
@@ -142,7 +142,7 @@ def test_time_is_the_sum_of_learning_rates(tmp_path):
     np.testing.assert_allclose(spectra.record.times, expected, rtol=1e-12)
 
 
-def test_schedule_is_spaced_in_the_logarithm():
+def test_schedule_is_log_spaced():
     steps = log_spaced_steps(10_000, 50)
     assert steps[:4] == [0, 1, 2, 3] and steps[-2:] == [9_999, 10_000] and steps == sorted(set(steps))
     ratios = np.divide(steps[20:-2], steps[19:-3])
@@ -152,7 +152,7 @@ def test_schedule_is_spaced_in_the_logarithm():
         log_spaced_steps(0, 5)
 
 
-def test_an_endless_run_is_measured_to_its_end(tmp_path):
+def test_run_without_a_last_step_is_measured_to_its_end(tmp_path):
     class Stop(L.Callback):
         def on_train_batch_end(self, trainer, *_):
             trainer.should_stop = trainer.global_step == 300
@@ -163,32 +163,17 @@ def test_an_endless_run_is_measured_to_its_end(tmp_path):
     assert steps[:3] == [0, 1, 2] and steps[-1] == 300 and 8 <= len(steps) <= 20
 
 
-def test_a_run_that_goes_on_beyond_its_expected_end_is_measured_in_the_same_manner():
+def test_schedule_continues_log_spaced_beyond_the_expected_end():
     schedule = Schedule(100, 20)
-    due = [step for step in range(1000) if schedule.is_due(step)]
-    assert due[:3] == [0, 1, 2] and {99, 100} < set(due)
-    late = [step for step in due if step > 100]
+    measured = [step for step in range(1000) if schedule.is_due(step)]
+    assert measured[:3] == [0, 1, 2] and {99, 100} < set(measured)
+    late = [step for step in measured if step > 100]
     assert len(late) == 9 and 1.2 < late[1] / late[0] < 1.35
     jumping = Schedule(100, 20)
     assert [step for step in range(0, 60, 7) if jumping.is_due(step)][:3] == [0, 7, 14]
 
 
-def test_linear_encoder():
-    before = torch.get_rng_state()
-    encoder = LinearEncoder(12, 3, init_std=1e-3, seed=4)
-    assert torch.equal(before, torch.get_rng_state())
-    assert torch.equal(encoder.weight, LinearEncoder(12, 3, init_std=1e-3, seed=4).weight)
-    x = torch.randn(5, 3, 2, 2, generator=torch.Generator().manual_seed(0))
-    torch.testing.assert_close(encoder(x), torch.nn.functional.linear(x.flatten(1), encoder.weight))
-    ordinary = LinearEncoder(1200, 10).weight.detach()
-    assert ordinary.abs().max() <= 1200**-0.5
-    assert float(ordinary.std()) == pytest.approx((3 * 1200) ** -0.5, rel=0.03)
-    for arguments in ((0, 3), (3, 0), (3, 3, -1.0), (3, 3, math.nan)):
-        with pytest.raises(ValueError, match="≥"):
-            LinearEncoder(*arguments)
-
-
-def test_a_prediction_is_laid_over_the_run(tmp_path):
+def test_prediction_is_saved_with_the_measurements(tmp_path):
     pairs = FixedCropPairs(num_pairs=32, crop_size=6)
     pairs.setup()
     weights = LinearEncoder(108, 5, init_std=1e-2).weight.detach()
@@ -198,13 +183,13 @@ def test_a_prediction_is_laid_over_the_run(tmp_path):
     with np.load(spectra.directory / "spectrum.npz") as saved:
         expected = theory.embedding_eigenvalues(torch.tensor(saved["time"])).numpy()
         np.testing.assert_allclose(saved["cross_correlation/predicted"], expected, rtol=1e-10, atol=1e-15)
-        # The start is not small, so that theory and experiment agree roughly: it is the right curve, at the right time.
+        # Agreement is approximate, because the initialisation is not small.
         assert np.abs(saved["cross_correlation"] - expected).max() < 0.1
     with (spectra.directory / "spectrum.csv").open(newline="") as file:
         rows = [row for row in csv.DictReader(file) if row["quantity"] == "predicted_eigenvalue"]
     assert {row["matrix"] for row in rows} == {"cross_correlation"} and len(rows) == 5 * len(spectra.record)
     assert float(rows[-1]["value"]) == pytest.approx(expected[-1, -1], rel=1e-10)
-    # Theory is a run of its own, so that one chart shows both in different colours.
+    # The prediction is a separate TensorBoard run, shown in the same chart in another colour.
     measured, theory = (
         EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
         for folder in (spectra.directory, spectra.directory / "theory")

@@ -1,4 +1,4 @@
-"""When the next mode is due, said while training goes on."""
+"""Live forecasts of the step at which the next mode is learned."""
 
 from __future__ import annotations
 
@@ -22,59 +22,53 @@ from stepwise_lightning.forecasts.forecast import Forecast
 from stepwise_lightning.forecasts.sgd import SGDSettings, last_layer, loss_of, velocity_of
 from stepwise_lightning.forecasts.simulate import NUM_PAIRS, forecast_of_features
 from stepwise_lightning.losses import LOSSES
-from stepwise_lightning.modules import JointEmbedding, SimCLR
+from stepwise_lightning.modules import JointEmbedding
 
 __all__ = ["ForecastLogger", "LiveForecast"]
 
-_NUM_POINTS = 60  # a step is interpolated between them; of SimCLR they cost more than the steps
-_APART = 0.02  # of the steps so far, between two forecasts
+_NUM_POINTS = 60  # step times are interpolated between them; for SimCLR they take longer than the steps
+_MIN_INTERVAL = 0.02  # between two forecasts, as a share of the steps so far
 
 
 class LiveForecast(NamedTuple):
-    """What was said at a step of the next mode."""
+    """Forecast of the next mode at a step."""
 
     step: int
     num_learned: int
     expected_step: float
-    """The optimiser step at which the next mode is due; infinite for not before training ends."""
-
-
-def _trains_with_sgd(trainer: L.Trainer, module: L.LightningModule) -> bool:
-    sgd = bool(trainer.optimizers) and isinstance(trainer.optimizers[0], torch.optim.SGD)
-    return sgd and getattr(module, "trains_with_sgd", True)
+    """Optimiser step at which the next mode is expected; infinite if not before training ends."""
 
 
 class ForecastLogger(L.Callback):
-    """Say while a module trains at which optimiser step its next mode is due.
+    """Forecast during training the optimiser step at which the next mode is learned.
 
-    It goes by the measurements of the :class:`stepwise_lightning.SpectrumLogger` that must stand beside it in the
-    Trainer, and takes what enters the last linear layer in them, or for SimCLR, which overrates what a few pairs share,
-    in the last training batches, as many as have 4096 pairs: nothing is run twice. From there, with the layer's
-    weights and the optimiser's momentum as they are, training of that layer is simulated to the end
-    (:func:`stepwise_lightning.forecasts.simulate.forecast_of_features`): at the start, when a mode has just been
-    learned, half-way to the next one, at half of what then remains, and so on. That features move, which shortens what
-    remains, is corrected for (:meth:`stepwise_lightning.Forecast.with_plateau_correction`). Training is bit-identical
-    with and without it.
+    Requires a :class:`stepwise_lightning.SpectrumLogger` in the Trainer. The last linear layer is simulated to the end
+    of training (:func:`stepwise_lightning.forecasts.simulate.forecast_of_features`) from its current weights and
+    momentum, on its inputs during the measurements of the SpectrumLogger; for SimCLR, which a few pairs would bias, on
+    its inputs for the last 4096 training pairs. There are no additional forward passes. Forecasts are made at the
+    start, whenever a mode has been learned, and each time half of the remaining steps have passed. Feature learning is
+    corrected for (:meth:`stepwise_lightning.Forecast.with_plateau_correction`). Training is bit-identical with and
+    without this callback.
 
-    Logged, to every logger: ``forecast/next_mode_step``, at the step at which it was said, if the mode is due before
-    training ends. Progress says "4 of 10 modes learned, next ≈ step 3200", and the first forecast is a line of its own.
-    In pictures of trajectories the first one of each mode is marked. Without SGD, or with an acceleration, nothing is
-    said.
+    Logged, to every logger: ``forecast/next_mode_step`` at the step of the forecast, if a mode is expected before
+    training ends. Progress shows "4 of 10 modes learned, next ≈ step 3200"; the first forecast is printed as a line.
+    Figures of trajectories mark the first forecast of each mode. There is no forecast without SGD on the gradient of
+    the loss.
 
-    Typical errors of the time that remains, of small networks: 8 to 43 % for Barlow Twins and SimCLR; for VICReg it is
-    overrated, up to twofold.
+    Typical errors of the remaining time, for small networks: 8 to 43 % for Barlow Twins and SimCLR; up to twofold too
+    long for VICReg.
 
     Args:
-        cost: share of training time that forecasts may take. Those that would exceed it wait.
-        loss: for a module that is none of this package's, and whose ``forward`` returns the embeddings that its last
-            linear layer puts out: ``barlow_twins``, ``vicreg`` or ``simclr``.
-        settings: of that loss, named as its arguments.
+        cost: maximal share of training time spent on forecasts; forecasts that would exceed it are postponed.
+        loss: name of the loss, for a module of another package whose ``forward`` returns the output of its last linear
+            layer: ``barlow_twins``, ``vicreg`` or ``simclr``.
+        settings: arguments of that loss.
 
     Raises:
-        UserError: when training starts, the loss is not known, or there is no SpectrumLogger that measures its matrix.
+        UserError: when training starts, an unknown loss, or no SpectrumLogger that measures the driven matrix.
 
     Attributes:
-        forecasts: what was said so far, a list of :class:`LiveForecast`.
+        forecasts: list of :class:`LiveForecast`.
 
     """
 
@@ -87,43 +81,39 @@ class ForecastLogger(L.Callback):
         self._hook: Any = None
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Begin to listen to what enters the last layer when spectra are measured."""
-        spectra = [c for c in trainer.callbacks if isinstance(c, SpectrumLogger)]  # type: ignore[attr-defined]
-        self._matrix = LOSSES[self.loss or loss_of(pl_module)].driven_matrix
-        if not any(self._matrix in spectrum.matrices and spectrum.output for spectrum in spectra):
-            raise UserError(
-                f"ForecastLogger needs a SpectrumLogger in the Trainer that measures {self._matrix}: add it to matrices"
-            )
-        self._spectrum = next(spectrum for spectrum in spectra if self._matrix in spectrum.matrices and spectrum.output)
+        """Register a hook on the last layer."""
+        loss = self.loss or loss_of(pl_module)
+        self._matrix = LOSSES[loss].driven_matrix
+        self._spectrum = _find_spectrum_logger(trainer, self._matrix)
         self.forecasts, self._text = [], ""
-        self._stop()
+        self._remove_hook()
         if not _trains_with_sgd(trainer, pl_module):
             rank_zero_info("no forecast of the next mode: forecasts assume SGD on the gradient of the loss")
             return
         self._measurements, self._learned, self._next_at = -1, -1, 0.0
         self._began, self._spent = time.perf_counter(), 0.0
-        self._entered: list[Tensor] = []
-        self._trained_on: deque[Tensor] = deque()
+        self._measured: list[Tensor] = []
+        self._trained: deque[Tensor] = deque()
         layer = last_layer(pl_module)
-        # Of other modules it is not known how views enter: perhaps both at once.
-        batches = isinstance(pl_module, SimCLR)
+        # Other modules may pass both views in one call, so their training batches are not used.
+        batches = loss == "simclr" and isinstance(pl_module, JointEmbedding)
 
-        def keep(_: Any, given: tuple[Tensor, ...]) -> None:
+        def record(_: Any, args: tuple[Tensor, ...]) -> None:
             if layer.training:
                 if batches:
-                    self._keep_trained_on(given[0].detach())
-            elif len(self._entered) < 2:  # the measurement; evaluations come after
-                self._entered.append(given[0].detach())
+                    self._record_training(args[0].detach())
+            elif len(self._measured) < 2:  # the measurement precedes evaluations
+                self._measured.append(args[0].detach())
 
-        self._hook = layer.register_forward_pre_hook(keep)
+        self._hook = layer.register_forward_pre_hook(record)
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Keep what was said in the progress bar, which forgets it at each epoch."""
+        """Show the forecast in the progress bar, which Lightning resets at each epoch."""
         if self._hook is None:
             return
-        self._entered.clear()
+        self._measured.clear()
         progress = trainer.progress_bar_callback
         bar = getattr(progress, "train_progress_bar", None)
         if isinstance(progress, LineProgress):
@@ -134,47 +124,47 @@ class ForecastLogger(L.Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Make a forecast, if there is a new measurement and one is due."""
+        """Make a forecast after a new measurement, if one is scheduled."""
         if self._hook is None:
             return
-        record = self._spectrum.record  # empty but in the first process
+        record = self._spectrum.record  # empty except on rank 0
         if len(record) in (0, self._measurements):
             return
         self._measurements = len(record)
         end, step = trainer.estimated_stepping_batches, trainer.global_step
-        if self._is_due(step) and step < end < math.inf and len(self._entered) >= 2:
+        if self._is_scheduled(step) and step < end < math.inf and len(self._measured) >= 2:
             started = time.perf_counter()
             size = len(views_in(batch, self._spectrum.views)[0]) * trainer.world_size
-            self._say(trainer, *self._forecast(pl_module, trainer.optimizers[0], size, step, int(end)))
+            self._log(trainer, *self._forecast(pl_module, trainer.optimizers[0], size, step, int(end)))
             self._spent += time.perf_counter() - started
-        self._entered.clear()
-        self._text = self._told(step)
+        self._measured.clear()
+        self._text = self._summary(step)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Listen no more."""
-        self._stop()
+        """Remove the hook."""
+        self._remove_hook()
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """Listen no more."""
-        self._stop()
+        """Remove the hook."""
+        self._remove_hook()
 
-    def _stop(self) -> None:
+    def _remove_hook(self) -> None:
         if self._hook is not None:
             self._hook.remove()
             self._hook = None
 
-    def _keep_trained_on(self, view: Tensor) -> None:
-        """Keep a view of the last batches, all of one size: without the rest of an epoch, which may be smaller."""
-        kept = self._trained_on
-        if kept and len(view) < len(kept[-1]):
+    def _record_training(self, view: Tensor) -> None:
+        """Keep a view of the last batches of equal size, without the smaller last batch of an epoch."""
+        views = self._trained
+        if views and len(view) < len(views[-1]):
             return
-        if kept and len(view) > len(kept[-1]):
-            kept.clear()
-        kept.append(view)
-        while len(kept) > 2 * math.ceil(NUM_PAIRS / len(view)):
-            kept.popleft()
+        if views and len(view) > len(views[-1]):
+            views.clear()
+        views.append(view)
+        while len(views) > 2 * math.ceil(NUM_PAIRS / len(view)):
+            views.popleft()
 
-    def _is_due(self, step: int) -> bool:
+    def _is_scheduled(self, step: int) -> bool:
         learned = int(self._spectrum.record.measure("num_grown", self._matrix)[-1])
         if learned > self._learned:
             self._learned, self._next_at = learned, 0.0
@@ -185,58 +175,68 @@ class ForecastLogger(L.Callback):
     ) -> tuple[Forecast, Tensor]:
         group = {} if isinstance(module, JointEmbedding) else optimizer.param_groups[0]
         options = [group.get(name) for name in ("lr", "momentum", "weight_decay")]
-        training = SGDSettings.of(module, start, end, self.loss, self.settings, *options)
+        sgd = SGDSettings.of(module, start, end, self.loss, self.settings, *options)
         layer = last_layer(module)
-        h1, h2 = self._features(size if training.loss == "simclr" else None)
+        h1, h2 = self._features(size if sgd.loss == "simclr" else None)
         velocity = velocity_of(layer, optimizer)
-        # To the end, though the next mode may be due soon: there is the plateau by which modes are called learned.
+        # To the end, even if the next mode is near: the last plateau defines the threshold.
         result = forecast_of_features(
-            training, h1, h2, layer.weight, bias_of(layer), start, velocity, with_rates=False, num_points=_NUM_POINTS
+            sgd, h1, h2, layer.weight, bias_of(layer), start, velocity, with_rates=False, num_points=_NUM_POINTS
         )
-        return result, training.rates
+        return result, sgd.rates
 
     def _features(self, size: int | None) -> tuple[Tensor, Tensor]:
-        """Return the features to go by, (batches, n, m); of the measured pairs in batches of a size, if it matters."""
-        seen = list(self._trained_on)
-        if len(seen) >= 4 and len(seen) % 2 == 0 and len({view.shape for view in seen}) == 1:
-            stacked = torch.stack(seen).flatten(2).cpu()
+        """Return the features of both views, (batches, n, m) each; measured pairs in batches of ``size`` if given."""
+        views = list(self._trained)
+        if len(views) >= 4 and len(views) % 2 == 0 and len({view.shape for view in views}) == 1:
+            stacked = torch.stack(views).flatten(2).cpu()
             return stacked[::2], stacked[1::2]
-        h1, h2 = (h.flatten(1).cpu() for h in self._entered[:2])
+        h1, h2 = (h.flatten(1).cpu() for h in self._measured[:2])
         size = min(size or len(h1), len(h1))
         h1, h2 = (h[: len(h) // size * size].unflatten(0, (-1, size)) for h in (h1, h2))
         return h1, h2
 
-    def _told(self, step: int) -> str:
-        """Return what is known now: of a mode that has come since the last forecast, only that."""
+    def _summary(self, step: int) -> str:
+        """Return the text for the progress bar; without a forecast if a mode was learned since the last one."""
         if not self.forecasts:
             return ""
-        said = self.forecasts[-1]
-        count, dim = max(self._learned, said.num_learned), self._spectrum.record.eigenvalues(self._matrix).shape[1]
+        last = self.forecasts[-1]
+        count, dim = max(self._learned, last.num_learned), self._spectrum.record.eigenvalues(self._matrix).shape[1]
         text = f"{count} of {dim} modes learned"
-        if said.num_learned < count:
+        if last.num_learned < count:
             return text
-        if not math.isfinite(said.expected_step):
-            return f"{text}, no other is due"
-        return (
-            f"{text}, next ≈ step {said.expected_step:.0f}" if said.expected_step > step else f"{text}, next is overdue"
-        )
+        if not math.isfinite(last.expected_step):
+            return f"{text}, no other expected"
+        return f"{text}, next ≈ step {last.expected_step:.0f}" if last.expected_step > step else f"{text}, next overdue"
 
-    def _say(self, trainer: L.Trainer, forecast: Forecast, rates: Tensor) -> None:
-        step, (mode, due) = forecast.start, forecast.with_plateau_correction(self._spectrum.record).next_mode
-        soon, first = math.isfinite(due), not self.forecasts
-        if soon and mode not in {said.num_learned + 1 for said in self.forecasts}:
-            record = self._spectrum.record
-            # From the measurement on, made before the step just taken; the last rate is that of a step begun.
-            ahead = [
-                (step - record.steps[-1]) * rates[0],
-                *rates[: int(due) - step],
-                due % 1 * rates[int(due) - step - 1],
-            ]
-            record.expected_times.setdefault(self._matrix, []).append(float(record.times[-1] + sum(ahead)))
-        self.forecasts.append(LiveForecast(step, mode - 1, due))
-        self._next_at = step + max(((due - step) if soon else step) / 2, _APART * step)
+    def _log(self, trainer: L.Trainer, forecast: Forecast, rates: Tensor) -> None:
+        step, (mode, expected) = forecast.start, forecast.with_plateau_correction(self._spectrum.record).next_mode
+        soon, first = math.isfinite(expected), not self.forecasts
+        if soon and mode not in {earlier.num_learned + 1 for earlier in self.forecasts}:
+            self._mark(step, expected, rates)
+        self.forecasts.append(LiveForecast(step, mode - 1, expected))
+        self._next_at = step + max(((expected - step) if soon else step) / 2, _MIN_INTERVAL * step)
         if soon:
             for logger in trainer.loggers:
-                logger.log_metrics({"forecast/next_mode_step": due}, step=step)
+                logger.log_metrics({"forecast/next_mode_step": expected}, step=step)
         if first and (progress := trainer.progress_bar_callback) is not None:
-            progress.print(f"forecast: {self._told(step)}")
+            progress.print(f"forecast: {self._summary(step)}")
+
+    def _mark(self, step: int, expected: float, rates: Tensor) -> None:
+        """Add the expected time of the next mode, the sum of learning rates up to its step, to the record."""
+        record, steps = self._spectrum.record, int(expected) - step
+        # The last measurement precedes the step just taken; the last rate covers a part of a step.
+        ahead = [(step - record.steps[-1]) * rates[0], *rates[:steps], expected % 1 * rates[steps - 1]]
+        record.expected_times.setdefault(self._matrix, []).append(float(record.times[-1] + sum(ahead)))
+
+
+def _find_spectrum_logger(trainer: L.Trainer, matrix: str) -> SpectrumLogger:
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, SpectrumLogger) and matrix in callback.matrices and callback.output:
+            return callback
+    raise UserError(f"ForecastLogger needs a SpectrumLogger in the Trainer that measures {matrix}: add it to matrices")
+
+
+def _trains_with_sgd(trainer: L.Trainer, module: L.LightningModule) -> bool:
+    sgd = bool(trainer.optimizers) and isinstance(trainer.optimizers[0], torch.optim.SGD)
+    return sgd and getattr(module, "trains_with_sgd", True)

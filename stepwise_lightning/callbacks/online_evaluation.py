@@ -1,7 +1,7 @@
-"""What a representation is good for, measured while it is learned: a linear probe and k nearest neighbours.
+"""Online evaluation of a representation by a linear probe and by k nearest neighbours.
 
-Both are callbacks for any LightningModule whose batches carry labels. They look at the output of one submodule, with
-the network in evaluation mode and without gradients; training is bit-identical with and without them.
+Both are callbacks for any LightningModule with labelled batches. They use the output of one submodule, with the network
+in evaluation mode and without gradients. Training is bit-identical with and without them.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from stepwise_lightning.features import capture, check_watched
 
 __all__ = ["OnlineKNN", "OnlineLinearProbe"]
 
-# The submodule that the shipped encoders' hidden representation is the output of.
+# Submodule of the encoders of this package whose output is the hidden representation.
 REPRESENTATION = "encoder.backbone"
 
 
 class _Evaluation(L.Callback):
-    """Accuracy on labelled validation and test batches (x, label); a subclass adds ``_scores(features)``.
+    """Accuracy on labelled validation and test batches (x, label). A subclass defines ``_scores(features)``.
 
-    Labels below 0 mean unknown and are left out. Accuracies are of all processes together; where these do not divide
-    the number of images, Lightning counts a few twice.
+    Negative labels mean unknown and are ignored. Accuracies cover all ranks; if their number does not divide the number
+    of images, Lightning counts a few images twice.
     """
 
     tag: str
@@ -45,18 +45,18 @@ class _Evaluation(L.Callback):
 
     @property
     def state_key(self) -> str:
-        """Tell apart the states of several probes in one checkpoint."""
+        """Key of this callback in checkpoints, which may hold several probes."""
         return self._generate_state_key(watch=self.watch)
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Check the submodule's name and find the number of classes."""
+        """Check the name of the submodule and find the number of classes."""
         check_watched(pl_module, [self.watch])
         if self.num_classes is None:
             self.num_classes = len(getattr(getattr(trainer, "datamodule", None), "class_names", ()))
         if self.num_classes < 2:
             raise UserError(
                 f"{type(self).__name__} found {self.num_classes} classes in the data: use a data set with labels (a "
-                "folder with a subfolder for each class), or give num_classes"
+                "folder with a subfolder for each class), or set num_classes"
             )
         ranks = [1, 5] if self.num_classes > 5 else [1]
         self._accuracies = {
@@ -80,17 +80,18 @@ class _Evaluation(L.Callback):
         stage = "test" if trainer.testing else "val"
         if not all_gather(torch.tensor(self._num_labels, device=pl_module.device)).any():
             raise UserError(
-                f"{type(self).__name__} cannot be right or wrong: no {stage} image has a label of at least 0"
+                f"{type(self).__name__} needs labelled images, but no {stage} image has a label of at least 0: use "
+                "labelled data"
             )
         for name, accuracy in self._accuracies.items():
-            # computed over all processes already; sync_dist only tells Lightning so
+            # already computed over all ranks; sync_dist avoids a warning of Lightning
             pl_module.log(f"{stage}/{name}", accuracy.compute(), prog_bar=name.endswith("1"), sync_dist=True)
 
     def _known(self, labels: Tensor) -> Tensor:
         if len(labels) and labels.max() >= (self.num_classes or 0):
             raise UserError(
                 f"{type(self).__name__} got the label {int(labels.max())}, but there are {self.num_classes} classes, "
-                "counted from 0: give the right num_classes"
+                "counted from 0: correct num_classes"
             )
         return labels >= 0
 
@@ -101,7 +102,7 @@ class _Evaluation(L.Callback):
         raise NotImplementedError
 
     def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Begin a new measurement."""
+        """Reset the accuracies."""
         if not trainer.sanity_checking:
             self._start(pl_module)
 
@@ -114,7 +115,7 @@ class _Evaluation(L.Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Count the right answers of one batch (x, label)."""
+        """Update the accuracies with one batch (x, label)."""
         if not trainer.sanity_checking:
             self._update(pl_module, batch)
 
@@ -123,31 +124,31 @@ class _Evaluation(L.Callback):
         if not trainer.sanity_checking:
             self._finish(trainer, pl_module)
 
-    # Testing is the same measurement on other images.
+    # Testing is the same on other images.
     on_test_epoch_start = on_validation_epoch_start
     on_test_batch_end = on_validation_batch_end
     on_test_epoch_end = on_validation_epoch_end
 
 
 class OnlineLinearProbe(_Evaluation):
-    """Train a linear classifier on a representation while that is being learned; log its accuracy.
+    """Train a linear classifier on a representation during training; log its accuracy.
 
-    After each training step the network, in evaluation mode, embeds the first view of the batch once more (one
-    forward pass on half of the views), and the classifier takes one step of Adam on the cross-entropy. The features are
-    standardised with running statistics first, since those of a small initialisation have any scale. Several processes
-    train it on the global batch, and hold equal copies. It is kept in the checkpoint, so that resuming, and
-    ``stepwise validate --ckpt_path``, go on with it.
+    After each training step the network, in evaluation mode, computes features of the first view of the batch (an
+    additional forward pass on half of the views), and the classifier takes one step of Adam on the cross-entropy.
+    Features are standardised with running statistics, because their scale is arbitrary with a small initialisation. All
+    ranks train equal copies on the global batch. Checkpoints contain the probe; resuming and ``stepwise validate
+    --ckpt_path`` restore it.
 
     Logged: ``train/probe_loss``; ``val/probe_top1`` and, with more than five classes, ``val/probe_top5``; ``test/…``.
 
     Args:
-        watch: name of the submodule whose output, flattened, is the representation.
-        num_classes: None for the number of ``trainer.datamodule.class_names``.
-        learning_rate: of Adam.
+        watch: name of the submodule whose flattened output is the representation.
+        num_classes: number of classes; None for the number of ``trainer.datamodule.class_names``.
+        learning_rate: learning rate of Adam.
 
-    Raises (when training or evaluation starts, the last three while it runs):
-        ValueError: unknown submodule, no classes, a checkpoint of other classes, no labels in the training batches, an
-            evaluation without a trained probe or without labels, or labels beyond the classes.
+    Raises (when training or evaluation starts, the last three during it):
+        ValueError: an unknown submodule, no classes, a checkpoint with another number of classes, no labels in the
+            training batches, an evaluation without a trained probe or without labels, or labels out of range.
 
     """
 
@@ -163,38 +164,40 @@ class OnlineLinearProbe(_Evaluation):
         self.probe: LinearProbe | None = None
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the probe and its optimiser's state, as tensors and numbers."""
+        """Return the states of the probe and its optimiser."""
         return {} if self.probe is None else self.probe.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue with the probe of a checkpoint."""
+        """Restore the probe of a checkpoint."""
         if state_dict:
             num_classes, in_features = state_dict["probe"]["1.weight"].shape
             if self.num_classes not in (None, num_classes):
                 raise UserError(
-                    f"the checkpoint's linear probe knows {num_classes} classes, but the data have {self.num_classes}: "
-                    "use the data it was trained on"
+                    f"the linear probe in the checkpoint has {num_classes} classes, but the data have "
+                    f"{self.num_classes}: use the data it was trained on"
                 )
             self.probe = LinearProbe(in_features, num_classes, self.learning_rate)
             self.probe.load_state_dict(state_dict)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Move a probe that has been restored, or used in an evaluation."""
+        """Move the probe to the device of the module."""
         if self.probe is not None:
             self.probe.to(pl_module.device)
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Take one step of the probe on the labelled part of the global batch (x1, x2, label)."""
+        """Train the probe for one step on the labelled part of the global batch (x1, x2, label)."""
         features, labels = self._features(pl_module, batch[0]), batch[-1]
         if not isinstance(labels, Tensor) or labels.shape != features.shape[:1] or labels.is_floating_point():
-            raise UserError("OnlineLinearProbe needs labels, int64, (n,), as the last item of a training batch")
+            raise UserError(
+                "OnlineLinearProbe needs integer labels (n,) as the last item of a training batch: use labelled data"
+            )
         if trainer.world_size > 1:
             features, labels = (all_gather(part).flatten(0, 1) for part in (features, labels))
         known = self._known(labels)
         features, labels = features[known], labels[known]
-        if len(labels) < 2:  # nothing to standardise
+        if len(labels) < 2:  # standardisation needs two samples
             return
         if self.probe is None:
             assert self.num_classes is not None
@@ -208,8 +211,8 @@ class OnlineLinearProbe(_Evaluation):
     def _scores(self, features: Tensor) -> Tensor:
         if self.probe is None:
             raise UserError(
-                "the linear probe has seen no labelled image: train with it first, on batches with at least two "
-                "labels, or give the checkpoint of a run with it (--ckpt_path)"
+                "the linear probe is untrained: train it first, on batches with at least two labelled images, or use a "
+                "checkpoint that contains it (--ckpt_path)"
             )
         self.probe.to(features.device)
         return self.probe.scores(features)
@@ -218,21 +221,21 @@ class OnlineLinearProbe(_Evaluation):
 class OnlineKNN(_Evaluation):
     """Classify held-out images by their nearest neighbours among the labelled training images; log the accuracy.
 
-    At each validation all labelled training images are embedded without augmentation, in equal shares where there are
-    several processes. The ``k`` most similar ones by cosine s vote with weight exp(s / temperature), as in Wu et al.
-    2018 (arXiv 1805.01978), who take k = 200 and temperature 0.07.
+    Each validation computes features of all labelled training images without augmentation, in equal shares on all
+    ranks. The ``k`` images of the largest cosine similarity s vote with weight exp(s / temperature), as in Wu et al.
+    2018 (arXiv 1805.01978), with their k = 200 and temperature 0.07.
 
     Logged: ``val/knn_top1`` and, with more than five classes, ``val/knn_top5``; ``test/…``.
 
     Args:
-        watch: name of the submodule whose output, flattened, is the representation.
-        k: number of neighbours, at most all.
-        temperature: of their votes.
-        num_classes: None for the number of ``trainer.datamodule.class_names``.
+        watch: name of the submodule whose flattened output is the representation.
+        k: number of neighbours; all if there are fewer.
+        temperature: temperature of the votes.
+        num_classes: number of classes; None for the number of ``trainer.datamodule.class_names``.
 
-    Raises (when training or evaluation starts, the last two while it runs):
-        ValueError: unknown submodule, no classes, a datamodule without ``labelled_train_dataloader()``, no labels, or
-            labels beyond the classes.
+    Raises (when training or evaluation starts, the last two during it):
+        ValueError: an unknown submodule, no classes, a datamodule without ``labelled_train_dataloader()``, no labels,
+            or labels out of range.
 
     """
 
@@ -247,11 +250,11 @@ class OnlineKNN(_Evaluation):
         self.k, self.temperature = k, temperature
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Check that there are images to compare with."""
+        """Check that the datamodule has labelled training images."""
         if not hasattr(getattr(trainer, "datamodule", None), "labelled_train_dataloader"):
             raise UserError(
-                "OnlineKNN compares with the images of datamodule.labelled_train_dataloader(): give the Trainer a "
-                "datamodule that has this method, such as TwoViewDataModule"
+                "OnlineKNN needs datamodule.labelled_train_dataloader(): give the Trainer a datamodule that has this "
+                "method, such as TwoViewDataModule"
             )
         super().setup(trainer, pl_module, stage)
 
@@ -263,21 +266,24 @@ class OnlineKNN(_Evaluation):
         for x, label in tqdm(
             loader, "embedding training images", leave=False, delay=2, disable=trainer.global_rank > 0 or None
         ):
-            x = trainer.precision_plugin.convert_input(x)  # as Lightning does with its own batches
+            x = trainer.precision_plugin.convert_input(x)  # as Lightning does for training batches
             features.append(normalize(self._features(pl_module, x.to(pl_module.device))))
             labels.append(label.to(pl_module.device))
         if not any(self._known(label).any() for label in labels):
-            raise UserError("OnlineKNN has nothing to compare with: labelled_train_dataloader() gave no labelled image")
-        bank, answers = torch.cat(features), torch.cat(labels)
-        if trainer.world_size > 1:  # dealt out in turn, so that the order is that of one process
-            bank, answers = (all_gather(part).transpose(0, 1).flatten(0, 1) for part in (bank, answers))
-        bank, answers = bank[: len(loader.dataset)], answers[: len(loader.dataset)]
-        self._bank, self._answers = bank[answers >= 0], answers[answers >= 0]
+            raise UserError(
+                "OnlineKNN needs labelled training images, but labelled_train_dataloader() returned none: use labelled "
+                "data"
+            )
+        bank, classes = torch.cat(features), torch.cat(labels)
+        if trainer.world_size > 1:  # restore the order of one process from interleaved shards
+            bank, classes = (all_gather(part).transpose(0, 1).flatten(0, 1) for part in (bank, classes))
+        bank, classes = bank[: len(loader.dataset)], classes[: len(loader.dataset)]
+        self._bank, self._labels = bank[classes >= 0], classes[classes >= 0]
 
     def _finish(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         super()._finish(trainer, pl_module)
-        del self._bank, self._answers  # room for training
+        del self._bank, self._labels  # free memory for training
 
     def _scores(self, features: Tensor) -> Tensor:
         assert self.num_classes is not None
-        return knn_scores(features, self._bank, self._answers, self.num_classes, self.k, self.temperature)
+        return knn_scores(features, self._bank, self._labels, self.num_classes, self.k, self.temperature)

@@ -1,4 +1,4 @@
-"""What a forecast says, and how sure it is of it."""
+"""Result of a forecast, with its typical errors."""
 
 from __future__ import annotations
 
@@ -12,88 +12,88 @@ from stepwise_lightning.forecasts.learning_rates import StableRates
 from stepwise_lightning.losses import LOSSES
 from stepwise_lightning.spectrum.record import SpectrumRecord
 
-__all__ = ["Forecast", "crossings", "correct_for_feature_learning"]
+__all__ = ["Forecast", "correct_for_feature_learning", "crossings"]
 
-# Typical relative error of the first mode's step and of later ones', before training; NaN is not promised.
+# Typical relative errors of the step of the first mode and of later modes, before training; NaN: not reliable.
 _ERRORS = {"barlow_twins": (0.06, 0.15), "simclr": (0.06, 0.2), "vicreg": (0.07, math.nan)}
-# Of the time that remains until the next mode, while training goes on.
+# Typical relative errors of the time until the next mode, during training.
 _LIVE_ERRORS = {"barlow_twins": 0.2, "simclr": 0.3, "vicreg": math.nan}
-# By which share features that move towards a rising mode shorten what remains at the end of a plateau; SimCLR's and
-# VICReg's showed nothing as regular.
+# Share by which feature learning shortens the remaining time at the end of a plateau. SimCLR and VICReg showed no
+# regular effect.
 _FEATURE_LEARNING_CORRECTION = {"barlow_twins": 0.3}
 
 
 @dataclass(frozen=True)
 class Forecast:
-    """When each mode of an embedding will be learned, were the features before its last layer to stay.
+    """Steps at which the modes of an embedding will be learned, assuming frozen features before the last layer.
 
-    ``str()`` of it is a table. Steps are optimiser steps since the beginning of training.
+    ``str()`` returns a table. Steps are optimiser steps since the beginning of training.
     """
 
     loss: str
     """``barlow_twins``, ``vicreg`` or ``simclr``."""
     start: int
-    """The step at which it was made; 0 before training."""
+    """Step of the forecast; 0 before training."""
     max_steps: int
-    """Where training ends."""
+    """Last step of training."""
     learning_rate: float
-    """The largest to come."""
+    """Largest learning rate of the remaining steps."""
     momentum: float
     num_pairs: int
-    """On how many pairs it rests."""
+    """Number of pairs whose features were used."""
     step_times: Tensor
-    """(d,): when each mode is learned; infinite if not before ``max_steps``, NaN if it was before ``start``, or starts
-    too high to make a step."""
+    """Step at which each mode is learned, (d,); infinite if not before ``max_steps``; NaN if before ``start`` or if the
+    mode starts too high to make a step."""
     steps: Tensor
-    """(K,), of the trajectory."""
+    """Steps of the simulated trajectory, (K,)."""
     eigenvalues: Tensor
-    """(K, d), descending, of the matrix in which steps of this loss are counted, see ``matrix``; infinite where
-    training diverges."""
+    """Eigenvalues of ``matrix``, (K, d), descending; infinite once training has diverged."""
     threshold: float
-    """θ, above which an eigenvalue is learned: a tenth of the largest at the end."""
+    """θ, above which an eigenvalue counts as learned: a tenth of the largest at the end."""
     growth_rates: Tensor
-    """ρ of each mode from a small start, (d,), :func:`stepwise_lightning.theory.growth_matrix`; NaN for none."""
+    """ρ of each mode from a small start, (d,), :func:`stepwise_lightning.theory.growth_matrix`; NaN if undefined."""
     rates: StableRates
-    """The learning rate above which training diverges, a safe one, and the suggested one; NaN where not known."""
+    """Learning rates: limit, safe, suggested; NaN if unknown."""
     warnings: tuple[str, ...]
-    """Why it may be wrong, or training may fail."""
+    """Reasons why the forecast may be wrong or training may fail."""
 
     @property
     def matrix(self) -> str:
-        """In which matrix the steps of this loss are counted."""
+        """Matrix whose eigenvalues the loss drives."""
         return LOSSES[self.loss].driven_matrix
 
     @property
     def largest_learning_rate(self) -> float:
-        """Above it training diverges; NaN where no limit is known (SimCLR has none)."""
+        """Learning rate above which training diverges; NaN if no limit is known (SimCLR has none)."""
         return self.rates.limit
 
     @property
     def suggested_learning_rate(self) -> float:
-        """One that is as large as has been found to train well."""
+        """Largest learning rate known to train well."""
         return self.rates.suggested
 
     @property
     def num_learned(self) -> int:
-        """Modes above the threshold at the start."""
+        """Number of modes above the threshold at the start."""
         return int((self.eigenvalues[0] > self.threshold).sum())
 
     @property
     def next_mode(self) -> tuple[int, float]:
-        """The next mode to be learned, counted from 1, and the step at which it is due; infinite for not any more."""
+        """Next mode to be learned, counted from 1, and its expected step; infinite if no mode follows."""
         mode = self.num_learned
         return mode + 1, float(self.step_times[mode]) if mode < len(self.step_times) else math.inf
 
     def with_plateau_correction(self, record: SpectrumRecord) -> Forecast:
         """Return a copy whose next step time is corrected for progress along the current plateau.
 
-        It stays as it is where they do not show when the last mode was learned.
+        See :func:`correct_for_feature_learning`. Returns the forecast itself if the record does not contain the step at
+        which the last mode was learned.
 
         Args:
-            record: of the run until then, in optimiser steps.
+            record: record of the run up to ``start``, in optimiser steps.
 
         """
-        mode, due = self.next_mode
+        mode, expected = self.next_mode
         if mode == 1 or mode > len(self.step_times) or self.matrix not in record.matrices or len(record) < 2:
             return self
         last = record.eigenvalues(self.matrix)[:, mode - 2 : mode - 1]
@@ -101,12 +101,12 @@ class Forecast:
         if not math.isfinite(learned_at):
             return self
         times = self.step_times.clone()
-        times[mode - 1] = correct_for_feature_learning(self.loss, learned_at, self.start, due)
+        times[mode - 1] = correct_for_feature_learning(self.loss, learned_at, self.start, expected)
         return replace(self, step_times=times)
 
     @property
     def errors(self) -> Tensor:
-        """Typical relative error of each step time (of the time until then, during training), (d,); NaN: no promise.
+        """Typical relative error of each step time, (d,), during training of the remaining time; NaN: not reliable.
 
         Medians over runs of small networks: see ``reproduce/figures/forecast.py``.
         """
@@ -118,7 +118,7 @@ class Forecast:
         return errors
 
     def at(self, steps: Tensor) -> Tensor:
-        """Return the eigenvalues at some steps, (T,) to (T, d), interpolated in their logarithm; NaN outside."""
+        """Return the eigenvalues at steps (T,), interpolated in their logarithm, (T, d); NaN outside the trajectory."""
         tiny = torch.finfo(torch.float64).tiny
         known, logs = self.steps.double(), self.eigenvalues.clamp(min=tiny).log()
         after = torch.searchsorted(known, steps.double()).clamp(1, len(known) - 1)
@@ -128,9 +128,9 @@ class Forecast:
         return values.masked_fill(outside[:, None], math.nan)
 
     def reliable_eigenvalues(self, steps: Tensor) -> Tensor:
-        """Return the eigenvalues at some steps, (T,) to (T, k), as far as they are promised.
+        """Return the eigenvalues of the k modes with reliable step times at steps (T,), (T, k).
 
-        That is of the modes that are, k of them, and until the first of the others is due; then NaN.
+        They are NaN from the expected step of the first mode that is not reliable.
         """
         count = int(self.errors.isfinite().sum())
         later = self.step_times[count : count + 1]
@@ -144,24 +144,26 @@ class Forecast:
             "mode  learned at step       typical range   share of the steps",
         ]
         for mode, (step, error) in enumerate(zip(self.step_times.tolist(), self.errors.tolist(), strict=True)):
-            if math.isnan(step):
-                text = "learned" if mode < self.num_learned and self.start else "starts too high to make a step"
-                lines.append(f"{mode + 1:4d}  {text}")
-            elif math.isinf(step):
-                lines.append(f"{mode + 1:4d}  after step {self.max_steps}, or never: the network may learn more modes")
+            lines.append(f"{mode + 1:4d}  {self._step_line(mode, step, error)}")
+            if math.isinf(step):
                 break
-            else:
-                low, high = (self.start + (step - self.start) * (1 + sign * error) for sign in (-1, 1))
-                span = "not promised" if math.isnan(error) else f"{low:.0f} to {high:.0f}"
-                lines.append(f"{mode + 1:4d}  {step:15.0f}  {span:>18}   {step / self.max_steps:18.1%}")
-        lines.append(self._told_rates())
+        lines.append(self._rates_line())
         return "\n".join([*lines, *(f"warning: {warning}" for warning in self.warnings)])
 
-    def _told_rates(self) -> str:
+    def _step_line(self, mode: int, step: float, error: float) -> str:
+        if math.isnan(step):
+            return "learned" if mode < self.num_learned and self.start else "starts too high to make a step"
+        if math.isinf(step):
+            return f"after step {self.max_steps}, or never: the network may learn more modes"
+        low, high = (self.start + (step - self.start) * (1 + sign * error) for sign in (-1, 1))
+        span = "not reliable" if math.isnan(error) else f"{low:.0f} to {high:.0f}"
+        return f"{step:15.0f}  {span:>18}   {step / self.max_steps:18.1%}"
+
+    def _rates_line(self) -> str:
         if math.isnan(self.rates.suggested):
-            return "learning rate: no mode grows from a small start, so that no limit is known"
+            return "learning rate: no limit known, because no mode grows from a small start"
         if math.isnan(self.rates.limit):
-            limit = "no limit: cosine similarity does not see the length of embeddings"
+            limit = "no limit: cosine similarity does not depend on the length of embeddings"
         elif math.isinf(self.rates.limit):
             limit = "no limit found"
         else:
@@ -169,30 +171,31 @@ class Forecast:
         return f"learning rate: {limit}; suggested {self.rates.suggested:.2g}"
 
 
-def correct_for_feature_learning(loss: str, learned_at: float, step: float, due: float) -> float:
-    """Return when the next mode is due, where ``due`` is what features that stay allow.
+def correct_for_feature_learning(loss: str, learned_at: float, step: float, expected: float) -> float:
+    """Return the expected step of the next mode, corrected for feature learning.
 
-    They do not stay: while a mode rises, they move towards it, and it grows faster than at first. Of Barlow Twins the
-    time that remains is shorter by 0.3 times the share of the plateau that has passed. This is measured, not derived:
-    see docs/results.md.
+    While a mode rises, features move towards it, and it grows faster than with frozen features. For Barlow Twins the
+    remaining time shrinks by 0.3 times the elapsed share of the plateau. This is measured, not derived: see
+    docs/results.md.
 
     Args:
-        loss: of the module.
-        learned_at: the step at which the last mode was learned.
-        step: the step at which this is said.
-        due: the step at which a simulation of the last layer learns the next one; perhaps infinite.
+        loss: name of the loss.
+        learned_at: step at which the last mode was learned.
+        step: current step.
+        expected: step of the next mode in a simulation of the last layer; may be infinite.
 
     """
-    passed, remaining = max(step - learned_at, 0.0), due - step
+    passed, remaining = max(step - learned_at, 0.0), expected - step
     if not 0 < remaining < math.inf:
-        return due
+        return expected
     return step + remaining * (1 - _FEATURE_LEARNING_CORRECTION.get(loss, 0.0) * passed / (passed + remaining))
 
 
 def crossings(steps: Tensor, eigenvalues: Tensor, threshold: float) -> Tensor:
-    """Return when each eigenvalue, (K, d), passes a threshold for three samples, (d,), linear in its logarithm.
+    """Return the step at which each eigenvalue, (K, d), exceeds a threshold for three samples, (d,).
 
-    NaN for those that are above it at the first sample, infinite for those that never are.
+    Steps are interpolated linearly in the logarithm; NaN for eigenvalues that start above the threshold, infinite for
+    those that never exceed it.
     """
     above = torch.nn.functional.pad(eigenvalues > threshold, (0, 0, 0, 2), value=True)
     sustained = above[:-2] & above[1:-1] & above[2:]

@@ -1,9 +1,9 @@
-r"""Up to which learning rate a last layer trains, and which one to take.
+r"""Stable and suggested learning rates of a last layer.
 
 Legend
-    γ_1     largest eigenvalue of the features' cross-correlation Γ
+    γ_1     largest eigenvalue of the cross-correlation Γ of the features
     ρ_1     largest eigenvalue of the growth matrix H
-    η       learning rate; x = ηρ_1, what drives the first mode at each step
+    η       learning rate; x = ηρ_1 is the drive of the first mode
 """
 
 from __future__ import annotations
@@ -21,27 +21,27 @@ from stepwise_lightning.theory.stability import stability_limits
 
 __all__ = ["StableRates", "stable_rates"]
 
-# Networks whose features move diverge at lower rates than features that stay.
-_MOVING = 0.5
-# Shares of what is safe, and drives, at which the shipped configurations of small networks train well.
+# Networks with feature learning diverge at lower rates than frozen features.
+_FEATURE_LEARNING = 0.5
+# Shares of the safe rate, and drives, at which the shipped configurations of small networks train well.
 _SHARE, _DRIVE, _COSINE_DRIVE = 0.5, 0.4, 0.1
-# Simulated: starts that arrive at different moments within a step, on so many batches, for so many steps.
+# Simulations: number of starts, which reach the limit at different phases, of batches, and of steps.
 _STARTS, _BATCHES, _STEPS = 8, 16, 100
-_LEAST, _MOST, _FACTOR = 0.5, 100.0, 1.15  # x between which rates are tried, and their ratio
+_LEAST, _MOST, _FACTOR = 0.5, 100.0, 1.15  # smallest and largest x tried, and their ratio
 
 
 class StableRates(NamedTuple):
-    """Learning rates; NaN where none is known."""
+    """Learning rates; NaN if unknown."""
 
     limit: float
-    """Above it at least half of all starts diverge, on features that stay."""
+    """Learning rate above which at least half of all starts diverge with frozen features."""
     safe: float
-    """Half of that below which none does, on any batch: what networks need whose features move."""
+    """Half of the learning rate below which no start diverges on any batch: a margin for feature learning."""
     suggested: float
 
 
 def stable_rates(
-    training: SGDSettings,
+    sgd: SGDSettings,
     h1: Tensor,
     h2: Tensor,
     weight: Tensor,
@@ -49,50 +49,52 @@ def stable_rates(
     components: int | None,
     fastest: float,
 ) -> StableRates:
-    """Return the learning rates of a last layer on features that stay.
+    """Return the stable learning rates of a last layer, computed with frozen features.
 
-    Analytical Barlow Twins has closed limits (:func:`stepwise_lightning.theory.stability.stability_limits`): the limit
-    is where half of all small starts diverge, with the γ_1 of all pairs; below that with the γ_1 of the batch in which
-    it is largest none does. For VICReg, and for Barlow Twins normalised, training is simulated through the batches in
-    turn, from eight starts, at rates that rise by 15 % until half of them diverge; none does below the first that does.
-    Features that move make networks diverge earlier, from a third of the limit on. So ``safe`` is half of where no
-    start diverges: at 0.8 times that small ResNets train, and at 1.25 times the limit hardly one
-    does (``python -m reproduce stable_rates``); in between it is network and start that decide.
-    Cosine similarity is blind to the length of embeddings, so that training does not diverge: no limit.
+    - Analytical Barlow Twins: closed form (:func:`stepwise_lightning.theory.stability.stability_limits`). Half of all
+      small starts diverge at the limit for γ_1 of all pairs; none diverges below the limit for the largest γ_1 of a
+      batch.
+    - VICReg and normalised Barlow Twins: simulated, one batch a step, from eight starts, at rates that increase by 15 %
+      until half of the starts diverge; no start diverges below the first rate at which one does.
+    - SimCLR: no limit, because the loss does not depend on the length of embeddings.
+
+    With feature learning, networks diverge from a third of the limit on. Hence ``safe`` is half of the rate at which no
+    start diverges: small ResNets train at 0.8 times the safe rate and mostly diverge at 1.25 times the limit
+    (``python -m reproduce stable_rates``); in between it depends on network and start.
 
     Args:
-        training: loss and optimiser.
+        sgd: loss and settings of SGD.
         h1: features of the first views, (batches, n, m).
         h2: features of the second views.
         weight: W, (d, m).
         bias: (d,) or None.
-        components: of a projection, see :class:`stepwise_lightning.theory.LastLayer`.
+        components: number of components of a projection, see :class:`stepwise_lightning.theory.LastLayer`.
         fastest: ρ_1.
 
     """
     nan = math.nan
     if not fastest > 0:
         return StableRates(nan, nan, nan)
-    if training.loss == "simclr":
+    if sgd.loss == "simclr":
         return StableRates(nan, nan, _COSINE_DRIVE / fastest)
-    if training.loss == "barlow_twins" and not training.settings["normalize"]:
-        limits = stability_limits(training.momentum)
-        worst = 4 * max(largest_gammas(h1, h2, training.settings["center"]))
-        safe = _MOVING * min(limits.local, limits.safe) / max(worst, fastest)
+    if sgd.loss == "barlow_twins" and not sgd.settings["normalize"]:
+        limits = stability_limits(sgd.momentum)
+        worst = 4 * max(largest_gammas(h1, h2, sgd.settings["center"]))
+        safe = _FEATURE_LEARNING * min(limits.local, limits.safe) / max(worst, fastest)
         return StableRates(limits.even / fastest, safe, _SHARE * safe)
     layers = []
     for start in range(_STARTS):
         x1, x2 = (h.roll(2 * start, 0)[:_BATCHES] for h in (h1, h2))
         scaled = weight * math.e ** (start / _STARTS / 2)
-        layers.append(LastLayer(training.loss, x1, x2, scaled, bias, components, in_turn=True, **training.settings))
-    limit, unharmed = _simulated_limits(layers, training.momentum, fastest)
-    safe = _MOVING * unharmed
+        layers.append(LastLayer(sgd.loss, x1, x2, scaled, bias, components, in_turn=True, **sgd.settings))
+    limit, stable = _simulated_limits(layers, sgd.momentum, fastest)
+    safe = _FEATURE_LEARNING * stable
     return StableRates(limit, safe, min(_DRIVE / fastest, _SHARE * safe))
 
 
 @single_threaded()
 def largest_gammas(h1: Tensor, h2: Tensor, center: bool) -> list[float]:
-    """Return the largest eigenvalue of Γ of each batch, by a hundred power iterations."""
+    """Return the largest eigenvalue of Γ for each batch, by 100 power iterations."""
     h1, h2 = (h.double() - (h.double().mean(1, keepdim=True) if center else 0.0) for h in (h1, h2))
     vector = h1.new_ones(len(h1), h1.shape[2], 1)
     value = h1.new_zeros(len(h1))
@@ -104,7 +106,7 @@ def largest_gammas(h1: Tensor, h2: Tensor, center: bool) -> list[float]:
 
 
 def _simulated_limits(layers: list[LastLayer], momentum: float, fastest: float) -> tuple[float, float]:
-    """Return the rates at which half of the layers and the first of them diverge; infinite where they do not."""
+    """Return the rates at which half of the layers, and the first layer, diverge; infinite if they do not."""
 
     def diverged(rate: float) -> int:
         ends = [layer.simulate([rate] * _STEPS, momentum, measured_at=[_STEPS]).eigenvalues for layer in layers]
@@ -115,7 +117,7 @@ def _simulated_limits(layers: list[LastLayer], momentum: float, fastest: float) 
         bound *= 2
         if bound > _MOST / fastest:
             return math.inf, math.inf
-    # Below it, because fates near the limit alternate.
+    # Start below the bound, because stable and diverging rates alternate near the limit.
     safe, rate = math.inf, bound / 4
     while True:
         count = diverged(rate)

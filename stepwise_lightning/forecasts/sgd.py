@@ -1,4 +1,4 @@
-"""How the last linear layer of a network is trained: what a forecast has to know, read from a module or given."""
+"""Settings and features of the SGD training of a last linear layer, for forecasts."""
 
 from __future__ import annotations
 
@@ -21,13 +21,14 @@ __all__ = ["SGDSettings", "last_features", "last_layer", "loss_of", "velocity_of
 
 @dataclass(frozen=True)
 class SGDSettings:
-    """A loss and the SGD that descends it."""
+    """Loss and SGD settings of a training run."""
 
     loss: str
+    """Name of the loss in :data:`stepwise_lightning.losses.LOSSES`."""
     settings: dict[str, Any]
-    """All of the loss's own."""
+    """All settings of the loss."""
     rates: Tensor
-    """(T,), the learning rate of each step to come."""
+    """Learning rate of each remaining step, (T,)."""
     momentum: float
     weight_decay: float
 
@@ -43,44 +44,46 @@ class SGDSettings:
         momentum: float | None = None,
         weight_decay: float | None = None,
     ) -> SGDSettings:
-        """Return how ``module`` is trained from step ``start`` to ``max_steps``; what is given goes before its own."""
+        """Return the settings of ``module`` from step ``start`` to ``max_steps``; arguments override its settings."""
         if not 0 <= start < max_steps:
-            raise UserError(f"there must be steps to come: got start={start} and max_steps={max_steps}")
-        own: Mapping[str, Any] = module.hparams if isinstance(module, JointEmbedding) else {}
-        if isinstance(module, JointEmbedding) and not module.trains_with_sgd:
-            raise UserError(
-                f"forecasts assume SGD on the gradient of the loss, which this {type(module).__name__} does not use: "
-                "forecast a module without another optimizer or acceleration"
-            )
+            raise UserError(f"a forecast needs start < max_steps, got start={start} and max_steps={max_steps}")
+        hparams: Mapping[str, Any] = {}
+        if isinstance(module, JointEmbedding):
+            hparams = module.hparams
+            if not module.trains_with_sgd:
+                raise UserError(
+                    f"forecasts assume SGD on the gradient of the loss, which this {type(module).__name__} does not "
+                    "use: forecast a module without another optimizer or acceleration"
+                )
         loss = loss or loss_of(module)
         if settings is None:
-            known = loss_settings(loss, {})
-            settings = {name: own[name] for name in known if name in own}
-        rate = own.get("learning_rate") if learning_rate is None else learning_rate
-        if rate is None:
-            raise UserError(f"learning_rate must be given: {type(module).__name__} is none of this package's modules")
-        if isinstance(rate, (int, float)):
-            warmup, end = own.get("warmup_steps", 0), max_steps if own.get("cosine") else math.inf
-            scheduled = learning_rate is None
-            factors = [rate_factor(k, warmup, end) if scheduled else 1.0 for k in range(start, max_steps)]
-            rate = [rate * factor for factor in factors]
-        rates = torch.as_tensor(rate, dtype=torch.float64)
+            settings = {name: hparams[name] for name in loss_settings(loss, {}) if name in hparams}
+        rates = _rates(hparams, start, max_steps) if learning_rate is None else learning_rate
+        if rates is None:
+            raise UserError(f"learning_rate must be given: {type(module).__name__} is not a module of this package")
+        if isinstance(rates, (int, float)):
+            rates = [rates] * (max_steps - start)
+        rates = torch.as_tensor(rates, dtype=torch.float64)
         if rates.shape != (max_steps - start,):
             raise UserError(
                 f"learning_rate must be a number, or one for each of the {max_steps - start} steps to come, got "
                 f"{tuple(rates.shape)}"
             )
-        return cls(
-            loss,
-            loss_settings(loss, dict(settings)),
-            rates,
-            own.get("momentum", 0.0) if momentum is None else momentum,
-            own.get("weight_decay", 0.0) if weight_decay is None else weight_decay,
-        )
+        momentum = hparams.get("momentum", 0.0) if momentum is None else momentum
+        weight_decay = hparams.get("weight_decay", 0.0) if weight_decay is None else weight_decay
+        return cls(loss, loss_settings(loss, settings), rates, momentum, weight_decay)
+
+
+def _rates(hparams: Mapping[str, Any], start: int, max_steps: int) -> list[float] | None:
+    """Return the learning rate of each step with the warm-up and cosine of a module, or None without a rate."""
+    if "learning_rate" not in hparams:
+        return None
+    warmup, end = hparams.get("warmup_steps", 0), max_steps if hparams.get("cosine") else math.inf
+    return [hparams["learning_rate"] * rate_factor(step, warmup, end) for step in range(start, max_steps)]
 
 
 def loss_of(module: nn.Module) -> str:
-    """Return the name of the loss of one of this package's modules; raise UserError for another module."""
+    """Return the name of the loss of a module of this package; raise UserError for another module."""
     if isinstance(module, JointEmbedding) and module.loss_name is not None:
         return module.loss_name
     raise UserError(
@@ -90,15 +93,15 @@ def loss_of(module: nn.Module) -> str:
 
 
 def last_layer(module: nn.Module) -> nn.Linear | LinearEncoder:
-    """Return the last linear layer of a module: that which was registered last, of ours in its encoder."""
+    """Return the linear layer registered last in a module; in the encoder for modules of this package."""
     layer = last_linear(module.encoder if isinstance(module, JointEmbedding) else module)
     if layer is None:
-        raise UserError(f"{type(module).__name__} has no linear layer: a forecast is one of a last linear layer")
+        raise UserError(f"{type(module).__name__} has no linear layer: forecasts simulate a last linear layer")
     return layer
 
 
 def velocity_of(layer: nn.Linear | LinearEncoder, optimizer: torch.optim.Optimizer) -> list[Tensor] | None:
-    """Return what SGD has in its momentum buffers of a layer's weights and bias; None if it has none."""
+    """Return the momentum buffers of SGD for the weights and bias of a layer, or None."""
     parameters = [layer.weight] + ([] if (bias := bias_of(layer)) is None else [bias])
     buffers = [optimizer.state.get(parameter, {}).get("momentum_buffer") for parameter in parameters]
     return None if any(buffer is None for buffer in buffers) else buffers
@@ -111,38 +114,27 @@ def last_features(
     num_pairs: int,
     views: Views | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Return what enters the last layer, (batches, n, m) of either view, from as many batches as hold ``num_pairs``.
+    """Return the inputs of the last layer for both views, (batches, n, m) each, for at least ``num_pairs`` pairs.
 
-    Each view of a batch passes on its own, with its statistics in batch normalisation, as in training; chance (dropout)
-    is off. Of the module nothing is changed (:func:`stepwise_lightning.features.capture`).
+    Each view of a batch is a separate forward pass with batch statistics in batch normalisation, as in training, and
+    without dropout. The state of the module does not change (:func:`stepwise_lightning.features.capture`).
 
     Raises:
-        ValueError: no batches, of one size, of two views; or the layer is not the module's last.
+        ValueError: no batch, a batch without two views, or a layer that is not the last of the module.
 
     """
 
     def features(module: nn.Module, view: Tensor) -> Tensor:
-        calls: list[tuple[Tensor, Tensor]] = []
-        hook = layer.register_forward_hook(lambda _, given, output: calls.append((given[0], output)))
-        try:
-            embeddings = module(view)
-        finally:
-            hook.remove()
-        if len(calls) != 1 or not isinstance(embeddings, Tensor) or not torch.equal(calls[0][1], embeddings):
-            raise UserError(
-                f"{type(module).__name__} does not end in its last linear layer, which ran {len(calls)} times: give a "
-                "module from a view to embeddings that does (such as nn.Sequential(backbone, projector)), and layer="
-            )
-        return calls[0][0].flatten(1)
+        return _inputs_of(layer, module, view)
 
     first: list[Tensor] = []
     second: list[Tensor] = []
     for batch in batches:
         pair = on_device(views_in(batch, views), module)
         if len(pair) != 2:
-            raise UserError("a forecast needs batches of two views each, got one: see views=")
+            raise UserError("a forecast needs batches of two views, got one view: set views=")
         if first and len(pair[0]) != len(first[0]):
-            break  # the rest of an epoch
+            break  # the last, smaller batch of an epoch
         h1, h2 = capture(module, pair, [features])["features"]
         first.append(h1)
         second.append(h2)
@@ -151,3 +143,19 @@ def last_features(
     if not first:
         raise UserError("a forecast needs at least one batch of two views, got none")
     return torch.stack(first).cpu(), torch.stack(second).cpu()
+
+
+def _inputs_of(layer: nn.Module, module: nn.Module, view: Tensor) -> Tensor:
+    """Return the inputs (n, m) of a layer; raise a UserError if it is not the last of the module."""
+    calls: list[tuple[Tensor, Tensor]] = []
+    hook = layer.register_forward_hook(lambda _, args, output: calls.append((args[0], output)))
+    try:
+        embeddings = module(view)
+    finally:
+        hook.remove()
+    if len(calls) != 1 or not isinstance(embeddings, Tensor) or not torch.equal(calls[0][1], embeddings):
+        raise UserError(
+            f"{type(module).__name__} does not end in its last linear layer, which ran {len(calls)} times: give a "
+            "module from a view to embeddings that does (such as nn.Sequential(backbone, projector)), and layer="
+        )
+    return calls[0][0].flatten(1)

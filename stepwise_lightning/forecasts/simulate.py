@@ -1,4 +1,4 @@
-"""From a network and its data to expected steps: the last layer's training, simulated on the network's features."""
+"""Forecasts from a network and its data: training of the last layer, simulated on the features of the network."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from stepwise_lightning.theory.last_layer import LastLayer, LayerTrajectory
 __all__ = ["NUM_PAIRS", "forecast", "forecast_of_features", "unseen_batches"]
 
 NUM_PAIRS = 4096
-_NUM_POINTS = 200  # as many as SpectrumLogger's
+_NUM_POINTS = 200  # as for SpectrumLogger
 # Wider features are projected: a step of Barlow Twins takes O(d m²).
-_WIDE, _COMPONENTS = 512, 128
-# Negatives that a simulated step of SimCLR looks at: its growth does not depend on their number, its cost does.
+_MAX_FEATURES, _COMPONENTS = 512, 128
+# Pairs in a simulated step of SimCLR: the growth of modes does not depend on their number, the cost does.
 _SIMCLR_PAIRS = 128
 _PAIRS_PER_FEATURE = 8
-_MODERATE, _PLATEAU = 0.1, 600  # x = ηρ_1, and how many steps of that lead beyond the first mode
+_MODERATE_DRIVE, _PLATEAU_STEPS = 0.1, 600  # x = ηρ_1, and the number of steps that lead beyond the first mode
 
 
 def forecast(
@@ -47,50 +47,50 @@ def forecast(
     num_pairs: int = NUM_PAIRS,
     views: Views | None = None,
 ) -> Forecast:
-    """Return when each mode will be learned, and up to which learning rate training is stable.
+    """Forecast the step at which each mode is learned, and stable learning rates.
 
-    The last linear layer is simulated (:class:`stepwise_lightning.theory.LastLayer`) on the features that enter it
-    now, from its weights as they are now. What it does not see is that features move while the network trains. So it is
-    good for the first mode of all three losses, roughly for later ones of Barlow Twins and SimCLR, and not for those of
-    VICReg: :attr:`Forecast.errors`. More modes may be learned than it says, because features grow. From the middle of a
-    run, :meth:`Forecast.with_plateau_correction` takes the run's record, and reckons with the plateau that has passed.
+    The last linear layer is simulated (:class:`stepwise_lightning.theory.LastLayer`) from its current weights on its
+    current inputs, that is, with frozen features. Features of a network move during training, so the forecast is
+    accurate for the first mode of all three losses, approximate for later modes of Barlow Twins and SimCLR, and not
+    reliable for later modes of VICReg: :attr:`Forecast.errors`. More modes may be learned than forecast, because
+    features grow. During training, :meth:`Forecast.with_plateau_correction` uses the record of the run.
 
-    The module, its buffers, modes and all random numbers are left as they were; batch normalisation uses the statistics
-    of each batch's view, as in training. SimCLR is simulated with at most 128 pairs a step, and features of more than
-    512 dimensions are projected on 128 (or 2d), see :class:`stepwise_lightning.theory.LastLayer`.
+    The state of the module and of all random number generators does not change. Batch normalisation uses the statistics
+    of each view of a batch, as in training. SimCLR is simulated with at most 128 pairs a step. Features of more than
+    512 dimensions are projected onto max(128, 2d), see :class:`stepwise_lightning.theory.LastLayer`.
 
     Args:
-        module: a :class:`BarlowTwins`, :class:`VICReg` or :class:`SimCLR` of this package, from which all else is read;
-            or any module from views (n, …) to embeddings (n, d) that ends in a linear layer, with ``loss``,
-            ``settings`` and ``learning_rate``.
-        batches: of two views, as in training and of its size, but drawn apart from it. Taken until there are
-            ``num_pairs``.
+        module: a :class:`BarlowTwins`, :class:`VICReg` or :class:`SimCLR`, which defines the arguments below; or any
+            module from views (n, …) to embeddings (n, d) that ends in a linear layer, with ``loss``, ``settings`` and
+            ``learning_rate``.
+        batches: batches of two views, as in training and of the same size, but separate draws. Used until they contain
+            ``num_pairs`` pairs.
         max_steps: optimiser steps of training, from its beginning.
-        start: the step at which the module is; 0 before training.
-        loss: ``barlow_twins``, ``vicreg`` or ``simclr`` (with cosine similarity); None for the module's own.
-        settings: of the loss, named as its arguments; None for the module's own, or the loss's defaults.
-        layer: the last layer; None for the module's linear layer that was registered last.
-        learning_rate: one for all steps to come, or one for each, (max_steps − start,). None for the module's own, with
-            its warm-up and cosine.
-        momentum: of SGD; None for the module's own, or 0.
-        weight_decay: of SGD; None for the module's own, or 0.
-        velocity: the optimiser's momentum buffers of the layer's weights and, where there is one, bias; None for zero.
-        num_pairs: how many pairs to take features of; at least eight times as many as there are features.
-        views: a function from a batch to its two views, where they are not found by themselves.
+        start: current step; 0 before training.
+        loss: ``barlow_twins``, ``vicreg`` or ``simclr``; None for the loss of the module.
+        settings: arguments of the loss; None for those of the module, or the defaults.
+        layer: last layer; None for the linear layer registered last.
+        learning_rate: a number, or one for each remaining step, (max_steps − start,). None for the learning rate of the
+            module, with its warm-up and cosine.
+        momentum: momentum of SGD; None for that of the module, or 0.
+        weight_decay: weight decay of SGD; None for that of the module, or 0.
+        velocity: momentum buffers of the weights and, if there is one, the bias of the layer; None for zero.
+        num_pairs: number of pairs; at least eight times the number of features.
+        views: function from a batch to its two views, if they are not found automatically.
 
     Raises:
-        ValueError: a module that does not end in a linear layer, or whose loss is not known; settings out of range;
+        ValueError: a module that does not end in a linear layer, or whose loss is unknown; settings out of range;
             batches without two views; features or weights that are not finite.
 
     """
-    training = SGDSettings.of(module, start, max_steps, loss, settings, learning_rate, momentum, weight_decay)
+    sgd = SGDSettings.of(module, start, max_steps, loss, settings, learning_rate, momentum, weight_decay)
     layer = layer or last_layer(module)
     h1, h2 = last_features(module, layer, batches, num_pairs, views)
-    return forecast_of_features(training, h1, h2, layer.weight, bias_of(layer), start, velocity)
+    return forecast_of_features(sgd, h1, h2, layer.weight, bias_of(layer), start, velocity)
 
 
 def forecast_of_features(
-    training: SGDSettings,
+    sgd: SGDSettings,
     h1: Tensor,
     h2: Tensor,
     weight: Tensor,
@@ -100,112 +100,112 @@ def forecast_of_features(
     with_rates: bool = True,
     num_points: int = _NUM_POINTS,
 ) -> Forecast:
-    """Return :func:`forecast` of features (batches, n, m), and of the weights and bias of the layer that they enter.
+    """Return :func:`forecast` for features (batches, n, m) and the weights and bias of the layer after them.
 
-    Without rates, whose search takes longer than the rest, stable learning rates are NaN. The trajectory has at most
+    Without rates, whose search takes most of the time, stable learning rates are NaN. The trajectory has at most
     ``num_points`` log-spaced samples.
     """
     weight, bias = weight.detach().cpu(), None if bias is None else bias.detach().cpu()
     d, m = weight.shape
-    x1, x2 = (_in_few(h) if training.loss == "simclr" else h for h in (h1, h2))
-    components = min(m, max(_COMPONENTS, 2 * d)) if m > _WIDE else None
-    layer = LastLayer(training.loss, x1, x2, weight, bias, components, **training.settings)
-
+    x1, x2 = (_smaller_batches(h) if sgd.loss == "simclr" else h for h in (h1, h2))
+    components = min(m, max(_COMPONENTS, 2 * d)) if m > _MAX_FEATURES else None
+    layer = LastLayer(sgd.loss, x1, x2, weight, bias, components, **sgd.settings)
     norm = 0.0 if bias is None else float(bias.norm())
-    growth = torch.full((d,), math.nan, dtype=torch.float64)
-    if training.loss != "simclr" or norm > 0:
-        growth = _growth_rates(training, h1, h2, d, norm or 1.0)
-    num_steps = len(training.rates)
+    growth = _growth_rates(sgd, h1, h2, d, norm)
+    num_steps = len(sgd.rates)
     points = log_spaced_steps(num_steps, num_points)
-    trajectory = layer.simulate(training.rates, training.momentum, training.weight_decay, velocity, points)
-    threshold = _threshold(layer, training, trajectory, float(growth[0]))
-    steps = trajectory.steps + start
-    times = torch.full((d,), math.inf, dtype=torch.float64)
-    if threshold > 0 and not trajectory.eigenvalues.isinf().any():
-        times = crossings(steps, trajectory.eigenvalues, threshold)
-        if not start:
-            times = torch.where(trajectory.eigenvalues[0] > threshold / 10, math.nan, times)
+    trajectory = layer.simulate(sgd.rates, sgd.momentum, sgd.weight_decay, velocity, points)
+    threshold = _threshold(layer, sgd, trajectory, float(growth[0]))
+    times = _step_times(trajectory, threshold, start)
     stable = StableRates(math.nan, math.nan, math.nan)
     if with_rates:
-        stable = stable_rates(training, h1, h2, weight, bias, components, float(growth[0]))
-    result = Forecast(
-        training.loss, start, start + num_steps, float(training.rates.max()), training.momentum,
-        h1.shape[0] * h1.shape[1], times, steps, trajectory.eigenvalues, threshold, growth, stable, (),
-    )  # fmt: skip
+        stable = stable_rates(sgd, h1, h2, weight, bias, components, float(growth[0]))
     spread = float((h1.flatten(0, 1).double() @ weight.double().T).std(0).norm())
-    return _warned(result, m, training.weight_decay, spread / norm if norm else math.inf)
+    result = Forecast(
+        sgd.loss, start, start + num_steps, float(sgd.rates.max()), sgd.momentum, h1.shape[0] * h1.shape[1], times,
+        trajectory.steps + start, trajectory.eigenvalues, threshold, growth, stable, (),
+    )  # fmt: skip
+    warnings = _warnings(result, m, sgd.weight_decay, spread / norm if norm else math.inf)
+    return Forecast(**(vars(result) | {"warnings": tuple(warnings)}))
 
 
-def _in_few(h: Tensor) -> Tensor:
-    """Return batches (batches, n, m) in parts of a size that SimCLR is simulated with."""
+def _smaller_batches(h: Tensor) -> Tensor:
+    """Split batches (batches, n, m) into the batch size of simulated steps of SimCLR."""
     parts = math.ceil(h.shape[1] / _SIMCLR_PAIRS)
     size = h.shape[1] // parts
     return h[:, : parts * size].reshape(-1, size, h.shape[2])
 
 
-def _growth_rates(training: SGDSettings, h1: Tensor, h2: Tensor, d: int, bias_norm: float) -> Tensor:
-    matrix = growth_matrix(training.loss, h1, h2, d, bias_norm, **training.settings)
+def _growth_rates(sgd: SGDSettings, h1: Tensor, h2: Tensor, d: int, bias_norm: float) -> Tensor:
+    """Return ρ of each mode, (d,); NaN for SimCLR without a bias."""
+    if sgd.loss == "simclr" and bias_norm == 0:
+        return torch.full((d,), math.nan, dtype=torch.float64)
+    matrix = growth_matrix(sgd.loss, h1, h2, d, bias_norm or 1.0, **sgd.settings)
     rates = torch.linalg.eigvalsh(matrix).flip(0)[:d].cpu()
     return torch.nn.functional.pad(rates, (0, d - len(rates)))
 
 
-def _threshold(layer: LastLayer, training: SGDSettings, trajectory: LayerTrajectory, fastest: float) -> float:
+def _step_times(trajectory: LayerTrajectory, threshold: float, start: int) -> Tensor:
+    if threshold <= 0 or trajectory.eigenvalues.isinf().any():
+        return torch.full((trajectory.eigenvalues.shape[1],), math.inf, dtype=torch.float64)
+    times = crossings(trajectory.steps + start, trajectory.eigenvalues, threshold)
+    return times if start else torch.where(trajectory.eigenvalues[0] > threshold / 10, math.nan, times)
+
+
+def _threshold(layer: LastLayer, sgd: SGDSettings, trajectory: LayerTrajectory, fastest: float) -> float:
     """Return a tenth of the largest eigenvalue at the end.
 
-    Where that still grows then, as it does at first, by r² each step, there is no plateau yet by which modes could be
-    called learned: then it is that of training which goes on at a moderate rate until there is.
+    If this eigenvalue still grows by about r² each step, as at first, there is no plateau yet. Then training is
+    simulated at a moderate learning rate until there is one.
     """
     top = trajectory.eigenvalues[:, 0]
     tail = slice(-max(2, math.ceil(len(top) / 10)), None)
     first, last = trajectory.steps[tail][[0, -1]].tolist()
     if fastest > 0:
-        root, _ = heavy_ball_growth(fastest * training.rates[first:last], training.momentum)
+        root, _ = heavy_ball_growth(fastest * sgd.rates[first:last], sgd.momentum)
         if float((top[tail][-1] / top[tail][0]).log()) > float(root.log().sum()):  # half of r²
-            rates = [_MODERATE / fastest] * _PLATEAU
-            late = range(_PLATEAU - 20, _PLATEAU + 1)
-            top = layer.simulate(rates, training.momentum, measured_at=late).eigenvalues[:, 0]
+            rates = [_MODERATE_DRIVE / fastest] * _PLATEAU_STEPS
+            late = range(_PLATEAU_STEPS - 20, _PLATEAU_STEPS + 1)
+            top = layer.simulate(rates, sgd.momentum, measured_at=late).eigenvalues[:, 0]
             tail = slice(None)
     return 0.1 * float(top[tail].median())
 
 
-def _warned(result: Forecast, num_features: int, decay: float, share_of_bias: float) -> Forecast:
-    """Return a forecast with its warnings."""
-    said = []
+def _warnings(result: Forecast, num_features: int, decay: float, share_of_bias: float) -> list[str]:
+    warnings, rate = [], result.learning_rate
     if result.num_pairs < _PAIRS_PER_FEATURE * num_features:
-        said.append(
-            f"{result.num_pairs} pairs are few for {num_features} features: they seem to share more than they do, and "
-            f"later modes come out early; give {_PAIRS_PER_FEATURE * num_features}"
+        warnings.append(
+            f"{result.num_pairs} pairs are few for {num_features} features, which makes later modes appear early: use "
+            f"{_PAIRS_PER_FEATURE * num_features} pairs"
         )
     if result.eigenvalues.isinf().any():
         first = int(result.steps[result.eigenvalues.isinf().any(1)][0])
-        said.append(f"training diverges, at step {first} or before: take a lower learning rate")
+        warnings.append(f"training diverges at or before step {first}: use a lower learning rate")
     elif not result.start and result.eigenvalues[0, 0] > result.threshold / 10:
-        said.append("no separated steps: the first mode starts too high; scale the last layer's weights down")
-    if result.learning_rate > result.rates.limit:
-        said.append(f"the learning rate {result.learning_rate:.3g} is above the limit {result.rates.limit:.3g}")
-    elif result.learning_rate > result.rates.safe:
-        said.append(
-            f"the learning rate {result.learning_rate:.3g} is above {result.rates.safe:.3g}, below which it is safe"
-        )
+        warnings.append("no separated steps, because the first mode starts too high: scale the last layer down")
+    if rate > result.rates.limit:
+        warnings.append(f"the learning rate {rate:.3g} is above the limit {result.rates.limit:.3g}: lower it")
+    elif rate > result.rates.safe:
+        warnings.append(f"the learning rate {rate:.3g} is above the safe learning rate {result.rates.safe:.3g}")
     starved = (10 * decay > result.growth_rates).nonzero().flatten()
     if decay > 0 and len(starved):
-        said.append(
-            f"weight decay {decay:g} is not small against the growth of mode {int(starved[0]) + 1} and later: they may "
-            "never be learned, which features that stay do not show"
+        warnings.append(
+            f"weight decay {decay:g} is not small compared with the growth of mode {int(starved[0]) + 1} and later "
+            "modes, which may never be learned"
         )
     if not result.start and result.loss == "simclr" and share_of_bias > 0.1:
-        said.append(
-            "SimCLR has no small start: its bias is not long against what the weights put out; set bias_norm, or a "
-            "smaller alpha"
+        warnings.append(
+            "SimCLR has no small start, because the bias is not large compared with the other part of the embedding: "
+            "set bias_norm, or a smaller alpha"
         )
-    return Forecast(**(vars(result) | {"warnings": tuple(said)}))
+    return warnings
 
 
 def unseen_batches(datamodule: Any) -> Iterable[Any]:
-    """Yield training batches of a data module without end, with views that training never draws where it can tell."""
+    """Yield training batches of a data module without end, from epochs that training does not draw if possible."""
     loader = datamodule.train_dataloader()
     set_epoch = getattr(getattr(loader, "sampler", None), "set_epoch", None)
-    epoch = -1  # the probe pairs' own
+    epoch = -1  # used by the probe pairs
     while True:
         epoch -= 1
         if set_epoch is not None:
