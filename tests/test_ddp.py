@@ -30,10 +30,12 @@ RATES = {
     "simclr": 0.1,
     "vicreg": 0.01,
 }
+# Methods trained for STEPS steps: one per kind of gradient. Gradients are compared for all methods.
+TRAINED = ("barlow_twins", "barlow_twins_lyapunov", "vicreg")
 
 
 class Block(nn.Module):
-    """Residual block with batch normalization."""
+    """Residual block with batch normalisation."""
 
     def __init__(self, channels):
         super().__init__()
@@ -102,12 +104,13 @@ def trained(step, rate, shards):
 
 
 def all_results(wrap, shards):
-    """Return gradients without and with batch normalization, and the result of training, for each method."""
+    """Return gradients without and with batch normalisation, and the result of training, for each method."""
     results = {}
     for method in METHODS:
         results[method, "gradients"] = gradients(wrap(Step(method, plain_network())), shards)
         results[method, "resnet_gradients"] = gradients(wrap(Step(method, resnet())), shards)
-        results[method, "trained"] = trained(wrap(Step(method, resnet())), RATES[method], shards)
+        if method in TRAINED:
+            results[method, "trained"] = trained(wrap(Step(method, resnet())), RATES[method], shards)
     return results
 
 
@@ -160,7 +163,7 @@ def test_ddp_gradients_equal_gradients_of_the_whole_batch(one_process, ranks):
 
 
 def test_training_with_sync_batchnorm_equals_one_process(one_process, ranks):
-    for method in METHODS:
+    for method in TRAINED:
         expected = one_process[method, "trained"]
         assert expected["losses"][-1] < 0.9 * expected["losses"][0], method  # training makes progress
         for rank in ranks:

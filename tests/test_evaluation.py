@@ -1,4 +1,4 @@
-"""The online probe and k-NN: right answers by another route, no trace in training, the same for any number of ranks."""
+"""Online linear probe and k-NN: accuracies, bit-identical training, and several ranks."""
 
 import sys
 from pathlib import Path
@@ -20,7 +20,7 @@ from stepwise_lightning.sync_batchnorm import SyncBatchNorm
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Eighty pictures of two classes that differ in colour, a fifth of them outside the classes' folders."""
+    """Write 80 images of two classes of different colour, a fifth of them without a label."""
     root = tmp_path_factory.mktemp("images")
     for number in range(80):
         rng = np.random.default_rng(number)
@@ -68,7 +68,7 @@ def embedded(running: L.Trainer, loader) -> tuple[torch.Tensor, torch.Tensor]:
     return module.encoder.backbone(x), labels
 
 
-def test_training_is_bit_identical_with_and_without_them(run, folder: str) -> None:
+def test_training_is_bit_identical_with_and_without_evaluation(run, folder: str) -> None:
     plain = fit(folder, [])
     assert torch.equal(torch.get_rng_state(), run[2])
     for ours, theirs in zip(
@@ -78,7 +78,7 @@ def test_training_is_bit_identical_with_and_without_them(run, folder: str) -> No
     assert run[0].lightning_module.training == plain.lightning_module.training
 
 
-def test_neighbours_are_those_of_a_plain_loop(run) -> None:
+def test_knn_accuracy_matches_a_loop(run) -> None:
     running, metrics, _ = run
     data = running.datamodule
     bank, answers = embedded(running, data.labelled_train_dataloader())
@@ -96,7 +96,7 @@ def test_neighbours_are_those_of_a_plain_loop(run) -> None:
     assert metrics["val/knn_top1"] == pytest.approx(right / len(labels))
 
 
-def test_the_probe_separates_what_is_separable(run) -> None:
+def test_probe_accuracy_matches_its_saved_weights(run) -> None:
     running, metrics, _ = run
     assert metrics["val/probe_top1"] >= 0.75 and "train/probe_loss" in metrics
     probe = next(c for c in running.callbacks if isinstance(c, OnlineLinearProbe))
@@ -108,7 +108,7 @@ def test_the_probe_separates_what_is_separable(run) -> None:
     assert metrics["val/probe_top1"] == pytest.approx((answers == labels).double().mean().item())
 
 
-def test_a_checkpoint_carries_the_probe_to_validation_and_on(run, folder: str, tmp_path: Path) -> None:
+def test_checkpoint_restores_the_probe_for_validation_and_resume(run, folder: str, tmp_path: Path) -> None:
     path = tmp_path / "half.ckpt"
     half = fit(folder, [OnlineLinearProbe(learning_rate=0.05)], epochs=2)
     half.save_checkpoint(path)
@@ -145,7 +145,7 @@ def test_two_ranks_compute_the_metrics_of_one_process(folder: str, processes: Pr
         torch.testing.assert_close(first[name], value, rtol=1e-3, atol=1e-3)
 
 
-def test_top5_is_logged_where_it_says_something(tmp_path: Path) -> None:
+def test_top5_is_logged_with_more_than_five_classes(tmp_path: Path) -> None:
     running = trainer([OnlineKNN()], limit_val_batches=2)
     module, data = VICReg(Encoder(4), learning_rate=1e-3), TwoViewDataModule("photos", "weak", 8)
     (metrics,) = running.validate(module, data, verbose=False)
@@ -153,13 +153,13 @@ def test_top5_is_logged_where_it_says_something(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("precision", ["64-true", "bf16-true"])
-def test_other_precisions(folder: str, precision: str) -> None:
+def test_accuracies_are_logged_in_other_precisions(folder: str, precision: str) -> None:
     running = fit(folder, [OnlineLinearProbe(), OnlineKNN(k=5)], 1, precision=precision, limit_train_batches=2)
     assert {"val/probe_top1", "val/knn_top1"} <= set(running.callback_metrics)
 
 
 @pytest.mark.parametrize("max_similarities", [2**26, 25, 1], ids=["at once", "two rows", "one row"])
-def test_votes_in_blocks_are_those_of_a_plain_loop(max_similarities: int) -> None:
+def test_votes_match_a_loop_for_any_block_size(max_similarities: int) -> None:
     generator = torch.Generator().manual_seed(0)
     bank = torch.nn.functional.normalize(torch.randn(10, 6, generator=generator))
     labels = torch.randint(3, (10,), generator=generator)
@@ -172,15 +172,15 @@ def test_votes_in_blocks_are_those_of_a_plain_loop(max_similarities: int) -> Non
     torch.testing.assert_close(knn_scores(features, bank, labels, 3, 4, 0.3, max_similarities), expected)
 
 
-def test_the_optimiser_follows_a_probe_that_an_evaluation_has_moved() -> None:
+def test_moving_the_probe_moves_its_optimiser() -> None:
     probe = LinearProbe(3, 2, learning_rate=0.1)
     probe.step(torch.randn(2, 3, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 1]))
-    probe.to(torch.float64)  # stands for a move to a GPU: the same parameters, with other tensors inside
+    probe.to(torch.float64)  # like a move to a GPU: the same parameters, with other tensors
     assert {state["exp_avg"].dtype for state in probe.optimizer.state.values()} == {torch.float64}
 
 
 class Rows(L.LightningDataModule):
-    """Points of labelled classes that lie apart; −1 lies with class 0."""
+    """Points of separated classes; the label −1 is at class 0."""
 
     def __init__(self, train: list[int], val: list[int], bank: list[int] | None = None, num_classes: int = 2) -> None:
         super().__init__()
@@ -209,21 +209,27 @@ def rows(callback: L.Callback, data: Rows) -> L.Trainer:
 
 
 LABELS = {
-    "no held-out label": (Rows([0, 1] * 8, [-1] * 8), "cannot be right or wrong: no val image has a label"),
+    "no held-out label": (Rows([0, 1] * 8, [-1] * 8), "needs labelled images, but no val image has a label"),
     "label beyond the classes": (Rows([0, 2] * 8, [0, 1] * 4), "label 2, but there are 2 classes, counted from 0"),
 }
 
 
-@pytest.mark.parametrize(("data", "message"), LABELS.values(), ids=LABELS)
-@pytest.mark.parametrize("kind", [OnlineLinearProbe, OnlineKNN])
-def test_labels_that_cannot_be_counted_are_refused(kind: type, data: Rows, message: str) -> None:
+@pytest.mark.parametrize(
+    ("kind", "case"),
+    [(OnlineLinearProbe, "no held-out label"), (OnlineKNN, "label beyond the classes")],
+    ids=["probe", "knn"],
+)
+def test_missing_and_invalid_labels_raise(kind: type, case: str) -> None:
+    data, message = LABELS[case]
     with pytest.raises(ValueError, match=f"^{kind.__name__} .*{message}"):
         rows(kind(watch="encoder.1"), data)
 
 
-def test_a_bank_needs_labels_and_drops_what_has_none() -> None:
+def test_knn_requires_labels_and_ignores_unlabelled_images() -> None:
     for bank in ([], [-1] * 8):
-        with pytest.raises(ValueError, match="nothing to compare with: labelled_train_dataloader.. gave no labelled"):
+        with pytest.raises(
+            ValueError, match="needs labelled training images, but labelled_train_dataloader.. returned none"
+        ):
             rows(OnlineKNN("encoder.1"), Rows([0, 1] * 8, [0, 1] * 4, bank))
     some, all_known = (
         rows(OnlineKNN("encoder.1", k=1), Rows([0, 1] * 8, [0, 1] * 4, bank)).callback_metrics["val/knn_top1"]
@@ -232,25 +238,25 @@ def test_a_bank_needs_labels_and_drops_what_has_none() -> None:
     assert some == all_known > 0.5
 
 
-def test_training_without_a_single_label_leaves_no_probe_to_evaluate() -> None:
-    with pytest.raises(ValueError, match="the linear probe has seen no labelled image"):
+def test_probe_without_labelled_batches_raises_in_validation() -> None:
+    with pytest.raises(ValueError, match="the linear probe is untrained"):
         rows(OnlineLinearProbe("encoder.1"), Rows([-1] * 16, [0, 1] * 4))
 
 
-def test_a_checkpoint_of_other_classes_is_refused(tmp_path: Path) -> None:
+def test_checkpoint_with_another_number_of_classes_raises(tmp_path: Path) -> None:
     running = rows(OnlineLinearProbe("encoder.1"), Rows([0, 1] * 8, [0, 1] * 4))
     running.save_checkpoint(tmp_path / "two.ckpt")
     data = Rows([0, 1] * 8, [0, 1] * 4, num_classes=3)
-    with pytest.raises(ValueError, match="knows 2 classes, but the data have 3: use the data it was trained on"):
+    with pytest.raises(ValueError, match="has 2 classes, but the data have 3: use the data it was trained on"):
         trainer([OnlineLinearProbe("encoder.1")]).validate(
             running.lightning_module, data, ckpt_path=tmp_path / "two.ckpt", weights_only=True
         )
 
 
-# Lightning, of the ModelCheckpoint in a run's configuration when that run is evaluated.
+# Lightning warns about the ModelCheckpoint of a run when the run is evaluated.
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The dirpath has changed from")
-def test_the_command_line_trains_and_then_evaluates(
+def test_command_line_trains_and_evaluates(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -274,13 +280,13 @@ def test_the_command_line_trains_and_then_evaluates(
     for command, stage in (("validate", "val"), ("test", "test")):
         shown = stepwise(command, f"--config={run}", f"--ckpt_path={checkpoint}")
         assert all(f"{stage}/{name}" in shown for name in ("probe_top1", "probe_top5", "knn_top1", "knn_top5"))
-    with pytest.raises(SystemExit, match="the linear probe has seen no labelled image.*--ckpt_path"):
+    with pytest.raises(SystemExit, match="the linear probe is untrained.*--ckpt_path"):
         stepwise("validate", f"--config={run}")
 
 
-def test_what_cannot_be_is_refused(folder: str, tmp_path: Path) -> None:
+def test_invalid_settings_and_data_raise(folder: str, tmp_path: Path) -> None:
     module, data = parts(folder)
-    with pytest.raises(ValueError, match="seen no labelled image: train with it first.*--ckpt_path"):
+    with pytest.raises(ValueError, match="is untrained: train it first.*--ckpt_path"):
         trainer([OnlineLinearProbe()]).validate(module, data, verbose=False)
     with pytest.raises(ValueError, match="no submodule 'backbon' to watch; did you mean one of: .*backbone"):
         trainer([OnlineKNN(watch="backbon")]).validate(module, data, verbose=False)

@@ -130,18 +130,6 @@ def test_interrupted_run_keeps_its_measurements(tmp_path):
         assert saved["step"].tolist() == spectra.record.steps.tolist() and 0 < saved["step"][-1] < 30
 
 
-def test_time_is_the_sum_of_learning_rates(tmp_path):
-    class Halve(L.Callback):
-        def on_train_batch_end(self, trainer, *_):
-            if trainer.global_step == 20:
-                trainer.optimizers[0].param_groups[0]["lr"] /= 2
-
-    spectra = SpectrumLogger(num_points=20)
-    train(tmp_path, callbacks=[spectra, Halve()])
-    expected = [RATE * min(k, 20) + RATE / 2 * max(k - 20, 0) for k in spectra.record.steps.tolist()]
-    np.testing.assert_allclose(spectra.record.times, expected, rtol=1e-12)
-
-
 def test_schedule_is_log_spaced():
     steps = log_spaced_steps(10_000, 50)
     assert steps[:4] == [0, 1, 2, 3] and steps[-2:] == [9_999, 10_000] and steps == sorted(set(steps))
@@ -152,15 +140,21 @@ def test_schedule_is_log_spaced():
         log_spaced_steps(0, 5)
 
 
-def test_run_without_a_last_step_is_measured_to_its_end(tmp_path):
-    class Stop(L.Callback):
+def test_run_without_a_last_step_is_measured_to_its_end_in_units_of_time(tmp_path):
+    """Time is the sum of learning rates."""
+
+    class HalveAndStop(L.Callback):
         def on_train_batch_end(self, trainer, *_):
-            trainer.should_stop = trainer.global_step == 300
+            if trainer.global_step == 20:
+                trainer.optimizers[0].param_groups[0]["lr"] /= 2
+            trainer.should_stop = trainer.global_step == 120
 
     spectra = SpectrumLogger(num_points=20)
-    train(tmp_path, steps=-1, callbacks=[spectra, Stop()], max_epochs=-1)
+    train(tmp_path, steps=-1, callbacks=[spectra, HalveAndStop()], max_epochs=-1)
     steps = spectra.record.steps.tolist()
-    assert steps[:3] == [0, 1, 2] and steps[-1] == 300 and 8 <= len(steps) <= 20
+    assert steps[:3] == [0, 1, 2] and steps[-1] == 120 and 8 <= len(steps) <= 20
+    expected = [RATE * min(k, 20) + RATE / 2 * max(k - 20, 0) for k in steps]
+    np.testing.assert_allclose(spectra.record.times, expected, rtol=1e-12)
 
 
 def test_schedule_continues_log_spaced_beyond_the_expected_end():
