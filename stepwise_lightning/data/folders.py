@@ -4,7 +4,7 @@ A folder is split by its subfolders if one is named for training and another one
 ``train``, ``Training``, ``val``, ``dev``, ``test``, ``train2017`` or ``seg_train``, in any capitalisation. They may be
 nested deeper, as archives unpack. Otherwise every tenth file is held out.
 
-Ambiguous folders are refused: two folders for one split, a folder named for a split next to other folders, and links
+Ambiguous folders raise an error: two folders for one split, a folder named for a split next to other folders, and links
 that put one image into both the training and the held-out images.
 """
 
@@ -25,8 +25,7 @@ from stepwise_lightning.errors import CannotReadError, UserError
 
 _NUM_REASONS = 8  # reasons for ignoring files that are listed separately
 _CURRENT = os.path.join(os.curdir, "")
-# Files and folders created by operating systems, archives and storage devices.
-_SYSTEM_FILES = {
+_SYSTEM_FILES = {  # of operating systems, archives and storage devices
     "$recycle.bin", "#recycle", "#snapshot", "@eadir", "@recycle", "__macosx", "__pycache__", "desktop.ini",
     "ehthumbs.db", "icon\r", "lost+found", "system volume information", "thumbs.db",
 }  # fmt: skip
@@ -36,7 +35,7 @@ _NAMES = {
     "test": ("test", "testing", "tst"),
 }
 _SPLITS = {name: split for split, names in _NAMES.items() for name in names}
-# Words that may accompany these in folder names; digits may as well.
+# Words that may accompany the names, as digits may.
 _FILLERS = {"data", "dataset", "folder", "image", "images", "img", "imgs", "seg", "set", "split"}
 
 
@@ -120,7 +119,7 @@ def split_folder(folder: Path) -> tuple[dict[str, Split], Counter[str]]:
 
     Raises:
         ValueError: no images or too few; ambiguous folders; an image in two splits.
-        CannotReadError: a folder is not readable (also an OSError).
+        CannotReadError: a folder is not readable.
 
     """
     if splits := _split_folders(folder):
@@ -176,9 +175,9 @@ def _walk(folder: Path, left_out: Counter[str]) -> Iterator[tuple[int, os.DirEnt
         place = waiting.pop()
         entries = _entries(place)
         status = os.stat(place)
-        if (identity := (status.st_dev, status.st_ino)) in visited:
+        if (status.st_dev, status.st_ino) in visited:
             continue
-        visited.add(identity)
+        visited.add((status.st_dev, status.st_ino))
         for entry in entries:
             if not _is_folder(entry):
                 yield status.st_dev, entry
@@ -204,10 +203,10 @@ def _split_by_file(folder: Path, base: Path, listing: Listing) -> dict[str, Spli
     paths = listing.paths
     if len(paths) < 10:
         raise UserError(f"too few images in {str(folder)!r} to hold some out: {len(paths)}, at least 10 are needed")
-    train = [path for number, path in enumerate(paths) if number % 10 != 9]
+    train = Split.of([path for number, path in enumerate(paths) if number % 10 != 9], base)
     held_out = Split.of(paths[9::10], base)
-    _check_shared(train, held_out.paths, listing.identities)
-    return {"train": Split.of(train, base), "val": held_out, "test": held_out}
+    _check_shared(train.paths, held_out.paths, listing.identities)
+    return {"train": train, "val": held_out, "test": held_out}
 
 
 def _split_by_folder(folder: Path, folders: dict[str, Path]) -> tuple[dict[str, Split], Counter[str]]:
@@ -262,8 +261,7 @@ def _check_ambiguous_names(folder: Path, paths: list[str]) -> None:
     named = sorted(name for name in inside if split_name(name))
     if not named or (len(inside) == 1 and not has_images):
         return
-    if len(named) == 1 and split_name(named[0]) == "train" and inside[named[0]] == {""} and not has_images:
-        # "train" is a class next to bus and plane.
+    if [split_name(name) for name in named] == ["train"] and inside[named[0]] == {""} and not has_images:
         rank_zero_info(f"{_join(sorted(inside))} in {str(folder)!r} are read as classes: there is no val/ or test/")
         return
     raise UserError(
@@ -294,8 +292,7 @@ def _single_folders(folder: Path, paths: list[str]) -> list[Path]:
 
 
 def _prefix_length(base: Path) -> int:
-    """Return the number of characters of ``base`` and its separator in the path of a file below it."""
-    return len(str(base / "x")) - 1
+    return len(str(base / "x")) - 1  # of base and its separator; the path of Path() is empty
 
 
 def _join(names: list[str]) -> str:

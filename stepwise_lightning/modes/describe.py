@@ -75,7 +75,6 @@ def describe_modes(
     coordinates = modes.coordinates(embeddings)
     scale = coordinates.std(0)
     ends = _ends(coordinates / scale)
-    std = torch.tensor(settings["std"], dtype=torch.float64)[:, None, None]
     variances = all_modes.eigenvalues.clamp(min=0)
     return ModeDescription(
         run="/".join(checkpoint.absolute().parent.parent.parts[-2:]),
@@ -88,7 +87,7 @@ def describe_modes(
         class_names=class_names,
         paths=paths,
         invariance=_invariance(modes, views),
-        gradients=mean_gradients(encoder, modes, inputs[:_NUM_FOR_GRADIENTS]) / std,
+        gradients=_gradients(encoder, modes, inputs, settings),
         ends=ends,
         maps=_maps(encoder, modes, inputs, ends, scale, progress),
         **_relations(coordinates / scale, inputs, labels, settings),
@@ -175,6 +174,12 @@ def _ends(coordinates: Tensor) -> Tensor:
     ranks = torch.linspace(0, tenth - 1, min(_NUM_SHOWN, tenth)).round().long()
     order = coordinates.argsort(0)
     return torch.stack([order[start + ranks] for start in (0, (n - tenth) // 2, n - tenth)]).permute(2, 0, 1)
+
+
+def _gradients(encoder: nn.Module, modes: Modes, inputs: Tensor, settings: dict[str, Any]) -> Tensor:
+    """Return mean gradients with respect to pixel values before normalisation."""
+    std = torch.tensor(settings["std"], dtype=torch.float64)[:, None, None]
+    return mean_gradients(encoder, modes, inputs[:_NUM_FOR_GRADIENTS]) / std
 
 
 def _maps(
