@@ -140,7 +140,7 @@ NETWORKS = {
         VECTORS,
     ),
     "orthogonal": (lambda: parametrizations.orthogonal(linear()), VECTORS),
-    "own parametrization": (parametrized, VECTORS),
+    "custom parametrization": (parametrized, VECTORS),
     # parameters
     "zero-dimensional": (
         lambda: custom(lambda s, x: s.scale * s.inner(x).tanh(), inner=linear(), scale=nn.Parameter(torch.tensor(0.7))),

@@ -50,7 +50,7 @@ class EmpiricalNTK(Estimator):
             batch normalisation and dropout are in evaluation mode.
         parameters: ``"all"`` (frozen ones included), ``"last"`` (the last linear layer), or names of parameters.
         max_bytes: memory for gradients.
-        dtype: precision, whatever the dtype of the module: float64, or float32 for half the memory and six digits.
+        dtype: precision of the kernel, for modules of any dtype: float64, or float32 with half the memory and six digits.
 
     Example:
         The tangent kernel of a linear map without a bias is the linear kernel:
@@ -104,9 +104,8 @@ class EmpiricalNTK(Estimator):
         return group.map_rows(lambda rows: self._compute(rows, y), x)
 
     def _compute(self, x: Tensor, y: Tensor) -> Tensor:
-        names = _parameter_names(self.module, self.parameters)
         with torch.inference_mode(False), ExitStack() as stack:
-            network = FunctionalModule(self.module, self.dtype, names)
+            network = FunctionalModule(self.module, self.dtype, _parameter_names(self.module, self.parameters))
             stack.enter_context(preserve_attributes(self.module))
             stack.enter_context(without_autocast(network.device))
             left = network.prepare_inputs(x, "x")
@@ -133,11 +132,8 @@ class EmpiricalNTK(Estimator):
         if layers:
             kernel += layerwise_kernel(network, layers, x, y, num_outputs, max_batch, self.max_bytes)
         if others:
-            rows, gradients = (
-                self.max_bytes // (bytes_per_number * max(numbers, 1)),
-                _PerSampleGradients(network, others),
-            )
-            per_sample = torch.zeros_like(kernel)
+            rows = self.max_bytes // (bytes_per_number * max(numbers, 1))
+            gradients, per_sample = _PerSampleGradients(network, others), torch.zeros_like(kernel)
             for output in range(num_outputs):
                 add_blocks(per_sample, x, y, rows, partial(gradients, output), inner_products)
             kernel += per_sample

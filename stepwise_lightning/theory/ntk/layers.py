@@ -1,7 +1,7 @@
 r"""Layers whose parameter gradients are computed from the layer's input and the gradient of its output.
 
-This is the whole gradient only if the layer runs once, on one row per sample, and shares no weights, which a few
-samples show.
+This is the whole gradient only if the layer runs once, on one row per sample, and shares no weights. A forward pass of
+a few samples shows whether it does.
 """
 
 from __future__ import annotations
@@ -64,16 +64,15 @@ class LayerCandidates:
         with recorder.attach(self._module, self.layers):
             yield
         for layer in set(self.layers) - self._rejected:
-            if not recorder.ran_once(layer, 1) or not _same_inputs(
-                recorder.inputs[layer][0], self._batch.inputs[layer][index]
-            ):
+            in_batch = self._batch.inputs[layer][index]
+            if not recorder.ran_once(layer, 1) or not _same_inputs(recorder.inputs[layer][0], in_batch):
                 self._rejected.add(layer)
 
     def find_other_uses(self, outputs: Tensor) -> Tensor:
         """Find shared weights and reordered rows by gradients of the recorded outputs, (k, d); return them detached."""
         probes, weights = self._batch.probes, self.parameters
         tensors = [*probes.values(), *weights.values()]
-        # two of three rows are enough: a permutation of three moves one or more of two
+        # checking two rows is enough: a permutation of three samples moves one or both
         for index in range(min(2, len(outputs)) if outputs.requires_grad and tensors else 0):
             gradients = torch.autograd.grad(outputs[index].sum(), tensors, retain_graph=True, allow_unused=True)
             for layer, gradient in zip(probes, gradients, strict=False):

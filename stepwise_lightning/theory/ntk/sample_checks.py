@@ -1,4 +1,4 @@
-"""Checks on a few samples: the network is deterministic, and layers see each sample independently of the others."""
+"""Check on a few samples that a network is deterministic and does not mix samples."""
 
 from __future__ import annotations
 
