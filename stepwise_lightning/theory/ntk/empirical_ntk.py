@@ -50,7 +50,7 @@ class EmpiricalNTK(Estimator):
             batch normalisation and dropout are in evaluation mode.
         parameters: ``"all"`` (frozen ones included), ``"last"`` (the last linear layer), or names of parameters.
         max_bytes: memory for gradients.
-        dtype: precision of the kernel, for modules of any dtype: float64, or float32 with half the memory and six digits.
+        dtype: precision, for modules of any dtype: float64, or float32 with half the memory and six digits.
 
     Example:
         The tangent kernel of a linear map without a bias is the linear kernel:
