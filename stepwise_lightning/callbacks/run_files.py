@@ -18,6 +18,7 @@ from stepwise_lightning.callbacks.tensorboard import Charts, PrimaryMatrix
 from stepwise_lightning.errors import UserError
 from stepwise_lightning.files import atomic_write, atomic_write_text
 from stepwise_lightning.runs.folders import free_name
+from stepwise_lightning.runs.loggers import logger_kind
 from stepwise_lightning.spectrum.record import Measurement, SpectrumRecord
 
 __all__ = ["COLUMNS", "Row", "RunFiles", "SpectrumTable", "rows", "write_steps"]
@@ -220,8 +221,7 @@ def _picture(record: SpectrumRecord, path: Path) -> bytes | None:
 
 def _log_picture(logger: Any, path: Path, key: str) -> None:
     """Log a picture to W&B or MLflow; TensorBoard gets it from :class:`Charts`."""
-    kinds = {base.__name__ for base in type(logger).__mro__}  # lightning and pytorch_lightning share no class
-    if "WandbLogger" in kinds:
+    if logger_kind(logger) == "WandbLogger":
         logger.log_image(key=key, images=[str(path)])
-    elif "MLFlowLogger" in kinds:
+    elif logger_kind(logger) == "MLFlowLogger":
         logger.experiment.log_artifact(logger.run_id, str(path), key.rpartition("/")[0])

@@ -1,6 +1,6 @@
 """The matrices whose spectra are measured: one table of names, labels and transforms of the embeddings.
 
-A record may hold matrices of submodules, such as ``encoder.backbone.covariance``; :func:`axis_label`, :func:`phrase`
+A record may contain matrices of submodules, such as ``encoder.backbone.covariance``; :func:`axis_label`, :func:`phrase`
 and :func:`tag_prefix` accept these names, and names that are not in the table.
 """
 
@@ -40,6 +40,7 @@ def mean_direction(z: Tensor) -> Tensor:
 
 
 def _tangent(z: Tensor, axis: Tensor | None) -> Tensor:
+    """Return the normalised embeddings without their component along ``axis``, by default their mean direction."""
     axis = mean_direction(z) if axis is None else axis
     unit = normalize(z)
     return unit - (unit @ axis)[:, None] * axis
@@ -54,7 +55,6 @@ TABLE = {
         "normalized_covariance",
         lambda z, axis: normalize(z),
     ),
-    # `axis` is the direction that is projected out, by default the mean direction of z.
     "tangent_covariance": Matrix(
         "eigenvalues of the\ntangent covariance", "the tangent covariance", "tangent_covariance", _tangent
     ),
