@@ -42,14 +42,14 @@ def growth_figure(
     """Draw embeddings at k measurements of a run, above its loss, its eigenvalues and images at the component ends.
 
     Args:
-        panel: of the run, T measurements.
-        embeddings: at these measurements, (k, n, d).
+        panel: panel of the run, T measurements.
+        embeddings: embeddings at these measurements, (k, n, d).
         samples: indices of the measurements.
         labels: class of each point, (n,), ≥ 0.
-        names: of the classes.
+        names: names of the classes.
         extremes: for each of three components, images (2m, h, w, 3) in [0, 1], the m lowest before the m highest.
-        title: of the figure.
-        note: below the figure.
+        title: title of the figure.
+        note: text below the figure.
 
     """
     figure = Figure(figsize=(13.5, 7.4), layout="constrained")
@@ -63,7 +63,17 @@ def growth_figure(
     patches = [Patch(color=_colour(label), label=names[label]) for label in np.unique(labels)]
     upper.legend(handles=patches, loc="outside lower center", ncols=len(patches), fontsize="small", frameon=False)
     left, right = lower.subfigures(1, 2, width_ratios=[1.5, 1])
-    loss_axis, eigenvalue_axis = left.subplots(1, 2)
+    _draw_run(left, panel, samples)
+    ends = ("crops at the low end", "crops at the high end")
+    for mode, (axis, images) in enumerate(zip(right.subplots(3, 1), extremes, strict=True)):
+        draw_extremes(axis, images, f"PC {mode + 1}", None if mode else ends)
+    describe(figure, title, note)
+    return figure
+
+
+def _draw_run(figure: Any, panel: Panel, samples: list[int]) -> None:
+    """Draw loss and eigenvalues, and mark the measurements ``samples``."""
+    loss_axis, eigenvalue_axis = figure.subplots(1, 2)
     draw_panel(panel, loss_axis, eigenvalue_axis)
     loss_axis.set(title="", ylabel="loss")
     eigenvalue_axis.set_ylabel(panel.label)
@@ -71,13 +81,8 @@ def growth_figure(
         for sample in samples:
             axis.axvline(panel.times[sample], **_MOMENT, zorder=0)
         axis.set_xlabel(TIME)
-    lines = [Line2D([], [], label="moments above", **_MOMENT), *legend_lines([panel], "detected step")[1:]]
+    lines = [Line2D([], [], label="embeddings above", **_MOMENT), *legend_lines([panel], "detected step")[1:]]
     loss_axis.legend(handles=lines, loc="lower left", fontsize="small")
-    ends = ("crops at the low end", "crops at the high end")
-    for mode, (axis, images) in enumerate(zip(right.subplots(3, 1), extremes, strict=True)):
-        draw_extremes(axis, images, f"PC {mode + 1}", None if mode else ends)
-    describe(figure, title, note)
-    return figure
 
 
 def growth_animation(path: Path, panel: Panel, embeddings: Array, labels: Array, frames: list[int], title: str) -> None:

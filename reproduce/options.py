@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any, NoReturn
 
+from stepwise_lightning import FixedCropPairs
 from stepwise_lightning.errors import CannotWriteError, one_line
 from stepwise_lightning.signals import INTERRUPTED
 
@@ -63,6 +64,16 @@ def data_name(data: str) -> str:
     """Return the display name of a data set option."""
     names = {"photos": "scikit-image's photographs (not the paper's data)", "cifar10": "CIFAR-10", "stl10": "STL-10"}
     return names.get(data, f"{Path(data).resolve().name} (folder)")
+
+
+def fixed_pairs(options: argparse.Namespace, seed: int, steps_per_epoch: int = 1) -> FixedCropPairs:
+    """Return the crop pairs that the options describe, downloaded if requested, with both views loaded."""
+    pairs = FixedCropPairs(
+        options.data, options.num_pairs, options.crop_size, seed, steps_per_epoch, options.root, options.download
+    )
+    pairs.prepare_data()
+    pairs.setup()
+    return pairs
 
 
 def check_writable(directory: Path) -> None:

@@ -29,16 +29,16 @@ class Response:
     """Results of k conditions in s repetitions.
 
     Args:
-        doses: names of the conditions in order, (k,).
+        conditions: names of the conditions in order, (k,).
         curves: results (s, k) by name.
-        label: of the vertical axis.
-        title: above the panel.
+        label: label of the vertical axis.
+        title: title of the panel.
         log: use a logarithmic vertical axis.
         bounds: lower bounds (s, k) by name of the curve, drawn as open triangles; NaN where there is no bound.
 
     """
 
-    doses: list[str]
+    conditions: list[str]
     curves: dict[str, Array]
     label: str
     title: str = ""
@@ -48,14 +48,14 @@ class Response:
 
 def draw_response(axis: Any, response: Response) -> None:
     """Draw one dot per repetition and a line through the means."""
-    places = range(len(response.doses))
+    places = range(len(response.conditions))
     for (name, values), colour in zip(response.curves.items(), CLASS_COLOURS, strict=False):
         axis.plot(places, values.mean(0), color=colour, linewidth=2, label=name)
         for repetition in values:
             axis.plot(places, repetition, "o", color=colour, markersize=4, alpha=0.6)
         for bounds in response.bounds.get(name, ()):
             axis.plot(places, bounds, "^", color=colour, markersize=7, fillstyle="none")
-    axis.set_xticks(places, response.doses)
+    axis.set_xticks(places, response.conditions)
     axis.set(title=response.title, ylabel=response.label)
     if response.log:
         axis.set_yscale("log")
@@ -66,7 +66,7 @@ def draw_response(axis: Any, response: Response) -> None:
         axis.legend(frameon=False)
 
 
-def doses_figure(rows: list[list[Panel]], responses: list[Response], title: str, note: str = "") -> Figure:
+def conditions_figure(rows: list[list[Panel]], responses: list[Response], title: str, note: str = "") -> Figure:
     """Draw eigenvalues against log time, one row per model and one panel per condition, above the responses."""
     figure = Figure(figsize=(1.2 + 2.2 * max(map(len, rows)), 3.6 + 2.4 * len(rows)), layout="constrained")
     parts: Any = figure.subfigures(len(rows) + 1, 1, height_ratios=[1.0] * len(rows) + [1.4])
@@ -95,8 +95,8 @@ def rules_figure(
         steps: number of steps until all modes are learned, by rule.
         alignments: (s,) in [0, 1] by name, one dot each; a dashed line marks 0.99.
         others: a further response, in [0, 1].
-        title: of the figure.
-        note: below the figure.
+        title: title of the figure.
+        note: text below the figure.
 
     """
     figure = Figure(figsize=(1.2 + 2.6 * len(panels), 7.2), layout="constrained")
@@ -228,7 +228,7 @@ class WorthPanel:
         curves: accuracies (s, k + 1) with 0 to k modes, NaN where a repetition has fewer modes; all panels of a figure
             have the same names.
         chance: accuracy of a guess.
-        title: above the panel.
+        title: title of the panel.
 
     """
 

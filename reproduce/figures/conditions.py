@@ -16,7 +16,7 @@ from pathlib import Path
 
 from reproduce.claims import Claim, worst
 from reproduce.figure import Outcome, PaperFigure
-from reproduce.networks.runs import ROW_COLUMNS, Run, trained_runs
+from reproduce.networks.runs import ROW_COLUMNS, Run, distinct_steps, trained_runs
 from reproduce.networks.training import PROFILES
 from reproduce.networks.variants import INITIALIZATIONS, LOSS_SETTINGS, VARIANT_TITLES
 from reproduce.options import data_name
@@ -58,10 +58,7 @@ def _panel(run: Run) -> Panel:
 
 
 def _claims(runs: list[Run], options: argparse.Namespace) -> list[Claim]:
-    counts = {
-        variant: [run.steps.num_distinct for run in runs if (run.loss, run.variant) == ("barlow_twins", variant)]
-        for variant in (*MIN_STEPS, "ordinary")
-    }
+    counts = {variant: distinct_steps(runs, "barlow_twins", variant) for variant in (*MIN_STEPS, "ordinary")}
     return [
         worst(
             variant, f"{VARIANT_TITLES[variant]}: distinct steps ({', '.join(map(str, counts[variant]))})",

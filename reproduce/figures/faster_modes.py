@@ -37,15 +37,22 @@ from reproduce.figures.acceleration.descent import (
     SCALED_FEATURES,
     Descent,
     LinearProblem,
-    Setting,
     fastest_descent,
 )
+from reproduce.figures.acceleration.grids import (
+    BATCH_SIZES,
+    LINEAR_GRIDS,
+    MINIBATCH_SETTING,
+    MINIBATCH_STEPS,
+    RESNET,
+    WIDE_GRIDS,
+)  # fmt: skip
 from reproduce.figures.acceleration.networks import last_layer_inputs, train_resnet, train_wide_network
 from reproduce.figures.kernel_mlp import project_to_span
-from reproduce.options import data_name
+from reproduce.options import data_name, fixed_pairs
 from reproduce.plots import Response, rules_figure
 from reproduce.processes import map_parallel
-from stepwise_lightning import MLP, FixedCropPairs, TwoViewDataModule, scale_last_layer
+from stepwise_lightning import MLP, TwoViewDataModule, scale_last_layer
 from stepwise_lightning.plots import Panel
 from stepwise_lightning.spectrum.schedule import log_spaced_steps
 from stepwise_lightning.theory import relu_ntk, subspace_alignment
@@ -65,30 +72,6 @@ PROFILES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 INIT_STD = 1e-8
 MAX_STEPS = {"linear": 20000, "kernel": 20000, "wide": 3000}
-LYAPUNOV = [Setting("lyapunov", rate) for rate in (0.9, 0.75, 0.5, 0.25)]
-LINEAR_GRIDS = {
-    "plain": [Setting("plain", rate) for rate in (0.95, 0.8)],
-    "momentum": [
-        Setting("momentum", rate, beta)
-        for beta in (0.98, 0.95, 0.99, 0.9, 0.8, 0.5)
-        for rate in (0.8, 1.0, 0.6, 1.2, 0.4, 0.2, 0.1)
-    ],
-    "gate": [Setting("gate", rate) for rate in (0.95, 0.8, 0.5, 0.2)],
-    "lyapunov": LYAPUNOV,
-    SCALED_FEATURES: [Setting(SCALED_FEATURES, 0.25)],
-}
-# Lower rates: γ_1 increases as features change.
-WIDE_GRIDS = {
-    "plain": [Setting("plain", rate) for rate in (0.5, 0.7)],
-    "momentum": [Setting("momentum", rate, beta) for beta in (0.95, 0.9, 0.98) for rate in (0.4, 0.8, 0.2)],
-    "gate": [Setting("gate", rate) for rate in (0.5, 0.7, 0.25)],
-    "lyapunov": LYAPUNOV[2:],
-}
-RESNET = {
-    "plain": Setting("plain", 0.02), "momentum": Setting("momentum", 0.008, 0.9), "gate": Setting("gate", 0.01),
-    "lyapunov": Setting("lyapunov", 0.3),
-}  # fmt: skip
-MINIBATCH_SETTING, BATCH_SIZES, MINIBATCH_STEPS = Setting("lyapunov", 0.2), (64, 256), 300
 TITLES = {
     "plain": "gradient descent", "momentum": "momentum", "gate": "gate", "lyapunov": "Lyapunov",
     SCALED_FEATURES: "features / |Γ|", "fresh256": "Lyapunov,\nbatches of 256", "fresh64": "Lyapunov,\nbatches of 64",
@@ -143,7 +126,7 @@ class Result:
 
 def produce(options: argparse.Namespace, directory: Path) -> Outcome:
     """Train all models with all rules, for every seed."""
-    _pairs(options.seeds[0], options).setup()  # raises for invalid data before any process starts
+    fixed_pairs(options, options.seeds[0])  # raises for invalid data before any process starts
     items: list[tuple[Any, ...]] = [
         ("resnet", seed, rule, options)
         for seed in options.seeds[: options.resnet_seeds]
@@ -164,17 +147,8 @@ def experiment(model: str, seed: int, rule: str, options: argparse.Namespace) ->
     return {"linear": _linear, "kernel": _kernel, "wide": _wide, "resnet": _resnet}[model](seed, rule, options)
 
 
-def _pairs(seed: int, options: argparse.Namespace) -> FixedCropPairs:
-    pairs = FixedCropPairs(
-        options.data, options.num_pairs, options.crop_size, seed, root=options.root, download=options.download
-    )
-    pairs.prepare_data()
-    return pairs
-
-
 def _views(seed: int, options: argparse.Namespace) -> tuple[Tensor, Tensor]:
-    pairs = _pairs(seed, options)
-    pairs.setup()
+    pairs = fixed_pairs(options, seed)
     return pairs.x1.flatten(1), pairs.x2.flatten(1)
 
 

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from reproduce.claims import Claim, average, worst
 from reproduce.controls import ordinary_kernel_pca, permuted_alignment
 from reproduce.figure import Outcome, PaperFigure
-from reproduce.options import data_name
+from reproduce.options import data_name, fixed_pairs
 from reproduce.plots import alignment_figure
 from reproduce.processes import map_parallel, step_progress
 from reproduce.records import data_rows
@@ -116,9 +116,7 @@ class Result:
 def produce(options: argparse.Namespace, directory: Path) -> Outcome:
     """Train both variants for every seed, and compare."""
     runs = [(variant, seed, options, directory) for seed in options.seeds for variant in RELATIVE_RATES]
-    if options.download:
-        _pairs(options.seeds[0], options).prepare_data()
-    _pairs(options.seeds[0], options).setup()  # raises for invalid data before any process starts
+    fixed_pairs(options, options.seeds[0])  # raises for invalid data before any process starts
     results = map_parallel(experiment, runs, "kernel_mlp")
     first = [result for result in results if result.seed == options.seeds[0]]
     figure = alignment_figure(
@@ -138,8 +136,7 @@ def produce(options: argparse.Namespace, directory: Path) -> Outcome:
 
 def experiment(variant: str, seed: int, options: argparse.Namespace, directory: Path) -> Result:
     """Predict, train, and compare the embeddings with both predictions."""
-    pairs = _pairs(seed, options)
-    pairs.setup()
+    pairs = fixed_pairs(options, seed, options.steps)
     encoder = MLP(3 * options.crop_size**2, [options.width], options.dim, seed=seed)
     if variant == "lazy":
         scale_last_layer(encoder, LAST_LAYER)
@@ -186,12 +183,6 @@ def project_to_span(encoder: MLP, x1: Tensor, x2: Tensor) -> tuple[Tensor, Tenso
     first.in_features = basis.shape[1]
     z1, z2 = (views @ basis).float().chunk(2)
     return z1, z2
-
-
-def _pairs(seed: int, options: argparse.Namespace) -> FixedCropPairs:
-    return FixedCropPairs(
-        options.data, options.num_pairs, options.crop_size, seed, options.steps, options.root, options.download
-    )
 
 
 def _train(module: BarlowTwins, pairs: FixedCropPairs, log: SpectrumLogger, logger: Any, steps: int) -> None:

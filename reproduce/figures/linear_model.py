@@ -24,7 +24,7 @@ from torch import Tensor
 
 from reproduce.claims import Claim, worst
 from reproduce.figure import Outcome, PaperFigure
-from reproduce.options import data_name
+from reproduce.options import data_name, fixed_pairs
 from reproduce.processes import map_parallel, step_progress
 from reproduce.records import data_rows, theory_record, write_events
 from stepwise_lightning import BarlowTwins, FixedCropPairs, LinearEncoder, SpectrumLogger, SpectrumRecord
@@ -137,11 +137,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def _prepare(seed: int, options: argparse.Namespace) -> tuple[FixedCropPairs, Plan, Plan]:
     """Load the data and predict both runs; raise for invalid input before anything is written."""
-    pairs = FixedCropPairs(
-        options.data, options.num_pairs, options.crop_size, seed, root=options.root, download=options.download
-    )
-    pairs.prepare_data()
-    pairs.setup()
+    pairs = fixed_pairs(options, seed)
     gamma = feature_cross_correlation(pairs.x1, pairs.x2)
     top = float(torch.linalg.eigvalsh(gamma)[-1])
     rate = options.relative_rate / (4 * top) if options.learning_rate is None else options.learning_rate

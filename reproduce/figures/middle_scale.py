@@ -14,7 +14,7 @@ from pathlib import Path
 
 from reproduce.claims import Claim, worst
 from reproduce.figure import Outcome, PaperFigure
-from reproduce.networks.runs import ROW_COLUMNS, SMALL_STARTS, Run, trained_runs
+from reproduce.networks.runs import ROW_COLUMNS, SMALL_STARTS, Run, distinct_steps, trained_runs
 from reproduce.networks.training import MIDDLE_PROFILE
 from reproduce.networks.variants import LOSS_SETTINGS, VARIANT_TITLES
 from reproduce.options import data_name
@@ -48,14 +48,10 @@ def _panel(run: Run) -> Panel:
 
 
 def _claims(runs: list[Run], options: argparse.Namespace) -> list[Claim]:
-    counts = {
-        kind: [run.steps.num_distinct for run in runs if (run.loss, run.variant) == kind]
-        for kind in (*SMALL_STARTS, CONTROL)
-    }
     return [
         worst(
-            f"{loss}_steps", f"{LOSS_SETTINGS[loss].title}: distinct steps", counts[loss, "small"], ">=", least,
-            options.seeds, "Barlow Twins from ordinary initialisation", counts[CONTROL],
+            f"{loss}_steps", f"{LOSS_SETTINGS[loss].title}: distinct steps", distinct_steps(runs, loss, "small"), ">=",
+            least, options.seeds, "Barlow Twins from ordinary initialisation", distinct_steps(runs, *CONTROL),
         )
         for loss, least in MIN_STEPS.items()
     ]  # fmt: skip

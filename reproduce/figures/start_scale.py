@@ -20,11 +20,11 @@ import torch
 
 from reproduce.claims import Claim, worst
 from reproduce.figure import Outcome, PaperFigure
-from reproduce.options import data_name
-from reproduce.plots import Response, doses_figure
+from reproduce.options import data_name, fixed_pairs
+from reproduce.plots import Response, conditions_figure
 from reproduce.processes import map_parallel
 from reproduce.records import data_rows, theory_record
-from stepwise_lightning import FixedCropPairs, LinearEncoder, SpectrumRecord
+from stepwise_lightning import LinearEncoder, SpectrumRecord
 from stepwise_lightning.plots import Panel
 from stepwise_lightning.spectrum import detect_rises
 from stepwise_lightning.spectrum.schedule import log_spaced_steps
@@ -96,7 +96,7 @@ def produce(options: argparse.Namespace, directory: Path) -> Outcome:
         for key in ("distinct", "apart", "separation", "deviation")
     }
     counts = ("distinct steps", "modes that rise apart")
-    figure = doses_figure(
+    figure = conditions_figure(
         [[result.panel() for result in results[: len(SCALES)]]],
         [
             Response(scales, dict(zip(counts, (by_scale["distinct"], by_scale["apart"]), strict=True)), "number"),
@@ -137,11 +137,7 @@ def experiment(scale: float | None, seed: int, options: argparse.Namespace) -> R
 
 
 def _gamma(seed: int, options: argparse.Namespace) -> torch.Tensor:
-    pairs = FixedCropPairs(
-        options.data, options.num_pairs, options.crop_size, seed, root=options.root, download=options.download
-    )
-    pairs.prepare_data()
-    pairs.setup()
+    pairs = fixed_pairs(options, seed)
     return feature_cross_correlation(pairs.x1, pairs.x2)
 
 

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from reproduce.claims import worst
 from reproduce.figure import Outcome, PaperFigure
-from reproduce.networks.runs import ROW_COLUMNS, trained_runs
+from reproduce.networks.runs import ROW_COLUMNS, distinct_steps, trained_runs
 from reproduce.networks.training import PROFILES
 from reproduce.networks.variants import LOSS_SETTINGS, VARIANT_TITLES
 from reproduce.options import data_name
@@ -46,10 +46,7 @@ def produce(options: argparse.Namespace, directory: Path) -> Outcome:
     )
     claims = []
     for loss, settings in LOSS_SETTINGS.items():
-        counts, control = (
-            [run.steps.num_distinct for run in runs if (run.loss, run.variant) == (loss, variant)]
-            for variant in ("small", settings.control)
-        )
+        counts, control = (distinct_steps(runs, loss, variant) for variant in ("small", settings.control))
         claims.append(
             worst(
                 f"{loss}_steps", f"{settings.title}: distinct steps ({', '.join(map(str, counts))})", counts, ">=",

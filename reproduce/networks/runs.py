@@ -207,6 +207,11 @@ SMALL_STARTS = [(loss, "small") for loss in LOSS_SETTINGS]
 ROW_COLUMNS = ["loss", "variant", "seed", "step", "time", "quantity", "mode", "value"]
 
 
+def distinct_steps(runs: Iterable[Run], loss: str, variant: str) -> list[int]:
+    """Return the number of distinct steps of each run of a loss and variant, in the order of the seeds."""
+    return [run.steps.num_distinct for run in runs if (run.loss, run.variant) == (loss, variant)]
+
+
 def trained_runs(options: argparse.Namespace, kinds: Iterable[tuple[str, str]] = SMALL_STARTS) -> list[Run]:
     """Train missing runs (all runs without ``--resume``), one per core, or one at a time on GPUs.
 

@@ -9,7 +9,7 @@ from reproduce.plots import (
     Response,
     WorthPanel,
     alignment_figure,
-    doses_figure,
+    conditions_figure,
     eigenfunctions_figure,
     worth_figure,
 )
@@ -26,7 +26,7 @@ def growth(rates: list[float]) -> Panel:
 
 
 @pytest.mark.parametrize("dimensions", [2, 7])
-def test_principal_components_are_those_of_the_last_embeddings(dimensions):
+def test_principal_components_use_the_last_embeddings(dimensions):
     rng = np.random.default_rng(0)
     scales = np.array([3.0, 2, 1, 0.1, 0.1, 0.1, 0.1])[:dimensions]
     rotation = np.linalg.qr(rng.standard_normal((dimensions, dimensions)))[0]
@@ -49,7 +49,7 @@ def test_alignments_share_the_time_axis_of_the_eigenvalues():
     assert figure.axes[2].get_ylim()[0] == 0 and figure.axes[0].get_shared_x_axes().joined(*figure.axes[::2])
 
 
-def test_images_of_an_eigenfunction_run_from_lowest_to_highest():
+def test_eigenfunction_images_are_ordered_from_lowest_to_highest():
     runs = [growth([8.0, 4, 2])]
     images = np.random.default_rng(0).random((3, 4, 5, 6, 3))
     figure = eigenfunctions_figure(runs, [list(images)], title="modes")
@@ -61,14 +61,14 @@ def test_images_of_an_eigenfunction_run_from_lowest_to_highest():
     assert [bool(axis.axison) for axis in fewer.axes] == [True] * 7 + [False]
 
 
-def test_responses_are_dots_around_the_mean_of_each_condition():
+def test_responses_show_repetitions_and_means():
     values = np.array([[9.0, 8, 1], [9, 6, 1]])
     response = Response(["small", "middle", "large"], {"steps": values}, "number")
-    axis = doses_figure([[growth([8.0, 4, 2])] * 3], [response], title="doses").axes[-1]
+    axis = conditions_figure([[growth([8.0, 4, 2])] * 3], [response], title="conditions").axes[-1]
     mean, *dots = (line.get_ydata() for line in axis.lines)
     np.testing.assert_array_equal(mean, [9, 7, 1])
     np.testing.assert_array_equal(dots, values)
-    assert [label.get_text() for label in axis.get_xticklabels()] == response.doses
+    assert [label.get_text() for label in axis.get_xticklabels()] == response.conditions
 
 
 def test_worth_lines_join_the_means_over_all_repetitions():
