@@ -2,15 +2,16 @@
 
 import logging
 import signal
+from collections.abc import Iterator
 from importlib import import_module
 from importlib.util import find_spec
 
 import pytest
-from fresh_processes import PRELOAD, ProcessServer, server, start_server
-from matplotlib.layout_engine import ConstrainedLayoutEngine
+from fresh_processes import PRELOAD, ProcessServer, server, start_server, stop_server
+from matplotlib.figure import Figure
 
 collect_ignore = [] if find_spec("lightly") else ["peers"]
-_constrained_layout = ConstrainedLayoutEngine.execute
+_draw = Figure.draw
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -23,17 +24,24 @@ def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(1)
     # In the background of a script Ctrl-C is ignored, and processes that the tests start would inherit that.
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    ConstrainedLayoutEngine.execute = lambda engine, figure: None  # type: ignore[method-assign]
+    Figure.draw = lambda figure, renderer: None  # see rendered_figures
     if hasattr(config, "workerinput"):  # a worker of pytest-xdist imports these in any case, the server shares them
         for name in PRELOAD:
             import_module(name)
     start_server()
 
 
-@pytest.fixture
-def constrained_layout(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Draw figures with the constrained layout, which other tests skip: it takes most of the drawing time."""
-    monkeypatch.setattr(ConstrainedLayoutEngine, "execute", _constrained_layout)
+def pytest_unconfigure() -> None:
+    """End the server of fresh processes."""
+    stop_server()
+
+
+@pytest.fixture(scope="module")
+def rendered_figures() -> Iterator[None]:
+    """Render the figures of this module; other tests build figures, but save blank images, which takes less time."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Figure, "draw", _draw)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -55,8 +55,8 @@ class ProcessServer:
         self._connection, connection = Pipe()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)  # of Python 3.12, where pytest-xdist has a thread
-            is_server = os.fork() == 0
-        if is_server:
+            self._pid = os.fork()
+        if self._pid == 0:
             self._connection.close()
             _serve(connection)
         connection.close()
@@ -104,6 +104,11 @@ class ProcessServer:
         assert not failures, "\n".join(failures)
         return [outcome.value for outcome in outcomes]
 
+    def close(self) -> None:
+        """End the server."""
+        self._connection.close()
+        os.waitpid(self._pid, 0)
+
 
 def stepwise(*arguments: str) -> None:
     """Run the command line in this process."""
@@ -126,6 +131,12 @@ def server() -> ProcessServer:
     """Return the server of this pytest process."""
     assert _server is not None
     return _server
+
+
+def stop_server() -> None:
+    """End the server of this pytest process, if there is one."""
+    if _server is not None:
+        _server.close()
 
 
 def _rendezvous(ranks: int) -> dict[str, str]:

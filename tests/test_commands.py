@@ -23,7 +23,7 @@ def command(*arguments):
 
 
 @pytest.fixture(scope="module")
-def said(tmp_path_factory):
+def said(tmp_path_factory, rendered_figures):
     """Train two runs of twelve steps, and return their folder and what the first one printed."""
     folder = tmp_path_factory.mktemp("runs")
     write_images(folder)

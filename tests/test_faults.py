@@ -108,7 +108,7 @@ def test_a_collapsed_embedding_has_a_spectrum_of_zeros():
 
 
 @pytest.mark.parametrize("logger", ["CSVLogger", "TensorBoardLogger"])
-def test_a_collapsed_model_trains_and_is_measured(logger, folder):
+def test_a_collapsed_model_trains_and_is_measured(logger, folder, rendered_figures):
     """All weights zero: nothing to learn from, and nothing to draw on a logarithmic axis."""
     path = "model.init_args.encoder.init_args.init_std"
     changes = {path: 0.0, "trainer.max_steps": 6, "trainer.logger.class_path": f"lightning.pytorch.loggers.{logger}"}

@@ -28,7 +28,7 @@ def test_mistakes_get_one_clear_line(changes, options, message, capsys):
     assert message in refusal(capsys, "forecast", *options, config=changed(changes))
 
 
-def test_a_table_and_a_picture_before_training_for_whatever_accelerator(capsys):
+def test_a_table_and_a_picture_before_training_for_whatever_accelerator(capsys, rendered_figures):
     config = changed({"trainer.accelerator": "gpu", "trainer.max_steps": 300, "model.init_args.learning_rate": 0.002})
     stepwise("forecast", "--pairs=16", config=config)
     table = capsys.readouterr().out

@@ -9,7 +9,7 @@ import torch
 from stepwise_lightning import SpectrumRecord
 from stepwise_lightning.plots import Panel, eigenvalues_figure, mode_colours, spectra_figure, trajectories_figure
 
-pytestmark = pytest.mark.usefixtures("constrained_layout")
+pytestmark = pytest.mark.usefixtures("rendered_figures")
 
 
 def growth(rates: list[float], matrix: str = "cross_correlation") -> Panel:

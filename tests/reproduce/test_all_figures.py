@@ -9,6 +9,8 @@ from reproduce.figures import FIGURES, LONG
 from reproduce.reference import differences
 from stepwise_lightning import SpectrumRecord
 
+pytestmark = pytest.mark.usefixtures("rendered_figures")
+
 TINY = ["--profile", "smoke", "--seeds", "0", "--crop-size", "6", "--dim", "2"]
 
 

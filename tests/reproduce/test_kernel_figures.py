@@ -21,7 +21,7 @@ from stepwise_lightning.theory import ContrastiveKernelPCA, EmpiricalNTK, linear
 
 
 @pytest.fixture(scope="module")
-def machines(tmp_path_factory):
+def machines(tmp_path_factory, rendered_figures):
     out = tmp_path_factory.mktemp("results")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "cpu_count", lambda: 1)  # no worker processes, which take seconds to start

@@ -11,7 +11,7 @@ from reproduce.__main__ import main
 
 
 @pytest.fixture(scope="module")
-def outputs(tmp_path_factory):
+def outputs(tmp_path_factory, rendered_figures):
     """Run the figure with two of the smoke profile's four dimensions, which need a twelfth of the steps."""
     out = tmp_path_factory.mktemp("results")
     assert main(["linear_model", "--profile", "smoke", "--dim", "2", "--seeds", "0", "--out", str(out)]) == 0

@@ -32,6 +32,8 @@ def test_stored_eigenvalues_of_middle_scale_give_its_claims():
     assert [claim.measured for claim in claims] == [distinct_steps(loss, "small") for loss in LOSS_SETTINGS]
     assert {claim.control_value for claim in claims} == {distinct_steps("barlow_twins", "ordinary")}
 
+pytestmark = pytest.mark.usefixtures("rendered_figures")
+
 
 @pytest.mark.slow
 def test_long_figures_run(tmp_path, capsys):

@@ -16,7 +16,7 @@ from reproduce.plots import (
 from stepwise_lightning import SpectrumRecord
 from stepwise_lightning.plots import Panel
 
-pytestmark = pytest.mark.usefixtures("constrained_layout")
+pytestmark = pytest.mark.usefixtures("rendered_figures")
 
 
 def growth(rates: list[float]) -> Panel:

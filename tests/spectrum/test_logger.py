@@ -53,7 +53,7 @@ def fit(directory, callbacks):
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
+def run(tmp_path_factory, rendered_figures):
     spectra = SpectrumLogger(watch=["features", "features.0"], num_points=12)
     module, logger = fit(tmp_path_factory.mktemp("logs"), [spectra])
     return spectra, module, logger
