@@ -13,6 +13,7 @@ from reproduce.figures import FIGURES, LONG
 from reproduce.networks.variants import LOSS_SETTINGS
 from stepwise_lightning.spectrum import detect_steps
 
+pytestmark = pytest.mark.usefixtures("rendered_figures")
 STORED = Path(__file__).parents[2] / "reproduce" / "results" / "middle_scale"
 
 
@@ -31,8 +32,6 @@ def test_stored_eigenvalues_of_middle_scale_give_its_claims():
     assert all(claim.holds for claim in claims)
     assert [claim.measured for claim in claims] == [distinct_steps(loss, "small") for loss in LOSS_SETTINGS]
     assert {claim.control_value for claim in claims} == {distinct_steps("barlow_twins", "ordinary")}
-
-pytestmark = pytest.mark.usefixtures("rendered_figures")
 
 
 @pytest.mark.slow
