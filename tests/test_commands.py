@@ -114,7 +114,7 @@ def test_overlaid_runs_have_a_colour_each_and_a_legend():
 
 
 MISTAKES = {
-    "no run": (["summary", "nowhere"], "no 'nowhere': give a spectrum.npz, or the folder of a run"),
+    "no run": (["summary", "nowhere"], "no file 'nowhere': pass a spectrum.npz, or the folder of a finished run"),
     "ending": (["plot", "runs/tiny/version_0", "--out=x.doc"], "must end in one of .png, .pdf, .svg"),
     "matrix": (["plot", "runs/tiny/version_0", "--matrix=C"], "no matrix 'C' in this record; choose from: cross_"),
     "no network": (["download", "cifar10"], "CIFAR-10 could not be downloaded and unpacked"),
