@@ -1,4 +1,4 @@
-"""The command line: configurations combine, and every mistake is answered in one line."""
+"""The command line: combined configurations, and mistakes reported in one line."""
 
 import os
 import re
@@ -40,7 +40,7 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize(("options", "message"), MISTAKES.values(), ids=MISTAKES)
-def test_mistakes_get_one_clear_line(options, message, monkeypatch, tmp_path, capsys):
+def test_mistake_is_reported_in_one_line(options, message, monkeypatch, tmp_path, capsys):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as stop:
         run(monkeypatch, "fit", f"--config={CONFIG}", *options)
@@ -59,7 +59,7 @@ TYPOS = {
 
 
 @pytest.mark.parametrize(("right", "wrong", "message"), TYPOS.values(), ids=TYPOS)
-def test_typos_in_a_file_are_named(right, wrong, message, monkeypatch, tmp_path, capsys):
+def test_typo_in_a_file_is_reported(right, wrong, message, monkeypatch, tmp_path, capsys):
     monkeypatch.chdir(tmp_path)
     text = CONFIG.read_text()
     assert right in text
@@ -69,7 +69,7 @@ def test_typos_in_a_file_are_named(right, wrong, message, monkeypatch, tmp_path,
     assert message in (stop.value.code if isinstance(stop.value.code, str) else capsys.readouterr().err)
 
 
-def test_a_damaged_checkpoint_and_a_bad_interval_are_named(monkeypatch, tmp_path):
+def test_damaged_checkpoint_and_invalid_interval_are_reported(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     path = tmp_path / "runs/vicreg_photos/version_3/checkpoints/last.ckpt"
     path.parent.mkdir(parents=True)
@@ -89,8 +89,8 @@ QUIET = ["--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=
 
 @pytest.mark.filterwarnings("ignore:The number of training batches", "ignore:.*your dataloader is not resumable")
 @pytest.mark.parametrize("data", [[], [f"--data={BORING}BoringDataModule"]], ids=["its own data", "a data module"])
-def test_any_module_trains_and_continues(data, monkeypatch, tmp_path):
-    """Also one without settings, which keeps none in its checkpoints."""
+def test_any_module_trains_and_resumes(data, monkeypatch, tmp_path):
+    """Including a module without hyperparameters."""
     monkeypatch.chdir(tmp_path)
     for steps in (2, 4):
         options = [f"--model={BORING}BoringModel", *data, f"--trainer.max_steps={steps}", "--ckpt_path=last", *QUIET]
@@ -99,7 +99,7 @@ def test_any_module_trains_and_continues(data, monkeypatch, tmp_path):
     assert torch.load(checkpoint, weights_only=True)["global_step"] == 4
 
 
-def test_training_on_nothing_is_refused(monkeypatch, tmp_path):
+def test_training_without_data_is_refused(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     encoder = ["--model.encoder=stepwise_lightning.LinearEncoder", "--model.encoder.in_features=4"]
     options = [*encoder, "--model.encoder.out_features=2", "--model.learning_rate=1", *QUIET]
@@ -107,7 +107,7 @@ def test_training_on_nothing_is_refused(monkeypatch, tmp_path):
         run(monkeypatch, "fit", "--model=BarlowTwins", *options)
 
 
-OWN = """
+OWN_MODULE = """
 import torch
 from lightning.pytorch.demos.boring_classes import BoringDataModule, BoringModel
 from torch.utils.data import DataLoader, IterableDataset
@@ -130,11 +130,11 @@ class Mine(BoringModel):
 
 @pytest.fixture
 def script(tmp_path):
-    """Return a function that runs the command as a console script does: with its own folder on the path, not ours."""
+    """Return a function that runs the command like a console script: the working directory is not on the path."""
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin/stepwise").write_text("from stepwise_lightning.__main__ import main\n\nmain()\n")
     (tmp_path / "work").mkdir()
-    (tmp_path / "work/own_things.py").write_text(OWN)
+    (tmp_path / "work/own_things.py").write_text(OWN_MODULE)
 
     def launch(*arguments, **variables):
         command = [sys.executable, str(tmp_path / "bin/stepwise"), *arguments, *QUIET]
@@ -151,13 +151,13 @@ def last_line(done):
 
 def test_modules_in_the_working_directory_are_found(processes, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "own_things.py").write_text(OWN)
+    (tmp_path / "own_things.py").write_text(OWN_MODULE)
     options = ["--model=own_things.Mine", f"--data={BORING}BoringDataModule", "--trainer.max_steps=2", *QUIET]
     processes.run(stepwise, "fit", *options)
 
 
 @pytest.mark.slow
-def test_and_so_are_those_of_a_checkpoint_but_not_on_a_safe_path(script):
+def test_modules_are_not_found_on_a_safe_path(script):
     module = ["--model=own_things.Mine", f"--data={BORING}BoringDataModule", "--trainer.max_steps=2"]
     assert script("fit", *module).returncode == 0
     done = script("fit", *module, "--model.width=4", "--ckpt_path=last")
@@ -171,7 +171,7 @@ def simclr(**options):
     return ["--model=SimCLR", *(f"--model.{name}={value}" for name, value in given.items()), "--data=own_things.Pairs"]
 
 
-BEFORE_TRAINING = {
+REFUSED_BEFORE_TRAINING = {
     "temperature 0": (simclr(temperature=0), "temperature must be finite and above 0, got 0.0"),
     "cosine over a stream": ([*simclr(cosine="true"), "--trainer.max_epochs=2"], "for data without a length max_steps"),
     "a file in the folder's place": (
@@ -189,11 +189,11 @@ BEFORE_TRAINING = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(("options", "message"), BEFORE_TRAINING.values(), ids=BEFORE_TRAINING)
-def test_what_cannot_work_is_said_before_training(options, message, monkeypatch, tmp_path):
+@pytest.mark.parametrize(("options", "message"), REFUSED_BEFORE_TRAINING.values(), ids=REFUSED_BEFORE_TRAINING)
+def test_invalid_run_is_refused_before_training(options, message, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
-    (tmp_path / "own_things.py").write_text(OWN)
+    (tmp_path / "own_things.py").write_text(OWN_MODULE)
     sys.modules.pop("own_things", None)
     with pytest.raises(SystemExit) as stop:
         run(monkeypatch, "fit", *options, *QUIET)
@@ -203,7 +203,7 @@ def test_what_cannot_work_is_said_before_training(options, message, monkeypatch,
 
 
 @pytest.mark.slow
-def test_a_taken_port_is_named(script):
+def test_port_in_use_is_reported(script):
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
         other.listen()
@@ -221,7 +221,7 @@ def test_a_taken_port_is_named(script):
     assert "another program uses the port of this run's process group" in last_line(done)
 
 
-def test_configurations_combine_and_print_whole(monkeypatch, tmp_path, capsys):
+def test_configurations_combine_and_print_completely(monkeypatch, tmp_path, capsys):
     (tmp_path / "mine.yaml").write_text(
         "model:\n  init_args:\n    encoder:\n      init_args:\n        alpha: 1.0\ntrainer:\n  max_steps: 7\n"
     )
@@ -245,7 +245,7 @@ def callbacks(monkeypatch, capsys, *arguments):
     return {item["class_path"].rpartition(".")[2]: item.get("init_args") for item in config["trainer"]["callbacks"]}
 
 
-def test_callbacks_that_a_second_configuration_does_not_name_stay(tmp_path, monkeypatch, capsys):
+def test_second_configuration_keeps_other_callbacks(tmp_path, monkeypatch, capsys):
     (tmp_path / "mine.yaml").write_text(
         "trainer:\n  callbacks:\n"
         "    - class_path: LastCheckpoint\n      init_args: {every_n_train_steps: 7}\n"
@@ -257,7 +257,7 @@ def test_callbacks_that_a_second_configuration_does_not_name_stay(tmp_path, monk
     assert after == before | {"LastCheckpoint": {"every_n_train_steps": 7}}
 
 
-def test_single_values_of_callbacks_are_options(monkeypatch, capsys):
+def test_arguments_of_callbacks_are_options(monkeypatch, capsys):
     before = callbacks(monkeypatch, capsys)
     after = callbacks(monkeypatch, capsys, "--spectrum.num_points", 50, "--checkpoint.every_n_train_steps=9")
     assert before["SpectrumLogger"]["watch"] == ["encoder.backbone"]
@@ -276,7 +276,7 @@ MISPLACED = {
 
 
 @pytest.mark.parametrize(("options", "message"), MISPLACED.values(), ids=MISPLACED)
-def test_a_right_option_in_a_wrong_place_is_told_where_it_belongs(options, message, monkeypatch, capsys):
+def test_option_in_the_wrong_section_gets_a_suggestion(options, message, monkeypatch, capsys):
     with pytest.raises(SystemExit) as stop:
         run(monkeypatch, "fit", f"--config={CONFIG}", *options)
     text = stop.value.code if isinstance(stop.value.code, str) else capsys.readouterr().err
@@ -284,7 +284,7 @@ def test_a_right_option_in_a_wrong_place_is_told_where_it_belongs(options, messa
     assert line.startswith("stepwise") and message in line
 
 
-def test_help_is_short_and_has_our_options_with_their_texts_and_defaults(monkeypatch, capsys):
+def test_help_is_short_and_documents_options_with_defaults(monkeypatch, capsys):
     text = printed(monkeypatch, capsys, "--help")
     assert len(text.splitlines()) < 180 and text.index("--model.learning_rate") < text.index("--trainer.max_steps")
     entries = {
@@ -295,7 +295,7 @@ def test_help_is_short_and_has_our_options_with_their_texts_and_defaults(monkeyp
     assert not empty
 
 
-def test_configurations_of_the_package_go_by_name(monkeypatch, capsys, tmp_path):
+def test_configurations_of_the_package_have_names(monkeypatch, capsys, tmp_path):
     by_path = printed(monkeypatch, capsys, f"--config={CONFIG}", "--print_config")
     monkeypatch.chdir(tmp_path)
     assert printed(monkeypatch, capsys, "--config", "vicreg_photos", "--print_config") == by_path

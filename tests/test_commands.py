@@ -1,5 +1,6 @@
-"""What a person sees of a run: its plan, its progress, its end, and what the other commands make of its folder."""
+"""Printed lines of a run, and the commands summary and plot on its folder."""
 
+import shutil
 import sys
 from contextlib import redirect_stdout
 from io import StringIO
@@ -23,36 +24,28 @@ def command(*arguments):
 
 
 @pytest.fixture(scope="module")
-def said(tmp_path_factory, rendered_figures):
-    """Train two runs of twelve steps, and return their folder and what the first one printed."""
+def printed_run(tmp_path_factory, rendered_figures):
+    """Train a run of twelve steps; return its folder, with a copy of the run, and the printed lines."""
     folder = tmp_path_factory.mktemp("runs")
     write_images(folder)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setattr(report, "_MIN_SECONDS", 0.0)
         patch.setattr(report, "_MIN_SHARE", 0.0)
-        printed = []
-        for seed in (0, 1):
-            encoder = {"in_features": 48, "out_features": 3, "init_std": 1e-3, "seed": seed}
-            changes = {
-                "model.init_args.encoder.init_args": encoder,
-                "trainer.logger": BOARD,
-                "trainer.max_steps": 12,
-                "trainer.enable_progress_bar": True,
-            }
-            with redirect_stdout(StringIO()) as output:
-                stepwise("fit", config=changed(changes))
-            printed.append(output.getvalue().splitlines())
-    return folder, printed[0]
+        changes = {"trainer.logger": BOARD, "trainer.max_steps": 12, "trainer.enable_progress_bar": True}
+        with redirect_stdout(StringIO()) as output:
+            stepwise("fit", config=changed(changes))
+    shutil.copytree(folder / "runs/tiny/version_0", folder / "runs/tiny/version_1")
+    return folder, output.getvalue().splitlines()
 
 
 @pytest.fixture(autouse=True)
-def here(said, monkeypatch):
-    monkeypatch.chdir(said[0])
+def here(printed_run, monkeypatch):
+    monkeypatch.chdir(printed_run[0])
 
 
-def test_a_run_begins_with_what_it_will_do_and_ends_with_what_was_found(said):
-    first, second, third, *progress = said[1]
+def test_run_prints_plan_progress_and_result(printed_run):
+    first, second, third, *progress = printed_run[1]
     assert first == "BarlowTwins on images: 144 parameters in LinearEncoder"
     assert second == "12 steps of 4 pairs, learning rate 0.001, on cpu"
     assert third == "writes to runs/tiny/version_0"
@@ -63,7 +56,7 @@ def test_a_run_begins_with_what_it_will_do_and_ends_with_what_was_found(said):
     assert imread(end["picture"]).shape[0] > 300 and end["picture"] == "runs/tiny/version_0/trajectories.png"
 
 
-def test_progress_is_rare(monkeypatch):
+def test_progress_lines_become_less_frequent(monkeypatch):
     clock = iter([0.0, *range(1, 2001)])
     monkeypatch.setattr(report.time, "monotonic", lambda: float(next(clock)))
     lines = []
@@ -78,13 +71,13 @@ def test_progress_is_rare(monkeypatch):
     assert lines[:3] == [10, 20, 30] and lines[-1] - lines[-2] > 90 and len(lines) < 70
 
 
-def test_libraries_say_nothing_of_themselves(said, caplog, recwarn):
+def test_messages_of_libraries_are_filtered(printed_run, caplog, recwarn):
     stepwise("fit", config=changed({}))
     assert not [text for text in caplog.messages if "Tip" in text or "TPU" in text or "Seed" in text]
     assert not [warning for warning in recwarn if "LeafSpec" in str(warning.message)]
 
 
-def test_the_summary_is_a_table_of_runs_and_matrices(capsys):
+def test_summary_is_a_table_of_runs_and_matrices(capsys):
     command("summary", "runs/tiny/version_0", "runs/tiny/version_1")
     head, *rows = capsys.readouterr().out.splitlines()
     assert head.split("  ")[0] == "run" and "distinct steps" in head
@@ -94,9 +87,8 @@ def test_the_summary_is_a_table_of_runs_and_matrices(capsys):
     ]
 
 
-@pytest.mark.parametrize("runs", [["version_0"], ["version_0", "version_1"]], ids=len)
-@pytest.mark.parametrize("ending", ["png", "pdf"])
-def test_runs_are_drawn_alone_and_over_each_other(runs, ending, tmp_path, capsys):
+@pytest.mark.parametrize(("runs", "ending"), [(["version_0"], "png"), (["version_0", "version_1"], "pdf")])
+def test_plot_of_one_run_and_of_several(runs, ending, tmp_path, capsys):
     out = tmp_path / f"picture.{ending}"
     command("plot", *(f"runs/tiny/{run}" for run in runs), "--out", out, "--matrix", "covariance")
     assert out.read_bytes()[:4] in (b"\x89PNG", b"%PDF") and capsys.readouterr().out.strip() == str(out)
@@ -104,7 +96,7 @@ def test_runs_are_drawn_alone_and_over_each_other(runs, ending, tmp_path, capsys
         assert b"/Type3" not in out.read_bytes()
 
 
-def test_overlaid_runs_have_a_colour_each_and_a_legend():
+def test_overlaid_runs_have_one_color_each_and_a_legend():
     records = {name: SpectrumRecord.load(f"runs/tiny/version_{name}") for name in "01"}
     figure = overlay_figure(records, matrices=["covariance"])
     colours = [line.get_color() for line in figure.axes[1].lines]
@@ -114,7 +106,7 @@ def test_overlaid_runs_have_a_colour_each_and_a_legend():
 
 
 MISTAKES = {
-    "no run": (["summary", "nowhere"], "no file 'nowhere': pass a spectrum.npz, or the folder of a finished run"),
+    "no run": (["summary", "nowhere"], "no file 'nowhere': pass a spectrum.npz, or the folder"),
     "ending": (["plot", "runs/tiny/version_0", "--out=x.doc"], "must end in one of .png, .pdf, .svg"),
     "matrix": (["plot", "runs/tiny/version_0", "--matrix=C"], "no matrix 'C' in this record; choose from: cross_"),
     "no network": (["download", "cifar10"], "CIFAR-10 could not be downloaded and unpacked"),
@@ -123,9 +115,9 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize(("arguments", "message"), MISTAKES.values(), ids=MISTAKES)
-def test_mistakes_are_answered_in_one_line(arguments, message, capsys, monkeypatch):
+def test_mistake_is_reported_in_one_line(arguments, message, capsys, monkeypatch):
     for name in ("http_proxy", "https_proxy"):
-        monkeypatch.setenv(name, "http://127.0.0.1:9")  # where nobody is
+        monkeypatch.setenv(name, "http://127.0.0.1:9")  # no server
     monkeypatch.delenv("no_proxy", raising=False)
     with pytest.raises(SystemExit) as stop:
         command(*arguments)

@@ -1,10 +1,11 @@
-"""What a run leaves behind, damaged in every way: read as it was, or refused in one clear line."""
+"""Damaged files of a run are read correctly or refused in one line."""
 
 import random
 import re
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,14 +20,15 @@ from reproduce.networks.training import PROFILES
 from reproduce.options import new_parser
 from reproduce.report import write_report
 from stepwise_lightning import SpectrumRecord
+from stepwise_lightning.commands import lightning_cli
 from stepwise_lightning.theory import ContrastiveKernelPCA, linear_kernel
 
-# How many cases of each kind; many with -m slow.
+# multiplies the number of cases; the larger value is slow
 FEW_AND_MANY = pytest.mark.parametrize("scale", [1, pytest.param(20, marks=pytest.mark.slow)])
 
 
-def survive(path: Path, read: Callable[[], object], cases: int, message: str) -> None:
-    """Damage a file again and again; reading it must work or be refused by a ValueError of one line."""
+def check_damaged(path: Path, read: Callable[[], object], cases: int, message: str) -> None:
+    """Damage a file many times; reading it must succeed, or raise a ValueError of one line."""
     whole, draw, refused = path.read_bytes(), random.Random(0), 0
     read()
     for _ in range(cases):
@@ -45,22 +47,29 @@ def survive(path: Path, read: Callable[[], object], cases: int, message: str) ->
     assert refused > cases / 10
 
 
+def _train(command: list[str]) -> int:
+    """Run the training command in this process, which has imported everything."""
+    lightning_cli.main(command[command.index("fit") :])
+    return 0
+
+
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
-    """Train two steps of one of the networks behind the figures."""
+    """Train a network of the figures for two steps."""
     out = tmp_path_factory.mktemp("results")
     options = ["--out", str(out), "--profile", "smoke", "--data", "photos"]
     run = Run("barlow_twins", "small", 0, new_parser("runs", "", PROFILES).parse_args(options))
     settings = run.settings() | {"trainer.max_steps": 2, "trainer.log_every_n_steps": 1}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Run, "settings", lambda run: settings)
+        patch.setattr(Run, "_begin", lambda run, command, *_: SimpleNamespace(wait=partial(_train, command)))
         run.train()
         assert run.is_finished() and len(run.record) == 3
         yield run
 
 
 @FEW_AND_MANY
-def test_spectra(run, scale):
+def test_damaged_spectra(run, scale):
     file = run.directory / "spectrum.npz"
     names = SpectrumRecord.load(file).arrays().keys()
     assert (
@@ -68,7 +77,7 @@ def test_spectra(run, scale):
         <= names
         == SpectrumRecord.load(str(run.directory)).arrays().keys()
     )
-    survive(
+    check_damaged(
         file,
         lambda: SpectrumRecord.load(file),
         150 * scale,
@@ -76,7 +85,7 @@ def test_spectra(run, scale):
     )
 
 
-def test_other_files_are_no_spectra(tmp_path):
+def test_other_files_are_refused_as_spectra(tmp_path):
     with pytest.raises(
         FileNotFoundError, match="no file '.*spectrum.npz': pass a spectrum.npz, or the folder of a finished run"
     ):
@@ -96,7 +105,7 @@ def test_other_files_are_no_spectra(tmp_path):
         SpectrumRecord.load(tmp_path / "spectrum.npy")
 
 
-def test_objects_in_saved_files_are_refused_and_run_nothing(tmp_path):
+def test_pickled_objects_are_refused_and_not_run(tmp_path):
     marker = tmp_path / "marker"
     np.savez(tmp_path / "spectrum.npz", step=np.arange(2), time=np.array([Touch(marker)] * 2, dtype=object))
     with pytest.raises(ValueError, match="cannot be read as spectra .ValueError: Object arrays cannot be loaded"):
@@ -112,11 +121,11 @@ def test_objects_in_saved_files_are_refused_and_run_nothing(tmp_path):
             ContrastiveKernelPCA.load(tmp_path / "model.pt", linear_kernel)
     assert not marker.exists()
     with np.load(tmp_path / "spectrum.npz", allow_pickle=True) as trusted:
-        assert len(trusted["time"]) == 2 and marker.exists()  # it would have
+        assert len(trusted["time"]) == 2 and marker.exists()  # unpickling does run it
 
 
 @FEW_AND_MANY
-def test_saved_theory(scale, tmp_path):
+def test_damaged_kernel_model(scale, tmp_path):
     path = tmp_path / "model.pt"
     x = torch.randn(6, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     ContrastiveKernelPCA(linear_kernel, 2).fit(x, x + 0.1).save(path)
@@ -125,7 +134,7 @@ def test_saved_theory(scale, tmp_path):
         r"(cannot load a ContrastiveKernelPCA from '[^\n]*model\.pt' \([^\n]*\)|"
         r"'[^\n]*model\.pt' does not hold a fitted ContrastiveKernelPCA): save it again"
     )
-    survive(path, load, 300 * scale, message)
+    check_damaged(path, load, 300 * scale, message)
     fitted = torch.load(path, weights_only=True)
     for name, value in fitted.items():
         integers = [value.long()] if name != "views" else [value.to(torch.complex128)]  # which views may be
@@ -138,8 +147,8 @@ def test_saved_theory(scale, tmp_path):
         load()
 
 
-class _either:
-    """Reading may go well, or be refused."""
+class _success_or_refusal:
+    """Accept success, or a ValueError with this message."""
 
     def __init__(self, message: str) -> None:
         self.message = message
@@ -151,31 +160,31 @@ class _either:
 
 
 @FEW_AND_MANY
-def test_configuration_and_weights_of_a_run(run, scale):
+def test_damaged_configuration_and_weights(run, scale):
     def built() -> None:
-        Run(run.loss, run.variant, run.seed, run.options).encoder(trained=True)  # it has read nothing yet
+        Run(run.loss, run.variant, run.seed, run.options).encoder(trained=True)  # without cached files
 
     message = r"(config\.yaml|the checkpoint) in '[^\n]*' cannot be used \([^\n]*\): train again, without --resume"
     (checkpoint,) = (run.directory / "checkpoints").glob("*.ckpt")
-    survive(checkpoint, built, 40 * scale, message)
+    check_damaged(checkpoint, built, 10 * scale, message)
     whole, draw = (run.directory / "config.yaml").read_bytes(), random.Random(0)
-    for content in [b"", b"\xff", b"model: 7", *(damaged(whole, draw) for _ in range(20 * scale))]:
+    for content in [b"", b"\xff", b"model: 7", *(damaged(whole, draw) for _ in range(5 * scale))]:
         (run.directory / "config.yaml").write_bytes(content)
-        with _either(message):
+        with _success_or_refusal(message):
             built()
     (run.directory / "config.yaml").write_bytes(whole)
     built()
 
 
 @FEW_AND_MANY
-def test_a_damaged_run_is_not_taken_for_a_finished_one(run, scale, capsys):
+def test_damaged_run_does_not_count_as_finished(run, scale, capsys):
     draw = random.Random(0)
     for path in (run.directory.parent / "settings.json", run.directory / "spectrum.npz"):
         whole = path.read_bytes()
         for content in [b"", *(damaged(whole, draw) for _ in range(40 * scale))]:
             path.write_bytes(content)
             if run.is_finished():
-                assert content == whole or path.suffix == ".npz"  # not all of a zip file carries information
+                assert content == whole or path.suffix == ".npz"  # some bytes of a zip file have no meaning
             else:
                 assert re.fullmatch(r"warning: [^\n]* training [^\n]* again\n", capsys.readouterr().err)
         path.write_bytes(whole)
@@ -189,14 +198,14 @@ CLAIM = {"name": "n", "description": "d", "measured": 1.5, "relation": "<=", "bo
     "change", [{"measured": "x"}, {"bound": None}, {"relation": "<"}, {"relation": []}, {"name": ...}]
 )
 def test_damaged_claims(change):
-    assert read_claim(CLAIM | {"holds": False}) == Claim("n", "d", 1.5, "<=", 2.0)  # judged by its numbers
+    assert read_claim(CLAIM | {"holds": False}) == Claim("n", "d", 1.5, "<=", 2.0)  # recomputed from the numbers
     changed = {key: value for key, value in (CLAIM | change).items() if value is not ...}
     with pytest.raises((ValueError, KeyError, TypeError)):
         read_claim(changed)
 
 
 @FEW_AND_MANY
-def test_claims_and_report(scale, tmp_path, capsys):
+def test_damaged_claims_and_report(scale, tmp_path, capsys):
     identity = {"data_set": "photos", "seeds": [0, 1], "options": {"profile": "smoke"}, "version": "0.1.0"}
     facts = {
         "name": "figure",

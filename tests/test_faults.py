@@ -1,4 +1,4 @@
-"""Numbers that are not numbers, embeddings without variance, and images that are all one: each ends as it should."""
+"""Values that are not finite, collapsed embeddings, identical images, and files damaged during training."""
 
 import csv
 import math
@@ -38,14 +38,14 @@ LOSSES = [loss_functions.barlow_twins_loss, loss_functions.simclr_loss, loss_fun
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Go to a folder with images."""
+    """Change to a folder with images."""
     write_images(tmp_path)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
 
 @NOT_FINITE
-def test_what_is_not_finite_is_refused_by_theory_and_spectra(value):
+def test_theory_and_spectra_refuse_values_that_are_not_finite(value):
     clean = torch.randn(8, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     spoilt = clean.clone()
     spoilt[2, 1] = value
@@ -79,7 +79,7 @@ def fit(x1: torch.Tensor, x2: torch.Tensor, encoder: nn.Module, **settings) -> N
 
 
 @NOT_FINITE
-def test_training_on_what_is_not_finite_stops_and_says_so(value):
+def test_training_stops_at_values_that_are_not_finite(value):
     x = torch.randn(16, 6)
     x[10] = value
     with pytest.raises(
@@ -90,14 +90,14 @@ def test_training_on_what_is_not_finite_stops_and_says_so(value):
 
 @pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: loss.__name__)
 @pytest.mark.parametrize("level", [0.0, 1.0])
-def test_a_collapsed_embedding_has_a_finite_loss_and_gradient(loss, level):
+def test_collapsed_embedding_has_finite_loss_and_gradient(loss, level):
     z1, z2 = (torch.full((6, 3), level, requires_grad=True) for _ in range(2))
     value = loss(z1, z2)
     value.backward()
     assert value.isfinite() and z1.grad.isfinite().all() and z2.grad.isfinite().all()
 
 
-def test_a_collapsed_embedding_has_a_spectrum_of_zeros():
+def test_collapsed_embedding_has_zero_spectrum():
     for z in (torch.zeros(6, 3), torch.full((6, 3), 7.0)):
         eigenvalues = embedding_eigenvalues(z)
         assert eigenvalues.tolist() == [0, 0, 0] and float(effective_rank(eigenvalues)) == 0
@@ -108,8 +108,8 @@ def test_a_collapsed_embedding_has_a_spectrum_of_zeros():
 
 
 @pytest.mark.parametrize("logger", ["CSVLogger", "TensorBoardLogger"])
-def test_a_collapsed_model_trains_and_is_measured(logger, folder, rendered_figures):
-    """All weights zero: nothing to learn from, and nothing to draw on a logarithmic axis."""
+def test_collapsed_model_trains_and_is_measured(logger, folder, rendered_figures):
+    """All weights are zero: no value can be plotted on a logarithmic axis."""
     path = "model.init_args.encoder.init_args.init_std"
     changes = {path: 0.0, "trainer.max_steps": 6, "trainer.logger.class_path": f"lightning.pytorch.loggers.{logger}"}
     stepwise("fit", config=changed(changes))
@@ -119,7 +119,7 @@ def test_a_collapsed_model_trains_and_is_measured(logger, folder, rendered_figur
     assert values == {0.0}
 
 
-def test_copies_of_one_image_train(folder):
+def test_identical_images_train(folder):
     first, *others = sorted(folder.glob("images/*/*.png"))
     for other in others:
         shutil.copy(first, other)
@@ -132,8 +132,8 @@ def test_copies_of_one_image_train(folder):
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_file_that_goes_bad_during_training_ends_it_in_one_line(workers, folder, capsys):
-    """Images that differ in size are read when their turn comes, perhaps by a worker."""
+def test_image_damaged_during_training_is_reported_in_one_line(workers, folder, capsys):
+    """Images of different sizes are read on demand, by the main process or by a worker."""
     paths = sorted(folder.glob("images/*/*.png"))
     Image.fromarray(noise(5, 6, 3)).save(paths[0])
 
@@ -150,14 +150,14 @@ def test_a_file_that_goes_bad_during_training_ends_it_in_one_line(workers, folde
     assert ".png' cannot be read as an image (cannot identify image file" in line and "remove or repair it" in line
 
 
-def test_an_exploding_loss_stops_training_and_keeps_no_bad_weights(folder, capsys):
+def test_diverging_loss_stops_training_and_saves_no_checkpoint(folder, capsys):
     line = refusal(capsys, "fit", "--model.init_args.learning_rate=1e30", "--model.init_args.normalize=false",
                    "--trainer.max_steps=20")  # fmt: skip
     assert "most likely diverged" in line and "lower" in line and not list(folder.rglob("*.ckpt"))
-    assert list(folder.glob("runs/*/*/spectrum.npz"))  # what was measured before
+    assert list(folder.glob("runs/*/*/spectrum.npz"))  # of the measurements before
 
 
-def test_measuring_what_is_not_finite_stops_training(tmp_path):
+def test_measuring_values_that_are_not_finite_stops_training(tmp_path):
     with pytest.raises(FloatingPointError, match="the output of BarlowTwins at step 0 is not finite: the samples hold"):
         fit(torch.randn(16, 6), torch.randn(16, 6), LinearEncoder(6, 2), default_root_dir=tmp_path,
             callbacks=[SpectrumLogger(probe=torch.full((4, 6), math.nan))])  # fmt: skip

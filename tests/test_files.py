@@ -1,4 +1,4 @@
-"""Files that are old or new, never half: killed while they are written, and on a full disk."""
+"""Atomic writes: a kill or a full disk leaves complete files."""
 
 import csv
 import json
@@ -28,12 +28,12 @@ ROOT = os.geteuid() == 0
 
 
 def record_of(number):
-    """Return a record of nothing but that number, 800 kB."""
+    """Return a record whose entries are all ``number``, 800 kB."""
     return SpectrumRecord.of(torch.full((2,), number), torch.full((2, 50_000), number), steps=torch.full((2,), number))
 
 
 def write_all(folder, number):
-    """Write every kind of file, all of it saying ``number``."""
+    """Write every kind of file with ``number`` as its content."""
     AtomicCheckpointIO().save_checkpoint({"weights": torch.full((300_000,), number)}, folder / "last.ckpt")
     record_of(number).save(folder / "spectrum.npz")
     table = SpectrumTable(folder / "spectrum.csv", [(number, 0.5, "covariance", "eigenvalue", 0, 1.0)] * 2000)
@@ -48,7 +48,7 @@ def write_all(folder, number):
 
 
 def numbers_in(folder):
-    """Return what each file says; an error if it does not say one thing."""
+    """Return the number in each file; fail if a file is incomplete or has several numbers."""
     weights = torch.load(folder / "last.ckpt", weights_only=True)["weights"]
     with np.load(folder / "spectrum.npz") as saved:
         steps = saved["cross_correlation"].flatten()
@@ -69,7 +69,7 @@ def numbers_in(folder):
 
 
 @pytest.mark.slow
-def test_killed_fifty_times_while_writing(tmp_path):
+def test_fifty_kills_while_writing_leave_complete_files(tmp_path):
     write_all(tmp_path, 0)
     start = time.monotonic()
     write_all(tmp_path, 1)
@@ -92,12 +92,12 @@ def test_killed_fifty_times_while_writing(tmp_path):
         for number, old in zip(numbers, before, strict=True):
             assert number in ((finished[-1], finished[-1] + 1) if finished else (old, first))
         interrupted += bool(list(tmp_path.rglob(".*.partial*")))
-    assert interrupted >= KILLS / 5  # that many kills were within a write indeed
+    assert interrupted >= KILLS / 5  # a fifth of the kills came within a write
     write_all(tmp_path, max(numbers) + 1)
     assert set(numbers_in(tmp_path)) == {max(numbers) + 1} and not list(tmp_path.rglob(".*.partial*"))
 
 
-def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path):
+def test_failed_write_leaves_only_the_old_file(tmp_path):
     path = tmp_path / "claims.json"
     atomic_write_text(path, "old")
 
@@ -119,7 +119,7 @@ def read_bytes(folder):
 
 
 @pytest.mark.skipif(not ROOT, reason="only root can mount a small disk")
-def test_on_a_full_disk_each_file_stays_what_it_was(tmp_path):
+def test_full_disk_leaves_old_files(tmp_path):
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(tmp_path)], check=True)
     try:
         write_all(tmp_path, 1)
@@ -151,8 +151,8 @@ def test_on_a_full_disk_each_file_stays_what_it_was(tmp_path):
         pytest.param("limit", marks=pytest.mark.slow),
     ],
 )
-def test_a_run_on_a_full_disk_says_so_and_goes_on_when_there_is_room(disk, tmp_path):
-    """A disk that fills up during training, or files that may not grow, which anybody can try."""
+def test_run_on_a_full_disk_is_reported_and_resumes_with_free_space(disk, tmp_path):
+    """The disk fills up during training, or a limit on the file size is set, which needs no root."""
     config = write_config(tmp_path / "config.yaml", write_images(tmp_path / "images"), "VICReg", 0)
     (tmp_path / "run").mkdir()
     if disk == "full":

@@ -1,4 +1,4 @@
-"""Random configurations: valid ones train, invalid ones are refused in one line that names the key."""
+"""Random configurations: valid ones train, invalid ones are refused with a line that names the key."""
 
 import copy
 import csv
@@ -24,30 +24,30 @@ ENCODER = "model.init_args.encoder"
 
 
 def few(examples: int) -> settings:
-    """Try the same examples at each run, however slow the machine."""
+    """Return settings of Hypothesis: the same examples in each run, without a deadline."""
     return settings(
         max_examples=examples,
         derandomize=True,
         deadline=None,
-        phases=[Phase.generate],  # the first failure says enough, and shrinking takes minutes
+        phases=[Phase.generate],  # shrinking takes minutes
         suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
     )
 
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """Go to a folder with forty images."""
+    """Change to a folder with forty images."""
     write_images(tmp_path, 40)
     monkeypatch.chdir(tmp_path)
     yield tmp_path
 
 
 def arguments(**choices: st.SearchStrategy) -> st.SearchStrategy:
-    """Return settings, any of which may be left out."""
+    """Return a strategy for optional arguments."""
     return st.fixed_dictionaries({}, optional=choices)
 
 
-def made(name: str, init_args: st.SearchStrategy) -> st.SearchStrategy:
+def instance_of(name: str, init_args: st.SearchStrategy) -> st.SearchStrategy:
     return st.fixed_dictionaries({"class_path": st.just(f"stepwise_lightning.{name}"), "init_args": init_args})
 
 
@@ -57,7 +57,7 @@ def between(least: float, most: float) -> st.SearchStrategy:
 
 @st.composite
 def datas(draw: st.DrawFn) -> tuple[dict[str, Any], int]:
-    """Return a datamodule, and the side of its views."""
+    """Return a data module and the size of its views."""
     size = draw(st.integers(1, 10))
     if draw(st.booleans()):
         init_args = {"data": "images", "crop_size": size, "num_pairs": draw(st.integers(2, 40))}
@@ -74,13 +74,13 @@ def datas(draw: st.DrawFn) -> tuple[dict[str, Any], int]:
 
 @st.composite
 def encoders(draw: st.DrawFn, size: int) -> tuple[dict[str, Any], str]:
-    """Return an encoder, and the name of a submodule to watch."""
+    """Return an encoder and the name of a submodule to watch."""
     width, seed = st.integers(1, 12), st.integers(-(2**62), 2**62)
     out = {"out_features": draw(width)}
     kind = draw(st.sampled_from(["LinearEncoder", "encoders.MLP", "encoders.Encoder"]))
     if kind == "LinearEncoder":
         options = arguments(init_std=st.none() | between(0, 0.1), seed=seed)
-        return draw(made(kind, options.map(lambda o: out | {"in_features": 3 * size**2} | o))), "encoder"
+        return draw(instance_of(kind, options.map(lambda o: out | {"in_features": 3 * size**2} | o))), "encoder"
     if kind == "encoders.MLP":
         hidden = draw(st.lists(width, max_size=3))
         options = arguments(bias=st.booleans(), seed=seed)
@@ -90,7 +90,7 @@ def encoders(draw: st.DrawFn, size: int) -> tuple[dict[str, Any], str]:
         projector_depth=st.integers(1, 3), hidden_features=width, norm=st.sampled_from(["batch", "none"]),
         alpha=between(1e-4, 1), bias_norm=st.none() | between(0, 2), small_images=st.just(True), seed=seed,
     )  # fmt: skip
-    return draw(made(kind, options.map(lambda o: out | o))), "encoder.backbone"
+    return draw(instance_of(kind, options.map(lambda o: out | o))), "encoder.backbone"
 
 
 @st.composite
@@ -119,7 +119,7 @@ def trainers(draw: st.DrawFn, watch: str, labelled: bool) -> dict[str, Any]:
         watch=st.sampled_from([[], [watch]]), matrices=matrices, center=st.booleans(), num_points=st.integers(2, 50),
         num_scalars=st.integers(0, 20), keep_embeddings=st.booleans(), probe=st.sampled_from(["auto", "batch"]),
     )  # fmt: skip
-    callbacks = [draw(made("SpectrumLogger", logger))]
+    callbacks = [draw(instance_of("SpectrumLogger", logger))]
     if labelled and draw(st.booleans()):
         name = draw(st.sampled_from(["evaluation.OnlineKNN", "evaluation.OnlineLinearProbe"]))
         callbacks.append({"class_path": f"stepwise_lightning.{name}", "init_args": {"watch": watch}})
@@ -153,7 +153,7 @@ def trains_two_steps(config: dict[str, Any]) -> None:
     with (run / "spectrum.csv").open(newline="") as file:
         assert {row["step"] for row in csv.DictReader(file)} == {"0", "1", "2"}
     assert (run / "spectrum.npz").is_file() and (run / "config.yaml").is_file()
-    # What was written can be read again; an untrained probe would be refused.
+    # The configuration can be read again; an untrained probe would be refused.
     checkpoints = [f"--ckpt_path={path}" for path in run.glob("checkpoints/*.ckpt")]
     if checkpoints or "OnlineLinearProbe" not in str(config):
         stepwise("validate", f"--config={run / 'config.yaml'}", *checkpoints)
@@ -173,7 +173,7 @@ def test_many_valid_configurations_train(config, folder):
 
 
 def keys(config: dict[str, Any], above: str = "") -> list[str]:
-    """Return the dotted paths of all keys whose names are the parser's."""
+    """Return the dotted paths of all keys."""
     problems = []
     for key, value in config.items():
         problems.append(f"{above}{key}")
@@ -184,7 +184,7 @@ def keys(config: dict[str, Any], above: str = "") -> list[str]:
 
 @st.composite
 def typos(draw: st.DrawFn) -> tuple[dict[str, Any], str]:
-    """Return CONFIG with one key misspelt, and a pattern of what must be named."""
+    """Return CONFIG with one misspelt key, and a pattern for the key in the message."""
     path = draw(st.sampled_from(keys(CONFIG)))
     right = path.rpartition(".")[2]
     position = draw(st.integers(0, len(right) - 1))
@@ -196,7 +196,7 @@ def typos(draw: st.DrawFn) -> tuple[dict[str, Any], str]:
     for part in path.split(".")[:-1]:
         place = place[part]
     place[wrong] = place.pop(right)
-    return config, f"class_path|{wrong}" if right == "class_path" else wrong  # it may be what is missing
+    return config, f"class_path|{wrong}" if right == "class_path" else wrong  # the message may name the missing key
 
 
 NUMBERS = ["model.init_args.learning_rate", f"{ENCODER}.init_args.in_features", f"{ENCODER}.init_args.out_features",
@@ -211,8 +211,8 @@ WRONG = st.sampled_from(["fast", "12e", [1, 2], {"a": 1}, "", [], "1, 2", "nowhe
 def wrong_types(draw: st.DrawFn) -> tuple[dict[str, Any], str]:
     path, value = draw(st.sampled_from(NUMBERS + OTHERS)), draw(WRONG)
     if path in ("trainer.callbacks", "trainer.logger") and value == []:
-        value = "fast"  # an empty list would be right
-    # Where a class is expected, it is the keys inside that may be wrong.
+        value = "fast"  # an empty list is valid
+    # for a class, the message may name the wrong keys inside
     own = [*value] if isinstance(value, dict) else []
     return changed({path: value}), "|".join([path.rpartition(".")[2], *own])
 
@@ -261,7 +261,7 @@ OUT_OF_RANGE: list[tuple[str, str, st.SearchStrategy]] = [
 @st.composite
 def out_of_range(draw: st.DrawFn) -> tuple[dict[str, Any], str]:
     kind, path, values = draw(st.sampled_from(OUT_OF_RANGE))
-    # In this order: the second change is inside what the first one puts there.
+    # in this order: the second change is inside the value of the first one
     return changed(copy.deepcopy(KINDS[kind]) | {path: draw(values)}), path.rpartition(".")[2]
 
 

@@ -1,4 +1,4 @@
-"""The trained network is taken home: rebuilt from its run, applied to images, handed to torchvision."""
+"""Trained networks: load_encoder, embeddings of images, export to torchvision."""
 
 import sys
 from pathlib import Path
@@ -33,7 +33,7 @@ def run(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def in_the_folder_of_the_run(run, monkeypatch):
-    monkeypatch.chdir(run.parents[2])  # where the data of its configuration lie
+    monkeypatch.chdir(run.parents[2])  # its configuration has a relative path of the data
 
 
 def command(*arguments):
@@ -42,7 +42,7 @@ def command(*arguments):
         main()
 
 
-def test_the_encoder_has_the_trained_weights_and_is_rebuilt_from_the_configuration(run):
+def test_load_encoder_rebuilds_the_network_with_trained_weights(run):
     checkpoint = run / "checkpoints/last.ckpt"
     saved = torch.load(checkpoint, weights_only=True)["state_dict"]
     for encoder in (load_encoder(run), load_encoder(checkpoint)):
@@ -55,7 +55,7 @@ def test_the_encoder_has_the_trained_weights_and_is_rebuilt_from_the_configurati
     torch.testing.assert_close(module.eval()(x), load_encoder(run)(x))
 
 
-def test_what_cannot_be_loaded_is_said_in_one_line(run, tmp_path):
+def test_load_encoder_refuses_incomplete_runs(run, tmp_path):
     with pytest.raises(FileNotFoundError, match="no checkpoint in .*; give one of its runs, such as .*version_0"):
         load_encoder(run.parent)
     with pytest.raises(FileNotFoundError, match="no run 'nowhere'"):
@@ -72,11 +72,11 @@ def test_what_cannot_be_loaded_is_said_in_one_line(run, tmp_path):
         load_encoder(lone)
     with pytest.raises(ValueError, match="BarlowTwins"):
         VICReg.load_from_checkpoint(run / "checkpoints/last.ckpt")
-    with pytest.raises(ValueError, match="weights_only=False would let a checkpoint run code"):
+    with pytest.raises(ValueError, match="weights_only=False is not supported, because a checkpoint could run code"):
         BarlowTwins.load_from_checkpoint(run / "checkpoints/last.ckpt", weights_only=False)
 
 
-def test_a_configuration_names_no_class_but_networks(run, tmp_path):
+def test_configuration_of_another_class_is_refused(run, tmp_path):
     copy = tmp_path / "checkpoints/last.ckpt"
     copy.parent.mkdir()
     copy.write_bytes((run / "checkpoints/last.ckpt").read_bytes())
@@ -87,7 +87,7 @@ def test_a_configuration_names_no_class_but_networks(run, tmp_path):
         load_encoder(copy)
 
 
-def test_a_folder_is_embedded_as_held_out_images_are(run, tmp_path, capsys):
+def test_embed_preprocesses_like_held_out_images(run, tmp_path, capsys):
     command("embed", run, "--data=images", f"--out={tmp_path / 'e.npz'}")
     with np.load(tmp_path / "e.npz") as file:
         arrays = dict(file)
@@ -115,7 +115,7 @@ def test_split_folders_share_their_classes(run, tmp_path):
     assert set(arrays["labels"]) == {0} and len(arrays["labels"]) == 10
 
 
-def test_torchvision_takes_the_exported_weights(run, tmp_path, capsys):
+def test_torchvision_loads_exported_weights(run, tmp_path, capsys):
     command("export", run, f"--out={tmp_path / 'w.pt'}")
     weights = torch.load(tmp_path / "w.pt", weights_only=True)
     assert weights.keys() == torchvision_weights(run).keys()
@@ -129,7 +129,7 @@ def test_torchvision_takes_the_exported_weights(run, tmp_path, capsys):
     torch.testing.assert_close(names["network"].eval()(x), network(x))
 
 
-def test_there_is_no_predict(capsys):
+def test_predict_is_not_a_command(capsys):
     with pytest.raises(
         SystemExit, match="unknown command 'predict'; choose from: fit, validate, test, forecast, summary"
     ):

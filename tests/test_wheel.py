@@ -1,4 +1,4 @@
-"""A wheel built from here, installed into an environment that has torch already, trains from an empty folder."""
+"""A wheel of this repository, installed into an environment that has torch, trains in an empty folder."""
 
 import os
 import shutil
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.slow
 
 
 def run(*command: object, cwd: Path) -> str:
-    """Run a command that must succeed, without this checkout on its path, and return what it printed."""
+    """Run a command that must succeed, without this checkout on its path, and return its output."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True, cwd=cwd, env=environment)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -29,9 +29,9 @@ def run(*command: object, cwd: Path) -> str:
 
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory):
-    """Return the folder of commands of an environment with what is installed here, and the wheel."""
+    """Return the folder of executables of an environment with the packages installed here and the wheel."""
     folder = tmp_path_factory.mktemp("wheel")
-    for name in SOURCES:  # copied, because setuptools writes beside what it builds
+    for name in SOURCES:  # copied, because setuptools writes to the source folder
         copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
         (folder / "source").mkdir(exist_ok=True)
         copy(ROOT / name, folder / "source" / name)
@@ -43,12 +43,12 @@ def installed(tmp_path_factory):
     (Path(sysconfig.get_path("purelib", vars=paths)) / "existing.pth").write_text(sysconfig.get_path("purelib") + "\n")
     python, (wheel,) = environment / "bin" / "python", (folder / "dist").iterdir()
     into = (*pip, "--python", python, "install", "--no-index")
-    run(*into, "--no-deps", "--force-reinstall", wheel, cwd=folder)  # also where another version is installed here
-    run(*into, wheel, cwd=folder)  # without an index nothing is fetched: what the environment has must do
+    run(*into, "--no-deps", "--force-reinstall", wheel, cwd=folder)  # also if another version is installed here
+    run(*into, wheel, cwd=folder)  # without an index: the environment must satisfy the requirements
     return python.parent
 
 
-def test_the_wheel_is_what_is_imported_and_says_its_version(installed, tmp_path):
+def test_wheel_is_imported_with_its_version(installed, tmp_path):
     code = "import stepwise_lightning as s; print(s.__file__); print(s.__version__)"
     file, version = run(installed / "python", "-c", code, cwd=tmp_path).split()
     assert Path(file).is_relative_to(installed.parent)
@@ -56,7 +56,7 @@ def test_the_wheel_is_what_is_imported_and_says_its_version(installed, tmp_path)
     assert (Path(file).parent / "py.typed").is_file() and (Path(file).parent / "__init__.pyi").is_file()
 
 
-def test_the_command_trains_in_an_empty_folder_and_the_record_is_read(installed, tmp_path):
+def test_command_trains_in_an_empty_folder(installed, tmp_path):
     write_images(tmp_path)
     (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(CONFIG), encoding="utf-8")
     run(installed / "stepwise", "fit", "--config", "tiny.yaml", cwd=tmp_path)

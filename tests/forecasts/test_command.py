@@ -1,4 +1,4 @@
-"""``stepwise forecast``: a table, a picture, and one line where it cannot say anything."""
+"""``stepwise forecast``: table, figure, and mistakes reported in one line."""
 
 import re
 from pathlib import Path
@@ -24,22 +24,22 @@ def _images(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(("changes", "options", "message"), MISTAKES.values(), ids=MISTAKES)
-def test_mistakes_get_one_clear_line(changes, options, message, capsys):
+def test_mistake_is_reported_in_one_line(changes, options, message, capsys):
     assert message in refusal(capsys, "forecast", *options, config=changed(changes))
 
 
-def test_a_table_and_a_picture_before_training_for_whatever_accelerator(capsys, rendered_figures):
+def test_forecast_prints_table_and_writes_figure(capsys, rendered_figures):
     config = changed({"trainer.accelerator": "gpu", "trainer.max_steps": 300, "model.init_args.learning_rate": 0.002})
     stepwise("forecast", "--pairs=16", config=config)
     table = capsys.readouterr().out
     assert "Barlow Twins, learning rate 0.002, momentum 0, 16 pairs, from step 0 to 300" in table
     assert "16 pairs are few for 48 features" in table and "suggested" in table
     assert Path("forecast.png").stat().st_size > 5000
-    assert not Path("runs").exists()  # nothing else is written
+    assert not Path("runs").exists()  # no other output
 
 
 @pytest.mark.slow
-def test_a_forecast_goes_on_from_the_last_checkpoint(capsys):
+def test_forecast_from_the_last_checkpoint(capsys):
     analytical = {"normalize": False, "center": True, "off_diagonal_weight": 1.0, "momentum": 0.9}
     config = changed({f"model.init_args.{name}": value for name, value in analytical.items()})
     config["trainer"]["max_steps"] = 30
@@ -53,7 +53,7 @@ def test_a_forecast_goes_on_from_the_last_checkpoint(capsys):
 
 
 @pytest.mark.slow
-def test_a_forecast_from_a_checkpoint_reckons_with_the_plateau(capsys, monkeypatch):
+def test_forecast_from_a_checkpoint_corrects_for_the_plateau(capsys, monkeypatch):
     analytical = {"normalize": False, "center": True, "off_diagonal_weight": 1.0, "learning_rate": 0.005}
     config = changed({f"model.init_args.{name}": value for name, value in analytical.items()})
     config["trainer"]["max_steps"] = 330

@@ -1,4 +1,4 @@
-"""Checkpoints are data: reading one runs nothing, and one that does not fit is named in one line."""
+"""Checkpoints are read as data, and refused in one line if they do not fit."""
 
 import http.server
 import pickle
@@ -15,14 +15,16 @@ from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from tiny_runs import changed, refusal, stepwise, write_images
 from tiny_sets import Touch
 
+from stepwise_lightning.runs import AtomicCheckpointIO
+
 SLOW = pytest.mark.slow
-# Lightning's, where a run is continued in a folder of its own, as it is here.
+# Lightning warns where a run is resumed in a new folder, as here.
 NEW_FOLDER = pytest.mark.filterwarnings("ignore:The dirpath has changed")
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Train two steps in a folder with images, and return the path of the checkpoint."""
+    """Train two steps and return the path of the checkpoint."""
     folder = tmp_path_factory.mktemp("trained")
     write_images(folder)
     with pytest.MonkeyPatch.context() as patch:
@@ -34,7 +36,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def here(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Give a test a folder of its own, with the images."""
+    """Change to a new folder with the images."""
     (tmp_path / "images").symlink_to(trained.parents[4] / "images")
     monkeypatch.chdir(tmp_path)
     return tmp_path
@@ -42,7 +44,7 @@ def here(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path
 
 @pytest.fixture
 def marker(here: Path) -> Iterator[Path]:
-    """Name a file that must not come to be; what would create it does work."""
+    """Return the path of a file that unpickling would create, and fail if it exists after the test."""
     proof = here / "proof"
     pickle.loads(pickle.dumps(Touch(proof)))
     assert proof.exists()
@@ -52,7 +54,7 @@ def marker(here: Path) -> Iterator[Path]:
 
 @pytest.fixture
 def malicious(trained: Path, here: Path, marker: Path) -> Path:
-    """Add an object that runs code when it is unpickled to a whole checkpoint."""
+    """Return a valid checkpoint with an object that runs code when it is unpickled."""
     path = here / "malicious.ckpt"
     torch.save(torch.load(trained, weights_only=True) | {"extra": Touch(marker)}, path)
     return path
@@ -74,33 +76,33 @@ def address(malicious: Path) -> Iterator[str]:
 
 
 @pytest.mark.parametrize("command", ["fit", "test", pytest.param("validate", marks=SLOW)])
-def test_a_malicious_checkpoint_is_refused_and_runs_nothing(command, malicious, capsys):
+def test_malicious_checkpoint_is_refused_and_not_run(command, malicious, capsys):
     assert "it holds more than tensors and plain values, namely" in refusal(capsys, command, f"--ckpt_path={malicious}")
 
 
 @pytest.mark.parametrize("command", [pytest.param("fit", marks=SLOW), "validate"])
-def test_nor_does_it_where_torch_is_told_to_trust_all(command, malicious, monkeypatch, capsys):
+def test_malicious_checkpoint_is_refused_despite_environment_variable(command, malicious, monkeypatch, capsys):
     monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
     for path in (malicious, malicious.as_uri()):
         assert "it holds more than tensors and plain" in refusal(capsys, command, f"--ckpt_path={path}")
 
 
-def test_nor_from_the_internet(address, here, monkeypatch, capsys):
+def test_malicious_checkpoint_from_a_server_is_refused(address, here, monkeypatch, capsys):
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     monkeypatch.setenv("TORCH_HOME", str(here / "torch"))
     assert "it holds more than tensors and plain values" in refusal(capsys, "validate", f"--ckpt_path={address}")
-    assert list((here / "torch").rglob("*.ckpt"))  # it came that far
+    assert list((here / "torch").rglob("*.ckpt"))  # it was downloaded
 
 
-def test_the_promise_cannot_be_switched_off(malicious, capsys):
+def test_weights_only_false_is_refused(malicious, capsys):
     for path in (malicious, malicious.as_uri()):
         line = refusal(capsys, "validate", f"--ckpt_path={path}", "--weights_only=false")
         assert "weights_only=false would let a checkpoint run code" in line
 
 
 @NEW_FOLDER
-def test_classes_that_a_checkpoint_names_are_not_imported(trained, here, marker, monkeypatch):
-    """Lightning would build the model from the hyperparameters in the checkpoint."""
+def test_classes_named_in_a_checkpoint_are_not_imported(trained, here, marker, monkeypatch):
+    """Lightning builds the model from the hyperparameters in the checkpoint."""
     (here / "planted.py").write_text(f"import pathlib\npathlib.Path({str(marker)!r}).touch()\nModel = 1\n")
     monkeypatch.syspath_prepend(here)
     checkpoint = torch.load(trained, weights_only=True)
@@ -110,22 +112,22 @@ def test_classes_that_a_checkpoint_names_are_not_imported(trained, here, marker,
         stepwise(command, "--ckpt_path=planted.ckpt", config=changed({"trainer.max_steps": 3}))
 
 
-def test_resuming_with_other_settings_is_refused(trained, here, capsys):
+def test_resume_with_other_hyperparameters_is_refused(trained, here, capsys):
     line = refusal(capsys, "fit", f"--ckpt_path={trained}", "--model.init_args.learning_rate=0.123")
     assert "the checkpoint was trained with learning_rate=0.001, not 0.123" in line
 
 
 @NEW_FOLDER
-def test_resuming_and_measuring_work(trained, here):
+def test_checkpoint_is_resumed_and_evaluated(trained, here):
     stepwise("fit", f"--ckpt_path={trained}", config=changed({"trainer.max_steps": 5}))
     (checkpoint,) = here.glob("runs/*/version_0/checkpoints/*.ckpt")
     assert torch.load(checkpoint, weights_only=True)["global_step"] == 5
     before = sorted(here.rglob("*"))
     stepwise("validate", f"--ckpt_path={checkpoint}", "--weights_only=true")
-    assert sorted(here.rglob("*")) == before  # nothing that looks like another run
+    assert sorted(here.rglob("*")) == before  # an evaluation writes nothing
 
 
-def test_the_table_of_hyperparameters_has_loss_encoder_scale_and_rates(here):
+def test_hyperparameter_table_has_loss_encoder_scale_and_rates(here):
     board = {"class_path": "lightning.pytorch.loggers.TensorBoardLogger", "init_args": {"save_dir": "runs"}}
     stepwise("fit", config=changed({"trainer.logger": board}))
     events = EventAccumulator(str(here / "runs/lightning_logs/version_0")).Reload()
@@ -135,7 +137,7 @@ def test_the_table_of_hyperparameters_has_loss_encoder_scale_and_rates(here):
     assert settings["learning_rate"].number_value == settings["init_std"].number_value == 1e-3
     columns = events.summary_metadata["_hparams_/experiment"].plugin_data.content
     tags = [info.name.tag for info in HParamsPluginData.FromString(columns).experiment.metric_infos]
-    assert set(tags) <= set(events.Tags()["scalars"]) | {"steps/num_distinct"}  # which takes more than two steps
+    assert set(tags) <= set(events.Tags()["scalars"]) | {"steps/num_distinct"}  # logged after more than two steps
 
 
 def _without(key: str) -> Any:
@@ -148,18 +150,24 @@ ALTERED = {
     "a tensor": lambda _: torch.ones(2),
     "no weights": _without("state_dict"),
     "no version": _without("pytorch-lightning_version"),
-    "one weight": lambda checkpoint: checkpoint | {"state_dict": {"encoder.weight": torch.ones(2, 2)}},
     "weights of another kind": lambda checkpoint: checkpoint | {"state_dict": 7},
 }
 
 
 @pytest.mark.parametrize("alter", ALTERED.values(), ids=ALTERED)
-@pytest.mark.parametrize("command", [pytest.param("fit", marks=SLOW), "validate"])
-def test_checkpoints_that_do_not_fit_are_named_in_one_line(command, alter, trained, here, capsys):
+def test_incomplete_checkpoint_is_refused(alter, trained, here):
     torch.save(alter(torch.load(trained, weights_only=True)), "altered.ckpt")
-    assert "the checkpoint cannot be restored (" in refusal(capsys, command, "--ckpt_path=altered.ckpt")
+    with pytest.raises(ValueError, match=r"the checkpoint cannot be restored \(.*\): is altered.ckpt a complete"):
+        AtomicCheckpointIO().load_checkpoint("altered.ckpt", weights_only=True)
 
 
-def test_a_checkpoint_of_another_width_is_named_in_one_line(trained, here, capsys):
+@pytest.mark.parametrize("alter", ALTERED.values(), ids=ALTERED)
+@pytest.mark.parametrize("command", [pytest.param("fit", marks=SLOW), pytest.param("validate", marks=SLOW)])
+def test_command_refuses_incomplete_checkpoint(command, alter, trained, here, capsys):
+    torch.save(alter(torch.load(trained, weights_only=True)), "altered.ckpt")
+    assert "checkpoint" in refusal(capsys, command, "--ckpt_path=altered.ckpt")
+
+
+def test_checkpoint_of_another_width_is_refused(trained, here, capsys):
     line = refusal(capsys, "validate", f"--ckpt_path={trained}", "--model.init_args.encoder.init_args.out_features=5")
     assert "size mismatch for encoder.weight" in line and len(line) < 500

@@ -1,4 +1,4 @@
-"""``LastCheckpoint`` saves and listens whatever is known of the length of a run, and overwrites no other run's file."""
+"""``LastCheckpoint`` saves and handles signals for runs of any length, and does not overwrite other runs."""
 
 import os
 import signal
@@ -23,20 +23,20 @@ pytestmark = [
 
 
 class Stream(IterableDataset):
-    """Pairs without end, or so many, and without a length."""
+    """Samples without a length, endless or of a given number."""
 
     def __init__(self, number: float = float("inf")) -> None:
         self.number = number
 
     def __iter__(self):
-        generator, done = torch.Generator().manual_seed(0), 0
-        while done < self.number:
+        generator, count = torch.Generator().manual_seed(0), 0
+        while count < self.number:
             yield torch.randn(4, generator=generator)
-            done += 1
+            count += 1
 
 
 class Model(L.LightningModule):
-    """Linear, with one optimiser or, by hand, with two."""
+    """Linear model with one optimiser, or with two and manual optimisation."""
 
     def __init__(self, optimizers: int = 1) -> None:
         super().__init__()
@@ -64,7 +64,7 @@ class Model(L.LightningModule):
 
 
 class Event(L.Callback):
-    """Does something when so many steps have been made."""
+    """Call a function after a given number of steps."""
 
     def __init__(self, step, action):
         self.step, self.action = step, action
@@ -74,7 +74,7 @@ class Event(L.Callback):
             self.action(trainer)
 
 
-def tell(_):
+def send_signal(_):
     os.kill(os.getpid(), signal.SIGTERM)
 
 
@@ -111,19 +111,18 @@ LENGTHS = {
 
 
 @pytest.mark.parametrize(("length", "data", "optimizers"), LENGTHS.values(), ids=LENGTHS)
-def test_it_saves_and_listens_whatever_the_estimate_says(length, data, optimizers, tmp_path):
+def test_saves_and_handles_signals_for_any_length(length, data, optimizers, tmp_path):
     steps = []
     look = Event(44, lambda _: steps.append(saved(tmp_path)))
     with pytest.raises(SystemExit) as stop:
-        trainer_for(tmp_path, look, Event(46, tell), **length).fit(Model(optimizers), data)
+        trainer_for(tmp_path, look, Event(46, send_signal), **length).fit(Model(optimizers), data)
     assert stop.value.code == EX_TEMPFAIL
     assert steps[0] == {"last": 40} and saved(tmp_path) == {"last": 46}
 
 
-def test_raised_max_steps(tmp_path):
-    """Raised while training runs: what was the last step is not."""
+def test_max_steps_raised_during_training(tmp_path):
     with pytest.raises(SystemExit):
-        trainer = trainer_for(tmp_path, Event(20, raise_max_steps), Event(46, tell), max_steps=30)
+        trainer = trainer_for(tmp_path, Event(20, raise_max_steps), Event(46, send_signal), max_steps=30)
         trainer.fit(Model(), loader())
     assert saved(tmp_path) == {"last": 46}
 
@@ -141,11 +140,11 @@ ENDS = {
 
 
 @pytest.mark.parametrize(("length", "event", "last"), ENDS.values(), ids=ENDS)
-def test_the_last_checkpoint_has_the_last_measurement(length, event, last, tmp_path):
-    """And a signal at the last step does not lose it: nothing is saved before it is made, also if it is time to."""
+def test_last_checkpoint_has_the_last_measurement(length, event, last, tmp_path):
+    """A signal at the last step does not save before the last measurement."""
     spectra, seen = SpectrumLogger(num_points=5), []
     look = Event(last, lambda _: seen.append(saved(tmp_path).get("last", 0)))
-    trainer = trainer_for(tmp_path, spectra, Event(20, event), Event(last, tell), look, **length)
+    trainer = trainer_for(tmp_path, spectra, Event(20, event), Event(last, send_signal), look, **length)
     trainer.fit(Model(2 if last == 40 else 1), loader(100, sized=True))
     checkpoint = torch.load(next(tmp_path.rglob("last.ckpt")), weights_only=True)
     steps = checkpoint["stepwise_lightning_spectra"]["spectrum"]["record"]["step"]
@@ -153,10 +152,14 @@ def test_the_last_checkpoint_has_the_last_measurement(length, event, last, tmp_p
 
 
 @pytest.mark.parametrize("enough", [False, True])
-def test_a_wish_to_stop_that_is_not_granted_yet_changes_nothing(enough, tmp_path):
-    """Training goes on until min_steps: what comes before is not its last step."""
+def test_should_stop_before_min_steps_is_not_the_last_step(enough, tmp_path):
     trainer = trainer_for(
-        tmp_path, Event(15, stop_early), Event(25, tell), max_epochs=-1, min_epochs=0, min_steps=20 if enough else 50
+        tmp_path,
+        Event(15, stop_early),
+        Event(25, send_signal),
+        max_epochs=-1,
+        min_epochs=0,
+        min_steps=20 if enough else 50,
     )
     if enough:
         trainer.fit(Model(), loader())
@@ -174,7 +177,7 @@ def test_max_time_ends_with_a_checkpoint(tmp_path):
     assert saved(tmp_path) == {"last": trainer.global_step}
 
 
-# Whose file it is.
+# Files of different runs.
 
 
 def fit(folder, steps, logger, ckpt_path=None, model=None, **options):
@@ -183,7 +186,7 @@ def fit(folder, steps, logger, ckpt_path=None, model=None, **options):
     return trainer
 
 
-def test_no_run_without_a_logger_overwrites_another(tmp_path):
+def test_runs_without_logger_have_separate_folders(tmp_path):
     for steps in (3, 5):
         fit(tmp_path, steps, False)
     files = {path.parts[-3]: path for path in tmp_path.rglob("last.ckpt")}
@@ -192,7 +195,7 @@ def test_no_run_without_a_logger_overwrites_another(tmp_path):
     assert torch.load(files["version_0"], weights_only=True)["global_step"] == 7 and len(saved(tmp_path)) == 1
 
 
-def test_another_run_in_the_same_folder_gets_a_file_of_its_own(tmp_path, capfd):
+def test_second_run_in_a_folder_writes_another_file(tmp_path, capfd):
     def logger():
         return TensorBoardLogger(tmp_path, version="mine")
 
@@ -208,8 +211,8 @@ def test_another_run_in_the_same_folder_gets_a_file_of_its_own(tmp_path, capfd):
     assert saved(tmp_path) == {"last": 7, "last-v1": 6, "last-v2": 4}
 
 
-def test_going_on_from_another_checkpoint_of_the_run(tmp_path):
-    """From one that is ahead of last.ckpt, as after a kill, the run goes on; from one behind, another run begins."""
+def test_resume_from_another_checkpoint_in_the_folder(tmp_path):
+    """From a checkpoint ahead of last.ckpt the run continues; from one behind, a new run begins."""
 
     def logger():
         return TensorBoardLogger(tmp_path, version="mine")
@@ -225,7 +228,7 @@ def test_going_on_from_another_checkpoint_of_the_run(tmp_path):
 
 
 @pytest.mark.parametrize("without_logger", [False, True])
-def test_the_second_fit_of_a_trainer_goes_on_writing_its_file(without_logger, tmp_path, caplog):
+def test_second_fit_of_a_trainer_updates_its_file(without_logger, tmp_path, caplog):
     trainer = fit(tmp_path, 5, False if without_logger else TensorBoardLogger(tmp_path))
     trainer.fit_loop.epoch_loop.max_steps = 8
     trainer.fit(trainer.lightning_module, loader())
@@ -233,7 +236,7 @@ def test_the_second_fit_of_a_trainer_goes_on_writing_its_file(without_logger, tm
     assert sum("begins a new epoch" in record.message for record in caplog.records) == 1
 
 
-def test_the_same_callback_in_another_trainer_is_another_run(tmp_path):
+def test_callback_in_another_trainer_is_another_run(tmp_path):
     callback = LastCheckpoint(10)
     for steps in (4, 3):
         options = {"enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
@@ -254,19 +257,19 @@ def test_fast_dev_run_writes_nothing(without_logger, tmp_path, monkeypatch):
     assert sorted(path for path in tmp_path.rglob("*")) == before and saved(tmp_path) == {"last": 5}
 
 
-# Exact, and raised after the end.
+# Exact resume.
 
 
 class OneBatch(IterableDataset):
-    """The same batch again and again, wherever it is begun."""
+    """Endless repetitions of one sample."""
 
     def __iter__(self):
         while True:
             yield torch.arange(4.0)
 
 
-def test_a_run_in_float64_is_continued_exactly(tmp_path):
-    """Lightning would load its weights before it makes the module float64, and round them."""
+def test_resume_in_float64_is_exact(tmp_path):
+    """Lightning loads weights before it converts the module to float64, and would round them."""
     weights = []
     for parts in ((9,), (4, 9)):
         folder, path = tmp_path / str(len(parts)), None
@@ -279,9 +282,11 @@ def test_a_run_in_float64_is_continued_exactly(tmp_path):
     assert weights[0].dtype == torch.float64 and torch.equal(*weights)
 
 
-@pytest.mark.parametrize("first", [2, 4, 5, 9])
-def test_max_steps_raised_after_the_end_continues_within_the_epoch(first, tmp_path):
-    """Four batches an epoch: all samples are seen as they are in one run."""
+@pytest.mark.parametrize(
+    "first", [2, 4, pytest.param(5, marks=pytest.mark.slow), pytest.param(9, marks=pytest.mark.slow)]
+)
+def test_max_steps_raised_after_the_end_resumes_within_the_epoch(first, tmp_path):
+    """With four batches per epoch, all samples are the same as in an uninterrupted run."""
     from tiny_runs import write_images
 
     from stepwise_lightning import LinearEncoder, TwoViewDataModule, VICReg

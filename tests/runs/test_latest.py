@@ -82,7 +82,7 @@ def save(run, step=5, name="last"):
 
 
 def start_run(config, step=5):
-    """Create the pointer file of a run, and a checkpoint unless ``step`` is None; return the folders of its loggers."""
+    """Create the pointer file of a run, and a checkpoint if ``step`` is given; return the folders of its loggers."""
     instances = [instance(logger) for logger in config.trainer.logger]
     folders = [folder_of(each, ".") for each in instances] or [Path("stepwise_runs/version_0")]
     for folder in folders:
@@ -193,7 +193,7 @@ def test_configured_version_selects_another_run():
 
 
 def test_runs_of_earlier_versions_are_resumed(home):
-    """Earlier versions wrote no pointer file, and the versions of several loggers beside the checkpoints."""
+    """Earlier versions wrote no pointer file, but ``checkpoints/loggers.json`` for several loggers."""
     save("stepwise_runs/version_1")
     assert resume_latest(configuration(False)) == 5
     save(home / "home/runs/a/version_1/tb")
@@ -250,7 +250,7 @@ def test_logger_kind_of_instances_and_classes():
 
 
 def train(steps, logger, *options, **trainer):
-    """Run the same command for so many steps; without a logger in the configuration if it is None."""
+    """Train for ``steps`` steps with ``--ckpt_path last``; without a configured logger if ``logger`` is None."""
     config = changed({"trainer.max_steps": steps} | {f"trainer.{name}": value for name, value in trainer.items()})
     del config["trainer"]["logger"]
     if logger is not None:

@@ -1,4 +1,4 @@
-"""A job that comes back on another number of processes goes on: the same samples, views and losses."""
+"""A run resumed on another number of processes has the same samples, views and losses."""
 
 import csv
 
@@ -17,7 +17,7 @@ TOLERANCE = 1e-9
 
 
 def write(path, images, **options):
-    """Write the configuration of a run in float64, without random numbers in its network."""
+    """Write the configuration of a run in float64, without dropout."""
     write_config(path, images, "VICReg", 0, precision="64-true", **options)
     config = yaml.safe_load(path.read_text())
     config["model"]["init_args"]["encoder"]["init_args"] = {"dropout": 0.0}
@@ -27,7 +27,7 @@ def write(path, images, **options):
 
 
 def samples(directory):
-    """Return the samples of each step, of all processes together; a step that was made again replaces the first."""
+    """Return the samples of each step on all processes; a repeated step replaces the first."""
     steps = {}
     for path in sorted(directory.glob("samples_*.csv")):
         for step, launch, *pixels in csv.reader(path.read_text().splitlines()):
@@ -44,7 +44,7 @@ def samples(directory):
     ],
 )
 @pytest.mark.slow
-def test_one_process_then_two_then_one(moments, signal, tmp_path):
+def test_resume_on_two_processes_and_on_one_again(moments, signal, tmp_path):
     images = write_images(tmp_path / "images")
     one, two = write(tmp_path / "one.yaml", images), write(tmp_path / "two.yaml", images, **DDP)
     parts = tmp_path / "parts"
@@ -73,8 +73,8 @@ def test_one_process_then_two_then_one(moments, signal, tmp_path):
         torch.testing.assert_close(states[0][name], weights, rtol=TOLERANCE, atol=1e-12)
 
 
-def test_no_two_ranks_share_random_numbers():
-    """What one process had been drawing, three draw: the first goes on, the others have streams of their own."""
+def test_ranks_draw_different_random_numbers():
+    """One saved state, three ranks: the first rank continues it, the others are seeded differently."""
     from stepwise_lightning.runs.resume import random_state, restore_randomness
 
     torch.manual_seed(3)

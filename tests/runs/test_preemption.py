@@ -1,4 +1,4 @@
-"""Runs that are told to stop save themselves and can be continued; others do not wait for a process that is dead."""
+"""Signals save and stop a run, which resumes exactly; a lost process stops the others."""
 
 import os
 import signal
@@ -19,7 +19,7 @@ TIMEOUT = 15
 
 
 def ddp(timeout):
-    """Return settings of two processes that wait for each other for a time, ``h:mm:ss``."""
+    """Return the Trainer settings of two processes with a timeout ``h:mm:ss``."""
     return {
         "devices": 2,
         "strategy": {
@@ -30,8 +30,8 @@ def ddp(timeout):
     }
 
 
-DDP = ddp("0:05:00")  # they find each other on a busy machine, too
-SECONDS = 20  # for the machines that tests run on; see docs/failures.md for what was measured
+DDP = ddp("0:05:00")  # long enough for a busy machine
+SECONDS = 20  # docs/failures.md has measured times
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +44,7 @@ def saved_step(directory):
 
 
 def stop_and_continue(directory, images, loss, stops, **options):
-    """Train once without, and once with each signal, which is followed by a second, continuing run; compare."""
+    """Compare an uninterrupted run with runs that are stopped by a signal and resumed."""
     directory.mkdir()
     processes = options.get("devices", 1)
     config = write_config(directory / "config.yaml", images, loss, 0, **options)
@@ -60,7 +60,7 @@ def stop_and_continue(directory, images, loss, stops, **options):
         assert_same_run(newest(directory / name), newest(directory / "whole"))
 
 
-def test_a_signal_saves_and_the_same_command_continues(images, tmp_path):
+def test_signal_saves_and_the_same_command_resumes(images, tmp_path):
     stop_and_continue(tmp_path / "runs", images, "SimCLR", {"term": ("backward:16", TERM, [0])})
     log = log_of({"directory": tmp_path / "runs" / "term"})
     assert "stopped by a signal: saved at step 17; the same command with --ckpt_path last resumes" in log
@@ -68,14 +68,14 @@ def test_a_signal_saves_and_the_same_command_continues(images, tmp_path):
 
 
 @pytest.mark.slow
-def test_two_processes_stop_together_when_the_second_is_told(images, tmp_path):
+def test_signal_to_the_second_process_stops_both(images, tmp_path):
     stop_and_continue(tmp_path / "runs", images, "VICReg", {"second": ("backward:11", USR1, [1])}, **DDP)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("loss", ["BarlowTwins", "VICReg", "SimCLR"])
-def test_any_signal_to_any_process(loss, images, tmp_path):
-    """Also in the last step of an epoch, after which come its validation and one step more."""
+def test_every_signal_to_every_process(loss, images, tmp_path):
+    """Including the last step of an epoch, which validation and one more step follow."""
     alone = {"usr1": ("batch_start:19", USR1, [0]), "term": ("validation:10", TERM, [0])}
     alone |= {"ctrl_c": ("saved:16", INT, [0])}
     stop_and_continue(tmp_path / "one", images, loss, alone)
@@ -84,7 +84,7 @@ def test_any_signal_to_any_process(loss, images, tmp_path):
 
 
 def started(directory, config, *options):
-    """Start ``stepwise`` as a scheduler does, in a group of its own, and wait until it trains."""
+    """Start ``stepwise`` in a new process group, as a scheduler does, and wait for its first checkpoint."""
     command = [sys.executable, "-m", "stepwise_lightning", "fit", f"--config={config}", "--ckpt_path=last", *options]
     directory.mkdir()
     with (directory / "log.txt").open("w") as log:
@@ -101,14 +101,14 @@ def started(directory, config, *options):
 @pytest.mark.parametrize(
     ("number", "to_all"),
     [
-        pytest.param(TERM, False, id="the first process, which has started the other"),
+        pytest.param(TERM, False, id="first process"),
         pytest.param(TERM, True, id="all processes"),
         pytest.param(INT, True, id="Ctrl-C, to all processes"),
     ],
 )
 @pytest.mark.slow
-def test_from_outside_with_workers(number, to_all, images, tmp_path):
-    """Lightning starts the second process; a scheduler's signal may reach the processes that load data too."""
+def test_signal_from_a_scheduler(number, to_all, images, tmp_path):
+    """Lightning starts the second process; signals also reach the processes that load data."""
     workers, more = (2, {}) if to_all else (0, DDP)
     config = write_config(tmp_path / "config.yaml", images, "BarlowTwins", workers, **more)
     process = started(tmp_path / "run", config, "--trainer.max_steps=100000")
@@ -122,7 +122,7 @@ def test_from_outside_with_workers(number, to_all, images, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_killed_process_ends_the_other_with_one_clear_line(images, tmp_path):
+def test_killed_process_stops_the_other_with_one_line(images, tmp_path):
     config = write_config(tmp_path / "config.yaml", images, "VICReg", 0, **DDP)
     jobs = [job(tmp_path / f"{rank}", config, "backward:16", ranks=[rank], processes=2) for rank in (0, 1)]
     for rank, done in enumerate(run_jobs(jobs)):
@@ -134,8 +134,8 @@ def test_a_killed_process_ends_the_other_with_one_clear_line(images, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_process_that_does_not_answer_ends_the_other_within_the_timeout(images, tmp_path):
-    """The wait may begin in a message of Lightning's, which hides the first error: the next one has other words."""
+def test_stopped_process_stops_the_other_within_the_timeout(images, tmp_path):
+    """A collective call of Lightning may hide the first error; the next one has another message."""
     config = write_config(tmp_path / "config.yaml", images, "VICReg", 0, **ddp(f"0:00:{TIMEOUT}"))
     stops = [(when, rank) for when in ("backward:16", "saved:16") for rank in (0, 1)]
     jobs = [

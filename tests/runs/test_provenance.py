@@ -1,4 +1,4 @@
-"""The commit that a run records as this package's is this package's."""
+"""Provenance records the commit of this package, not that of the surrounding repository."""
 
 import json
 import os
@@ -23,7 +23,7 @@ def git(folder, *arguments):
 
 
 def repository(folder):
-    """Make a repository with one commit, which knows nothing of what is put into it later."""
+    """Create a repository with one commit and return the commit."""
     folder.mkdir(parents=True)
     git(folder, "init", "--quiet")
     (folder / "theirs.py").write_text("1\n")
@@ -38,7 +38,7 @@ def copy(folder):
 
 
 def recorded(packages, directory, **environment):
-    """Return what a process that imports the package from a folder, in a directory, records."""
+    """Return both commits that a process records which imports the package from ``packages``."""
     code = "import json; from stepwise_lightning.runs import provenance; print(json.dumps(provenance()))"
     env = os.environ | {"PYTHONPATH": str(packages), "OMP_NUM_THREADS": "1"} | environment
     done = subprocess.run([sys.executable, "-c", code], cwd=directory, env=env, capture_output=True, text=True)
@@ -49,7 +49,7 @@ def recorded(packages, directory, **environment):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("place", [".venv/lib/site-packages", "lib"])
-def test_installed_inside_somebody_s_repository(place, tmp_path):
+def test_package_installed_inside_another_repository(place, tmp_path):
     theirs = repository(tmp_path / "theirs")
     packages = tmp_path / "theirs" / place
     copy(packages)
@@ -59,7 +59,7 @@ def test_installed_inside_somebody_s_repository(place, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_clone_used_from_somebody_s_repository(tmp_path):
+def test_clone_used_from_another_repository(tmp_path):
     theirs = repository(tmp_path / "theirs")
     repository(tmp_path / "clone")
     copy(tmp_path / "clone")
@@ -73,7 +73,7 @@ def test_a_clone_used_from_somebody_s_repository(tmp_path):
 
 
 @pytest.mark.slow
-def test_no_repository_and_no_git(tmp_path):
+def test_without_repository_and_without_git(tmp_path):
     copy(tmp_path)
     assert recorded(tmp_path, tmp_path) == (None, None)
     assert recorded(tmp_path, tmp_path, PATH="") == (None, None)

@@ -1,4 +1,4 @@
-"""Runs that are killed at any moment, and continued by the same command, end as if nothing had happened."""
+"""Runs that are killed at any moment and resumed are bit-identical to uninterrupted runs."""
 
 import csv
 import random
@@ -17,10 +17,10 @@ def images(tmp_path_factory):
     return write_images(tmp_path_factory.mktemp("images"))
 
 
-def assert_survive(directory, images, plan):
-    """Train each (loss, workers) of ``plan`` once without, and once with each of its kills, and compare.
+def assert_exact(directory, images, plan):
+    """Compare an uninterrupted run of each (loss, workers) in ``plan`` with runs that are killed and resumed.
 
-    Returns the folders of the runs that were not killed.
+    Returns the folders of the uninterrupted runs.
     """
     jobs, folders = [], {}
     for (loss, workers), kills in plan.items():
@@ -43,7 +43,7 @@ def assert_survive(directory, images, plan):
 
 
 def assert_complete(run):
-    """Every row is there, once: what killed runs are compared with."""
+    """Check that the reference run has every row once."""
     logged = scalars(run)
     assert [step for step, _ in logged["train/loss"]] == list(range(1, STEPS, 2))
     assert [step for step, _ in logged["train/probe_loss"]] == list(range(1, STEPS, 2))
@@ -56,14 +56,13 @@ def assert_complete(run):
 
 
 @pytest.mark.slow
-def test_killed_runs_end_as_if_they_had_not_been(images, tmp_path):
-    """Just after a checkpoint, before Lightning logs."""
-    (whole,) = assert_survive(tmp_path, images, {("VICReg", 2): ["saved:14"]})
+def test_kill_after_a_checkpoint_before_logging(images, tmp_path):
+    (whole,) = assert_exact(tmp_path, images, {("VICReg", 2): ["saved:14"]})
     assert_complete(whole)
 
 
 @pytest.mark.slow
-def test_two_runs_are_bit_identical_whatever_the_number_of_workers(images, tmp_path):
+def test_runs_are_bit_identical_for_any_number_of_workers(images, tmp_path):
     configs = [write_config(tmp_path / f"{workers}.yaml", images, "VICReg", workers) for workers in (0, 0, 2)]
     jobs = [job(tmp_path / f"run_{index}", config) for index, config in enumerate(configs)]
     assert [done["statuses"] for done in run_jobs(jobs)] == [[0], [0], [0]], [log_of(each) for each in jobs]
@@ -73,19 +72,19 @@ def test_two_runs_are_bit_identical_whatever_the_number_of_workers(images, tmp_p
 
 
 @pytest.mark.slow
-def test_killed_where_an_epoch_ends(images, tmp_path):
+def test_kill_at_the_end_of_an_epoch(images, tmp_path):
     plan = {
         ("BarlowTwins", 0): ["saved:14", "validation:30"],
         ("VICReg", 2): ["backward:12"],
         ("SimCLR", 0): ["epoch_end:20"],
     }
-    for whole in assert_survive(tmp_path, images, plan):
+    for whole in assert_exact(tmp_path, images, plan):
         assert_complete(whole)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kill", ["batch_start:9", "backward:16", "saved:21", "batch_end:30"])
-def test_killed_with_two_loggers_a_folder_below_and_accumulated_batches(kill, images, tmp_path):
+def test_kill_with_two_spectrum_loggers_sub_dir_and_accumulation(kill, images, tmp_path):
     path = write_config(tmp_path / "config.yaml", images, "VICReg", 0, accumulate_grad_batches=2)
     config = yaml.safe_load(path.read_text())
     config["trainer"]["logger"]["init_args"]["sub_dir"] = "below"
@@ -106,4 +105,4 @@ def test_killed_with_two_loggers_a_folder_below_and_accumulated_batches(kill, im
 def test_ten_random_kills(loss, workers, images, tmp_path):
     draw = random.Random(f"{loss} {workers}")
     kills = [f"{moment}:{step}" for step in draw.sample(range(1, STEPS), 10) for moment in draw.sample(MOMENTS, 1)]
-    assert_survive(tmp_path, images, {(loss, workers): kills})
+    assert_exact(tmp_path, images, {(loss, workers): kills})
