@@ -291,5 +291,5 @@ def check_finite(outputs: dict[str, list[Tensor]], samples: list[Tensor], module
         if not all(z.isfinite().all() for z in views):
             cause = "training has most likely diverged; lower the learning rate"
             if not all(x.isfinite().all() for x in samples):
-                cause = "the samples hold values that are not finite: look at the data"
+                cause = "the samples contain NaN or infinite values; check the data"
             raise DivergedError(f"the output of {name or type(module).__name__} at step {step} is not finite: {cause}")

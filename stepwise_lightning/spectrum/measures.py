@@ -136,7 +136,7 @@ def measure(matrix: str, views: Sequence[Tensor], center: bool = False) -> tuple
     """Return the eigenvalues of a matrix, (d,), and its rank measures by name.
 
     Args:
-        matrix: one of ``MATRICES``.
+        matrix: a name in ``MATRICES``.
         views: embeddings, (n, d) each; ``cross_correlation`` needs two views.
         center: subtract the means before the cross-correlation is formed; covariances are always centred.
 
@@ -166,8 +166,8 @@ def tangent_coordinates(z: Tensor) -> Tensor:
     """Return û − (û·m̂) m̂ with û = z/‖z‖: normalised embeddings without their component along the mean, (n, d).
 
     Embeddings that spread from one point into k directions lie on a k-dimensional sphere after normalisation, which
-    spans k + 1 dimensions: their covariance has k + 1 non-zero eigenvalues. The mean direction is one of these
-    dimensions; without it k non-zero eigenvalues remain, one per mode.
+    spans k + 1 dimensions: their covariance has k + 1 non-zero eigenvalues. Without the mean direction, which lies in
+    the same dimensions, k non-zero eigenvalues remain, one per mode.
 
     Args:
         z: embeddings, (n, d), any real type; cast to float64.

@@ -285,7 +285,7 @@ class SpectrumRecord:
 
 
 def _stack(values: list[Tensor | None]) -> Tensor | None:
-    """Stack tensors, padded with NaN to the largest; None entries become NaN, and None is returned if all are None."""
+    """Stack tensors, padded with NaN to the largest; None entries become NaN. Return None without any tensor."""
     known = [value for value in values if value is not None]
     if not known:
         return None
