@@ -106,11 +106,7 @@ class AcceleratedBarlowTwins(BarlowTwins):
 
 
 def gate(c: Tensor, floor: float = _GATE_FLOOR) -> Tensor:
-    """Return P = 4 Q diag((1 − λ) / (max(λ, 0) + ε)) Qᵀ, (d, d), float64.
-
-    Args:
-        c: C, (d, d), symmetric and finite.
-        floor: ε > 0.
+    """Return P = 4 Q diag((1 − λ) / (max(λ, 0) + ε)) Qᵀ, (d, d), float64, for a symmetric C and ε = ``floor``.
 
     Example:
         >>> import torch
@@ -125,13 +121,9 @@ def gate(c: Tensor, floor: float = _GATE_FLOOR) -> Tensor:
 def lyapunov(c: Tensor, s: Tensor, floor: float = _LYAPUNOV_FLOOR) -> Tensor:
     """Return the solution P of P S + S P = 2 Q diag((1 − λ) max(|λ|, φ‖C‖)) Qᵀ, (d, d), float64.
 
-    In the eigenbasis of S, P_ij is the right-hand side divided by σ_i + σ_j, and 0 if both are round-off.
-
-    Args:
-        c: C, (d, d), symmetric and finite.
-        s: S = G Gᵀ, (d, d), computed in float64: its eigenvalues span as many orders of magnitude as λ.
-        floor: φ ≥ 0; modes below this share of the largest grow by φ‖C‖ a step.
-
+    In the eigenbasis of S, P_ij is the right-hand side divided by σ_i + σ_j, and 0 if both are round-off. S must be
+    computed in float64, because its eigenvalues span as many orders of magnitude as λ. Modes below the share φ =
+    ``floor`` of the largest mode grow by φ‖C‖ a step.
     """
     eigenvalues, q = torch.linalg.eigh(as_float64(c, "C"))
     sizes = eigenvalues.abs()
@@ -154,19 +146,9 @@ def with_gradient(
 ) -> dict[str, Tensor]:
     """Return the terms of a loss with another gradient of their sum: −(1/2n) s F P with respect to the embeddings.
 
-    If C is not finite, the terms are returned unchanged, and the check of the loss stops training.
-
-    Args:
-        z1: embeddings of the first views, (n, d), of the global batch.
-        z2: embeddings of the second views, (n, d).
-        terms: scalars; their values do not change.
-        acceleration: choice of P.
-        center: subtract the mean of each view, as the loss does.
-        inputs: for ``lyapunov``, H of both views, (n, m) each, of the global batch.
-
-    Raises:
-        ValueError: inputs and embeddings of different numbers of pairs.
-
+    The values of the terms do not change. If C is not finite, the terms are returned unchanged, and the check of the
+    loss stops training. ``center`` subtracts the mean of each view, as the loss does. For ``lyapunov``, ``inputs`` are
+    H of both views, (n, m) each, of the global batch.
     """
     f1, f2 = (as_float64(z.detach(), "embeddings") for z in (z1, z2))
     if center:
@@ -191,14 +173,8 @@ def with_gradient(
 def record_last_inputs(encoder: nn.Module) -> deque[Tensor]:
     """Record the inputs of the last linear layer in its last two calls, (n, m) each, with hooks that stay registered.
 
-    If the layer has a bias, a column of ones is appended.
-
-    Returns:
-        A deque that every call of the encoder updates.
-
-    Raises:
-        ValueError: there is no linear layer; when the encoder is called, it does not end in the last one.
-
+    If the layer has a bias, a column of ones is appended. Raises a ValueError if there is no linear layer, and in calls
+    of an encoder that does not end in it.
     """
     layer = last_linear(encoder)
     if layer is None:

@@ -63,15 +63,8 @@ def knn_scores(
 ) -> Tensor:
     """Return the votes of the k nearest neighbours for each class, (n, num_classes), as in :class:`OnlineKNN`.
 
-    Args:
-        features: (n, d); normalised here.
-        bank: normalised features of the labelled images, (N, d).
-        labels: classes of the bank, int64, (N,), from 0.
-        num_classes: number of classes.
-        k: number of neighbours; all if k > N.
-        temperature: temperature of the votes.
-        max_similarities: size of a block of the (n, N) similarities; 2^26 take 256 MB.
-
+    The neighbours of ``features`` (n, d) are searched in ``bank`` (N, d), which is normalised and has ``labels`` (N,).
+    The (n, N) similarities are computed in blocks of ``max_similarities``; 2^26 take 256 MB.
     """
     votes = []
     for part in normalize(features).split(max(1, max_similarities // len(bank))):

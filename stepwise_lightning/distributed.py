@@ -17,14 +17,7 @@ from torch import Tensor
 
 from stepwise_lightning.errors import UserError
 
-__all__ = [
-    "all_gather",
-    "all_gather_objects",
-    "all_gather_with_grad",
-    "check_equal_shards",
-    "is_distributed",
-    "local_rows",
-]
+__all__ = ["all_gather", "all_gather_objects", "all_gather_with_grad", "check_equal_shards"]
 
 
 def is_distributed() -> bool:
@@ -45,10 +38,6 @@ def check_equal_shards(view: Tensor) -> None:
 
     On a CPU, unequal shards would abort the process without a message. On a GPU nothing is checked, because that would
     stall the queue at every step; NCCL reports the mismatch or times out.
-
-    Raises:
-        ValueError: unequal shards.
-
     """
     if not is_distributed() or view.device.type != "cpu":
         return

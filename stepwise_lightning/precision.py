@@ -24,16 +24,7 @@ T = TypeVar("T")
 
 
 def check_real(tensor: Tensor, name: str) -> None:
-    """Raise an error for a complex tensor, or for a tensor on the device 'meta'.
-
-    Args:
-        tensor: any tensor.
-        name: name of the tensor in the error message.
-
-    Raises:
-        ValueError: the tensor is complex or on the device 'meta'.
-
-    """
+    """Raise a ValueError that contains ``name`` for a complex tensor, or for a tensor on the device 'meta'."""
     if tensor.is_complex():
         raise UserError(
             f"{name} must be real, got {tensor.dtype}: take .real, or both parts as features by torch.view_as_real"
@@ -53,15 +44,8 @@ def on_float64_device(tensor: Tensor) -> Tensor:
 def as_float64(values: Tensor | ArrayLike, name: str = "the input") -> Tensor:
     """Return the values as a float64 tensor, on their device if it supports float64, else on the CPU.
 
-    Integers and booleans are converted, exactly up to 2⁵³. Python floats keep full precision.
-
-    Args:
-        values: tensor, array or numbers.
-        name: name of the values in error messages.
-
-    Raises:
-        ValueError: the values are complex or on the device 'meta'.
-
+    Integers and booleans are converted, exactly up to 2⁵³; Python floats keep full precision. Raises a ValueError that
+    contains ``name`` for complex values and for tensors on the device 'meta'.
     """
     # NumPy first, because torch.as_tensor would convert Python floats to float32.
     tensor = values if isinstance(values, Tensor) else torch.tensor(np.asarray(values))

@@ -86,12 +86,8 @@ class Forecast:
     def with_plateau_correction(self, record: SpectrumRecord) -> Forecast:
         """Return a copy whose next step time is corrected for progress along the current plateau.
 
-        See :func:`correct_for_feature_learning`. Returns the forecast itself if the record does not contain the step at
-        which the last mode was learned.
-
-        Args:
-            record: record of the run up to ``start``, in optimiser steps.
-
+        See :func:`correct_for_feature_learning`. Returns the forecast itself if ``record``, the record of the run up to
+        ``start``, does not contain the step at which the last mode was learned.
         """
         mode, expected = self.next_mode
         if mode == 1 or mode > len(self.step_times) or self.matrix not in record.matrices or len(record) < 2:
@@ -176,14 +172,8 @@ def correct_for_feature_learning(loss: str, learned_at: float, step: float, expe
 
     While a mode rises, features move towards it, and it grows faster than with frozen features. For Barlow Twins the
     remaining time shrinks by 0.3 times the elapsed share of the plateau. This is measured, not derived: see
-    docs/results.md.
-
-    Args:
-        loss: name of the loss.
-        learned_at: step at which the last mode was learned.
-        step: current step.
-        expected: step of the next mode in a simulation of the last layer; may be infinite.
-
+    docs/results.md. ``learned_at`` is the step at which the last mode was learned; ``expected`` is the step of the next
+    mode in a simulation with frozen features and may be infinite.
     """
     passed, remaining = max(step - learned_at, 0.0), expected - step
     if not 0 < remaining < math.inf:

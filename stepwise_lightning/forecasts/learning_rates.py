@@ -62,15 +62,8 @@ def stable_rates(
     start diverges: small ResNets train at 0.8 times the safe rate and mostly diverge at 1.25 times the limit
     (``python -m reproduce stable_rates``); in between it depends on network and start.
 
-    Args:
-        sgd: loss and settings of SGD.
-        h1: features of the first views, (batches, n, m).
-        h2: features of the second views.
-        weight: W, (d, m).
-        bias: (d,) or None.
-        components: number of components of a projection, see :class:`stepwise_lightning.theory.LastLayer`.
-        fastest: ρ_1.
-
+    ``h1`` and ``h2`` are the features of both views, (batches, n, m) each; ``components`` is the number of components
+    of a projection, see :class:`stepwise_lightning.theory.LastLayer`; ``fastest`` is ρ_1.
     """
     nan = math.nan
     if not fastest > 0:

@@ -108,41 +108,31 @@ def velocity_of(layer: nn.Linear | LinearEncoder, optimizer: torch.optim.Optimiz
 
 
 def last_features(
-    module: nn.Module,
-    layer: nn.Module,
-    batches: Iterable[Any],
-    num_pairs: int,
-    views: Views | None = None,
+    module: nn.Module, layer: nn.Module, batches: Iterable[Any], num_pairs: int, views: Views | None = None
 ) -> tuple[Tensor, Tensor]:
     """Return the inputs of the last layer for both views, (batches, n, m) each, for at least ``num_pairs`` pairs.
 
     Each view of a batch is a separate forward pass with batch statistics in batch normalisation, as in training, and
     without dropout. The state of the module does not change (:func:`stepwise_lightning.features.capture`).
-
-    Raises:
-        ValueError: no batch, a batch without two views, or a layer that is not the last of the module.
-
     """
 
     def features(module: nn.Module, view: Tensor) -> Tensor:
         return _inputs_of(layer, module, view)
 
-    first: list[Tensor] = []
-    second: list[Tensor] = []
+    inputs: list[list[Tensor]] = []
     for batch in batches:
         pair = on_device(views_in(batch, views), module)
         if len(pair) != 2:
             raise UserError("a forecast needs batches of two views, got one view: set views=")
-        if first and len(pair[0]) != len(first[0]):
+        if inputs and len(pair[0]) != len(inputs[0][0]):
             break  # the last, smaller batch of an epoch
-        h1, h2 = capture(module, pair, [features])["features"]
-        first.append(h1)
-        second.append(h2)
-        if sum(map(len, first)) >= num_pairs:
+        inputs.append(capture(module, pair, [features])["features"])
+        if sum(len(h1) for h1, _ in inputs) >= num_pairs:
             break
-    if not first:
+    if not inputs:
         raise UserError("a forecast needs at least one batch of two views, got none")
-    return torch.stack(first).cpu(), torch.stack(second).cpu()
+    h1, h2 = (torch.stack(features_of_view).cpu() for features_of_view in zip(*inputs, strict=True))
+    return h1, h2
 
 
 def _inputs_of(layer: nn.Module, module: nn.Module, view: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ _MOVED = {
     "stepwise_lightning.data.fixed_pairs": "stepwise_lightning.data.fixed_crop_pairs",
     "stepwise_lightning.data.modules": "stepwise_lightning.data.two_view_datamodule",
     "stepwise_lightning.evaluation": "stepwise_lightning.callbacks.online_evaluation",
+    "stepwise_lightning.forecasts": "stepwise_lightning.callbacks.forecast_logger",
     "stepwise_lightning.forecasts.logger": "stepwise_lightning.callbacks.forecast_logger",
     "stepwise_lightning.spectrum.collapse": "stepwise_lightning.callbacks.collapse_monitor",
     "stepwise_lightning.spectrum.logger": "stepwise_lightning.callbacks.spectrum_logger",
