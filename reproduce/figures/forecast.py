@@ -31,7 +31,7 @@ from torch import Tensor
 
 from reproduce.claims import Claim, seeds_text
 from reproduce.figure import Outcome, PaperFigure
-from reproduce.networks.runs import SMALL_STARTS, Run, trained_runs
+from reproduce.networks.runs import SMALL_INITIALIZATION, Run, trained_runs
 from reproduce.networks.training import PROFILES
 from reproduce.networks.variants import LOSS_SETTINGS
 from reproduce.options import data_name
@@ -54,12 +54,12 @@ EXTRAPOLATED = 20  # measurements
 TOLERANCE = 0.12  # maximum distance of saved weights from the requested time, as a fraction of the interval
 LAST_MODE = 5  # later modes are 2 to 5
 COLUMNS = ["loss", "seed", "forecast", "made at", "mode", "measured", "expected"]
-_LABELS = {"start": "before training", "live": "while training", "line": "line through log λ"}
+_LABELS = {"start": "before training", "live": "during training", "line": "line through log λ"}
 
 
 def produce(options: argparse.Namespace, directory: Path) -> Outcome:
     """Train missing runs, forecast every run, and compare."""
-    runs = trained_runs(options, [*SMALL_STARTS, *((loss, "schedule") for loss in LOSS_SETTINGS)])
+    runs = trained_runs(options, [*SMALL_INITIALIZATION, *((loss, "schedule") for loss in LOSS_SETTINGS)])
     rows = [row for part in map_parallel(forecast_run, [(run,) for run in runs], "forecast") for row in part]
     figure = _figure(rows, options)
     return Outcome(figure, COLUMNS, rows, _claims(rows, options), _summaries(rows, runs))
@@ -123,7 +123,7 @@ def _live_forecast(run: Run, step: int, mode: int) -> float:
     module = run.module
     start = {name: value.clone() for name, value in module.state_dict().items()}
     layer, length = last_layer(module), int(run.record.steps[-1])
-    before = max((kept for kept in run.saved_steps() if kept < step), default=0)
+    before = max((saved for saved in run.saved_steps() if saved < step), default=0)
     try:
         earlier = _weights(run, before, start)
         module.load_state_dict(_weights(run, step, start))

@@ -5,7 +5,7 @@ Barlow Twins loss, on pairs of random crops, from small random functions. Contra
 embedding in closed form. Both are compared as subspaces, on the training crops and on crops of other images. The images
 show the held-out crops with the smallest and largest values of each eigenfunction.
 
-The paper has no such figure; data, kernels and sizes are chosen here. A start of scale α leaves a fraction
+The paper has no such figure; data, kernels and sizes are chosen here. Initial functions of scale α leave a fraction
 α^{1 − γ_{d+1}/γ_d} of mode d + 1 in the embedding, which is large for nearly equal eigenvalues. The initial functions
 are therefore very small, and the dimension, at most five, ends at a gap of the eigenvalues.
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from reproduce.claims import Claim, worst
 from reproduce.figure import Outcome, PaperFigure
-from reproduce.networks.runs import ROW_COLUMNS, SMALL_STARTS, Run, distinct_steps, trained_runs
+from reproduce.networks.runs import ROW_COLUMNS, SMALL_INITIALIZATION, Run, distinct_steps, trained_runs
 from reproduce.networks.training import MIDDLE_PROFILE
 from reproduce.networks.variants import LOSS_SETTINGS, VARIANT_TITLES
 from reproduce.options import data_name
@@ -27,7 +27,7 @@ CONTROL = ("barlow_twins", "ordinary")
 
 def produce(options: argparse.Namespace, directory: Path) -> Outcome:
     """Train the three losses and the control for every seed, and count steps."""
-    runs = trained_runs(options, [*SMALL_STARTS, CONTROL])
+    runs = trained_runs(options, [*SMALL_INITIALIZATION, CONTROL])
     figure = trajectories_figure(
         [_panel(run) for run in runs if run.seed == options.seeds[0]],
         title="ResNet-18 with the standard augmentation",

@@ -172,11 +172,11 @@ def _claims(rows: list[list[Any]], options: argparse.Namespace) -> list[Claim]:
         if smoke and loss not in OVER_PIXELS:
             continue
         last = [_last(rows, (loss, "small", seed)) for seed in options.seeds]
-        judged = [("untrained", EMBEDDING, UNTRAINED, MIN_GAIN_SMOKE if smoke else MIN_GAIN[loss])]
+        comparisons = [("untrained", EMBEDDING, UNTRAINED, MIN_GAIN_SMOKE if smoke else MIN_GAIN[loss])]
         if not smoke:
-            judged += [("hidden", HIDDEN, UNTRAINED_HIDDEN, MIN_HIDDEN_GAIN)] * (loss in HIDDEN_GAINS)
-            judged += [("pixels", EMBEDDING, PIXELS, MIN_GAIN[loss])] * (loss in OVER_PIXELS)
-        for name, trained, other, least in judged:
+            comparisons += [("hidden", HIDDEN, UNTRAINED_HIDDEN, MIN_HIDDEN_GAIN)] * (loss in HIDDEN_GAINS)
+            comparisons += [("pixels", EMBEDDING, PIXELS, MIN_GAIN[loss])] * (loss in OVER_PIXELS)
+        for name, trained, other, least in comparisons:
             sentence = f"{settings.title}, small initialisation: accuracy of all learned modes, {trained} minus {other}"
             gains = [values[trained] - values[other] for values in last]
             permuted = [values[PERMUTED] - values[other] for values in last]

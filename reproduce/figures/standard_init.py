@@ -39,7 +39,7 @@ MIN_SEPARATION = {
     "smoke": {"barlow_twins": 2.0, "vicreg": 1.0, "simclr": 2.0}, "cpu": _MIN_SEPARATION, "full": _MIN_SEPARATION,
 }  # fmt: skip
 # Loss, initialisation, and the control whose modes must not rise apart.
-JUDGED = (
+CLAIMS = (
     ("barlow_twins", "small", "ordinary"),
     ("vicreg", "small", "no_covariance"),
     ("vicreg", "ordinary", "no_covariance"),
@@ -77,7 +77,7 @@ def _claims(runs: list[Run], options: argparse.Namespace) -> list[Claim]:
         for kind in {(run.loss, run.variant) for run in runs}
     }
     claims = []
-    for loss, start, control in JUDGED:
+    for loss, start, control in CLAIMS:
         title = f"{LOSS_SETTINGS[loss].title}, {VARIANT_TITLES[start]}"
         sentence = f"{title}: time between modes over rise width, median over modes"
         claims.append(

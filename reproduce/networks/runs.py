@@ -203,7 +203,7 @@ class Run(TrainingRun):
         }
 
 
-SMALL_STARTS = [(loss, "small") for loss in LOSS_SETTINGS]
+SMALL_INITIALIZATION = [(loss, "small") for loss in LOSS_SETTINGS]
 ROW_COLUMNS = ["loss", "variant", "seed", "step", "time", "quantity", "mode", "value"]
 
 
@@ -212,7 +212,7 @@ def distinct_steps(runs: Iterable[Run], loss: str, variant: str) -> list[int]:
     return [run.steps.num_distinct for run in runs if (run.loss, run.variant) == (loss, variant)]
 
 
-def trained_runs(options: argparse.Namespace, kinds: Iterable[tuple[str, str]] = SMALL_STARTS) -> list[Run]:
+def trained_runs(options: argparse.Namespace, kinds: Iterable[tuple[str, str]] = SMALL_INITIALIZATION) -> list[Run]:
     """Train missing runs (all runs without ``--resume``), one per core, or one at a time on GPUs.
 
     Args:

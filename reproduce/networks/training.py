@@ -135,8 +135,8 @@ class TrainingRun:
             SystemExit: training was stopped by SIGTERM or SIGUSR1.
 
         """
-        with self._locked() as (lock, waited):
-            if not (waited and resume and self.is_finished()):
+        with self._locked() as (lock, was_locked):
+            if not (was_locked and resume and self.is_finished()):
                 self._train(resume, lock)
 
     def _train(self, resume: bool, lock: int) -> None:
@@ -192,14 +192,14 @@ class TrainingRun:
         path = self.logs.parent / ".locks" / self.name
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("a") as file:
-            waited = False
+            was_locked = False
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                waited = True
+                was_locked = True
                 print(f"another process trains {self.name}: waiting until it ends", file=sys.stderr)
                 fcntl.flock(file, fcntl.LOCK_EX)
-            yield file.fileno(), waited
+            yield file.fileno(), was_locked
 
     @property
     def checkpoint(self) -> Path:

@@ -100,7 +100,7 @@ def test_parallel_forked_runs_match_fresh_processes_bit_for_bit(tmp_path):
         assert forked == again == fresh
 
 
-def begun(out, count):
+def have_started(out, count):
     return len(list(out.glob("runs/*/version_0/checkpoints"))) == count
 
 
@@ -113,7 +113,7 @@ def test_training_saves_a_checkpoint_when_its_parent_ends(number, tmp_path):
     with subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL, start_new_session=True) as process:
         try:
             deadline = time.monotonic() + 120
-            while not begun(tmp_path, 2):
+            while not have_started(tmp_path, 2):
                 assert process.poll() is None and time.monotonic() < deadline
                 time.sleep(0.1)
             process.send_signal(number)
