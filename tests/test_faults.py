@@ -158,6 +158,8 @@ def test_diverging_loss_stops_training_and_saves_no_checkpoint(folder, capsys):
 
 
 def test_measuring_values_that_are_not_finite_stops_training(tmp_path):
-    with pytest.raises(FloatingPointError, match="the output of BarlowTwins at step 0 is not finite: the samples hold"):
+    with pytest.raises(
+        FloatingPointError, match="the output of BarlowTwins at step 0 is not finite: the samples contain"
+    ):
         fit(torch.randn(16, 6), torch.randn(16, 6), LinearEncoder(6, 2), default_root_dir=tmp_path,
             callbacks=[SpectrumLogger(probe=torch.full((4, 6), math.nan))])  # fmt: skip
