@@ -14,7 +14,21 @@ from torch import Tensor
 
 from stepwise_lightning.errors import UserError
 
-__all__ = ["as_float64", "check_real", "in_full_precision", "on_float64_device", "single_threaded", "without_autocast"]
+__all__ = [
+    "TensorLike",
+    "as_float64",
+    "as_tensor",
+    "check_finite",
+    "check_real",
+    "float64_pair",
+    "in_full_precision",
+    "on_float64_device",
+    "single_threaded",
+    "without_autocast",
+]
+
+# Tensors, NumPy arrays, numbers, and nested lists of numbers.
+TensorLike = Tensor | ArrayLike
 
 # Device types without float64; their tensors are moved to the CPU before a cast to float64.
 _WITHOUT_FLOAT64 = ("mps",)
@@ -33,6 +47,30 @@ def check_real(tensor: Tensor, name: str) -> None:
         raise UserError(f"{name} must hold values, got a tensor on the device 'meta', which has none")
 
 
+def check_finite(tensor: Tensor, name: str, remedy: str = "check the data") -> None:
+    """Raise a ValueError that contains ``name`` and ``remedy`` for NaN or infinite values."""
+    if not tensor.isfinite().all():
+        raise UserError(f"{name} hold NaN or infinite values: {remedy}")
+
+
+def as_tensor(values: TensorLike, name: str = "the input") -> Tensor:
+    """Return a tensor unchanged, and an array or numbers as a CPU tensor of the same type (Python floats: float64).
+
+    Raises:
+        ValueError: values that are not numbers, or rows of different lengths.
+
+    """
+    if isinstance(values, Tensor):
+        return values
+    try:
+        array = np.asarray(values)
+        # a copy in native byte order, because torch refuses negative strides, read-only memory and other byte orders
+        return torch.from_numpy(array.astype(array.dtype.newbyteorder("="), order="C"))
+    except (TypeError, ValueError, RuntimeError):
+        kind = f"an array of {values.dtype}" if isinstance(values, np.ndarray) else type(values).__name__
+        raise UserError(f"{name} must be a tensor, an array or rows of numbers of one length, got {kind}") from None
+
+
 def on_float64_device(tensor: Tensor) -> Tensor:
     """Return the tensor on its device if that supports float64, else on the CPU (Apple GPUs).
 
@@ -41,16 +79,21 @@ def on_float64_device(tensor: Tensor) -> Tensor:
     return tensor.cpu() if tensor.device.type in _WITHOUT_FLOAT64 else tensor
 
 
-def as_float64(values: Tensor | ArrayLike, name: str = "the input") -> Tensor:
+def as_float64(values: TensorLike, name: str = "the input") -> Tensor:
     """Return the values as a float64 tensor, on their device if it supports float64, else on the CPU.
 
     Integers and booleans are converted, exactly up to 2⁵³; Python floats keep full precision. Raises a ValueError that
-    contains ``name`` for complex values and for tensors on the device 'meta'.
+    contains ``name`` for complex values, tensors on the device 'meta', and values that are not numbers.
     """
-    # NumPy first, because torch.as_tensor would convert Python floats to float32.
-    tensor = values if isinstance(values, Tensor) else torch.tensor(np.asarray(values))
+    tensor = as_tensor(values, name)
     check_real(tensor, name)
     return on_float64_device(tensor).double()
+
+
+def float64_pair(x: TensorLike, y: TensorLike, name: str) -> tuple[Tensor, Tensor]:
+    """Return :func:`as_float64` of both, on the device of the first; errors name "the first" and "the second"."""
+    x = as_float64(x, f"the first {name}")
+    return x, as_float64(y, f"the second {name}").to(x.device)
 
 
 def in_full_precision(

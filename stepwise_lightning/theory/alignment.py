@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from stepwise_lightning.errors import UserError
-from stepwise_lightning.precision import as_float64
+from stepwise_lightning.precision import TensorLike, float64_pair
 
 
-def subspace_alignment(f: Tensor, g: Tensor) -> Tensor:
+def subspace_alignment(f: TensorLike, g: TensorLike) -> Tensor:
     """Return ‖Q_fᵀ Q_g‖²_F / d in [0, 1], with Q orthonormal bases of the column spaces; 1 for equal subspaces.
 
     Source: Simon et al., ICML 2023, arXiv 2303.15438. The value is invariant to any invertible linear map of either
@@ -19,7 +19,7 @@ def subspace_alignment(f: Tensor, g: Tensor) -> Tensor:
     Compare the value with :func:`chance_alignment` and with the alignment of the untrained network.
 
     Args:
-        f: embeddings of n points, (n, d), of any real type; cast to float64.
+        f: embeddings of n points, (n, d), tensor or array of any real type; cast to float64.
         g: other embeddings of the same points, (n, d'); moved to the device of ``f``.
 
     Example:
@@ -34,8 +34,7 @@ def subspace_alignment(f: Tensor, g: Tensor) -> Tensor:
             finite.
 
     """
-    f, g = _validated(f, g)
-    bases = [_basis(z) for z in (f, g)]
+    bases = [_basis(z) for z in _validated(f, g)]
     return (bases[0].T @ bases[1]).square().sum() / max(basis.shape[1] for basis in bases)
 
 
@@ -51,13 +50,12 @@ def _basis(z: Tensor) -> Tensor:
     return u[:, s > 1e-10 * s[0]]
 
 
-def _validated(f: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+def _validated(f: TensorLike, g: TensorLike) -> tuple[Tensor, Tensor]:
+    f, g = (z.detach() for z in float64_pair(f, g, "embeddings"))
     if f.ndim != 2 or g.ndim != 2 or len(f) != len(g) or not f.numel() or not g.numel():
         raise UserError(
             f"expected embeddings (n, d) of the same points, got shapes {tuple(f.shape)} and {tuple(g.shape)}"
         )
-    f = as_float64(f.detach(), "the first embeddings")
-    g = as_float64(g.detach(), "the second embeddings").to(f.device)
     for name, z in (("first", f), ("second", g)):
         if not z.isfinite().all() or not z.any():
             raise UserError(f"the {name} embeddings are zero, or hold NaN or infinite values")

@@ -16,7 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from stepwise_lightning.errors import UserError
-from stepwise_lightning.precision import as_float64
+from stepwise_lightning.precision import as_float64, as_tensor
 from stepwise_lightning.theory.process_group import KernelProcessGroup, process_group
 
 # Number of pairs up to which a dense eigendecomposition is used.
@@ -140,7 +140,7 @@ class KernelOperator:
         ):
             x = self.points[rows]
             y = x if rows == columns else self.points[columns]
-            tile = as_float64(self.kernel(x, y).detach(), "the kernel").to(self.points.device)
+            tile = as_float64(self.kernel(x, y), "the kernel").detach().to(self.points.device)
             # One NaN or infinite value makes the sum not finite, which is faster to check.
             if not tile.sum().isfinite():
                 raise UserError("the kernel returned NaN or infinite values: rescale the inputs or its length scale")
@@ -149,9 +149,9 @@ class KernelOperator:
     def _validated_sample(self) -> Tensor:
         """Return the kernel matrix of the first and last points, after checks of its type, shape and symmetry."""
         points = torch.cat([self.points[:8], self.points[-8:]])
-        sample = self.kernel(points, points)
-        if not isinstance(sample, Tensor) or sample.shape != (len(points), len(points)) or sample.is_complex():
-            got = f"{sample.dtype} of shape {tuple(sample.shape)}" if isinstance(sample, Tensor) else type(sample)
+        sample = as_tensor(self.kernel(points, points), "the result of kernel(x, y)")
+        if sample.shape != (len(points), len(points)) or sample.is_complex():
+            got = f"{sample.dtype} of shape {tuple(sample.shape)}"
             raise UserError(f"kernel(x, y) must return a real (k, l) matrix, here {(len(points),) * 2}, got {got}")
         if not sample.is_floating_point() and sample.dtype != torch.int64:
             raise UserError(f"kernel(x, y) returned {sample.dtype}, whose sums overflow: cast its inputs to float64")
@@ -176,6 +176,11 @@ def top_eigenpairs(operator: KernelOperator, count: int, tolerance: float) -> tu
         eigenvalues, vectors, residuals = _dense(operator, count)
     else:
         eigenvalues, vectors, residuals = _block_lanczos(operator, count, tolerance)
+    if len(eigenvalues) == 0:
+        raise UserError(
+            "the kernel of these pairs has no positive value: check that the views are not all zero, and that the "
+            "network's outputs are not constant"
+        )
     # A β / γ equals β without components in the null space of K̃ and round-off amplified by its small eigenvalues.
     positive = eigenvalues > _ROUND_OFF * eigenvalues.abs().max()
     vectors = vectors.clone()
@@ -206,6 +211,8 @@ def _block_lanczos(operator: KernelOperator, count: int, tolerance: float) -> tu
     start = torch.randn(operator.size, width, dtype=torch.float64, generator=generator)
     block = operator.local_rows(start).to(operator.points.device)
     block, images, _ = _orthonormalize(group, block, operator.matmul(block), 0.0)
+    if block.shape[1] == 0:  # K̃ is zero
+        return images.new_empty(0), block, images.new_empty(0)
     vectors, all_images = block, images
     with tqdm(desc="kernel modes", unit="product", delay=2, disable=not operator.progress, leave=False) as bar:
         while True:

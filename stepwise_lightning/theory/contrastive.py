@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from stepwise_lightning.errors import UserError
-from stepwise_lightning.precision import as_float64, check_real, on_float64_device
+from stepwise_lightning.precision import TensorLike, as_float64, as_tensor, check_finite, check_real, on_float64_device
 from stepwise_lightning.theory.block_lanczos import KernelOperator, top_eigenpairs
 from stepwise_lightning.theory.estimator import Estimator, function_name
 from stepwise_lightning.theory.linear import LinearBarlowTwins
@@ -89,6 +89,13 @@ class ContrastiveKernelPCA(Estimator):
         tolerance: float = 1e-7,
         progress: bool = True,
     ) -> None:
+        if not callable(kernel):
+            got = repr(kernel) if isinstance(kernel, str) else type(kernel).__name__
+            raise UserError(
+                f"kernel must be a function kernel(x, y), got {got}: "
+                "use linear_kernel, rbf_kernel, laplace_kernel, relu_ntk or EmpiricalNTK(module) of "
+                "stepwise_lightning.theory"
+            )
         if n_components < 1:
             raise UserError(f"n_components must be at least 1, got {n_components}")
         if not 0 < tolerance < 1:
@@ -100,21 +107,22 @@ class ContrastiveKernelPCA(Estimator):
         fitted = f"fitted on {len(self._views) // 2} pairs" if hasattr(self, "eigenvalues_") else "not fitted"
         return f"ContrastiveKernelPCA(kernel={function_name(self.kernel)}, n_components={self.n_components}, {fitted})"
 
-    def fit(self, x1: Tensor, x2: Tensor, operator: type[KernelOperator] = KernelOperator) -> Self:
+    def fit(self, x1: TensorLike, x2: TensorLike, operator: type[KernelOperator] = KernelOperator) -> Self:
         """Compute the top modes of pairs of views.
 
         Args:
-            x1: first views, (n, …), in the form that the kernel accepts.
+            x1: first views, (n, …), tensor or array, passed to the kernel as tensors.
             x2: second views, of the same shape.
             operator: class of the kernel matrix; subclasses can count or time its products.
 
         Raises:
             ValueError: views that differ in shape, are empty, complex or not finite; a kernel matrix of wrong shape,
-                complex, of narrow integers, not finite or not symmetric; fewer positive modes than ``n_components``;
-                ``max_bytes`` too small for one tile of the kernel matrix; calls that differ between ranks.
+                zero, complex, of narrow integers, not finite or not symmetric; fewer positive modes than
+                ``n_components``; ``max_bytes`` too small for one tile of the kernel matrix; calls that differ between
+                ranks.
 
         """
-        group = process_group()
+        group, x1, x2 = process_group(), as_tensor(x1, "the first views"), as_tensor(x2, "the second views")
         group.check_same_call("ContrastiveKernelPCA.fit", x1, x2, self.n_components, self.max_bytes, self.tolerance)
         self._views = torch.cat(group.run_or_raise_everywhere(lambda: _validated_views(x1, x2)))
         kernel_matrix = operator(self.kernel, self._views, self.max_bytes, self.progress)
@@ -132,12 +140,12 @@ class ContrastiveKernelPCA(Estimator):
         self.eigenvalues_, self.coefficients_, self.residuals_ = eigenvalues, coefficients * peaks, residuals
         return self
 
-    def fit_transform(self, x1: Tensor, x2: Tensor) -> tuple[Tensor, Tensor]:
+    def fit_transform(self, x1: TensorLike, x2: TensorLike) -> tuple[Tensor, Tensor]:
         """Fit, and return the final embeddings of both views, (n, d) each."""
         self.fit(x1, x2)
         return self.transform(x1), self.transform(x2)
 
-    def transform(self, x: Tensor) -> Tensor:
+    def transform(self, x: TensorLike) -> Tensor:
         """Return the final embeddings γ_j^{−1/2} Σ_i β_ij K(z_i, x) of (k, …) points, (k, d).
 
         Raises:
@@ -146,7 +154,7 @@ class ContrastiveKernelPCA(Estimator):
         """
         return self._eigenfunctions(x) / self.eigenvalues_.sqrt()
 
-    def transform_at(self, x: Tensor, t: Tensor | float, initial_singular_values: Tensor) -> Tensor:
+    def transform_at(self, x: TensorLike, t: TensorLike, initial_singular_values: TensorLike) -> Tensor:
         """Return the embeddings during training, s_j(t) Σ_i β_ij K(z_i, x), with s_j(t) of :class:`LinearBarlowTwins`.
 
         Args:
@@ -164,7 +172,7 @@ class ContrastiveKernelPCA(Estimator):
         singular_values = self._trajectory(initial_singular_values).singular_values(t)
         return self._eigenfunctions(x) * singular_values.unsqueeze(-2)
 
-    def initial_singular_values(self, f1: Tensor, f2: Tensor) -> Tensor:
+    def initial_singular_values(self, f1: TensorLike, f2: TensorLike) -> Tensor:
         """Return s_j(0), (d,), for initial embeddings ``f1``, ``f2`` of the fitted pairs, (n, d') each with d' ≥ d.
 
         In the basis of the eigenfunctions the start is W(0) V = Fᵀ β, F = [f1; f2], and its QR decomposition gives
@@ -176,33 +184,32 @@ class ContrastiveKernelPCA(Estimator):
 
         """
         self._check_fitted()
-        starts = [as_float64(f.detach(), "initial embeddings").to(self.coefficients_.device) for f in (f1, f2)]
+        f1, f2 = (as_float64(f, "initial embeddings").detach().to(self.coefficients_.device) for f in (f1, f2))
         if f1.shape != f2.shape or f1.ndim != 2 or 2 * len(f1) != len(self._views) or f1.shape[1] < self.n_components:
             raise UserError(
                 f"initial embeddings must have shape ({len(self._views) // 2}, at least {self.n_components}) for each "
                 f"view, got {tuple(f1.shape)} and {tuple(f2.shape)}"
             )
-        f = torch.cat(starts)
-        if not f.isfinite().all():
-            raise UserError("the initial embeddings hold NaN or infinite values: check the model")
+        f = torch.cat([f1, f2])
+        check_finite(f, "the initial embeddings", "check the model")
         return torch.linalg.qr(f.T @ self.coefficients_, mode="r").R.diagonal().abs()
 
-    def embedding_eigenvalues(self, t: Tensor | float, initial_singular_values: Tensor) -> Tensor:
+    def embedding_eigenvalues(self, t: TensorLike, initial_singular_values: TensorLike) -> Tensor:
         """Return the eigenvalues of C at time ``t``; see :meth:`LinearBarlowTwins.embedding_eigenvalues`."""
         return self._trajectory(initial_singular_values).embedding_eigenvalues(t)
 
-    def step_times(self, initial_singular_values: Tensor) -> Tensor:
+    def step_times(self, initial_singular_values: TensorLike) -> Tensor:
         """Return the step times τ_j = −log(s_j(0)² γ_j) / 8γ_j, (d,); see :class:`LinearBarlowTwins`."""
         return self._trajectory(initial_singular_values).step_times
 
-    def contrastive_kernel(self, x: Tensor, y: Tensor) -> Tensor:
+    def contrastive_kernel(self, x: TensorLike, y: TensorLike) -> Tensor:
         """Return k_Γ(x, y) = (1/2n) Σ_i [K(x, x_i) K(x'_i, y) + K(x, x'_i) K(x_i, y)], (k, l)."""
         self._check_fitted()
         left, right = (self._kernel(points, self._views) for points in (x, y))
         half = len(self._views) // 2
         return (left[:, :half] @ right[:, half:].T + left[:, half:] @ right[:, :half].T) / (2 * half)
 
-    def loss(self, x1: Tensor, x2: Tensor) -> Tensor:
+    def loss(self, x1: TensorLike, x2: TensorLike) -> Tensor:
         """Return ‖C − I_d‖²_F of the final embeddings on pairs of views, (n, …) each; 0 on the fitted pairs."""
         f1, f2 = (self.transform(view) for view in _validated_views(x1, x2))
         c = f1.T @ f2 / len(f1)
@@ -240,18 +247,19 @@ class ContrastiveKernelPCA(Estimator):
         if not hasattr(self, "eigenvalues_"):
             raise UserError("this ContrastiveKernelPCA is not fitted: call fit(x1, x2) first")
 
-    def _trajectory(self, initial_singular_values: Tensor) -> LinearBarlowTwins:
+    def _trajectory(self, initial_singular_values: TensorLike) -> LinearBarlowTwins:
         """Return the linear model in the basis of the eigenfunctions, where Γ is diagonal."""
         self._check_fitted()
         start = as_float64(initial_singular_values, "initial_singular_values").to(self.eigenvalues_.device)
         if start.shape != self.eigenvalues_.shape or not (start >= 0).all():
             raise UserError(
-                f"initial_singular_values must be {self.n_components} values ≥ 0, got {initial_singular_values}"
+                f"initial_singular_values must be {self.n_components} values ≥ 0, got {initial_singular_values!r}"
             )
         return LinearBarlowTwins(torch.diag(self.eigenvalues_), torch.diag(start))
 
-    def _eigenfunctions(self, x: Tensor) -> Tensor:
+    def _eigenfunctions(self, x: TensorLike) -> Tensor:
         self._check_fitted()
+        x = as_tensor(x, "the points")
         side = KernelOperator.tile_size(self.max_bytes, self._views)
         parts = list(zip(self._views.split(side), self.coefficients_.split(side), strict=True))
 
@@ -262,18 +270,19 @@ class ContrastiveKernelPCA(Estimator):
         group.check_same_call("ContrastiveKernelPCA.transform", x, self.coefficients_)
         return group.map_rows(values, x)
 
-    def _kernel(self, x: Tensor, views: Tensor) -> Tensor:
+    def _kernel(self, x: TensorLike, views: Tensor) -> Tensor:
+        x = as_tensor(x, "the points")
         check_real(x, "the points")
         x, views = _common_dtype(on_float64_device(x).to(views.device), views)
         return as_float64(self.kernel(x, views), "the kernel").to(self.coefficients_.device)
 
 
-def _validated_views(x1: Tensor, x2: Tensor) -> tuple[Tensor, Tensor]:
+def _validated_views(x1: TensorLike, x2: TensorLike) -> tuple[Tensor, Tensor]:
+    x1, x2 = as_tensor(x1, "the first views"), as_tensor(x2, "the second views")
     check_view_shapes(x1, x2)
     for name, x in (("first", x1), ("second", x2)):
         check_real(x, f"the {name} views")
-        if not x.isfinite().all():
-            raise UserError(f"the {name} views hold NaN or infinite values: check the data")
+        check_finite(x, f"the {name} views")
     x1 = on_float64_device(x1)
     return _common_dtype(x1, on_float64_device(x2).to(x1.device))
 

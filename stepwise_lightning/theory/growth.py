@@ -23,11 +23,13 @@ from torch import Tensor
 
 from stepwise_lightning.errors import UserError
 from stepwise_lightning.losses import loss_settings
-from stepwise_lightning.precision import as_float64
+from stepwise_lightning.precision import TensorLike, as_float64
 from stepwise_lightning.theory.moments import FeatureMoments
 
 
-def growth_matrix(loss: str, h1: Tensor, h2: Tensor, dim: int, bias_norm: float = 1.0, **settings: Any) -> Tensor:
+def growth_matrix(
+    loss: str, h1: TensorLike, h2: TensorLike, dim: int, bias_norm: float = 1.0, **settings: Any
+) -> Tensor:
     r"""Return H of dW/dt = A W H, the gradient flow of a last linear layer z = W h + b while W is small.
 
     ======================================  ================================================  ====================
@@ -54,7 +56,7 @@ def growth_matrix(loss: str, h1: Tensor, h2: Tensor, dim: int, bias_norm: float 
 
     Args:
         loss: ``barlow_twins``, ``vicreg`` or ``simclr``.
-        h1: features of the first views, (n, m), or in batches, (batches, n, m).
+        h1: features of the first views, (n, m), or in batches, (batches, n, m); tensor or array.
         h2: features of the second views, of the same shape.
         dim: d, the dimension of the embedding; VICReg's weights are divided by it.
         bias_norm: ‖b‖ > 0, for SimCLR.
@@ -84,7 +86,7 @@ def growth_matrix(loss: str, h1: Tensor, h2: Tensor, dim: int, bias_norm: float 
     return 2 / values["temperature"] / bias_norm**2 * (moments.covariance - moments.difference / 2)
 
 
-def heavy_ball_growth(drive: Tensor, momentum: float) -> tuple[Tensor, Tensor]:
+def heavy_ball_growth(drive: TensorLike, momentum: float) -> tuple[Tensor, Tensor]:
     r"""Return r and c of a growing mode under gradient descent with momentum: w_t → c rᵗ w_0.
 
     The steps v ← βv + ρw, w ← w + ηv from v = 0 solve w_{t+1} − (1 + β + x) w_t + β w_{t−1} = 0, with x = ηρ:

@@ -8,7 +8,7 @@ Legend
 
 All are symmetric, positive semi-definite and deterministic. Inputs of any real type are cast to float64 first; the
 result is on the device of ``x``, or on the CPU if that device has no float64. Each kernel raises a ValueError for
-inputs that are empty, complex, or of different lengths.
+inputs that are empty, complex, or of different lengths. Inputs are tensors, NumPy arrays or nested lists.
 """
 
 from __future__ import annotations
@@ -19,31 +19,31 @@ import torch
 from torch import Tensor
 
 from stepwise_lightning.errors import UserError
-from stepwise_lightning.precision import as_float64
+from stepwise_lightning.precision import TensorLike, float64_pair
 
 # Below this fraction of |x|² + |y|², a squared distance computed from products has lost half of its digits.
 _CLOSE = 1e-8
 
 
-def linear_kernel(x: Tensor, y: Tensor) -> Tensor:
+def linear_kernel(x: TensorLike, y: TensorLike) -> Tensor:
     """Return ⟨x, y⟩, (k, l)."""
     x, y = _flattened(x, y)
     return x @ y.T
 
 
-def rbf_kernel(x: Tensor, y: Tensor, length_scale: float = 1.0) -> Tensor:
+def rbf_kernel(x: TensorLike, y: TensorLike, length_scale: float = 1.0) -> Tensor:
     """Return exp(−|x − y|² / 2ℓ²), (k, l); ValueError if ``length_scale`` is not positive."""
     x, y = _flattened(x, y)
     return _squared_distances(x, y).mul_(-0.5 / _positive(length_scale) ** 2).exp_()
 
 
-def laplace_kernel(x: Tensor, y: Tensor, length_scale: float = 1.0) -> Tensor:
+def laplace_kernel(x: TensorLike, y: TensorLike, length_scale: float = 1.0) -> Tensor:
     """Return exp(−|x − y| / ℓ), (k, l); ValueError if ``length_scale`` is not positive."""
     x, y = _flattened(x, y)
     return _squared_distances(x, y).sqrt_().mul_(-1 / _positive(length_scale)).exp_()
 
 
-def relu_ntk(x: Tensor, y: Tensor, depth: int = 1) -> Tensor:
+def relu_ntk(x: TensorLike, y: TensorLike, depth: int = 1) -> Tensor:
     """Return the neural tangent kernel of an infinitely wide ReLU network with ``depth`` hidden layers, (k, l).
 
     Source: Jacot et al., NeurIPS 2018, arXiv 1806.07572. No biases, NTK parametrisation, weights of unit variance,
@@ -75,14 +75,14 @@ def relu_ntk(x: Tensor, y: Tensor, depth: int = 1) -> Tensor:
     return tangent * lengths[0] * lengths[1].T
 
 
-def _flattened(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+def _flattened(x: TensorLike, y: TensorLike) -> tuple[Tensor, Tensor]:
+    x, y = float64_pair(x, y, "inputs")
     if x.ndim < 2 or y.ndim < 2 or not x.numel() or not y.numel() or x[0].numel() != y[0].numel():
         raise UserError(
             "kernel inputs must be (k, …) and (l, …) with the same number of features and not empty, got "
             f"{tuple(x.shape)} and {tuple(y.shape)}"
         )
-    x = as_float64(x.flatten(1), "the first inputs")
-    return x, as_float64(y.flatten(1), "the second inputs").to(x.device)
+    return x.flatten(1), y.flatten(1)
 
 
 def _positive(length_scale: float) -> float:

@@ -22,7 +22,7 @@ from torch.nn.functional import pad
 
 from stepwise_lightning.errors import UserError
 from stepwise_lightning.losses import loss_settings
-from stepwise_lightning.precision import as_float64, single_threaded
+from stepwise_lightning.precision import TensorLike, as_float64, as_tensor, single_threaded
 from stepwise_lightning.spectrum.measures import tangent_coordinates
 from stepwise_lightning.theory.growth import check_momentum, growth_matrix
 from stepwise_lightning.theory.layer_gradients import layer_gradient
@@ -82,16 +82,17 @@ class LastLayer:
     def __init__(
         self,
         loss: str,
-        h1: Tensor,
-        h2: Tensor,
-        weight: Tensor,
-        bias: Tensor | None = None,
+        h1: TensorLike,
+        h2: TensorLike,
+        weight: TensorLike,
+        bias: TensorLike | None = None,
         num_components: int | None = None,
         in_turn: bool = False,
         **settings: Any,
     ) -> None:
         self.loss, self.settings = loss, loss_settings(loss, settings)
         self._features = h1, h2 = validated_features(h1, h2)
+        weight, bias = as_tensor(weight, "weight"), None if bias is None else as_tensor(bias, "bias")
         m = h1.shape[-1]
         if weight.ndim != 2 or weight.shape[1] != m or (bias is not None and bias.shape != weight.shape[:1]):
             raise UserError(
@@ -119,12 +120,12 @@ class LastLayer:
     @single_threaded()
     def simulate(
         self,
-        learning_rates: Sequence[float] | Tensor,
+        learning_rates: TensorLike,
         momentum: float = 0.0,
         weight_decay: float = 0.0,
-        velocity: Sequence[Tensor] | None = None,
+        velocity: Sequence[TensorLike] | None = None,
         measured_at: Iterable[int] | None = None,
-        measured_on: tuple[Tensor, Tensor] | None = None,
+        measured_on: tuple[TensorLike, TensorLike] | None = None,
     ) -> LayerTrajectory:
         r"""Simulate the steps v ← βv + ∇L + ωW, W ← W − ηv of ``torch.optim.SGD`` for weights and bias.
 
@@ -179,14 +180,15 @@ class LastLayer:
         # Copy, because the caller's optimiser may update its tensors in place.
         return joined.clone() if bias is None else torch.cat([joined, as_float64(bias.detach()).to(device)[:, None]], 1)
 
-    def _initial_velocity(self, velocity: Sequence[Tensor] | None) -> Tensor:
+    def _initial_velocity(self, velocity: Sequence[TensorLike] | None) -> Tensor:
         if velocity is None:
             return torch.zeros_like(self._weight0)
+        parts = [as_tensor(v, "velocity") for v in velocity]
         d = len(self._weight0)
         expected = [(d, self._features[0].shape[-1]), (d,)][: 1 + self._has_bias]
-        if (shapes := [tuple(v.shape) for v in velocity]) != expected:
+        if (shapes := [tuple(v.shape) for v in parts]) != expected:
             raise UserError(f"velocity must hold one tensor per parameter, of shapes {expected}, got {shapes}")
-        return self._joined(velocity[0], velocity[1] if self._has_bias else None)
+        return self._joined(parts[0], parts[1] if self._has_bias else None)
 
     def _eigenvalues(self, weights: list[Tensor], h1: Tensor, h2: Tensor) -> Tensor:
         """Return the eigenvalues for each of K weights on features (n, m), (K, d)."""
@@ -209,7 +211,7 @@ class LastLayer:
 
 
 def _validated_schedule(
-    learning_rates: Sequence[float] | Tensor, momentum: float, weight_decay: float, measured_at: Iterable[int] | None
+    learning_rates: TensorLike, momentum: float, weight_decay: float, measured_at: Iterable[int] | None
 ) -> tuple[list[float], list[int]]:
     """Return the learning rates, and the measured steps in ascending order."""
     rates = as_float64(learning_rates, "learning_rates")

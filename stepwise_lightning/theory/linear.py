@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from stepwise_lightning.errors import UserError
-from stepwise_lightning.precision import as_float64
+from stepwise_lightning.precision import TensorLike, as_float64, as_tensor
 from stepwise_lightning.theory.graded_matrices import jacobi_eigenvalues, pencil_eigenvalues, row_echelon
 
 Method = Literal["uniform", "qr"]
@@ -90,7 +90,8 @@ class LinearBarlowTwins:
 
     """
 
-    def __init__(self, gamma: Tensor, weights0: Tensor, learning_rate: float | None = None) -> None:
+    def __init__(self, gamma: TensorLike, weights0: TensorLike, learning_rate: float | None = None) -> None:
+        gamma, weights0 = as_tensor(gamma, "gamma"), as_tensor(weights0, "weights0")
         precision = torch.finfo(gamma.dtype).eps if gamma.is_floating_point() else 0.0
         gamma, weights0 = _validated(gamma, weights0)
         spectrum, vectors = (values.flip(-1) for values in torch.linalg.eigh(gamma))  # descending
@@ -116,7 +117,7 @@ class LinearBarlowTwins:
         self._rows, self._pivots = row_echelon(projected)
         self._cross_correlation0 = (self._rows * self._spectrum) @ self._rows.T
 
-    def singular_values(self, t: Tensor | float) -> Tensor:
+    def singular_values(self, t: TensorLike) -> Tensor:
         """Return s_j(t) of the paper's form, (d,) for a scalar ``t``, (T, d) for ``t`` of shape (T,).
 
         As t → ∞, s_j → γ_j^{−1/2} for γ_j > 0, s_j(0) for γ_j = 0, and 0 for γ_j < 0. The finite-step recursion takes
@@ -128,7 +129,7 @@ class LinearBarlowTwins:
         values = self._recursion_singular_values(times) if finite else self._flow_singular_values(times)
         return values[0] if scalar else values
 
-    def embedding_eigenvalues(self, t: Tensor | float, method: Method = "uniform") -> Tensor:
+    def embedding_eigenvalues(self, t: TensorLike, method: Method = "uniform") -> Tensor:
         """Return the eigenvalues of C at time ``t``: (d,) for a scalar ``t``, (T, d) for ``t`` of shape (T,).
 
         Args:
@@ -148,11 +149,11 @@ class LinearBarlowTwins:
         values = torch.cat([self._uniform_eigenvalues(chunk) for chunk in chunks])
         return values[0] if scalar else values
 
-    def loss(self, t: Tensor | float, method: Method = "uniform") -> Tensor:
+    def loss(self, t: TensorLike, method: Method = "uniform") -> Tensor:
         """Return ‖C − I‖²_F = Σ_j (1 − λ_j)² at time ``t``, a scalar or (T,); its limit is d − #{γ_j > 0}."""
         return (1 - self.embedding_eigenvalues(t, method)).square().sum(-1)
 
-    def weights(self, t: Tensor | float) -> Tensor:
+    def weights(self, t: TensorLike) -> Tensor:
         """Return W(t) = U S(t) V_{≤d}ᵀ of the paper's form: (d, m), or (T, d, m) for ``t`` of shape (T,)."""
         return (self.rotation * self.singular_values(t).unsqueeze(-2)) @ self.eigenvectors.T
 
@@ -245,7 +246,7 @@ class LinearBarlowTwins:
         ratio = torch.where(left0 == 0, 1.0, left / left0).clamp(min=0)
         return eigenvalues / (eigenvalues + left * ratio ** (6 * self.learning_rate * gamma))
 
-    def _times(self, t: Tensor | float) -> tuple[Tensor, bool]:
+    def _times(self, t: TensorLike) -> tuple[Tensor, bool]:
         times = as_float64(t, "t").to(self.eigenvalues.device)
         if times.ndim > 1:
             raise UserError(f"t must be a scalar or a vector of times, got shape {tuple(times.shape)}")

@@ -14,17 +14,17 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from stepwise_lightning.errors import UserError
-from stepwise_lightning.precision import as_float64
+from stepwise_lightning.precision import TensorLike, check_finite, float64_pair
 
 
-def feature_cross_correlation(x1: Tensor, x2: Tensor) -> Tensor:
+def feature_cross_correlation(x1: TensorLike, x2: TensorLike) -> Tensor:
     """Return Γ = (1/2n) Σ_i (x_i x'_iᵀ + x'_i x_iᵀ), the features' cross-correlation between two views.
 
     Γ is symmetric, not centred, and may have negative eigenvalues: shared content minus augmentation noise,
     Γ = (1/n) Σ_i (μ_i μ_iᵀ − δ_i δ_iᵀ) with μ = (x + x')/2 and δ = (x − x')/2.
 
     Args:
-        x1: first views, (n, …), flattened to m features.
+        x1: first views, (n, …), tensor or array, flattened to m features.
         x2: second views, of the same shape.
 
     Returns:
@@ -42,12 +42,10 @@ def feature_cross_correlation(x1: Tensor, x2: Tensor) -> Tensor:
         ValueError: the views differ in shape, are empty or complex, or hold non-finite values.
 
     """
+    x1, x2 = float64_pair(x1, x2, "views")
     check_view_shapes(x1, x2)
-    a = as_float64(x1.flatten(1), "the first views")
-    b = as_float64(x2.flatten(1), "the second views").to(a.device)
-    product = a.T @ b / len(a)
-    if not product.isfinite().all():
-        raise UserError("the views hold NaN or infinite values (or overflow when multiplied): clean or rescale them")
+    product = x1.flatten(1).T @ x2.flatten(1) / len(x1)
+    check_finite(product, "the views, or their products,", "clean or rescale them")
     return (product + product.T) / 2
 
 
@@ -79,7 +77,7 @@ class FeatureMoments:
     """D, not centred."""
 
     @classmethod
-    def of(cls, h1: Tensor, h2: Tensor) -> FeatureMoments:
+    def of(cls, h1: TensorLike, h2: TensorLike) -> FeatureMoments:
         """Return the moments of features (n, m), or of batches of features (batches, n, m).
 
         Raises:
@@ -115,13 +113,14 @@ class FeatureMoments:
         return self.covariance * (1 - 0.5 / self.num_pairs)
 
 
-def validated_features(h1: Tensor, h2: Tensor) -> tuple[Tensor, Tensor]:
+def validated_features(h1: TensorLike, h2: TensorLike) -> tuple[Tensor, Tensor]:
     """Return two views' features as float64 of shape (batches, n, m), on one device.
 
     Raises:
         ValueError: see :meth:`FeatureMoments.of`.
 
     """
+    h1, h2 = (h.detach() for h in float64_pair(h1, h2, "views' features"))
     if h1.shape != h2.shape or h1.ndim not in (2, 3) or h1.numel() == 0:
         raise UserError(
             "features of both views must have the same shape, (pairs, features) or (batches, pairs, features), "
@@ -129,8 +128,6 @@ def validated_features(h1: Tensor, h2: Tensor) -> tuple[Tensor, Tensor]:
         )
     if h1.shape[-2] < 2:
         raise UserError(f"a covariance needs at least 2 pairs per batch, got {h1.shape[-2]}: use larger batches")
-    a = as_float64(h1.detach(), "the first views' features")
-    b = as_float64(h2.detach(), "the second views' features").to(a.device)
-    if not (a.isfinite().all() and b.isfinite().all()):
-        raise UserError("the features hold NaN or infinite values: check the data, or lower the learning rate")
-    return (a, b) if a.ndim == 3 else (a[None], b[None])
+    for h in (h1, h2):
+        check_finite(h, "the features", "check the data, or lower the learning rate")
+    return (h1, h2) if h1.ndim == 3 else (h1[None], h2[None])

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from stepwise_lightning.precision import as_float64
+from stepwise_lightning.precision import TensorLike, as_float64
 from stepwise_lightning.theory.growth import check_momentum, heavy_ball_growth
 
 
@@ -33,7 +33,7 @@ _PHASES = 128
 _SMALL, _ESCAPED = 1e-4, 1e3
 
 
-def diverging_fraction(drive: Tensor, momentum: float) -> Tensor:
+def diverging_fraction(drive: TensorLike, momentum: float) -> Tensor:
     r"""Return the fraction of small starts that diverge under analytical Barlow Twins, by simulating one mode.
 
     A mode follows p ← βp + x u (1 − u²), u ← u + p. Near the end of its linear growth a small start is

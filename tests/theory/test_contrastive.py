@@ -2,12 +2,14 @@
 
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from stepwise_lightning.theory import (
     ContrastiveKernelPCA,
+    EmpiricalNTK,
     LinearBarlowTwins,
     block_lanczos,
     feature_cross_correlation,
@@ -203,6 +205,8 @@ BAD = {
     "kernel nan": (lambda a, b: (a, b), lambda x, y: linear_kernel(x, y).log(), {}, "NaN or infinite values"),
     "too many": (lambda a, b: (a, b), linear_kernel, {"n_components": 7}, "must be 1 to 6, .* got 7"),
     "none": (lambda a, b: (a, -a), linear_kernel, {}, "no positive mode"),
+    "zeros": (lambda a, b: (0 * a, 0 * b), relu_ntk, {}, "no positive value: check that the views are not all zero"),
+    "a string": (lambda a, b: (a, b), lambda x, y: "k", {}, r"result of kernel\(x, y\) must be a tensor, an"),
     "no room": (lambda a, b: (a, b), RBF, {"max_bytes": 100}, "at least 12288 for one tile of kernel values, got 100"),
 }  # fmt: skip
 
@@ -218,6 +222,39 @@ def test_iteration_counts_positive_modes(monkeypatch):
     monkeypatch.setattr(block_lanczos, "_DENSE", 0)
     with pytest.raises(ValueError, match="must be 1 to 6, the number of positive modes .*, got 7"):
         ContrastiveKernelPCA(linear_kernel, 7).fit(*pairs())
+
+
+def test_kernel_of_zeros_is_refused_by_every_route(route):
+    dead = nn.Sequential(nn.Linear(6, 4), nn.ReLU(), nn.Linear(4, 2, bias=False))
+    nn.init.constant_(dead[0].bias, -1e3)
+    for kernel in (linear_kernel, EmpiricalNTK(dead)):
+        views = [0 * x if kernel is linear_kernel else x for x in pairs()]
+        with pytest.raises(ValueError, match="kernel of these pairs has no positive value"):
+            ContrastiveKernelPCA(kernel, 2, **route).fit(*views)
+
+
+def test_a_name_is_refused_as_kernel_and_existing_kernels_are_listed():
+    model = ContrastiveKernelPCA(RBF, 2)
+    for use in (lambda: ContrastiveKernelPCA("rbf", 2), lambda: model.set_params(kernel="laplace")):
+        with pytest.raises(ValueError, match="got '(rbf|laplace)': use linear_kernel, rbf_kernel, .*EmpiricalNTK"):
+            use()
+
+
+def test_arrays_lists_and_kernels_that_return_arrays_equal_tensors():
+    (x1, x2), start = pairs(), np.full(2, 1e-3)
+    expected = ContrastiveKernelPCA(RBF, 2).fit(x1, x2)
+    returns_arrays = ContrastiveKernelPCA(lambda x, y: RBF(x, y).numpy(), 2)
+    for model in (ContrastiveKernelPCA(RBF, 2), returns_arrays):
+        for convert in (Tensor.numpy, Tensor.tolist):
+            a1, a2 = convert(x1), convert(x2)
+            model.fit(a1, a2)
+            assert torch.equal(model.coefficients_, expected.coefficients_)
+            assert torch.equal(model.transform(a1), expected.transform(x1))
+            assert torch.equal(model.loss(a1, a2), expected.loss(x1, x2))
+            assert torch.equal(model.contrastive_kernel(a1, a2), expected.contrastive_kernel(x1, x2))
+            assert torch.equal(model.initial_singular_values(a1, a2), expected.initial_singular_values(x1, x2))
+            at = model.transform_at(a1, np.array([1.0, 2.0]), start)
+            assert torch.equal(at, expected.transform_at(x1, torch.tensor([1.0, 2.0]), torch.tensor(start)))
 
 
 def test_invalid_arguments_raise():

@@ -111,6 +111,16 @@ def test_wide_network_approaches_infinite_width_kernel():
     assert (EmpiricalNTK(Wide().double())(x, x) - exact).norm() < 0.03 * exact.norm()
 
 
+def test_arrays_and_lists_equal_tensors():
+    module = MLP(5, [4], 3, seed=0)
+    x = torch.randn(4, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    kernel = EmpiricalNTK(module)
+    for convert in (Tensor.numpy, Tensor.tolist):
+        array = convert(x)
+        assert torch.equal(kernel(array, array), kernel(x, x))
+        assert torch.equal(kernel(array, convert(x[:2])), kernel(x, x[:2]))
+
+
 def test_contrastive_kernel_pca_accepts_empirical_ntk():
     module, x = networks()["resnet"]
     module.eval()
@@ -132,6 +142,8 @@ def test_invalid_arguments_raise_one_clear_line():
         EmpiricalNTK(module, ["weigth"])
     with pytest.raises(ValueError, match="float32 or torch.float64, got torch.float16"):
         EmpiricalNTK(module, dtype=torch.float16)
+    with pytest.raises(ValueError, match="module must be a torch.nn.Module, got str"):
+        EmpiricalNTK("resnet18")
     for empty, layers in ((nn.Conv2d(1, 1, 1), "last"), (nn.ReLU(), "all")):
         with pytest.raises(ValueError, match="has no (linear layer|parameters)"):
             EmpiricalNTK(empty, layers)

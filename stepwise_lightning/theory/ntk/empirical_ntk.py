@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.func import grad, vmap
 
 from stepwise_lightning.errors import UserError
-from stepwise_lightning.precision import without_autocast
+from stepwise_lightning.precision import TensorLike, as_tensor, without_autocast
 from stepwise_lightning.theory.estimator import Estimator
 from stepwise_lightning.theory.ntk.functional_module import FunctionalModule, preserve_attributes
 from stepwise_lightning.theory.ntk.layer_blocks import add_blocks, layerwise_kernel, min_numbers
@@ -77,6 +77,8 @@ class EmpiricalNTK(Estimator):
         max_bytes: int = 2**30,
         dtype: torch.dtype = torch.float64,
     ) -> None:
+        if not isinstance(module, nn.Module):
+            raise UserError(f"module must be a torch.nn.Module, got {type(module).__name__}: pass the network")
         if dtype not in (torch.float32, torch.float64):
             raise UserError(f"dtype must be torch.float32 or torch.float64, got {dtype}")
         self.module, self.max_bytes, self.dtype = module, max_bytes, dtype
@@ -87,8 +89,8 @@ class EmpiricalNTK(Estimator):
         names = self.parameters if isinstance(self.parameters, str) else f"{len(self.parameters)} named"
         return f"EmpiricalNTK({type(self.module).__name__}, parameters={names})"
 
-    def __call__(self, x: Tensor, y: Tensor) -> Tensor:
-        """Return the kernel of (k, …) and (l, …) inputs, (k, l), float64.
+    def __call__(self, x: TensorLike, y: TensorLike) -> Tensor:
+        """Return the kernel of (k, …) and (l, …) inputs, tensors or arrays, (k, l), float64.
 
         The result is on the device of the module, or on the CPU if that device has no float64. Floating-point inputs
         are cast; integers, such as tokens, are cast only if the module does not run on them.
@@ -97,11 +99,13 @@ class EmpiricalNTK(Estimator):
         parameters and get the whole kernel. Wrap a call of one rank in ``with one_process():``
         (:mod:`stepwise_lightning.theory.process_group`).
         """
+        left = as_tensor(x, "x")
+        right = left if x is y else as_tensor(y, "y")
         group = process_group()
-        group.check_same_call("EmpiricalNTK", x, y, *self.module.parameters())
-        if x is y:
-            return group.symmetric_kernel(self._compute, x)
-        return group.map_rows(lambda rows: self._compute(rows, y), x)
+        group.check_same_call("EmpiricalNTK", left, right, *self.module.parameters())
+        if left is right:
+            return group.symmetric_kernel(self._compute, left)
+        return group.map_rows(lambda rows: self._compute(rows, right), left)
 
     def _compute(self, x: Tensor, y: Tensor) -> Tensor:
         with torch.inference_mode(False), ExitStack() as stack:
