@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Callable
 from contextlib import suppress
@@ -11,6 +12,9 @@ from typing import Any
 from stepwise_lightning.errors import cannot_write
 
 __all__ = ["atomic_write", "atomic_write_text"]
+
+# Errors of file systems that do not implement fsync, such as some versions of CIFS, VirtualBox and FUSE.
+_NO_FSYNC = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EBADF, errno.EPERM)
 
 
 def atomic_write(path: Path, write: Callable[[Path], Any]) -> None:
@@ -35,7 +39,8 @@ def atomic_write(path: Path, write: Callable[[Path], Any]) -> None:
     except BaseException:
         _remove(partial)
         raise
-    _sync(path.parent)
+    with suppress(OSError):  # the file is complete; only a crash of the machine could still undo its renaming
+        _sync(path.parent)
 
 
 def atomic_write_text(path: Path, text: str) -> None:
@@ -54,5 +59,8 @@ def _sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in _NO_FSYNC:
+            raise
     finally:
         os.close(descriptor)

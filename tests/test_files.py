@@ -1,10 +1,12 @@
 """Atomic writes: a kill or a full disk leaves complete files."""
 
 import csv
+import errno
 import json
 import os
 import random
 import signal
+import stat
 import subprocess
 import time
 
@@ -13,7 +15,9 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 from same_runs import assert_same_run
-from survival import job, log_of, newest, run_jobs, write_config, write_images
+from survival import job, log_of, newest, run_jobs, write_config
+from survival import write_images as write_survival_images
+from tiny_runs import stepwise, write_images
 
 from reproduce.claims import Claim
 from reproduce.figure import Outcome, write_outputs
@@ -114,6 +118,37 @@ def test_failed_write_leaves_only_the_old_file(tmp_path):
         atomic_write_text(tmp_path / "folder", "new")
 
 
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOSYS, errno.EACCES])
+def test_file_system_that_cannot_sync_folders(number, monkeypatch, tmp_path):
+    sync = os.fsync
+
+    def fsync(descriptor):
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(number, os.strerror(number))
+        sync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    write_images(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    stepwise("fit")
+    assert (tmp_path / "runs/lightning_logs/version_0/checkpoints/last.ckpt").is_file()
+
+
+def test_file_system_that_cannot_sync_files(monkeypatch, tmp_path):
+    number = errno.EINVAL
+
+    def fsync(descriptor):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    atomic_write_text(tmp_path / "claims.json", "new")
+    assert (tmp_path / "claims.json").read_text() == "new"
+    number = errno.EIO
+    with pytest.raises(OSError, match="cannot write .*claims.json: Input/output error"):
+        atomic_write_text(tmp_path / "claims.json", "newer")
+    assert (tmp_path / "claims.json").read_text() == "new"
+
+
 def read_bytes(folder):
     return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
@@ -153,7 +188,7 @@ def test_full_disk_leaves_old_files(tmp_path):
 )
 def test_run_on_a_full_disk_is_reported_and_resumes_with_free_space(disk, tmp_path):
     """The disk fills up during training, or a limit on the file size is set, which needs no root."""
-    config = write_config(tmp_path / "config.yaml", write_images(tmp_path / "images"), "VICReg", 0)
+    config = write_config(tmp_path / "config.yaml", write_survival_images(tmp_path / "images"), "VICReg", 0)
     (tmp_path / "run").mkdir()
     if disk == "full":
         subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", str(tmp_path / "run")], check=True)
