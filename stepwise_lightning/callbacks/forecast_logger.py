@@ -51,9 +51,9 @@ class ForecastLogger(L.Callback):
     without this callback.
 
     Logged, to every logger: ``forecast/next_mode_step`` at the step of the forecast, if a mode is expected before
-    training ends. Progress shows "4 of 10 modes learned, next ≈ step 3200"; the first forecast is printed as a line.
-    Figures of trajectories mark the first forecast of each mode. There is no forecast without SGD on the gradient of
-    the loss.
+    training ends. Progress shows "4 of 10 modes learned, next ≈ step 3200"; modes above the threshold of the last
+    forecast count as learned. The first forecast is printed as a line. Figures of trajectories mark the first forecast
+    of each mode. There is no forecast without SGD on the gradient of the loss.
 
     Typical errors of the remaining time, for small networks: 8 to 43 % for Barlow Twins and SimCLR; up to twofold too
     long for VICReg.
@@ -90,7 +90,7 @@ class ForecastLogger(L.Callback):
         if not _trains_with_sgd(trainer, pl_module):
             rank_zero_info("no forecast of the next mode: forecasts assume SGD on the gradient of the loss")
             return
-        self._measurements, self._learned, self._next_at = -1, -1, 0.0
+        self._measurements, self._learned, self._next_at, self._threshold = -1, 0, 0.0, math.inf
         self._began, self._spent = time.perf_counter(), 0.0
         self._measured: list[Tensor] = []
         self._trained: deque[Tensor] = deque()
@@ -165,10 +165,13 @@ class ForecastLogger(L.Callback):
             views.popleft()
 
     def _is_scheduled(self, step: int) -> bool:
-        learned = int(self._spectrum.record.measure("num_grown", self._matrix)[-1])
-        if learned > self._learned:
+        if (learned := self._num_learned()) > self._learned:
             self._learned, self._next_at = learned, 0.0
         return step >= self._next_at and self._spent <= self.cost * (time.perf_counter() - self._began)
+
+    def _num_learned(self) -> int:
+        """Return the number of measured eigenvalues above θ of the last forecast, 0 before the first forecast."""
+        return int((self._spectrum.record.eigenvalues(self._matrix)[-1] > self._threshold).sum())
 
     def _forecast(
         self, module: L.LightningModule, optimizer: torch.optim.Optimizer, size: int, start: int, end: int
@@ -215,6 +218,8 @@ class ForecastLogger(L.Callback):
         if soon and mode not in {earlier.num_learned + 1 for earlier in self.forecasts}:
             self._mark(step, expected, rates)
         self.forecasts.append(LiveForecast(step, mode - 1, expected))
+        self._threshold = forecast.threshold if forecast.threshold > 0 else math.inf
+        self._learned = max(self._learned, self._num_learned())
         self._next_at = step + max(((expected - step) if soon else step) / 2, _MIN_INTERVAL * step)
         if soon:
             for logger in trainer.loggers:

@@ -252,7 +252,7 @@ class SmallerLastBatch(Pairs):
     rest = 10
 
 
-def trained(tmp_path, cls, *callbacks, steps=80, data=Pairs, **settings):
+def trained(tmp_path, cls, *callbacks, steps=80, data=Pairs, ckpt_path=None, **settings):
     torch.manual_seed(0)
     model = module(cls, **settings)
     spectra = SpectrumLogger(
@@ -263,7 +263,8 @@ def trained(tmp_path, cls, *callbacks, steps=80, data=Pairs, **settings):
         enable_checkpointing=False, enable_progress_bar=any(isinstance(c, LineProgress) for c in callbacks),
         default_root_dir=tmp_path,
     )  # fmt: skip
-    trainer.fit(model, datamodule=data())
+    trainer.fit(model, datamodule=data(), ckpt_path=ckpt_path)
+    trainer.save_checkpoint(tmp_path / "last.ckpt")
     return model, spectra.record
 
 
@@ -279,11 +280,14 @@ class RecordingProgress(LineProgress):
 
 
 class RecordingForecasts(ForecastLogger):
-    """ForecastLogger that keeps forecasts without plateau correction."""
+    """ForecastLogger that keeps forecasts without plateau correction, and the texts of the progress bar by step."""
 
     def __init__(self):
         super().__init__(cost=1.0)
-        self.uncorrected = []
+        self.uncorrected, self.texts = [], {}
+
+    def _summary(self, step):
+        return self.texts.setdefault(step, super()._summary(step))
 
     def _forecast(self, *arguments):
         result = super()._forecast(*arguments)
@@ -353,6 +357,35 @@ def test_next_mode_is_printed_and_marked_in_figures(live_run):
     assert marked[0] == pytest.approx(first.expected_step * 0.02, rel=1e-6)
     axis = run_figure(record).axes[len(record.matrices)]  # the first below the losses
     assert any(list(line.get_xdata()) == marked for line in axis.lines)
+
+
+def assert_small_modes_are_not_learned(live, record):
+    """Check that no text counts a mode below half of the threshold as learned, and that its forecast is shown."""
+    threshold, grown = record.detect_steps().threshold, record.measure("num_grown")
+    small = [
+        (live.texts[step + 1], int(count))
+        for step, first, count in zip(record.steps.tolist(), record.eigenvalues()[:, 0], grown, strict=True)
+        if first < threshold / 2 and step + 1 in live.texts
+    ]
+    assert max(count for _, count in small) >= 1
+    for text, _ in small:
+        assert text.startswith(f"0 of {DIM} modes learned, next ≈ step "), text
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_grown_modes_below_the_threshold_do_not_count_as_learned(live_run):
+    live, _, record = live_run
+    assert_small_modes_are_not_learned(live, record)
+    assert f"2 of {DIM} modes learned" in live.texts[150]
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore:The dirpath has changed")
+def test_grown_modes_do_not_count_as_learned_after_a_resume(tmp_path):
+    trained(tmp_path, BarlowTwins, steps=30)
+    live = RecordingForecasts()
+    _, record = trained(tmp_path, BarlowTwins, live, steps=150, ckpt_path=tmp_path / "last.ckpt")
+    assert min(live.texts) == 31 and record.steps[0] == 0
+    assert_small_modes_are_not_learned(live, record)
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
