@@ -43,7 +43,7 @@ _NO_LISTENER = re.compile(
 )
 # Messages of torch and Lightning: the checkpoint does not fit the module, its optimizers or its schedulers.
 _NOT_RESTORED = re.compile(r"Error\(s\) in loading state_dict|loaded state dict (contains|has)|Trying to restore ")
-# jsonargparse could not instantiate a class; one of its lines is the reason.
+# jsonargparse could not instantiate a class; a line of its message is the reason.
 _NOT_INSTANTIATED = "Does not validate against any of the Union subtypes"
 # Messages of Lightning for arguments that it can check only once it has the data.
 _LIGHTNING_ARGUMENT = re.compile(r"`(val_check_interval|limit_\w+_batches|\w*dataloader\w*|Trainer\(.*\))`")

@@ -128,7 +128,7 @@ def outcome(trainer: L.Trainer, loggers: Sequence[Any]) -> list[str]:
 
 
 def _watching(logger: Any) -> str:
-    """Return the command or the address that shows a logger's run, '' if there is none."""
+    """Return the command or the address that shows a logger's run, or ''."""
     kind = logger_kind(logger)
     if kind == "TensorBoardLogger":
         return f"tensorboard --logdir {logger.root_dir}"

@@ -75,7 +75,7 @@ class SaveRun(SaveConfigCallback):
 
 
 def _settings(config: dict[str, Any]) -> dict[str, bool | float | str]:
-    """Return the few settings in which runs differ most; ``config.yaml`` has all of them."""
+    """Return the few settings in which runs differ most."""
     model = dict(config["model"].get("init_args") or {})
     encoder = model.pop("encoder", None)
     parts = dict((encoder.get("init_args") if isinstance(encoder, dict) else None) or {})

@@ -1,4 +1,4 @@
-"""Options of callbacks, and configurations that change callbacks without listing all of them."""
+"""Options of callbacks, and configurations that change only some callbacks."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def as_configurations(arguments: list[str]) -> list[str]:
     """Return command-line arguments in which options of callbacks are replaced by configurations.
 
     ``--spectrum.num_points 50`` becomes a ``--config`` with one callback and that argument. These configurations come
-    after the files, which they override; ``--print_config`` follows, because it prints what precedes it.
+    after the files, which they override; ``--print_config`` follows, because it prints the preceding ones.
 
     Raises:
         ValueError: an option without a value.

@@ -45,40 +45,44 @@ class ForecastingTrainer(L.Trainer):
             ValueError: the model is of another class, or ``max_steps`` is missing or not above the checkpoint's step.
 
         """
-        if not isinstance(model, (BarlowTwins, VICReg, SimCLR)):
-            raise UserError(
-                f"the model must be BarlowTwins, VICReg or SimCLR, got {type(model).__name__}: for another module that "
-                "ends in a linear layer call stepwise_lightning.forecast in Python, and pass its loss"
-            )
+        max_steps = self.max_steps
+        _check_model(model, max_steps)
         if datamodule is None:
             raise UserError("data is missing: a forecast needs --data")
-        max_steps = self.max_steps if self.max_steps > 0 else None
-        if max_steps is None:
-            raise UserError("a forecast needs the number of training steps: set trainer.max_steps")
         checkpoint = _read(ckpt_path, model) if ckpt_path else {}
         start = checkpoint.get("global_step", 0)
         if start >= max_steps:
-            raise UserError(
-                f"the checkpoint is of step {start}, at which training ends (max_steps {max_steps}): raise max_steps"
-            )
+            raise UserError(f"the checkpoint is of step {start}, but max_steps is {max_steps}: raise max_steps")
         datamodule.prepare_data()
         datamodule.setup("fit")
         model.to(self.strategy.root_device)
-        result = forecast(
-            model, unseen_batches(datamodule), max_steps, start=start, num_pairs=pairs,
-            velocity=_velocity(model, checkpoint),
-        )  # fmt: skip
+        batches, velocity = unseen_batches(datamodule), _velocity(model, checkpoint)
+        result = forecast(model, batches, max_steps, start=start, num_pairs=pairs, velocity=velocity)
         if records := [record for record in records_in(checkpoint) if result.matrix in record.matrices]:
             result = result.with_plateau_correction(records[0])
         print(result)
         if start and result.next_mode[1] < max_steps:
             print("mode {} is due at step {:.0f}".format(*result.next_mode))
-        from stepwise_lightning.plots.forecasts import forecast_figure
-
-        figure = forecast_figure(result)
-        atomic_write(Path(picture), lambda path: figure.savefig(path, format="png", dpi=150))
-        print(f"picture: {picture}")
+        _draw(result, picture)
         return result
+
+
+def _check_model(model: L.LightningModule, max_steps: int) -> None:
+    if not isinstance(model, (BarlowTwins, VICReg, SimCLR)):
+        raise UserError(
+            f"the model must be BarlowTwins, VICReg or SimCLR, got {type(model).__name__}: for another module that "
+            "ends in a linear layer call stepwise_lightning.forecast in Python, and pass its loss"
+        )
+    if max_steps <= 0:
+        raise UserError("a forecast needs the number of training steps: set trainer.max_steps")
+
+
+def _draw(result: Forecast, path: str) -> None:
+    from stepwise_lightning.plots.forecasts import forecast_figure
+
+    figure = forecast_figure(result)
+    atomic_write(Path(path), lambda partial: figure.savefig(partial, format="png", dpi=150))
+    print(f"picture: {path}")
 
 
 def configure_for_forecast(config: Any) -> None:

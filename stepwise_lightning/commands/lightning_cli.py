@@ -114,7 +114,7 @@ class _CLI(LightningCLI):
             return super().instantiate_trainer(**options)
         except UserError:
             raise
-        except (ValueError, TypeError, OSError) as error:  # Lightning's checks of its own arguments
+        except (ValueError, TypeError, OSError) as error:  # Lightning's checks of the arguments
             raise UserError(condensed(str(error))) from error
 
     def _trainer_options(self, trainer: Any) -> dict[str, Any]:

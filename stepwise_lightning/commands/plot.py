@@ -42,7 +42,7 @@ def main(arguments: list[str]) -> None:
 
 
 def _names(runs: list[str]) -> list[str]:
-    """Return short names of runs: their paths without the folders that all of them share."""
+    """Return short names of runs: their paths without common parent folders."""
     parts = [Path(run).parts for run in dict.fromkeys(runs)]
     if len(parts) == 1:
         return ["/".join(parts[0][-2:])]

@@ -45,7 +45,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
     Raises:
         OSError: the file cannot be written; the old one is unchanged.
-        ValueError: the file that is loaded is no checkpoint of Lightning.
+        ValueError: the loaded file is not a checkpoint of Lightning.
 
     """
 
@@ -77,11 +77,10 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 class LastCheckpoint(Checkpoint):
     """Update ``checkpoints/last.ckpt`` of a run, from which the run resumes exactly.
 
-    It is saved at intervals of optimiser steps, when training ends, and when a signal stops the run: SIGTERM or
+    It is saved every few optimiser steps, when training ends, and when a signal stops the run: SIGTERM or
     SIGUSR1, which SLURM and other schedulers send before they kill, or SIGINT (Ctrl-C; a second one stops at once).
-    Whichever process gets the signal, all of them finish the current step before they save and exit with status 75. If
-    that step is the last one of an epoch, validation and one more step come first; if it is the last one of training,
-    training ends as usual.
+    All processes finish the current step, save and exit with status 75, even if only one gets the signal. After the
+    last step of an epoch, validation and one more step come first; the last step of training ends it as usual.
 
     The checkpoint also has the state of the random number generators of each process. When training resumes, events
     that TensorBoard got after the checkpoint are marked as void, and a run that ended within an epoch because of

@@ -35,7 +35,7 @@ from stepwise_lightning.runs.loggers import logger_kind
 __all__ = ["newest_checkpoint", "pointer_file", "resume_latest", "write_pointer"]
 
 _TENSORBOARD = "lightning.pytorch.loggers.TensorBoardLogger"
-_OLD_VERSIONS = "loggers.json"  # versions of several loggers, beside the checkpoints of runs without a pointer file
+_OLD_VERSIONS = "loggers.json"  # versions of several loggers, in the checkpoints folder of runs without a pointer file
 
 
 @dataclass
@@ -126,7 +126,7 @@ def _latest_run(config: Any) -> _Run | None:
 
 
 def _run_without_pointer(config: Any) -> _Run | None:
-    """Return the latest run with a checkpoint that has no pointer file, as those of earlier versions.
+    """Return the latest run that has a checkpoint and no pointer file, such as a run of an earlier version.
 
     TensorBoard's and CSV runs, and runs without a logger, have numbers. Runs of other loggers are refused.
     """
@@ -166,7 +166,7 @@ def _refuse_without_pointer(config: Any, logger: Any) -> None:
 
 
 def _loggers(config: Any) -> list[Any]:
-    """Return the configured loggers; the default one of Lightning is written out."""
+    """Return the configured loggers, or Lightning's default logger."""
     loggers = config.trainer.logger
     if loggers in (None, True):
         arguments = Namespace(save_dir=str(_root(config)), name="lightning_logs", version=None)

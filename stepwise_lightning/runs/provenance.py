@@ -16,9 +16,9 @@ import torch
 def provenance() -> dict[str, Any]:
     """Return versions, commits, machine and date of this run.
 
-    ``commit`` is the commit of this package; it is None where no repository tracks the files of the package, as for an
-    installed copy. ``working_directory_commit`` is the commit of the repository that contains the working directory,
-    None outside of a repository.
+    ``commit`` is the commit of this package, None for an installed copy, whose files no repository tracks.
+    ``working_directory_commit`` is the commit of the repository that contains the working directory, None outside of
+    a repository.
     """
     packages = ("stepwise_lightning", "torch", "lightning", "torchvision", "scikit-image", "numpy")
     tracked = _git(Path(__file__).parent, "ls-files", "--error-unmatch", Path(__file__).name) is not None

@@ -73,7 +73,7 @@ def saved_checkpoint(checkpoint: str | Path) -> dict[str, Any]:
     """Load a checkpoint as data: tensors and plain values, which name nothing to import or run.
 
     Raises:
-        ValueError: the file cannot be read so, or is no checkpoint of Lightning.
+        ValueError: the file holds other objects, is damaged, or is not a checkpoint of Lightning.
 
     """
     try:
@@ -86,7 +86,7 @@ def saved_checkpoint(checkpoint: str | Path) -> dict[str, Any]:
 
 
 def configuration_of(checkpoint: Path) -> dict[str, Any]:
-    """Return the configuration of a checkpoint's run; that of ``last-v1.ckpt`` is ``config-v1.yaml``, if it exists."""
+    """Return the configuration of a checkpoint's run: ``config-v1.yaml`` for ``last-v1.ckpt``, if it exists."""
     folder = checkpoint.absolute().parent.parent
     suffix = checkpoint.stem.removeprefix("last")
     paths = [folder / f"config{suffix}.yaml", folder / "config.yaml"]
