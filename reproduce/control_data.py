@@ -40,7 +40,7 @@ class NoiseImages(TwoViewDataModule):
         if split not in self._sets:
             images = super().images(split)
             assert not isinstance(images.images, list)
-            generator = torch.Generator().manual_seed(hashed_seed(self.hparams["seed"], "noise", split))
+            generator = torch.Generator().manual_seed(hashed_seed(self.seed, "noise", split))
             noise = torch.randint(0, 256, images.images.shape, dtype=torch.uint8, generator=generator)
             self._sets[split] = ImageSet(noise, images.labels, images.class_names)
         return self._sets[split]

@@ -53,6 +53,7 @@ def main(arguments: list[str] | None = None) -> None:
 def forecast_configuration(name: str, data: str | None, batches: int, batch_size: int) -> Forecast:
     """Return the forecast of ``configs/<name>.yaml`` from batches of its data set, or of the images in ``data``."""
     config: dict[str, Any] = yaml.safe_load((CONFIGS / f"{name}.yaml").read_text(encoding="utf-8"))
+    torch.manual_seed(config["seed_everything"])
     settings = config["model"]["init_args"]
     encoder = Encoder(**settings.pop("encoder")["init_args"])
     module = LOSS_SETTINGS[name.rsplit("_", 1)[0]].module(encoder, **settings)

@@ -1,6 +1,7 @@
 """Encoders: modules from a batch of images or vectors to embeddings (n, d).
 
-Each encoder takes a ``seed`` and draws its initial weights from a separate generator, so they depend on nothing else.
+Each encoder draws its initial weights from a separate generator. Its seed is ``seed``, or for None the global seed of
+``seed_everything`` or ``torch.manual_seed``; the weights depend on nothing else.
 """
 
 from __future__ import annotations
@@ -25,14 +26,16 @@ class LinearEncoder(nn.Module):
         in_features: m, the number of pixels times channels.
         out_features: d, the embedding dimension.
         init_std: standard deviation of normal weights; None for uniform weights on ±1/√m, as in ``torch.nn.Linear``.
-        seed: seed of the initial weights.
+        seed: seed of the initial weights; None for the global seed (``seed_everything``).
 
     Raises:
         ValueError: a dimension below 1, a negative or infinite standard deviation; in a call, inputs of another size.
 
     """
 
-    def __init__(self, in_features: int, out_features: int, init_std: float | None = None, seed: int = 0) -> None:
+    def __init__(
+        self, in_features: int, out_features: int, init_std: float | None = None, seed: int | None = None
+    ) -> None:
         super().__init__()
         if in_features < 1 or out_features < 1:
             raise UserError(f"a linear encoder needs in_features, out_features ≥ 1, got {in_features}, {out_features}")
@@ -62,7 +65,7 @@ class MLP(nn.Sequential):
         hidden: widths of the hidden layers.
         out_features: d, the embedding dimension.
         bias: add biases to all layers.
-        seed: seed of the initial weights.
+        seed: seed of the initial weights; None for the global seed (``seed_everything``).
 
     Raises:
         ValueError: a width below 1; in a call, inputs of another size.
@@ -70,7 +73,7 @@ class MLP(nn.Sequential):
     """
 
     def __init__(
-        self, in_features: int, hidden: Sequence[int], out_features: int, bias: bool = True, seed: int = 0
+        self, in_features: int, hidden: Sequence[int], out_features: int, bias: bool = True, seed: int | None = None
     ) -> None:
         widths = [in_features, *hidden, out_features]
         if min(widths) < 1:
@@ -99,7 +102,7 @@ class ResNet(nn.Module):
     Args:
         name: ``resnet_small``, ``resnet18``, ``resnet34`` or ``resnet50``.
         small_images: use a 3×3 stem without stride or pooling, for images up to about 64 pixels.
-        seed: seed of the initial weights.
+        seed: seed of the initial weights; None for the global seed (``seed_everything``).
 
     Attributes:
         out_features: 64, 512, 512 or 2048.
@@ -108,7 +111,7 @@ class ResNet(nn.Module):
 
     NAMES = ("resnet_small", "resnet18", "resnet34", "resnet50")
 
-    def __init__(self, name: str = "resnet_small", small_images: bool = True, seed: int = 0) -> None:
+    def __init__(self, name: str = "resnet_small", small_images: bool = True, seed: int | None = None) -> None:
         from torchvision import models
 
         super().__init__()
@@ -141,7 +144,7 @@ class Projector(nn.Sequential):
         depth: number of linear layers; 1 is a linear projector.
         hidden_features: width of the hidden layers.
         norm: ``batch`` or ``none``, before each ReLU.
-        seed: seed of the initial weights.
+        seed: seed of the initial weights; None for the global seed (``seed_everything``).
 
     Raises:
         ValueError: a width or depth below 1, or an unknown norm.
@@ -155,7 +158,7 @@ class Projector(nn.Sequential):
         depth: int = 1,
         hidden_features: int = 128,
         norm: Literal["batch", "none"] = "batch",
-        seed: int = 0,
+        seed: int | None = None,
     ) -> None:
         if min(in_features, out_features, depth, hidden_features) < 1:
             raise UserError(
@@ -186,7 +189,7 @@ class Encoder(nn.Module):
         norm: normalisation of the projector.
         alpha: scale of the last layer, see :func:`scale_last_layer`; 1 is ordinary initialisation.
         bias_norm: norm of the initial bias of the last layer, in a random direction; None scales the bias by ``alpha``.
-        seed: seed of the initial weights.
+        seed: seed of the initial weights; None for the global seed (``seed_everything``).
 
     Attributes:
         backbone: its output is the hidden representation; ``SpectrumLogger(watch=["encoder.backbone"])`` measures it.
@@ -204,9 +207,10 @@ class Encoder(nn.Module):
         norm: Literal["batch", "none"] = "batch",
         alpha: float = 1.0,
         bias_norm: float | None = None,
-        seed: int = 0,
+        seed: int | None = None,
     ) -> None:
         super().__init__()
+        seed = checked_seed(seed)
         self.backbone = ResNet(backbone, small_images, seed)
         # Other seeds, because equal seeds would draw equal rows for layers of equal shape.
         self.projector = Projector(
@@ -220,7 +224,9 @@ class Encoder(nn.Module):
 
 
 @torch.no_grad()
-def scale_last_layer(module: nn.Module, alpha: float, bias_norm: float | None = None, seed: int = 0) -> nn.Module:
+def scale_last_layer(
+    module: nn.Module, alpha: float, bias_norm: float | None = None, seed: int | None = None
+) -> nn.Module:
     """Multiply weights and bias of the last linear layer of ``module`` by ``alpha`` in place; return the module.
 
     Only the last layer is scaled. With batch normalisation, scaling the other weights does not change the output but
@@ -232,7 +238,7 @@ def scale_last_layer(module: nn.Module, alpha: float, bias_norm: float | None = 
         alpha: α > 0, the factor of the outputs.
         bias_norm: norm of the new bias, in a random direction. Cosine losses need a bias: without one they see
             embeddings of full rank, however small these are.
-        seed: seed of the direction.
+        seed: seed of the direction; None for the global seed (``seed_everything``).
 
     Example:
         >>> from torch import nn

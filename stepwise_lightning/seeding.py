@@ -12,14 +12,23 @@ from stepwise_lightning.errors import UserError
 
 __all__ = ["checked_seed", "hashed_seed", "isolated_rng"]
 
+# Leaves room for seeds derived by adding a number.
+_MAX_GLOBAL_SEED = 2**62
+
 
 def hashed_seed(*key: int | str) -> int:
     """Return a 64-bit seed that depends on ``key`` only and is equal in every process and on every machine."""
     return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=8).digest(), "little")
 
 
-def checked_seed(seed: int) -> int:
-    """Return ``seed``; raise a ValueError if torch does not accept it."""
+def checked_seed(seed: int | None) -> int:
+    """Return ``seed``, or torch's global seed for None; raise a ValueError if torch does not accept it.
+
+    The global seed is the argument of the last ``seed_everything`` or ``torch.manual_seed``, and does not depend on the
+    random numbers drawn since. Without such a call it differs in every process.
+    """
+    if seed is None:
+        return torch.initial_seed() % _MAX_GLOBAL_SEED
     if not -(2**63) <= seed < 2**63:
         raise UserError(f"seed must have 64 bits or less, got {seed}")
     return seed

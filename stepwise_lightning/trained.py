@@ -125,7 +125,7 @@ def input_settings(checkpoint: Path) -> dict[str, Any]:
     settings = configuration_of(checkpoint).get("data") or {}
     name = settings.get("class_path", "none") if isinstance(settings, dict) else "none"
     state = saved_checkpoint(checkpoint).get(name.rpartition(".")[2])
-    if not state:
+    if not state or "image_size" not in state:
         raise UserError(
             f"the data of this run, {name}, have no image_size, mean and std, which TwoViewDataModule keeps in "
             "checkpoints: embed tensors with load_encoder(run) in Python"

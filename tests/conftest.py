@@ -36,6 +36,14 @@ def pytest_unconfigure() -> None:
     stop_server()
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup() -> None:
+    """Seed torch before the fixtures of a test: encoders and data modules without a seed use the global one."""
+    import torch
+
+    torch.manual_seed(0)
+
+
 @pytest.fixture(scope="module")
 def rendered_figures() -> Iterator[None]:
     """Render the figures of this module; other tests build figures, but save blank images, which takes less time."""

@@ -290,7 +290,7 @@ def test_help_is_short_and_documents_options_with_defaults(monkeypatch, capsys):
     entries = {
         match[1]: " ".join(match[2].split()) for match in re.finditer(r"^  --([\w.]+) (.*(?:\n {8,}.*)*)", text, re.M)
     }
-    assert entries["model.momentum"].endswith("(0.0)") and entries["data.seed"].endswith("(0)")
+    assert entries["model.momentum"].endswith("(0.0)") and entries["data.seed"].endswith("(null)")
     empty = [name for name, entry in entries.items() if "." in name and not entry.partition("(")[0].strip()]
     assert not empty
 

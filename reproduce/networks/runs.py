@@ -124,7 +124,7 @@ class Run(TrainingRun):
         """Data module of the run."""
         settings = self._config["data"]
         with self._readable("config.yaml"):
-            data = TwoViewDataModule(**settings)
+            data = TwoViewDataModule(**settings | {"seed": self.seed})
             data.setup("fit")
         return data
 

@@ -61,8 +61,6 @@ class TrainingRun:
         """Return the command-line settings that override the configuration files."""
         settings: dict[str, Any] = {
             "seed_everything": self.seed,
-            "model.init_args.encoder.init_args.seed": self.seed,
-            "data.init_args.seed": self.seed,
             "data.init_args.data": self.options.data,
             "data.init_args.root": self.options.root,
             "trainer.logger.init_args.save_dir": str(self.logs),

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import lightning as L
+import torch
 from lightning.pytorch.callbacks import ProgressBar
 
 from stepwise_lightning.callbacks.clock import expected_end
@@ -18,23 +19,31 @@ from stepwise_lightning.runs.loggers import logger_kind
 from stepwise_lightning.spectrum.matrices import phrase
 from stepwise_lightning.spectrum.record import SpectrumRecord
 
-__all__ = ["LineProgress", "Plan", "outcome"]
+__all__ = ["LineProgress", "Plan", "outcome", "seeds_in_use"]
 
 _MIN_SECONDS = 10.0  # between two lines of progress
 _MIN_SHARE = 0.05  # of the elapsed time, between two lines of progress
 
 
 class Plan(L.Callback):
-    """Print the model, the data, the number of steps and the folder before training starts."""
+    """Print the model, the data, the number of steps, the seeds and the folder before training starts.
+
+    Args:
+        seeds: line of seeds, see :func:`seeds_in_use`.
+
+    """
+
+    def __init__(self, seeds: str) -> None:
+        self._seeds = seeds
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Print the plan on rank 0."""
         folder = run_folder(trainer)  # a broadcast
         if trainer.is_global_zero:
-            print("\n".join(_plan(trainer, pl_module, folder)), flush=True)
+            print("\n".join(_plan(trainer, pl_module, folder, self._seeds)), flush=True)
 
 
-def _plan(trainer: L.Trainer, module: L.LightningModule, folder: Path) -> list[str]:
+def _plan(trainer: L.Trainer, module: L.LightningModule, folder: Path, seeds: str) -> list[str]:
     data = getattr(trainer, "datamodule", None)
     settings = dict(getattr(data, "hparams", {}))
     images = f" on {settings['data']}" if "data" in settings else ""
@@ -50,7 +59,27 @@ def _plan(trainer: L.Trainer, module: L.LightningModule, folder: Path) -> list[s
     speed = f", learning rate {rate:g}" if isinstance(rate, float) else ""
     devices = f"{trainer.world_size} × " if trainer.world_size > 1 else ""
     parts.append(f"{steps}{each}{begun}{speed}, on {devices}{trainer.strategy.root_device.type}")
-    return [*parts, "nothing is written" if trainer.fast_dev_run else f"writes to {folder}"]  # type: ignore[attr-defined]
+    return [*parts, seeds, "nothing is written" if trainer.fast_dev_run else f"writes to {folder}"]  # type: ignore[attr-defined]
+
+
+def seeds_in_use(config: dict[str, Any]) -> str:
+    """Return ``seed_everything`` and the seeds of single classes in a configuration, in one line."""
+    first = config["seed_everything"]
+    first = f"torch's seed {torch.initial_seed()}" if first is False else f"seed_everything {first}"
+    return f"seeds: {', '.join([first, *_class_seeds(config)])}"
+
+
+def _class_seeds(config: Any, path: str = "") -> Iterator[str]:
+    """Yield the names, as options of the command line, and values of the seeds in a configuration."""
+    if isinstance(config, (list, tuple)):
+        for item in config:
+            yield from _class_seeds(item, path)
+    elif isinstance(config, dict):
+        for key, value in config.items():
+            name = path if key == "init_args" else f"{path}.{key}".removeprefix(".")
+            if (key == "seed" or key.endswith("_seed")) and value is not None:
+                yield f"{name} {value}"
+            yield from _class_seeds(value, name)
 
 
 def _count(number: int) -> str:

@@ -80,6 +80,8 @@ def _settings(config: dict[str, Any]) -> dict[str, bool | float | str]:
     encoder = model.pop("encoder", None)
     parts = dict((encoder.get("init_args") if isinstance(encoder, dict) else None) or {})
     settings = {"loss": _name(config["model"])} | parts | model
+    if settings.get("seed") is None:
+        settings["seed"] = config["seed_everything"]
     if isinstance(encoder, dict) and "class_path" in encoder:
         settings["encoder"] = parts.get("backbone", _name(encoder))
     shown = {name: settings.get(name) for name in _SHOWN}

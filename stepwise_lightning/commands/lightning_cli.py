@@ -7,6 +7,7 @@ import os
 import re
 import sys
 import warnings
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
 import stepwise_lightning
-from stepwise_lightning.callbacks.progress import LineProgress, Plan, outcome
+from stepwise_lightning.callbacks.progress import LineProgress, Plan, outcome, seeds_in_use
 from stepwise_lightning.callbacks.save_config import SaveRun
 from stepwise_lightning.callbacks.spectrum_logger import SpectrumLogger
 from stepwise_lightning.commands import TRAINING
@@ -28,7 +29,7 @@ from stepwise_lightning.errors import NotFoundError, UserError, condensed, one_l
 from stepwise_lightning.runs import AtomicCheckpointIO, LastCheckpoint
 from stepwise_lightning.runs.folders import create_logger_folders
 from stepwise_lightning.runs.latest import newest_checkpoint, pointer_file, resume_latest
-from stepwise_lightning.runs.saved import saved_checkpoint
+from stepwise_lightning.runs.saved import configuration_of, saved_checkpoint
 from stepwise_lightning.signals import INTERRUPTED
 
 # Import all classes now: classes that are imported can be named without their module.
@@ -97,7 +98,7 @@ class _CLI(LightningCLI):
             if not Path(config.ckpt_path).is_file():
                 raise NotFoundError(f"checkpoint file not found: {config.ckpt_path}")
             if self.command == "fit":
-                _check_checkpoint(config.ckpt_path, config.model)
+                _check_checkpoint(config.ckpt_path, config.model, config.seed_everything)
         if self.command == "forecast":
             configure_for_forecast(config)
 
@@ -127,7 +128,7 @@ class _CLI(LightningCLI):
             callbacks.append(LastCheckpoint())
         if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
             plugins.append(AtomicCheckpointIO())
-        callbacks.append(Plan())
+        callbacks.append(Plan(seeds_in_use(self.config.as_dict())))
         if not sys.stdout.isatty() and trainer.get("enable_progress_bar") is not False:
             callbacks = [callback for callback in callbacks if not isinstance(callback, TQDMProgressBar)]
             callbacks += [] if any(isinstance(callback, ProgressBar) for callback in callbacks) else [LineProgress()]
@@ -210,8 +211,8 @@ def _silence_libraries() -> None:
         warnings.filterwarnings("ignore", message)
 
 
-def _check_checkpoint(path: str, model: Any) -> None:
-    """Refuse to resume with other settings of the model: the optimiser's would come from the checkpoint.
+def _check_checkpoint(path: str, model: Any, seed: int) -> None:
+    """Refuse to resume with another seed or other settings of the model: those of the checkpoint would be used.
 
     Raises:
         ValueError: the checkpoint cannot be read, or has other settings.
@@ -222,6 +223,9 @@ def _check_checkpoint(path: str, model: Any) -> None:
     configured = {} if settings is None else settings.as_dict()
     trained = checkpoint.get("hyper_parameters")
     trained = trained if isinstance(trained, dict) else {}
+    with suppress(UserError):  # no config.yaml: a run from Python
+        trained = {"seed_everything": configuration_of(Path(path)).get("seed_everything", seed)} | trained
+        configured = {"seed_everything": seed} | configured
     for name in sorted(trained.keys() & configured.keys()):
         if _plain(trained[name]) != _plain(configured[name]):
             raise UserError(

@@ -80,7 +80,7 @@ def short_help(command: str) -> str:
 options:
   --config CONFIG
 {_line("ckpt_path", "a checkpoint, or 'last': that of the latest run of this name; fit starts a run if there is none")}
-{forecast}{_line("seed_everything", "seed of everything but the encoder and the data, which have their own")}
+{forecast}{_line("seed_everything", "seed of initial weights, data and everything else that has no seed given (0)")}
   --print_config              print the complete configuration, with every default, and exit
   --model, --data CLASS       a class of this package, or the dotted path of another
   --model.help, --data.help CLASS

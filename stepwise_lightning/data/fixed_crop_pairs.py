@@ -4,30 +4,32 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import repeat
+from typing import Any
 
-import lightning as L
 from torch import Tensor
 
 from stepwise_lightning.data.image_sets import download_images, load_images
+from stepwise_lightning.data.seeded_datamodule import SeededDataModule
 from stepwise_lightning.data.views import crop_pairs
 from stepwise_lightning.errors import UserError
 from stepwise_lightning.seeding import checked_seed
 
 
-class FixedCropPairs(L.LightningDataModule):
+class FixedCropPairs(SeededDataModule):
     """Data of the linear experiment: pairs of random crops, drawn once and returned as one full batch at every step.
 
     Args:
         data: see :func:`stepwise_lightning.data.image_sets.load_images`.
         num_pairs: number of pairs, at most the number of images.
         crop_size: side of the crops in pixels.
-        seed: seed of the images and crop positions.
+        seed: seed of the images and crop positions; None for the global seed (``seed_everything``).
         steps_per_epoch: number of times that the batch is repeated in one epoch.
         root: folder of ``cifar10`` and ``stl10``.
         download: download the data set if missing.
 
     Attributes:
         x1, x2: the views after ``setup``, float32, (num_pairs, 3, crop_size, crop_size).
+        seed: the seed in use, see :class:`.SeededDataModule`.
 
     Raises:
         ValueError, FileNotFoundError: see ``load_images`` and ``crop_pairs``; raised in ``setup``, except for
@@ -43,7 +45,7 @@ class FixedCropPairs(L.LightningDataModule):
         data: str = "photos",
         num_pairs: int = 500,
         crop_size: int = 20,
-        seed: int = 0,
+        seed: int | None = None,
         steps_per_epoch: int = 1000,
         root: str = "data",
         download: bool = False,
@@ -53,6 +55,7 @@ class FixedCropPairs(L.LightningDataModule):
         if steps_per_epoch < 1:
             raise UserError(f"steps_per_epoch must be at least 1, got {steps_per_epoch}")
         checked_seed(seed)
+        self._set_seed(seed)
 
     def prepare_data(self) -> None:
         """Download the data set if ``download`` is set (in one process only)."""
@@ -61,10 +64,21 @@ class FixedCropPairs(L.LightningDataModule):
 
     def setup(self, stage: str | None = None) -> None:
         """Load the images and draw the pairs."""
+        super().setup(stage)
         if not hasattr(self, "x1"):
-            h = self.hparams
-            images = load_images(h["data"], h["root"], h["download"])
-            self.x1, self.x2 = crop_pairs(images, h["num_pairs"], h["crop_size"], h["seed"])
+            self._draw()
+
+    def _draw(self) -> None:
+        h = self.hparams
+        images = load_images(h["data"], h["root"], h["download"])
+        self.x1, self.x2 = crop_pairs(images, h["num_pairs"], h["crop_size"], self.seed)
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Use the seed of the checkpoint, unless the constructor got one."""
+        before = self.seed
+        super().load_state_dict(state)
+        if self.seed != before:
+            self._draw()
 
     def train_dataloader(self) -> _Repeated:
         """Return an iterable of the full batch (x1, x2), repeated ``steps_per_epoch`` times."""

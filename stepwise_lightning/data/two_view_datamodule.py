@@ -6,7 +6,6 @@ import signal
 from collections.abc import Sequence
 from typing import Any, Literal
 
-import lightning as L
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
@@ -15,13 +14,14 @@ from stepwise_lightning.data.augmentation import AugmentationParameters
 from stepwise_lightning.data.batch_views import BatchTwoViews, BatchViews
 from stepwise_lightning.data.image_sets import ImageSet, download_images, load_image_set
 from stepwise_lightning.data.sampling import GlobalBatchSampler, ResumableLoader, local_batch_size
+from stepwise_lightning.data.seeded_datamodule import SeededDataModule
 from stepwise_lightning.data.views import PROBE_EPOCH, PlainImages, TwoViews, plain_view, random_view
 from stepwise_lightning.errors import UserError
 from stepwise_lightning.seeding import hashed_seed
 from stepwise_lightning.signals import STOP_SIGNALS
 
 
-class TwoViewDataModule(L.LightningDataModule):
+class TwoViewDataModule(SeededDataModule):
     """Two augmented views of each training image, and held-out images and pairs for evaluation.
 
     Training batches are ``(x1, x2, label)``: two views, float32, (n, 3, image_size, image_size) each, and labels,
@@ -46,13 +46,14 @@ class TwoViewDataModule(L.LightningDataModule):
         probe_seed: seed of these pairs, independent of ``seed``: runs with different seeds use the same pairs.
         num_workers: processes per training process that prepare batches. 0 is fast enough for images held in memory,
             which always use 0 on a GPU.
-        seed: seed of order and views.
+        seed: seed of order and views; None for the global seed (``seed_everything``).
         root: folder of ``cifar10`` and ``stl10``.
         download: download ``cifar10`` or ``stl10`` if missing.
 
     Attributes:
         class_names: names of the labels 0, 1, …, after ``setup``.
         mean, std: channel statistics of the training images, in [0, 1], after ``setup``.
+        seed: the seed in use, see :class:`.SeededDataModule`.
 
     Raises:
         ValueError: a value out of range; in ``setup``, a ``global_batch_size`` that the processes do not divide, or
@@ -74,12 +75,13 @@ class TwoViewDataModule(L.LightningDataModule):
         num_probe_pairs: int = 256,
         probe_seed: int = 0,
         num_workers: int = 0,
-        seed: int = 0,
+        seed: int | None = None,
         root: str = "data",
         download: bool = False,
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
+        self._set_seed(seed)
         AugmentationParameters.of(augmentation)  # raises for an unknown name
         for name, value, least in (("image_size", image_size, 1), ("num_probe_pairs", num_probe_pairs, 2)):
             if value is not None and value < least:
@@ -99,6 +101,7 @@ class TwoViewDataModule(L.LightningDataModule):
         """Load the images that ``stage`` needs and compute the channel statistics of the training images."""
         h = self.hparams
         local_batch_size(h["global_batch_size"], self._num_processes)
+        super().setup(stage)
         if not hasattr(self, "mean"):
             train = self.images("train")
             mean, std = train.statistics()
@@ -110,22 +113,23 @@ class TwoViewDataModule(L.LightningDataModule):
             self.images("test")
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the input settings of the trained model for its checkpoints: size, normalisation, class names."""
+        """Return seed, and the input settings of the trained model: size, normalisation, class names."""
         size = self._image_size(self.images("train"))
-        return {"image_size": size, "mean": self.mean, "std": self.std, "class_names": self.class_names}
+        inputs = {"image_size": size, "mean": self.mean, "std": self.std, "class_names": self.class_names}
+        return super().state_dict() | inputs
 
     def train_dataloader(self) -> ResumableLoader:
         """Return a loader of batches (x1, x2, label), this process's share of every global batch."""
         h = self.hparams
         if getattr(self.trainer, "overfit_batches", 0):
             raise UserError("overfit_batches would replace the sampler: set limit_train_batches instead")
-        dataset, loading = self._two_views("train", h["seed"], self._device), self._loading()
+        dataset, loading = self._two_views("train", self.seed, self._device), self._loading()
         if isinstance(dataset, BatchTwoViews):
             loading["collate_fn"] = BatchTwoViews.keep
             if dataset.device.type != "cpu":  # batches are already on the training device
                 loading |= {"num_workers": 0, "persistent_workers": False, "pin_memory": False}
         rank = self.trainer.global_rank if self.trainer else 0
-        sampler = GlobalBatchSampler(dataset, h["global_batch_size"], self._num_processes, rank, h["seed"])
+        sampler = GlobalBatchSampler(dataset, h["global_batch_size"], self._num_processes, rank, self.seed)
         return ResumableLoader(dataset, sampler.local_batch_size, sampler=sampler, **loading)
 
     def val_dataloader(self) -> DataLoader[Any]:

@@ -12,6 +12,7 @@ from torch import nn
 from stepwise_lightning.errors import NotFoundError, UserError, condensed, reason
 from stepwise_lightning.runs.folders import CHECKPOINTS
 from stepwise_lightning.runs.moved_classes import with_current_classes
+from stepwise_lightning.seeding import checked_seed, isolated_rng
 
 __all__ = ["checkpoint_of", "configuration_of", "configured_encoder", "instantiate", "load_weights", "saved_checkpoint"]
 
@@ -26,12 +27,17 @@ def configured_encoder(checkpoint: str | Path) -> nn.Module:
         ValueError: the configuration cannot be read, or has no encoder.
 
     """
-    model = configuration_of(Path(checkpoint)).get("model") or {}
+    config = configuration_of(Path(checkpoint))
+    model = config.get("model") or {}
     settings = model.get("init_args") if isinstance(model, dict) else None
     if not isinstance(settings, dict) or "encoder" not in settings:
         name = model.get("class_path") if isinstance(model, dict) else model
         raise UserError(f"the model of this run, {name}, has no argument 'encoder': use its own load_from_checkpoint")
-    return instantiate(nn.Module, settings["encoder"])
+    seed = config.get("seed_everything")
+    if not isinstance(seed, int) or isinstance(seed, bool):
+        return instantiate(nn.Module, settings["encoder"])
+    with isolated_rng(checked_seed(seed)):  # of the initial weights
+        return instantiate(nn.Module, settings["encoder"])
 
 
 def load_weights(encoder: nn.Module, checkpoint: Path) -> None:
