@@ -14,7 +14,7 @@ figures: $(VENV)/.installed  ## all figures with their verdicts, and results/rep
 	$(BIN)/python -m reproduce all
 
 test: $(VENV)/.installed-test  ## the default test suite
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 test-slow: $(VENV)/.installed-test  ## the slow tests
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m slow
