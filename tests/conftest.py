@@ -8,10 +8,17 @@ from importlib.util import find_spec
 
 import pytest
 from fresh_processes import PRELOAD, ProcessServer, server, start_server, stop_server
+from matplotlib.artist import allow_rasterization
+from matplotlib.backend_bases import RendererBase
 from matplotlib.figure import Figure
 
 collect_ignore = [] if find_spec("lightly") else ["peers"]
 _draw = Figure.draw
+
+
+@allow_rasterization  # without it, Matplotlib would keep the method in subclasses
+def _leave_blank(figure: Figure, renderer: RendererBase) -> None:
+    """Draw nothing; see ``rendered_figures``."""
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -24,7 +31,7 @@ def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(1)
     # In the background of a script Ctrl-C is ignored, and processes that the tests start would inherit that.
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    Figure.draw = lambda figure, renderer: None  # see rendered_figures
+    Figure.draw = _leave_blank
     if hasattr(config, "workerinput"):  # a worker of pytest-xdist imports these in any case, the server shares them
         for name in PRELOAD:
             import_module(name)

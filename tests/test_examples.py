@@ -29,7 +29,7 @@ EXAMPLES = examples()
 
 
 def test_losses_steps_and_theory_have_examples():
-    for name in ("losses.barlow_twins_loss", "steps.detect_steps", "theory.contrastive.ContrastiveKernelPCA"):
+    for name in ("losses.barlow_twins_loss", "spectrum.steps.detect_steps", "theory.contrastive.ContrastiveKernelPCA"):
         assert f"{stepwise_lightning.__name__}.{name}" in EXAMPLES
 
 
