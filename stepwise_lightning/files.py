@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import errno
+import glob
 import os
+import time
+import uuid
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -11,23 +14,26 @@ from typing import Any
 
 from stepwise_lightning.errors import cannot_write
 
-__all__ = ["atomic_write", "atomic_write_text"]
+__all__ = ["atomic_write", "atomic_write_text", "reserve"]
 
 # Errors of file systems that do not implement fsync, such as some versions of CIFS, VirtualBox and FUSE.
 _NO_FSYNC = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EBADF, errno.EPERM)
+# A temporary file that has not changed for so many seconds was left by a killed process.
+_ABANDONED = 3600
 
 
 def atomic_write(path: Path, write: Callable[[Path], Any]) -> None:
     """Call ``write`` with a temporary path in the same folder, sync that file, and rename it to ``path``.
 
-    The temporary file is hidden and has the suffix of ``path``, from which writers infer the format. It is removed if
-    ``write`` raises; a kill may leave it, and the next call overwrites it. A missing folder is created.
+    The temporary file is hidden and has the suffix of ``path``, from which writers infer the format. Its name is unique,
+    because several processes may write ``path`` at once. It is removed if ``write`` raises; a kill may leave it, and a
+    call at least an hour later removes it. A missing folder is created.
 
     Raises:
         CannotWriteError: the file cannot be written; ``path`` is unchanged.
 
     """
-    partial = path.with_name(f".{path.stem}.partial{path.suffix}")
+    partial = path.with_name(f".{path.stem}.partial-{uuid.uuid4().hex[:12]}{path.suffix}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write(partial)
@@ -41,11 +47,37 @@ def atomic_write(path: Path, write: Callable[[Path], Any]) -> None:
         raise
     with suppress(OSError):  # the file is complete; only a crash of the machine could still undo its renaming
         _sync(path.parent)
+    _remove_abandoned(path)
 
 
 def atomic_write_text(path: Path, text: str) -> None:
     """Write a UTF-8 text file atomically."""
     atomic_write(path, lambda partial: partial.write_text(text, encoding="utf-8"))
+
+
+def reserve(path: Path) -> bool:
+    """Create an empty file; return False if ``path`` exists, for one of two processes that call this at once.
+
+    Raises:
+        CannotWriteError: the file cannot be created.
+
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+    except OSError as error:
+        if isinstance(error, FileExistsError) and path.parent.is_dir():
+            return False
+        raise cannot_write(path, error) from error
+    os.close(descriptor)
+    return True
+
+
+def _remove_abandoned(path: Path) -> None:
+    for partial in path.parent.glob(f".{glob.escape(path.stem)}.partial-*{glob.escape(path.suffix)}"):
+        with suppress(OSError):  # another process may remove it first
+            if time.time() - partial.stat().st_mtime > _ABANDONED:
+                partial.unlink()
 
 
 def _remove(partial: Path) -> None:

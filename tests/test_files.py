@@ -13,19 +13,21 @@ import time
 import numpy as np
 import pytest
 import torch
+import yaml
 from matplotlib.figure import Figure
 from same_runs import assert_same_run
 from survival import job, log_of, newest, run_jobs, write_config
 from survival import write_images as write_survival_images
-from tiny_runs import stepwise, write_images
+from tiny_runs import changed, stepwise, write_images
 
 from reproduce.claims import Claim
 from reproduce.figure import Outcome, write_outputs
 from reproduce.report import write_report
 from stepwise_lightning import SpectrumRecord
+from stepwise_lightning.callbacks import run_files, save_config
 from stepwise_lightning.callbacks.run_files import SpectrumTable
-from stepwise_lightning.files import atomic_write, atomic_write_text
-from stepwise_lightning.runs import AtomicCheckpointIO
+from stepwise_lightning.files import atomic_write, atomic_write_text, reserve
+from stepwise_lightning.runs import AtomicCheckpointIO, checkpoints
 
 KILLS = 50
 ROOT = os.geteuid() == 0
@@ -98,7 +100,52 @@ def test_fifty_kills_while_writing_leave_complete_files(tmp_path):
         interrupted += bool(list(tmp_path.rglob(".*.partial*")))
     assert interrupted >= KILLS / 5  # a fifth of the kills came within a write
     write_all(tmp_path, max(numbers) + 1)
-    assert set(numbers_in(tmp_path)) == {max(numbers) + 1} and not list(tmp_path.rglob(".*.partial*"))
+    assert set(numbers_in(tmp_path)) == {max(numbers) + 1}
+
+
+def test_simultaneous_writes_of_a_file_are_complete(tmp_path):
+    path = tmp_path / "spectrum.csv"
+
+    def write(partial):
+        partial.write_text("first")
+        atomic_write_text(path, "second, which is longer")
+        assert path.read_text() == "second, which is longer" and partial.read_text() == "first"
+
+    atomic_write(path, write)
+    assert path.read_text() == "first" and list(tmp_path.iterdir()) == [path]
+
+
+def test_files_of_killed_writes_are_removed_after_an_hour(tmp_path):
+    abandoned, recent, other = (tmp_path / f".{name}.csv" for name in ("a.partial-1", "a.partial-2", "b.partial-3"))
+    for path, minutes in ((abandoned, 61), (recent, 59), (other, 61)):
+        path.write_text("half")
+        os.utime(path, (time.time() - 60 * minutes,) * 2)
+    atomic_write_text(tmp_path / "a.csv", "whole")
+    assert set(tmp_path.iterdir()) == {tmp_path / "a.csv", recent, other}
+
+
+@pytest.mark.parametrize("file", ["config.yaml", "spectrum.csv", "last.ckpt"])
+def test_two_runs_that_start_at_one_moment_write_separate_files(file, monkeypatch, tmp_path):
+    """Train a second run in the same folder at the moment at which the first one has found that a file is missing."""
+    write_images(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    logger = "lightning.pytorch.loggers.TensorBoardLogger"  # CSVLogger has one metrics.csv for a folder
+    config = changed({"trainer.logger.class_path": logger, "trainer.logger.init_args.version": 0})
+    others = ["--trainer.max_steps=3"]
+
+    def reserve_later(path):
+        if path.name == file and others:
+            stepwise("fit", others.pop(), config=config)
+        return reserve(path)
+
+    for module in (checkpoints, run_files, save_config):
+        monkeypatch.setattr(module, "reserve", reserve_later)
+    stepwise("fit", config=config)
+    folder = tmp_path / "runs/lightning_logs/version_0"
+    saved = [torch.load(path, weights_only=True) for path in folder.glob("checkpoints/*.ckpt")]
+    configured = [yaml.safe_load(path.read_text())["trainer"]["max_steps"] for path in folder.glob("config*.yaml")]
+    assert sorted(checkpoint["global_step"] for checkpoint in saved) == sorted(configured) == [2, 3]
+    assert sorted(len(SpectrumRecord.load(path)) for path in folder.glob("spectrum*.npz")) == [3, 4]
 
 
 def test_failed_write_leaves_only_the_old_file(tmp_path):

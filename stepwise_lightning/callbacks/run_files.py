@@ -16,7 +16,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from stepwise_lightning.callbacks.tensorboard import Charts, PrimaryMatrix
 from stepwise_lightning.errors import UserError
-from stepwise_lightning.files import atomic_write, atomic_write_text
+from stepwise_lightning.files import atomic_write, atomic_write_text, reserve
 from stepwise_lightning.runs.folders import free_name
 from stepwise_lightning.runs.loggers import logger_kind
 from stepwise_lightning.spectrum.record import Measurement, SpectrumRecord
@@ -157,10 +157,10 @@ def _with_all_digits(row: Row) -> tuple[Any, ...]:
 
 
 def _is_of_another_run(folder: Path, stem: str, record: SpectrumRecord) -> bool:
-    """Return False if no files have this stem, or if the table contains the first measurement to the last digit."""
+    """Return False if the table contains the first measurement to the last digit; reserve a stem that is free."""
     table = folder / f"{stem}.csv"
     if not (table.exists() or (folder / f"{stem}.npz").exists()):
-        return False
+        return not reserve(table)
     if not (len(record) and table.exists()):
         return True
     first = record.measurements[0]

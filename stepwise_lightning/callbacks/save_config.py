@@ -10,8 +10,7 @@ import lightning as L
 from lightning.pytorch.cli import SaveConfigCallback
 
 from stepwise_lightning.callbacks.tensorboard import log_settings
-from stepwise_lightning.errors import cannot_write
-from stepwise_lightning.files import atomic_write_text
+from stepwise_lightning.files import atomic_write_text, reserve
 from stepwise_lightning.runs.folders import free_name, run_folder
 from stepwise_lightning.runs.latest import write_pointer
 from stepwise_lightning.runs.provenance import provenance
@@ -58,12 +57,10 @@ class SaveRun(SaveConfigCallback):
 
         stem = Path(self.config_filename).stem
         if not self.overwrite:
-            stem = free_name(stem, lambda name: any(path.exists() for path in paths(name)))
+            stem = free_name(
+                stem, lambda name: any(path.exists() for path in paths(name)) or not reserve(paths(name)[0])
+            )
         config, origin = paths(stem)
-        try:
-            self._folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise cannot_write(self._folder, error) from error
         atomic_write_text(config, self._text)
         atomic_write_text(origin, json.dumps(provenance(), indent=2) + "\n")
         log_settings(trainer, _settings(self.config.as_dict()))

@@ -19,7 +19,7 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from stepwise_lightning.distributed import all_gather_objects
 from stepwise_lightning.errors import UserError, cannot_write, reason
-from stepwise_lightning.files import atomic_write
+from stepwise_lightning.files import atomic_write, reserve
 from stepwise_lightning.runs.folders import CHECKPOINTS, free_name, is_behind, run_folder
 from stepwise_lightning.runs.resume import (
     begin_epoch,
@@ -202,7 +202,7 @@ class LastCheckpoint(Checkpoint):
         def is_taken(name: str) -> bool:
             path = self.directory / f"{name}.ckpt"
             # A run resumed from another checkpoint in its folder has written this file itself, if it is behind.
-            return path.exists() and not (in_place and is_behind(path, self._resumed))
+            return not reserve(path) and not (in_place and is_behind(path, self._resumed))
 
         return free_name("last", is_taken)
 

@@ -124,7 +124,12 @@ def newest_checkpoint_in(run: Path) -> tuple[int, Path] | None:
     The newest checkpoint has the highest step; where several runs have saved to one folder, it is the ``last*.ckpt``
     that was saved last.
     """
-    folder = run / CHECKPOINTS
-    last = sorted(folder.glob("last*.ckpt"), key=lambda path: path.stat().st_mtime_ns)
-    paths = last[-1:] if len(last) > 1 else list(folder.glob("[!.]*.ckpt"))
-    return max(((saved_step(path), path) for path in paths), default=None)
+    saved = checkpoints_in(run)
+    last = [path for path in saved if path.name.startswith("last")]
+    return max(((saved_step(path), path) for path in (last[-1:] if len(last) > 1 else saved)), default=None)
+
+
+def checkpoints_in(run: Path) -> list[Path]:
+    """Return the checkpoints in a run's folder, the newest last; an empty file is not a checkpoint yet."""
+    saved = [path for path in (run / CHECKPOINTS).glob("[!.]*.ckpt") if path.stat().st_size]
+    return sorted(saved, key=lambda path: path.stat().st_mtime_ns)

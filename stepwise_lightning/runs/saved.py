@@ -10,7 +10,7 @@ import yaml
 from torch import nn
 
 from stepwise_lightning.errors import NotFoundError, UserError, condensed, reason
-from stepwise_lightning.runs.folders import CHECKPOINTS
+from stepwise_lightning.runs.folders import CHECKPOINTS, checkpoints_in
 from stepwise_lightning.runs.moved_classes import with_current_classes
 from stepwise_lightning.seeding import checked_seed, isolated_rng
 
@@ -67,12 +67,12 @@ def checkpoint_of(run: str | Path) -> Path:
         return path
     if not path.is_dir():
         raise NotFoundError(f"no run {str(run)!r}: give the folder of a run, runs/NAME/VERSION, or a checkpoint in it")
-    saved = list((path / CHECKPOINTS).glob("[!.]*.ckpt"))
+    saved = checkpoints_in(path)
     if not saved:
         versions = sorted(str(folder.parent) for folder in path.glob(f"*/{CHECKPOINTS}") if any(folder.glob("*.ckpt")))
         remedy = f"; give one of its runs, such as {versions[-1]!r}" if versions else ""
         raise NotFoundError(f"no checkpoint in {str(path / CHECKPOINTS)!r}{remedy}")
-    return max(saved, key=lambda file: file.stat().st_mtime_ns)
+    return saved[-1]
 
 
 def saved_checkpoint(checkpoint: str | Path) -> dict[str, Any]:
