@@ -25,9 +25,9 @@ _ABANDONED = 3600
 def atomic_write(path: Path, write: Callable[[Path], Any]) -> None:
     """Call ``write`` with a temporary path in the same folder, sync that file, and rename it to ``path``.
 
-    The temporary file is hidden and has the suffix of ``path``, from which writers infer the format. Its name is unique,
-    because several processes may write ``path`` at once. It is removed if ``write`` raises; a kill may leave it, and a
-    call at least an hour later removes it. A missing folder is created.
+    The temporary file is hidden and has the suffix of ``path``, from which writers infer the format. Its name is
+    unique, because several processes may write ``path`` at once. It is removed if ``write`` raises; a kill may leave
+    it, and a call at least an hour later removes it. A missing folder is created.
 
     Raises:
         CannotWriteError: the file cannot be written; ``path`` is unchanged.
