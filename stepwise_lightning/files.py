@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import glob
 import os
+import re
 import time
 import uuid
 from collections.abc import Callable
@@ -12,12 +13,14 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from stepwise_lightning.errors import cannot_write
+from stepwise_lightning.errors import UserError, cannot_write
 
-__all__ = ["atomic_write", "atomic_write_text", "reserve"]
+__all__ = ["atomic_write", "atomic_write_text", "local_path", "reserve"]
 
 # Errors of file systems that do not implement fsync, such as some versions of CIFS, VirtualBox and FUSE.
 _NO_FSYNC = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EBADF, errno.EPERM)
+# The scheme of an address, also of one that Path has normalised to s3:/bucket; a drive of Windows has one letter.
+_ADDRESS = re.compile(r"([A-Za-z][\w+.-]*[\w:+.-]:)/+")
 # A temporary file that has not changed for so many seconds was left by a killed process.
 _ABANDONED = 3600
 
@@ -31,8 +34,10 @@ def atomic_write(path: Path, write: Callable[[Path], Any]) -> None:
 
     Raises:
         CannotWriteError: the file cannot be written; ``path`` is unchanged.
+        UserError: ``path`` is an address such as ``s3://…``.
 
     """
+    local_path(path)
     partial = path.with_name(f".{path.stem}.partial-{uuid.uuid4().hex[:12]}{path.suffix}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -55,6 +60,23 @@ def atomic_write_text(path: Path, text: str) -> None:
     atomic_write(path, lambda partial: partial.write_text(text, encoding="utf-8"))
 
 
+def local_path(path: str | os.PathLike[str]) -> Path:
+    """Return a path of the local file system.
+
+    Raises:
+        UserError: an address, such as ``s3://bucket/runs`` or ``file:///runs``; Path would make it a folder ``s3:``.
+
+    """
+    if match := _ADDRESS.match(str(path)):
+        slashes = "///" if match[1] == "file:" else "//"
+        raise UserError(
+            f"{match[1]}{slashes}{str(path)[match.end() :]} is an address, not a path: files are written to local "
+            "folders only; give a local path (of a run: the logger's save_dir, or default_root_dir), and copy the "
+            "files afterwards"
+        )
+    return Path(path)
+
+
 def reserve(path: Path) -> bool:
     """Create an empty file; return False if ``path`` exists, for one of two processes that call this at once.
 
@@ -62,6 +84,7 @@ def reserve(path: Path) -> bool:
         CannotWriteError: the file cannot be created.
 
     """
+    local_path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)

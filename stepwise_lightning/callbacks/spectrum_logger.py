@@ -30,7 +30,7 @@ from stepwise_lightning.features import (
     views_in,
 )
 from stepwise_lightning.precision import as_float64
-from stepwise_lightning.runs.folders import free_name, run_folder
+from stepwise_lightning.runs.folders import check_local, free_name, run_folder
 from stepwise_lightning.spectrum.matrices import MATRICES
 from stepwise_lightning.spectrum.measures import measure
 from stepwise_lightning.spectrum.record import Measurement, Spectrum, SpectrumRecord
@@ -130,6 +130,8 @@ class SpectrumLogger(L.Callback):
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Move behind the callbacks that may change weights, and make the names of several loggers unique."""
+        if stage == "fit":
+            check_local(trainer)
         callbacks = trainer.callbacks  # type: ignore[attr-defined]
         savers = [callback for callback in callbacks if isinstance(callback, Checkpoint)]
         loggers = [callback for callback in callbacks if isinstance(callback, SpectrumLogger)]

@@ -15,6 +15,7 @@ def main(arguments: list[str]) -> None:
     options = parser.parse_args(arguments)
 
     from stepwise_lightning.data.image_sets import download_images
+    from stepwise_lightning.files import local_path
 
-    download_images(options.data, options.root)
+    download_images(options.data, str(local_path(options.root)))
     print(f"{options.data} is in {options.root}")

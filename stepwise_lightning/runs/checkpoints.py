@@ -20,7 +20,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from stepwise_lightning.distributed import all_gather_objects
 from stepwise_lightning.errors import UserError, cannot_write, reason
 from stepwise_lightning.files import atomic_write, reserve
-from stepwise_lightning.runs.folders import CHECKPOINTS, free_name, is_behind, run_folder
+from stepwise_lightning.runs.folders import CHECKPOINTS, check_local, free_name, is_behind, run_folder
 from stepwise_lightning.runs.resume import (
     begin_epoch,
     continue_events,
@@ -95,6 +95,7 @@ class LastCheckpoint(Checkpoint):
     Raises:
         ValueError: ``every_n_train_steps`` is below 1.
         OSError: the folder cannot be created, or the file cannot be written.
+        UserError: the folder of the run is not local.
 
     """
 
@@ -104,6 +105,11 @@ class LastCheckpoint(Checkpoint):
         self.every_n_train_steps = every_n_train_steps
         self._signal = 0
         self._restored: dict[str, Any] = {}
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Refuse a folder that is not local, before training."""
+        if stage == "fit":
+            check_local(trainer)
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Add the state that Lightning omits; loggers write their buffers first."""

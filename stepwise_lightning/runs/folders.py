@@ -12,6 +12,7 @@ import lightning as L
 import torch
 
 from stepwise_lightning.errors import CannotWriteError, UserError, cannot_write
+from stepwise_lightning.files import local_path
 from stepwise_lightning.runs.loggers import folder_of, logger_kind
 
 CHECKPOINTS = "checkpoints"  # folder of checkpoints in the folder of a run
@@ -33,9 +34,11 @@ def run_folder(trainer: L.Trainer, resumed: str | Path | None = None) -> Path:
 
     Raises:
         OSError: the folder of a run without a logger cannot be created.
+        UserError: the folder is not local, on every rank.
 
     """
     folder = None
+    check_local(trainer)
     if trainer.is_global_zero:
         if trainer.loggers:
             folder = folder_of(trainer.loggers[0], trainer.default_root_dir)
@@ -44,6 +47,13 @@ def run_folder(trainer: L.Trainer, resumed: str | Path | None = None) -> Path:
                 _folders[trainer] = _without_logger(trainer, resumed or trainer.ckpt_path)
             folder = _folders[trainer]
     return Path(trainer.strategy.broadcast(str(folder)))
+
+
+def check_local(trainer: L.Trainer) -> None:
+    """Raise a UserError if the folder of this run is not local; ``fast_dev_run`` writes nothing."""
+    if not trainer.fast_dev_run:  # type: ignore[attr-defined]
+        root = trainer.default_root_dir
+        local_path(folder_of(trainer.loggers[0], root) if trainer.loggers else root)
 
 
 def _without_logger(trainer: L.Trainer, resumed: str | Path | None) -> Path:
@@ -75,12 +85,13 @@ def create_logger_folders(trainer: L.Trainer) -> None:
 
     Raises:
         CannotWriteError: a folder cannot be created or written to.
+        UserError: a folder is not local.
 
     """
     for logger in trainer.loggers if trainer.is_global_zero else ():
         if logger_kind(logger) not in ("TensorBoardLogger", "CSVLogger"):
             continue
-        folder = folder_of(logger, trainer.default_root_dir)
+        folder = local_path(folder_of(logger, trainer.default_root_dir))
         try:
             folder.mkdir(parents=True, exist_ok=True)
             if not os.access(folder, os.W_OK):

@@ -22,7 +22,7 @@ from jsonargparse import Namespace
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 
 from stepwise_lightning.errors import UserError
-from stepwise_lightning.files import atomic_write_text
+from stepwise_lightning.files import atomic_write_text, local_path
 from stepwise_lightning.runs.folders import (
     CHECKPOINTS,
     WITHOUT_LOGGER,
@@ -187,7 +187,7 @@ def _class_of(logger: Any) -> type:
 
 
 def _root(config: Any) -> Path:
-    return Path(config.trainer.default_root_dir or ".").expanduser()
+    return local_path(config.trainer.default_root_dir or ".").expanduser()
 
 
 def _save_dir(config: Any, logger: Any) -> Path:
@@ -196,8 +196,8 @@ def _save_dir(config: Any, logger: Any) -> Path:
         return Path(address.removeprefix("file:")) if address.startswith("file:") else _root(config)
     folder = arguments.get("save_dir") or str(_root(config))
     if logger_kind(_class_of(logger)) == "CSVLogger":  # the only one that creates a folder "~"
-        return Path(folder)
-    return Path(os.path.expandvars(folder)).expanduser()
+        return local_path(folder)
+    return local_path(os.path.expandvars(folder)).expanduser()
 
 
 def _name(arguments: dict[str, Any]) -> str:
