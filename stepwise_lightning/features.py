@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
-import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from difflib import get_close_matches
 from functools import partial
 from typing import Any
 
 import lightning as L
-import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from stepwise_lightning.errors import UserError, reason
+from stepwise_lightning.module_state import (
+    COMPILED,
+    batch_statistics,
+    evaluation,
+    precision_plugin,
+    restored_state,
+    without_logging,
+)
+from stepwise_lightning.precision import without_autocast
 
 Views = Callable[[Any], Tensor | Sequence[Tensor]]
 
@@ -91,12 +97,19 @@ def _structure(item: Any) -> str:
 
 
 def on_device(views: Sequence[Tensor], module: nn.Module) -> list[Tensor]:
-    """Move views to the device of a module, and floating-point views to its dtype."""
-    parameter = next((p for p in module.parameters() if p.is_floating_point()), None)
-    if parameter is None:  # the networks of the module are not registered
+    """Move views to the device of a module, and convert floating-point views to its dtype.
+
+    If the parameters have several dtypes, views are converted as by the precision plugin of the module's Trainer.
+    """
+    parameters = [parameter for parameter in module.parameters() if parameter.is_floating_point()]
+    if not parameters:  # the networks of the module are not registered
         device = module.device if isinstance(module, L.LightningModule) else torch.device("cpu")
         return [view.to(device) for view in views]
-    return [view.to(parameter) if view.is_floating_point() else view.to(parameter.device) for view in views]
+    device, dtypes = parameters[0].device, {parameter.dtype for parameter in parameters}
+    if len(dtypes) == 1:
+        return [view.to(parameters[0]) if view.is_floating_point() else view.to(device) for view in views]
+    plugin = precision_plugin(module)
+    return [(view if plugin is None else plugin.convert_input(view)).to(device) for view in views]
 
 
 def concatenate_ranks(parts: list[dict[str, list[Tensor]]]) -> dict[str, list[Tensor]]:
@@ -118,7 +131,6 @@ def loss_in(outputs: Any) -> float | None:
 
 # The name of a submodule, "" for the module itself, or a function of module and view.
 Watched = str | Callable[[nn.Module, Tensor], Tensor]
-_COMPILED = "_orig_mod"  # attribute of a compiled module that holds the original
 
 
 def check_watched(module: nn.Module, watch: Sequence[Watched]) -> None:
@@ -148,8 +160,12 @@ def capture(
 
     The module runs in evaluation mode, except batch normalisation in training mode, which uses the statistics of the
     view: during the first tens of steps its running statistics still reflect the initial network. Batch normalisation
-    in evaluation mode is frozen and uses its running statistics, as in training. Buffers, modes and the state of all
-    random number generators are restored. Compiled modules run uncompiled.
+    in evaluation mode is frozen and uses its running statistics, as in training. Buffers, attributes (also of
+    torchmetrics metrics), modes and the state of all random number generators are restored, and ``self.log`` has no
+    effect. Compiled modules run uncompiled.
+
+    A module in a Trainer runs in the forward context of its precision plugin, which sets the default dtype; mixed
+    precision applies only if the module does not run without it.
 
     Args:
         module: called as ``module(view)``.
@@ -166,6 +182,25 @@ def capture(
 
     """
     check_watched(module, watch)
+    with ExitStack() as stack:
+        stack.enter_context(evaluation(module) if running_statistics else batch_statistics(module))
+        stack.enter_context(without_logging(module))
+        plugin = precision_plugin(module)
+        if plugin is not None:
+            stack.enter_context(plugin.forward_context())
+        device = next((parameter.device for parameter in module.parameters()), torch.device("cpu"))
+        if plugin is None or not torch.is_autocast_enabled(device.type):
+            return _capture(module, views, watch, alone)
+        try:
+            with without_autocast(device):
+                return _capture(module, views, watch, alone)
+        except Exception:  # the module needs autocast, for instance because it has a part in half precision
+            return _capture(module, views, watch, alone)
+
+
+def _capture(
+    module: nn.Module, views: Sequence[Tensor], watch: Sequence[Watched], alone: bool
+) -> dict[str, list[Tensor]]:
     outputs: dict[str, list[Tensor]] = {label(watched): [] for watched in watch}
     functions = [watched for watched in watch if not isinstance(watched, str)]
     parts = {name: _submodule(module, name) for name in watch if isinstance(name, str)}
@@ -173,9 +208,7 @@ def capture(
     def keep(_module: Any, _inputs: Any, output: Any, name: str) -> None:
         outputs[name].append(_embeddings(output, name))
 
-    with ExitStack() as stack:
-        stack.enter_context(_evaluation(module) if running_statistics else batch_statistics(module))
-        stack.enter_context(_restored_state(module))
+    with restored_state(module):
         with ExitStack() as hooks:  # removed before functions run, which may call the submodules again
             for name, part in parts.items():
                 hooks.callback(part.register_forward_hook(partial(keep, name=name)).remove)
@@ -188,13 +221,24 @@ def capture(
         for view in views:
             for function in functions:
                 keep(None, None, function(module, view), label(function))
+    _check_runs(outputs, len(views))
+    return outputs
+
+
+def _check_runs(outputs: dict[str, list[Tensor]], num_views: int) -> None:
+    """Raise a UserError for a submodule that did not run once per view."""
     for name, captured in outputs.items():
-        if len(captured) != len(views):
+        if not captured:
+            function = name.rpartition(".")[2]
             raise UserError(
-                f"{name!r} ran {len(captured)} times on {len(views)} views: watch a submodule that runs once per view, "
+                f"{name!r} does not run in forward(view), as a momentum encoder: watch a function that runs it, "
+                f"watch=[{function}] with: def {function}(module, view): return module.{name}(view)"
+            )
+        if len(captured) != num_views:
+            raise UserError(
+                f"{name!r} ran {len(captured)} times on {num_views} views: watch a submodule that runs once per view, "
                 "or a function of module and view"
             )
-    return outputs
 
 
 def _run_alone(part: nn.Module, view: Tensor, name: str) -> None:
@@ -220,65 +264,6 @@ def _embeddings(output: Any, name: str) -> Tensor:
     return output.detach().reshape(len(output), -1).clone()
 
 
-@contextmanager
-def batch_statistics(module: nn.Module) -> Iterator[None]:
-    """Switch to evaluation mode, with batch normalisation in training mode on batch statistics, not recorded."""
-    norms = [p for p in module.modules() if isinstance(p, _BatchNorm) and p.training and p.track_running_stats]
-    untracked = [p for p in module.modules() if isinstance(p, _BatchNorm) and p.training and not p.track_running_stats]
-    with _evaluation(module):
-        try:
-            for norm in norms:
-                norm.training, norm.track_running_stats = True, False
-            for norm in untracked:
-                norm.training = True
-            yield
-        finally:
-            for norm in norms:
-                norm.track_running_stats = True
-
-
-@contextmanager
-def _evaluation(module: nn.Module) -> Iterator[None]:
-    """Switch to evaluation mode, and restore the mode of each submodule."""
-    parts = list(module.modules())
-    modes = [part.training for part in parts]
-    for part in parts:  # not eval(), which some modules override
-        part.training = False
-    try:
-        yield
-    finally:
-        for part, training in zip(parts, modes, strict=True):
-            part.training = training
-
-
-@contextmanager
-def _restored_state(module: nn.Module) -> Iterator[None]:
-    """Restore buffers and random number generators at the end, and run compiled modules uncompiled."""
-    buffers = [(part, dict(part._buffers)) for part in module.modules()]
-    values = [(buffer, buffer.clone()) for buffer in module.buffers()]
-    python, numpy = random.getstate(), np.random.get_state()
-    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
-    with torch.random.fork_rng(devices=devices), _uncompiled(module):
-        try:
-            yield
-        finally:
-            random.setstate(python)
-            np.random.set_state(numpy)
-            for part, before in buffers:
-                part._buffers.update(before)
-            for buffer, value in values:
-                if not torch.equal(buffer, value):
-                    buffer.copy_(value)
-
-
-def _uncompiled(module: nn.Module) -> AbstractContextManager[Any]:
-    compiled = any(
-        hasattr(part, _COMPILED) or getattr(part, "_compiled_call_impl", None) is not None for part in module.modules()
-    )
-    # Hooks do not run in a module that was compiled without them. Only if compiled: set_stance imports the compiler.
-    return torch.compiler.set_stance("force_eager") if compiled else nullcontext()
-
-
 def _submodule(module: nn.Module, name: str) -> nn.Module:
     """Return a submodule by its name, with or without the parts that torch.compile inserts; KeyError if unknown."""
     for known, part in module.named_modules():
@@ -288,4 +273,4 @@ def _submodule(module: nn.Module, name: str) -> nn.Module:
 
 
 def _plain(name: str) -> str:
-    return ".".join(part for part in name.split(".") if part != _COMPILED)
+    return ".".join(part for part in name.split(".") if part != COMPILED)

@@ -15,7 +15,8 @@ from reproduce.networks.variants import LOSS_SETTINGS
 from stepwise_lightning import BarlowTwins, SimCLR, SpectrumLogger, SpectrumRecord, VICReg
 from stepwise_lightning.callbacks.run_files import rows
 from stepwise_lightning.callbacks.tensorboard import PrimaryMatrix, layout, measured_scalars
-from stepwise_lightning.features import batch_statistics, capture
+from stepwise_lightning.features import capture
+from stepwise_lightning.module_state import batch_statistics
 from stepwise_lightning.spectrum import MATRICES, embedding_eigenvalues
 
 
