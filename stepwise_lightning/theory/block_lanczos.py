@@ -13,11 +13,11 @@ from itertools import accumulate, count
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from stepwise_lightning.errors import UserError
 from stepwise_lightning.precision import as_float64, as_tensor
 from stepwise_lightning.theory.process_group import KernelProcessGroup, process_group
+from stepwise_lightning.theory.progress import progress_bar
 
 # Number of pairs up to which a dense eigendecomposition is used.
 _DENSE = 300
@@ -48,7 +48,7 @@ class KernelOperator:
     ) -> None:
         self.group = process_group()
         self.kernel, self.points, self.size = kernel, points, len(points)
-        self.progress = progress and self.group.rank == 0
+        self.progress = progress
         self._compare_kernels(self.group.run_or_raise_everywhere(self._validated_sample))
         if self.group.world_size > 1:
             self.points = points[self.row_order()]
@@ -135,9 +135,7 @@ class KernelOperator:
         return [(rows, columns, tile.clone()) for rows, columns, tile in self._computed_tiles()]
 
     def _computed_tiles(self) -> Iterator[_Tile]:
-        for rows, columns in tqdm(
-            self._positions, "kernel matrix", unit="tile", delay=5, disable=not self.progress, leave=False
-        ):
+        for rows, columns in progress_bar("kernel matrix", "tile", items=self._positions, shown=self.progress):
             x = self.points[rows]
             y = x if rows == columns else self.points[columns]
             tile = as_float64(self.kernel(x, y), "the kernel").detach().to(self.points.device)
@@ -214,7 +212,7 @@ def _block_lanczos(operator: KernelOperator, count: int, tolerance: float) -> tu
     if block.shape[1] == 0:  # K̃ is zero
         return images.new_empty(0), block, images.new_empty(0)
     vectors, all_images = block, images
-    with tqdm(desc="kernel modes", unit="product", delay=2, disable=not operator.progress, leave=False) as bar:
+    with progress_bar("kernel modes", "product", shown=operator.progress) as bar:
         while True:
             bar.update()
             applied = _swap_views(images) / operator.size

@@ -31,7 +31,10 @@ from stepwise_lightning.theory.process_group import process_group
 Kernel = Callable[[Tensor, Tensor], Tensor]
 # Eigenvalues below this fraction of the largest count as zero.
 _ZERO = 1e-12
-_FITTED = ("eigenvalues", "coefficients", "residuals", "views")
+# Names in the file of a saved model, and attributes.
+_FITTED = {
+    "eigenvalues": "eigenvalues_", "coefficients": "coefficients_", "residuals": "residuals_", "views": "_views"
+}  # fmt: skip
 
 
 class ContrastiveKernelPCA(Estimator):
@@ -41,9 +44,8 @@ class ContrastiveKernelPCA(Estimator):
     Hilbert space. From small initialisation it learns the top eigenfunctions of the contrastive kernel one by one, and
     converges to f_j(x) = γ_j^{−1/2} Σ_i β_ij K(z_i, x), up to a rotation of the embedding.
 
-    The operator β ↦ (1/2n) P K̃ β is self-adjoint in ⟨u, v⟩ = uᵀ K̃ v. Block Lanczos iteration in this inner product
-    computes its top eigenpairs from products with K̃, also for a singular K̃ (identical crops). Up to 300 pairs, a dense
-    eigendecomposition on the range of K̃ is used.
+    Block Lanczos iteration computes the eigenpairs from products with K̃, also for a singular K̃ (identical crops); up to
+    300 pairs, a dense eigendecomposition on the range of K̃ is used.
 
     Args:
         kernel: any callable ``kernel(x, y)`` of (k, …) and (l, …) that returns (k, l), symmetric and positive
@@ -53,7 +55,7 @@ class ContrastiveKernelPCA(Estimator):
             by the number of processes, fits; otherwise it is recomputed in tiles at each iteration.
         tolerance: residual at which the iteration stops, relative to γ_1; the relative error of the eigenvalues is
             about its square.
-        progress: show a progress bar on long fits.
+        progress: show the progress of long fits on standard error: a bar on a terminal, otherwise lines.
 
     Attributes (after ``fit``):
         eigenvalues_: γ_1 … γ_d, (d,).
@@ -146,30 +148,17 @@ class ContrastiveKernelPCA(Estimator):
         return self.transform(x1), self.transform(x2)
 
     def transform(self, x: TensorLike) -> Tensor:
-        """Return the final embeddings γ_j^{−1/2} Σ_i β_ij K(z_i, x) of (k, …) points, (k, d).
-
-        Raises:
-            ValueError: called before ``fit``.
-
-        """
+        """Return the final embeddings γ_j^{−1/2} Σ_i β_ij K(z_i, x) of (k, …) points, (k, d)."""
         return self._eigenfunctions(x) / self.eigenvalues_.sqrt()
 
     def transform_at(self, x: TensorLike, t: TensorLike, initial_singular_values: TensorLike) -> Tensor:
-        """Return the embeddings during training, s_j(t) Σ_i β_ij K(z_i, x), with s_j(t) of :class:`LinearBarlowTwins`.
-
-        Args:
-            x: points, (k, …).
-            t: learning rate × steps, ≥ 0, scalar or (T,).
-            initial_singular_values: s_j(0), (d,), in the order of the modes.
+        """Return the embeddings of points (k, …) at time ``t``, s_j(t) Σ_i β_ij K(z_i, x), see :meth:`trajectory`.
 
         Returns:
             (k, d) for a scalar ``t``, (T, k, d) for ``t`` of shape (T,).
 
-        Raises:
-            ValueError: called before ``fit``; negative times; ``initial_singular_values`` of another shape or negative.
-
         """
-        singular_values = self._trajectory(initial_singular_values).singular_values(t)
+        singular_values = self.trajectory(initial_singular_values).singular_values(t)
         return self._eigenfunctions(x) * singular_values.unsqueeze(-2)
 
     def initial_singular_values(self, f1: TensorLike, f2: TensorLike) -> Tensor:
@@ -194,13 +183,28 @@ class ContrastiveKernelPCA(Estimator):
         check_finite(f, "the initial embeddings", "check the model")
         return torch.linalg.qr(f.T @ self.coefficients_, mode="r").R.diagonal().abs()
 
+    def trajectory(self, initial_singular_values: TensorLike) -> LinearBarlowTwins:
+        """Return the linear model in the basis of the eigenfunctions, where Γ is diagonal, from s_j(0), (d,), on.
+
+        Raises:
+            ValueError: called before ``fit``; values of another shape, or negative.
+
+        """
+        self._check_fitted()
+        start = as_float64(initial_singular_values, "initial_singular_values").to(self.eigenvalues_.device)
+        if start.shape != self.eigenvalues_.shape or not (start >= 0).all():
+            raise UserError(
+                f"initial_singular_values must be {self.n_components} values ≥ 0, got {initial_singular_values!r}"
+            )
+        return LinearBarlowTwins(torch.diag(self.eigenvalues_), torch.diag(start))
+
     def embedding_eigenvalues(self, t: TensorLike, initial_singular_values: TensorLike) -> Tensor:
-        """Return the eigenvalues of C at time ``t``; see :meth:`LinearBarlowTwins.embedding_eigenvalues`."""
-        return self._trajectory(initial_singular_values).embedding_eigenvalues(t)
+        """Return :meth:`LinearBarlowTwins.embedding_eigenvalues` of :meth:`trajectory`."""
+        return self.trajectory(initial_singular_values).embedding_eigenvalues(t)
 
     def step_times(self, initial_singular_values: TensorLike) -> Tensor:
-        """Return the step times τ_j = −log(s_j(0)² γ_j) / 8γ_j, (d,); see :class:`LinearBarlowTwins`."""
-        return self._trajectory(initial_singular_values).step_times
+        """Return the step times τ_j = −log(s_j(0)² γ_j) / 8γ_j, (d,), the attribute of :meth:`trajectory`."""
+        return self.trajectory(initial_singular_values).step_times
 
     def contrastive_kernel(self, x: TensorLike, y: TensorLike) -> Tensor:
         """Return k_Γ(x, y) = (1/2n) Σ_i [K(x, x_i) K(x'_i, y) + K(x, x'_i) K(x_i, y)], (k, l)."""
@@ -218,8 +222,7 @@ class ContrastiveKernelPCA(Estimator):
     def save(self, path: str | Path) -> None:
         """Save the attributes of a fitted model as plain tensors, without the kernel."""
         self._check_fitted()
-        fitted = (self.eigenvalues_, self.coefficients_, self.residuals_, self._views)
-        torch.save(dict(zip(_FITTED, fitted, strict=True)), path)
+        torch.save({name: getattr(self, attribute) for name, attribute in _FITTED.items()}, path)
 
     @classmethod
     def load(cls, path: str | Path, kernel: Kernel) -> Self:
@@ -240,22 +243,13 @@ class ContrastiveKernelPCA(Estimator):
         if not _is_fitted(saved):
             raise UserError(f"{str(path)!r} does not hold a fitted ContrastiveKernelPCA: save it again")
         model = cls(kernel, len(saved["eigenvalues"]))
-        model.eigenvalues_, model.coefficients_, model.residuals_, model._views = (saved[name] for name in _FITTED)
+        for name, attribute in _FITTED.items():
+            setattr(model, attribute, saved[name])
         return model
 
     def _check_fitted(self) -> None:
         if not hasattr(self, "eigenvalues_"):
             raise UserError("this ContrastiveKernelPCA is not fitted: call fit(x1, x2) first")
-
-    def _trajectory(self, initial_singular_values: TensorLike) -> LinearBarlowTwins:
-        """Return the linear model in the basis of the eigenfunctions, where Γ is diagonal."""
-        self._check_fitted()
-        start = as_float64(initial_singular_values, "initial_singular_values").to(self.eigenvalues_.device)
-        if start.shape != self.eigenvalues_.shape or not (start >= 0).all():
-            raise UserError(
-                f"initial_singular_values must be {self.n_components} values ≥ 0, got {initial_singular_values!r}"
-            )
-        return LinearBarlowTwins(torch.diag(self.eigenvalues_), torch.diag(start))
 
     def _eigenfunctions(self, x: TensorLike) -> Tensor:
         self._check_fitted()
@@ -296,10 +290,9 @@ def _is_fitted(saved: Any) -> bool:
     """Return True for the contents of a file of :meth:`ContrastiveKernelPCA.save`."""
     if not isinstance(saved, dict) or not all(isinstance(saved.get(name), Tensor) for name in _FITTED):
         return False
-    eigenvalues, coefficients, residuals, views = tensors = [saved[name] for name in _FITTED]
-    if eigenvalues.ndim != 1 or len(eigenvalues) == 0 or views.ndim < 2 or len(views) % 2:
-        return False
-    if residuals.shape != eigenvalues.shape or coefficients.shape != (len(views), len(eigenvalues)):
+    eigenvalues, *_, views = tensors = [saved[name] for name in _FITTED]
+    n, d, numbers = len(views) if views.ndim > 1 else 0, eigenvalues.numel(), tensors[:3]
+    if n % 2 or not n * d or [tuple(tensor.shape) for tensor in numbers] != [(d,), (n, d), (d,)]:
         return False
     finite = all(not tensor.is_complex() and bool(tensor.isfinite().all()) for tensor in tensors)
-    return finite and all(t.dtype == torch.float64 for t in tensors[:3]) and bool((eigenvalues > 0).all())
+    return finite and all(tensor.dtype == torch.float64 for tensor in numbers) and bool((eigenvalues > 0).all())

@@ -116,6 +116,11 @@ class LastLayer:
         batches = zip(x1.split(1), x2.split(1), strict=True) if in_turn else [(x1, x2)]
         self._gradients = [layer_gradient(loss, a, b, len(weight), self.settings) for a, b in batches]
 
+    def __repr__(self) -> str:
+        batches, n, m = self._features[0].shape
+        shapes = f"features=({batches}, {n}, {m}), weight=({len(self._weight0)}, {m}), bias={self._has_bias}"
+        return f"LastLayer({self.loss!r}, {shapes})"
+
     @torch.no_grad()
     @single_threaded()
     def simulate(

@@ -117,6 +117,10 @@ class LinearBarlowTwins:
         self._rows, self._pivots = row_echelon(projected)
         self._cross_correlation0 = (self._rows * self._spectrum) @ self._rows.T
 
+    def __repr__(self) -> str:
+        d, m = len(self.eigenvalues), len(self.eigenvectors)
+        return f"LinearBarlowTwins(gamma=({m}, {m}), weights0=({d}, {m}), learning_rate={self.learning_rate})"
+
     def singular_values(self, t: TensorLike) -> Tensor:
         """Return s_j(t) of the paper's form, (d,) for a scalar ``t``, (T, d) for ``t`` of shape (T,).
 

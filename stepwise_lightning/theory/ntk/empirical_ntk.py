@@ -28,6 +28,7 @@ from stepwise_lightning.theory.ntk.layer_kernels import inner_products
 from stepwise_lightning.theory.ntk.layers import LayerCandidates, LayerSizes, NotLayerwiseError
 from stepwise_lightning.theory.ntk.sample_checks import check_samples, select_samples
 from stepwise_lightning.theory.process_group import process_group
+from stepwise_lightning.theory.progress import progress_bar
 
 # Copies of the gradients that vmap holds at once.
 _COPIES = 4
@@ -43,7 +44,8 @@ class EmpiricalNTK(Estimator):
     shared weights included, are computed per sample with ``vmap``, one output at a time. If y is x, half is computed.
 
     Each call first runs up to three samples to check that the module is deterministic and, for the layer-wise route,
-    that it does not mix samples. The module is unchanged afterwards. Supported networks: ``docs/inputs.md``.
+    that it does not mix samples. The module is unchanged afterwards. Long calls show their progress on standard error.
+    Supported networks: ``docs/inputs.md``.
 
     Args:
         module: from (k, …) to one tensor (k, …), which is flattened; each sample is independent of the others, and
@@ -138,7 +140,7 @@ class EmpiricalNTK(Estimator):
         if others:
             rows = self.max_bytes // (bytes_per_number * max(numbers, 1))
             gradients, per_sample = _PerSampleGradients(network, others), torch.zeros_like(kernel)
-            for output in range(num_outputs):
+            for output in progress_bar("tangent kernel", "output", items=range(num_outputs)):
                 add_blocks(per_sample, x, y, rows, partial(gradients, output), inner_products)
             kernel += per_sample
         return kernel / num_outputs

@@ -12,6 +12,7 @@ from torch import Tensor
 from stepwise_lightning.theory.ntk.functional_module import FunctionalModule
 from stepwise_lightning.theory.ntk.layer_kernels import LayerTensors, layer_kernel, parameter_gradients
 from stepwise_lightning.theory.ntk.layers import LayerRecorder, LayerSizes, NotLayerwiseError, chosen_kinds
+from stepwise_lightning.theory.progress import progress_bar
 
 # Outputs, or samples, in a pass; more of them save little.
 _ENOUGH = 8
@@ -44,10 +45,14 @@ def layerwise_kernel(
     max_numbers = max_bytes // network.dtype.itemsize
     plan = _plan(layers, num_outputs, min(max_batch, max(len(x), len(y))), x is y, max_numbers)
     kernel = torch.zeros(len(x), len(y), dtype=torch.float64, device=x.device)
-    for group in _group_layers(layers, plan):
-        for start in range(0, num_outputs, plan.outputs):
-            block = _LayerGroup(network, group, slice(start, start + plan.outputs), plan)
-            add_blocks(kernel, x, y, plan.rows, block.tensors, block.kernel)
+    groups = _group_layers(layers, plan)
+    blocks = range(0, len(x), plan.rows)  # of rows; each computes its own samples and those of its columns
+    samples = sum(len(x) - i for i in blocks) if x is y else len(x) + len(blocks) * len(y)
+    with progress_bar("tangent kernel", "gradient", len(groups) * num_outputs * samples) as bar:
+        for group in groups:
+            for start in range(0, num_outputs, plan.outputs):
+                block = _LayerGroup(network, group, slice(start, start + plan.outputs), plan, bar.update)
+                add_blocks(kernel, x, y, plan.rows, block.tensors, block.kernel)
     return kernel
 
 
@@ -121,8 +126,15 @@ def _group_layers(layers: LayerSizes, plan: _Plan) -> list[LayerSizes]:
 class _LayerGroup:
     """Tensors and kernels of some layers for a slice of the outputs."""
 
-    def __init__(self, network: FunctionalModule, layers: LayerSizes, outputs: slice, plan: _Plan) -> None:
-        self._network, self._outputs, self._plan = network, outputs, plan
+    def __init__(
+        self,
+        network: FunctionalModule,
+        layers: LayerSizes,
+        outputs: slice,
+        plan: _Plan,
+        count_gradients: Callable[[int], Any],
+    ) -> None:
+        self._network, self._outputs, self._plan, self._count_gradients = network, outputs, plan, count_gradients
         self._layers = {layer: network.module.get_submodule(layer) for layer in layers}
         self._kinds = {layer: chosen_kinds(layer, network.names) for layer in layers}
         self._stores_gradients = {layer: size.stores_gradients(plan.outputs) for layer, size in layers.items()}
@@ -152,7 +164,11 @@ class _LayerGroup:
             sums = outputs.sum(0)[self._outputs]
             if not outputs.requires_grad:
                 return [[torch.zeros_like(probe) for probe in probes]] * len(sums)
-            return [torch.autograd.grad(o, probes, retain_graph=True, materialize_grads=True) for o in sums]
+            gradients: list[Sequence[Tensor]] = []
+            for output in sums:
+                gradients.append(torch.autograd.grad(output, probes, retain_graph=True, materialize_grads=True))
+                self._count_gradients(len(x))
+            return gradients
 
         with torch.enable_grad(), recorder.attach(self._network.module, self._layers):
             deltas = self._network(x, callback=backward)
