@@ -21,6 +21,7 @@ from stepwise_lightning.distributed import all_gather_objects
 from stepwise_lightning.errors import UserError, cannot_write, reason
 from stepwise_lightning.files import atomic_write, reserve
 from stepwise_lightning.runs.folders import CHECKPOINTS, check_local, free_name, is_behind, run_folder
+from stepwise_lightning.runs.last import search_for_last
 from stepwise_lightning.runs.resume import (
     begin_epoch,
     continue_events,
@@ -29,6 +30,7 @@ from stepwise_lightning.runs.resume import (
     restore_precision,
     restore_randomness,
     unwritten_metrics,
+    warn_of_skipped_hooks,
 )
 from stepwise_lightning.signals import EX_TEMPFAIL, STOP_SIGNALS
 
@@ -89,6 +91,9 @@ class LastCheckpoint(Checkpoint):
     If the folder has a ``last.ckpt`` of another run, the file is ``last-v1.ckpt``, and one line is logged. Under
     ``fast_dev_run`` nothing is written.
 
+    ``ckpt_path="last"`` of the Trainer's methods finds this checkpoint; ``"best"`` is that of a ``ModelCheckpoint``, or
+    this one without a ``ModelCheckpoint``.
+
     Args:
         every_n_train_steps: interval between checkpoints; a kill without warning loses at most this many steps.
 
@@ -103,13 +108,17 @@ class LastCheckpoint(Checkpoint):
         if every_n_train_steps < 1:
             raise UserError(f"every_n_train_steps must be at least 1, got {every_n_train_steps}")
         self.every_n_train_steps = every_n_train_steps
+        self.best_model_path = ""  # as the attribute of Lightning's ModelCheckpoint
         self._signal = 0
         self._restored: dict[str, Any] = {}
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Refuse a folder that is not local, before training."""
+        """Refuse a folder that is not local, and move behind the callback whose checkpoint is the best one."""
         if stage == "fit":
             check_local(trainer)
+        callbacks = trainer.callbacks  # type: ignore[attr-defined]
+        # A new list, because Lightning iterates over the old one; Lightning asks the first Checkpoint for the best one.
+        trainer.callbacks = [*(each for each in callbacks if each is not self), self]  # type: ignore[attr-defined]
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Add the state that Lightning omits; loggers write their buffers first."""
@@ -135,6 +144,8 @@ class LastCheckpoint(Checkpoint):
                 raise cannot_write(self.directory, error) from error
         self._seen = self._saved = self._resumed = trainer.global_step
         self._stepped_within_epoch = begin_epoch(trainer)
+        if self._stepped_within_epoch:
+            warn_of_skipped_hooks(trainer, pl_module)
         self._signal = 0
         if self._restored:
             if trainer.is_global_zero:
@@ -186,7 +197,8 @@ class LastCheckpoint(Checkpoint):
 
     def _save(self, trainer: L.Trainer) -> None:
         if not trainer.fast_dev_run:  # type: ignore[attr-defined]
-            trainer.save_checkpoint(self._file(trainer), weights_only=False)
+            self.best_model_path = str(self._file(trainer))
+            trainer.save_checkpoint(self.best_model_path, weights_only=False)
         self._saved = trainer.global_step
 
     def _file(self, trainer: L.Trainer) -> Path:
@@ -217,6 +229,9 @@ class LastCheckpoint(Checkpoint):
         environment = getattr(trainer.strategy, "cluster_environment", None)
         started_here = environment is not None and not environment.creates_processes_externally
         return 0 if started_here and trainer.global_rank else EX_TEMPFAIL
+
+
+search_for_last(LastCheckpoint)
 
 
 def _is_last_step(trainer: L.Trainer) -> bool:
