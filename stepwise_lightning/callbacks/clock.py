@@ -28,10 +28,12 @@ class Clock:
         """Return the constructor arguments of a clock in this state."""
         return self._before, self._start, self._rate, self.steps
 
-    def attach(self, optimizer: torch.optim.Optimizer) -> None:
-        """Count the steps of an optimiser."""
+    def attach(self, optimizer: Any) -> bool:
+        """Count the steps of an optimiser; return False for None, and for an optimiser without a learning rate."""
         self.detach()
-        self._hook = optimizer.register_step_pre_hook(self._count)
+        if hasattr(optimizer, "register_step_pre_hook") and "lr" in next(iter(optimizer.param_groups), ()):
+            self._hook = optimizer.register_step_pre_hook(self._count)
+        return self._hook is not None
 
     def detach(self) -> None:
         """Remove the hook from the optimiser."""

@@ -6,7 +6,8 @@ import csv
 import json
 import math
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from io import BytesIO, TextIOWrapper
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import lightning as L
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from stepwise_lightning.callbacks.tensorboard import Charts, PrimaryMatrix
-from stepwise_lightning.errors import UserError
+from stepwise_lightning.errors import UserError, reason
 from stepwise_lightning.files import atomic_write, atomic_write_text, reserve
 from stepwise_lightning.runs.folders import free_name
 from stepwise_lightning.runs.loggers import logger_kind
@@ -65,7 +66,8 @@ class RunFiles:
         self._charts.add(record)
         if time.perf_counter() > self._next_drawing:
             start = time.perf_counter()
-            self._charts.draw(record)
+            with _failure_as_warning("the trajectories are not drawn in TensorBoard"):
+                self._charts.draw(record)
             self._next_drawing = time.perf_counter() + _DRAWING_INTERVAL * (time.perf_counter() - start)
 
     def add_loss(self, record: SpectrumRecord) -> None:
@@ -75,20 +77,34 @@ class RunFiles:
         if self._table is not None:
             self._table.add([_loss_row(record.measurements[-1])])
 
-    def end(self, record: SpectrumRecord) -> Path | None:
-        """Write the results of a finished run; return the path of ``trajectories.png``, None if it is not drawn."""
-        if self._charts is not None:
-            self._charts.add_num_distinct(record)
-        self.close(record, ended=True)
+    def draw(self, record: SpectrumRecord) -> Path | None:
+        """Draw the figures of a finished run and log them; return the path of ``trajectories.png``, if it is drawn.
+
+        A figure that fails raises a warning. So does a logger that does not accept it.
+        """
         path = self._path("trajectories", ".png") if self._table is not None else None
-        picture = _picture(record, path) if path is not None else None
-        if self._charts is not None:
-            self._charts.draw(record, ended=True, picture=picture)
+        picture: bytes | None = None
+        if path is not None:
+            with _failure_as_warning(f"{path.name} is not drawn"):
+                picture = _picture(record, path)
+        if (charts := self._charts) is not None:
+            with _failure_as_warning("the number of distinct steps is not logged"):
+                charts.add_num_distinct(record)
+            with _failure_as_warning("the trajectories are not drawn in TensorBoard"):
+                charts.draw(record, ended=True, picture=picture)
         if path is None or picture is None:
             return None
         for logger in self._trainer.loggers:
-            _log_picture(logger, path, f"{self._name}/trajectories")
+            with _failure_as_warning(f"{type(logger).__name__} does not accept {path.name}"):
+                _log_picture(logger, path, f"{self._name}/trajectories")
         return path
+
+    def location(self, num_measurements: int, picture: Path | None) -> str:
+        """Return a line with the folder and the names of the results, '' under ``fast_dev_run``."""
+        if self._table is None:
+            return ""
+        files = [self._table.path.name, self._path("steps", ".json").name, *([picture.name] if picture else [])]
+        return f"{num_measurements} measured spectra are in {self._folder}: {', '.join(files)}"
 
     def close(self, record: SpectrumRecord, ended: bool = False) -> None:
         """Write ``spectrum.npz``, and ``steps.json`` if training has ended."""
@@ -208,15 +224,21 @@ def _picture(record: SpectrumRecord, path: Path) -> bytes | None:
         return None
     from stepwise_lightning.plots import run_figure
 
-    try:
-        figure = run_figure(record, title="/".join(path.parent.parts[-2:]))
-    except UserError as error:
-        rank_zero_warn(f"{path.name} is not drawn: {error}")
-        return None
+    title = "/".join(path.parent.parts[-2:]).replace("$", r"\$")  # $ begins a formula
+    figure = run_figure(record, title=title)
     content = BytesIO()
     figure.savefig(content, format="png", dpi=130)
     atomic_write(path, lambda partial: partial.write_bytes(content.getbuffer()))
     return content.getvalue()
+
+
+@contextmanager
+def _failure_as_warning(failure: str) -> Iterator[None]:
+    """Warn of an error: a figure must not end a run."""
+    try:
+        yield
+    except Exception as error:  # matplotlib and loggers raise many types
+        rank_zero_warn(f"{failure}: {error if isinstance(error, UserError) else reason(error)}")
 
 
 def _log_picture(logger: Any, path: Path, key: str) -> None:

@@ -11,13 +11,16 @@ from weakref import ref
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import Checkpoint
-from torch import Tensor, nn
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor
 
 from stepwise_lightning.callbacks.clock import Clock, expected_end
+from stepwise_lightning.callbacks.measuring import StepLoss, check_finite, publish_measures, spectra_of
+from stepwise_lightning.callbacks.progress import Plan
 from stepwise_lightning.callbacks.run_files import RunFiles
 from stepwise_lightning.callbacks.tensorboard import NAME
 from stepwise_lightning.distributed import all_gather_objects
-from stepwise_lightning.errors import DivergedError, UserError
+from stepwise_lightning.errors import UserError
 from stepwise_lightning.features import (
     Views,
     Watched,
@@ -25,15 +28,13 @@ from stepwise_lightning.features import (
     check_watched,
     concatenate_ranks,
     label,
-    loss_in,
     on_device,
     views_in,
 )
 from stepwise_lightning.precision import as_float64
 from stepwise_lightning.runs.folders import check_local, free_name, run_folder
 from stepwise_lightning.spectrum.matrices import MATRICES
-from stepwise_lightning.spectrum.measures import measure
-from stepwise_lightning.spectrum.record import Measurement, Spectrum, SpectrumRecord
+from stepwise_lightning.spectrum.record import Measurement, SpectrumRecord
 from stepwise_lightning.spectrum.schedule import Schedule
 
 _KEY = "stepwise_lightning_spectra"  # in a checkpoint
@@ -55,7 +56,8 @@ class SpectrumLogger(L.Callback):
     A measurement at step k is made after k optimiser steps, before step k + 1, together with the training loss of step
     k + 1. The last one is made at the end of training, after all callbacks except checkpointing have run, and has no
     loss. Time is the sum of the learning rates of the first optimiser. Steps, files, tags and figures:
-    ``docs/read_a_run.md``.
+    ``docs/read_a_run.md``. The rank measures of the last measurement are in ``trainer.callback_metrics`` under their
+    tags: ``EarlyStopping(monitor="covariance/rankme")``.
 
     Args:
         watch: also measure the outputs of these submodules, such as ``encoder.backbone``, or of functions from module
@@ -126,7 +128,11 @@ class SpectrumLogger(L.Callback):
         self._batch: Any = None
         self._previous_batch: Any = None
         self._measured_at = -1
-        self._losses: list[float] | None = None  # batch losses of the measured step, until it is complete
+        self._step_loss = StepLoss()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return the attributes to pickle, without the Trainer, its batches and its files."""
+        return vars(self) | dict.fromkeys(("_trainer", "_files", "_batch", "_previous_batch"))
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Move behind the callbacks that may change weights, and make the names of several loggers unique."""
@@ -166,11 +172,12 @@ class SpectrumLogger(L.Callback):
         if not self._restored and (self._trainer is None or self._trainer() is not trainer):
             self.record, self._clock = SpectrumRecord(), Clock()  # the callback is reused in another Trainer
         self._trainer, self._restored, self._pending, self.picture = ref(trainer), False, False, None
-        self._batch = self._previous_batch = self._losses = None
+        self._batch = self._previous_batch = None
+        self._step_loss.close()
         step = self._step(trainer)
         self._schedule = Schedule(expected_end(trainer), self.num_points)
         self._schedule.is_due(step - 1)  # skip the steps before a resumed one
-        self._attach_clock(trainer)
+        self._counts_steps = self._clock.attach(trainer.optimizers[0] if trainer.optimizers else None)
         self._probe = self.probe
         if isinstance(self.probe, str):
             pairs = getattr(getattr(trainer, "datamodule", None), "probe_pairs", None)
@@ -184,15 +191,7 @@ class SpectrumLogger(L.Callback):
             self.record.predict(torch.stack([self._predicted(time) for time in self.record.times]))
         if trainer.is_global_zero:
             self._files = RunFiles(trainer, pl_module, self.directory, self.name, self.record, self.num_scalars)
-
-    def _attach_clock(self, trainer: L.Trainer) -> None:
-        optimizer: Any = trainer.optimizers[0] if trainer.optimizers else None
-        # For a module without optimisers Lightning creates a mock without a learning rate.
-        self._counts_steps = hasattr(optimizer, "register_step_pre_hook") and "lr" in next(
-            iter(optimizer.param_groups), ()
-        )
-        if self._counts_steps:
-            self._clock.attach(optimizer)
+        publish_measures(trainer, self.record, self.name)
 
     def _step(self, trainer: L.Trainer) -> int:
         # Lightning does not count steps of optimisers that the module calls directly.
@@ -203,7 +202,7 @@ class SpectrumLogger(L.Callback):
     ) -> None:
         """Measure at scheduled steps, before the batch changes the weights."""
         self._previous_batch, self._batch = self._batch, batch
-        if self._losses is None and (self._pending or self._schedule.is_due(self._step(trainer))):
+        if not self._step_loss.is_open and (self._pending or self._schedule.is_due(self._step(trainer))):
             self._pending = not self._measure(trainer, pl_module)
 
     def on_train_batch_end(
@@ -212,29 +211,37 @@ class SpectrumLogger(L.Callback):
         """Record the mean loss of the measured step when the step is complete."""
         if not self._counts_steps:
             self._clock.advance(1.0)
-        if self._losses is None:
+        if not self._step_loss.is_open:
             return
-        if (loss := loss_in(outputs)) is not None:
-            # In automatic optimisation Lightning divides the loss by the number of accumulated batches.
-            self._losses.append(loss * (trainer.accumulate_grad_batches if pl_module.automatic_optimization else 1))
-        if self._step(trainer) > self._measured_at:
-            losses, self._losses = self._losses, None
-            if losses and len(self.record):
-                self.record.set_loss(sum(losses) / len(losses))
+        self._step_loss.add_batch(trainer, pl_module, outputs)
+        if self._step(trainer) > self._measured_at and (loss := self._step_loss.close()) is not None:
+            if len(self.record):
+                self.record.set_loss(loss)
                 if self._files is not None:
                     self._files.add_loss(self.record)
 
+    def on_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: Tensor) -> None:
+        """Count the evaluations of the loss in the measured step."""
+        self._step_loss.evaluate(trainer, pl_module, loss)
+
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Measure the final weights, and write the arrays, the steps and the figure."""
+        """Measure the final weights, and write the arrays and the steps."""
         if self._batch is not None and self._measured_at < self._step(trainer):
             if not self._measure(trainer, pl_module) and self._previous_batch is not None:
                 self._batch = self._previous_batch
                 self._measure(trainer, pl_module)
-        self._losses = None
+        self._step_loss.close()
         self._clock.detach()
+        if self._files is not None:
+            self._files.close(self.record, ended=True)
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Draw and log the figures, after all results and checkpoints have been written."""
         if (files := self._files) is not None:
-            self.picture = files.end(self.record)
-            self._files = None
+            self.picture, self._files = files.draw(self.record), None
+            prints_result = any(isinstance(other, Plan) for other in trainer.callbacks)  # type: ignore[attr-defined]
+            if not prints_result and (line := files.location(len(self.record), self.picture)):
+                rank_zero_info(line)
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """Write the measurements when training is interrupted."""
@@ -256,20 +263,18 @@ class SpectrumLogger(L.Callback):
             captured = concatenate_ranks(all_gather_objects(on_cpu))
         if not captured:
             return False
-        self._measured_at, self._losses = step, []
+        self._measured_at = step
+        self._step_loss.open()
         if trainer.is_global_zero:
             self.record.append(self._measurement(step, captured))
             assert self._files is not None
             self._files.add(self.record)
+        publish_measures(trainer, self.record, self.name)
         return True
 
     def _measurement(self, step: int, captured: dict[str, list[Tensor]]) -> Measurement:
-        measurement = Measurement(step, self._clock.time)
-        for name, views in captured.items():
-            for matrix in self.matrices:
-                if matrix != "cross_correlation" or len(views) == 2:
-                    spectrum = Spectrum(*measure(matrix, views, self.center))
-                    measurement.spectra[f"{name}.{matrix}" if name else matrix] = spectrum
+        spectra = spectra_of(captured, self.matrices, self.center)
+        measurement = Measurement(step, self._clock.time, spectra=spectra)
         if self.prediction is not None and "cross_correlation" in measurement.spectra:
             measurement.predicted = self._predicted(torch.tensor(measurement.time, dtype=torch.float64))
         if self.keep_embeddings:
@@ -285,13 +290,3 @@ class SpectrumLogger(L.Callback):
 def records_in(checkpoint: Mapping[str, Any]) -> list[SpectrumRecord]:
     """Return the record of each SpectrumLogger in a checkpoint."""
     return [SpectrumRecord.from_arrays(state["record"]) for state in checkpoint.get(_KEY, {}).values()]
-
-
-def check_finite(outputs: dict[str, list[Tensor]], samples: list[Tensor], module: nn.Module, step: int) -> None:
-    """Raise a DivergedError if a captured output is not finite; the message distinguishes non-finite samples."""
-    for name, views in outputs.items():
-        if not all(z.isfinite().all() for z in views):
-            cause = "training has most likely diverged; lower the learning rate"
-            if not all(x.isfinite().all() for x in samples):
-                cause = "the samples contain NaN or infinite values; check the data"
-            raise DivergedError(f"the output of {name or type(module).__name__} at step {step} is not finite: {cause}")

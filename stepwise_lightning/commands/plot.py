@@ -30,7 +30,8 @@ def main(arguments: list[str]) -> None:
     from stepwise_lightning.plots import overlay_figure, run_figure
     from stepwise_lightning.spectrum.record import SpectrumRecord
 
-    runs = dict(zip(_names(options.runs), map(SpectrumRecord.load, options.runs), strict=True))
+    names = [name.replace("$", r"\$") for name in _names(options.runs)]  # $ begins a formula
+    runs = dict(zip(names, map(SpectrumRecord.load, options.runs), strict=True))
     if len(runs) == 1:
         ((name, record),) = runs.items()
         figure = run_figure(record, name, options.matrix)
