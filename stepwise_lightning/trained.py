@@ -1,4 +1,4 @@
-"""Use a trained network: load the encoder of a run, embed images, export weights for torchvision."""
+"""Use a trained network: load the encoder of a run, embed images, export weights; features of any network."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from stepwise_lightning.data.image_sets import DATA_SETS, ImageSet, load_image_s
 from stepwise_lightning.data.views import PlainImages, plain_view
 from stepwise_lightning.encoders import ResNet
 from stepwise_lightning.errors import UserError
+from stepwise_lightning.features import capture, on_device
 from stepwise_lightning.runs.saved import (
     checkpoint_of,
     configuration_of,
@@ -24,7 +25,7 @@ from stepwise_lightning.runs.saved import (
     saved_checkpoint,
 )
 
-__all__ = ["embed_images", "load_encoder", "torchvision_weights"]
+__all__ = ["embed_images", "image_features", "load_encoder", "torchvision_weights"]
 
 
 def load_encoder(run: str | Path) -> nn.Module:
@@ -88,6 +89,44 @@ def embed_images(
     if hidden:
         arrays["hidden"] = torch.cat(hidden).numpy()
     return arrays | {"class_names": np.array(sets[0].class_names, dtype=str), "paths": np.array(paths)}
+
+
+def image_features(
+    network: nn.Module,
+    data: str,
+    transform: Callable[[Any], Tensor],
+    watch: str = "",
+    root: str = "data",
+    batch_size: int = 64,
+) -> Tensor:
+    """Return the features of images under any network, such as a pretrained network of torchvision.
+
+    Example:
+        The rank of the features of a ResNet before its classifier, on a folder of images::
+
+            weights = torchvision.models.ResNet18_Weights.DEFAULT
+            network = torchvision.models.resnet18(weights=weights)
+            rankme(image_features(network, "path/to/images", weights.transforms(), watch="avgpool"))
+
+    Args:
+        network: runs in evaluation mode, on its device; its state does not change.
+        data: a folder of images, ``photos``, ``cifar10`` or ``stl10``, see :func:`embed_images`.
+        transform: function from a PIL image to a tensor (3, h, w) of one size.
+        watch: name of a submodule; ``""`` for the output of the network.
+        root: folder of ``cifar10`` and ``stl10``.
+        batch_size: number of images in a forward pass.
+
+    Returns:
+        (n, d), on the CPU, in the order of the files; outputs with more dimensions are flattened.
+
+    Raises:
+        ValueError, FileNotFoundError: no images, or an unknown submodule.
+
+    """
+    sets = [PlainImages(images, transform) for images in all_images(data, root)[0]]
+    loader: DataLoader[Any] = DataLoader(ConcatDataset(sets), batch_size)
+    batches = (on_device([x], network) for x, _ in loader)
+    return torch.cat([capture(network, x, [watch], running_statistics=True)[watch][0].cpu() for x in batches])
 
 
 def torchvision_weights(run: str | Path) -> dict[str, Tensor]:

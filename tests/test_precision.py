@@ -123,7 +123,7 @@ CALLS = {
     "rankme": (lambda a, b: [rankme(a), rankme(b)], *pairs()),
     "ranks": (
         lambda a, b: [f(z) for z in (a, b) for f in (effective_rank, participation_ratio, alpha_req)],
-        *pairs(),
+        *(z.sort().values for z in pairs()),
     ),
     "measure": (
         lambda *views: [

@@ -8,11 +8,12 @@ import pytest
 import torch
 from tiny_runs import changed, stepwise, write_images
 from torchvision.models import resnet18
+from torchvision.transforms._presets import ImageClassification
 
 from stepwise_lightning import BarlowTwins, ResNet, TwoViewDataModule, VICReg, load_encoder
 from stepwise_lightning.__main__ import main
-from stepwise_lightning.spectrum import embedding_eigenvalues
-from stepwise_lightning.trained import embed_images, torchvision_weights
+from stepwise_lightning.spectrum import effective_rank, embedding_eigenvalues, rankme
+from stepwise_lightning.trained import embed_images, image_features, torchvision_weights
 
 ENCODER = {
     "class_path": "stepwise_lightning.Encoder",
@@ -134,3 +135,19 @@ def test_predict_is_not_a_command(capsys):
         SystemExit, match="unknown command 'predict'; choose from: fit, validate, test, forecast, summary"
     ):
         command("predict")
+
+
+def test_image_features_of_a_torchvision_network_have_a_rank():
+    torch.manual_seed(0)
+    network, transform = resnet18(), ImageClassification(crop_size=32, resize_size=32)
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    features = image_features(network, "images", transform, watch="avgpool", batch_size=7)
+    assert features.shape == (20, 512) and 1 < float(rankme(features)) <= 20
+    assert 1 < float(effective_rank(embedding_eigenvalues(features.numpy()))) <= 19
+    assert network.training and all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
+    logits = image_features(network, "images", transform)
+    torch.testing.assert_close(network.eval().fc(features), logits, rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="no submodule 'pool' to watch; did you mean"):
+        image_features(network, "images", transform, watch="pool")
+    with pytest.raises(ValueError, match="neither one of photos.* nor the path of an existing folder"):
+        image_features(network, "missing", transform)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -117,7 +117,7 @@ class _Normalise:
 class PlainImages(Dataset[tuple[Tensor, int]]):
     """Pairs (x, label) of an image set without augmentation; x is float32, (3, image_size, image_size)."""
 
-    def __init__(self, images: ImageSet, transform: v2.Transform) -> None:
+    def __init__(self, images: ImageSet, transform: Callable[[Any], Tensor]) -> None:
         self.images, self.transform = images, transform
 
     def __len__(self) -> int:

@@ -105,6 +105,45 @@ def test_invalid_input_raises_one_line(call, message):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("function", [effective_rank, participation_ratio, alpha_req])
+@pytest.mark.parametrize(
+    "features",
+    [normal(40, 6), normal(40, 6).relu().numpy(), normal(8, 3).reshape(2, 4, 3), torch.eye(4), normal(5, 5).tolist()],
+    ids=["features", "rectified array", "sequences", "covariance", "lists"],
+)
+def test_features_are_no_spectrum(function, features):
+    with pytest.raises(
+        ValueError, match=r"unsorted rows .*: for features \(n, d\) pass embedding_eigenvalues"
+    ) as error:
+        function(features)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("spectrum", "message"),
+    [(torch.tensor([1.0, math.nan]), "NaN"), (torch.tensor(3.0), "got a number"), (np.array(["a"]), "array of")],
+)
+def test_values_that_are_no_spectrum_are_refused(spectrum, message):
+    for function in (effective_rank, participation_ratio, alpha_req):
+        with pytest.raises(ValueError, match=message):
+            function(spectrum)
+
+
+def test_arrays_and_tensors_give_the_same_measures():
+    z, other = normal(30, 5), normal(30, 5, 1)
+    eigenvalues = embedding_eigenvalues(z)
+    assert torch.equal(embedding_eigenvalues(z.numpy()), eigenvalues)
+    assert torch.equal(rankme(z.numpy()), rankme(z)) and torch.equal(rankme(z.tolist()), rankme(z))
+    expected = cross_correlation_eigenvalues(z, other)
+    assert torch.equal(cross_correlation_eigenvalues(z.numpy(), other.numpy()), expected)
+    assert measure("tangent_covariance", [z.numpy()])[1] == measure("tangent_covariance", [z])[1]
+    for function in (effective_rank, participation_ratio, alpha_req):
+        value = function(eigenvalues)
+        assert torch.equal(function(eigenvalues.numpy()), value)
+        assert float(function(np.linalg.eigvalsh(np.cov(z.numpy().T, bias=True)))) == pytest.approx(float(value))
+        assert function(torch.stack([eigenvalues, 2 * eigenvalues])).tolist() == pytest.approx([float(value)] * 2)
+
+
 @pytest.mark.parametrize("modes", [1, 2, 4])
 def test_tangent_covariance_has_one_mode_per_direction(modes):
     # One point and k directions orthogonal to it, far enough for the curvature of the sphere to matter.
