@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from stepwise_lightning import FixedCropPairs
-from stepwise_lightning.errors import CannotWriteError, one_line
+from stepwise_lightning.data import load_images
+from stepwise_lightning.errors import CannotWriteError, UserError, one_line
 from stepwise_lightning.signals import INTERRUPTED
 
 # Options that do not affect the numbers.
 PLACES = ("out", "root", "download", "resume", "launcher")
+MIN_IMAGES = 20  # of figures that train on pairs of crops
 
 
 class _Parser(argparse.ArgumentParser):
@@ -74,6 +76,27 @@ def fixed_pairs(options: argparse.Namespace, seed: int, steps_per_epoch: int = 1
     pairs.prepare_data()
     pairs.setup()
     return pairs
+
+
+def limit_pairs(options: argparse.Namespace) -> dict[str, int]:
+    """Reduce ``num_pairs`` and ``held_out`` of the profile to the number of images; return the changed settings.
+
+    Raises:
+        ValueError: fewer images than MIN_IMAGES.
+
+    """
+    total = len(load_images(options.data, options.root, options.download))
+    sizes = {name: getattr(options, name) for name in ("num_pairs", "held_out") if hasattr(options, name)}
+    needed = sum(sizes.values())
+    if total >= needed:
+        return {}
+    if total < MIN_IMAGES:
+        raise UserError(f"{options.data!r} has {total} images, and this figure needs at least {MIN_IMAGES}")
+    reduced = {name: total * size // needed for name, size in sizes.items()}
+    vars(options).update(reduced)
+    text = ", ".join(f"{name} {size} instead of {sizes[name]}" for name, size in reduced.items())
+    print(f"{options.data} has {total} images: {text}")
+    return reduced
 
 
 def check_writable(directory: Path) -> None:

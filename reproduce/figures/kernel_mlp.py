@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from reproduce.claims import Claim, average, worst
 from reproduce.controls import ordinary_kernel_pca, permuted_alignment
 from reproduce.figure import Outcome, PaperFigure
-from reproduce.options import data_name, fixed_pairs
+from reproduce.options import data_name, fixed_pairs, limit_pairs
 from reproduce.plots import alignment_figure
 from reproduce.processes import map_parallel, step_progress
 from reproduce.records import data_rows
@@ -115,6 +115,7 @@ class Result:
 
 def produce(options: argparse.Namespace, directory: Path) -> Outcome:
     """Train both variants for every seed, and compare."""
+    limits = limit_pairs(options)
     runs = [(variant, seed, options, directory) for seed in options.seeds for variant in RELATIVE_RATES]
     fixed_pairs(options, options.seeds[0])  # raises for invalid data before any process starts
     results = map_parallel(experiment, runs, "kernel_mlp")
@@ -130,7 +131,7 @@ def produce(options: argparse.Namespace, directory: Path) -> Outcome:
     return Outcome(
         figure, ["variant", "seed", "step", "time", "quantity", "mode", "value"],
         (row for result in results for row in result.rows()), _claims(summaries, options), summaries,
-        {"relative_rates": RELATIVE_RATES, "last_layer": LAST_LAYER, "all_weights": ALL_WEIGHTS},
+        {"relative_rates": RELATIVE_RATES, "last_layer": LAST_LAYER, "all_weights": ALL_WEIGHTS} | limits,
     )  # fmt: skip
 
 

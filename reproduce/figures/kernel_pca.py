@@ -27,7 +27,7 @@ from torch import Tensor
 from reproduce.claims import Claim, worst
 from reproduce.controls import ordinary_kernel_pca, permuted_alignment
 from reproduce.figure import Outcome, PaperFigure
-from reproduce.options import data_name
+from reproduce.options import data_name, limit_pairs
 from reproduce.plots import eigenfunctions_figure
 from reproduce.processes import Progress, is_main_process, map_parallel
 from reproduce.records import data_rows, theory_record, write_events
@@ -102,6 +102,7 @@ def produce(options: argparse.Namespace, directory: Path) -> Outcome:
     """Train both machines for every seed, and compare."""
     if options.download:
         download_images(options.data, options.root)
+    limits = limit_pairs(options)
     draws = {seed: _draw(seed, options) for seed in options.seeds}
     items = [(name, seed, options) for seed in options.seeds for name in KERNELS]
     results = map_parallel(experiment, items, "kernel_pca")
@@ -122,7 +123,7 @@ def produce(options: argparse.Namespace, directory: Path) -> Outcome:
         figure, ["kernel", "seed", "step", "time", "quantity", "mode", "experiment", "theory"],
         (row for r in results for row in data_rows([r.kernel, r.seed], r.record, theories=[r.theory])),
         _claims(results, options.seeds), [result.summary() for result in results],
-        {"alpha": ALPHA, "relative_rate": RELATIVE_RATE},
+        {"alpha": ALPHA, "relative_rate": RELATIVE_RATE} | limits,
     )  # fmt: skip
 
 

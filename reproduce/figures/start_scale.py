@@ -20,7 +20,7 @@ import torch
 
 from reproduce.claims import Claim, worst
 from reproduce.figure import Outcome, PaperFigure
-from reproduce.options import data_name, fixed_pairs
+from reproduce.options import data_name, fixed_pairs, limit_pairs
 from reproduce.plots import Response, conditions_figure
 from reproduce.processes import map_parallel
 from reproduce.records import data_rows, theory_record
@@ -84,6 +84,7 @@ def _name(scale: float | None) -> str:
 
 def produce(options: argparse.Namespace, directory: Path) -> Outcome:
     """Train every seed from every scale."""
+    limits = limit_pairs(options)
     for seed in options.seeds:
         _gamma(seed, options)  # raises for invalid input before any process starts
     results = map_parallel(
@@ -111,7 +112,7 @@ def produce(options: argparse.Namespace, directory: Path) -> Outcome:
     return Outcome(
         figure, ["model", "seed", "start", "step", "time", "quantity", "mode", "experiment", "theory"],
         (row for r in results for row in data_rows(["linear", r.seed, r.scale_name], r.record, theories=[r.theory])),
-        _claims(summaries, options), summaries, {"relative_rate": RELATIVE_RATE},
+        _claims(summaries, options), summaries, {"relative_rate": RELATIVE_RATE} | limits,
     )  # fmt: skip
 
 

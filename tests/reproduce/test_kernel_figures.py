@@ -9,13 +9,16 @@ import pytest
 import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tiny_sets import fill
 
 from reproduce.__main__ import main
 from reproduce.controls import ordinary_kernel_pca, permuted_alignment
 from reproduce.figures import kernel_pca
 from reproduce.figures.kernel_mlp import project_to_span
+from reproduce.options import limit_pairs
 from reproduce.reference import differences
 from stepwise_lightning import BarlowTwins, FixedCropPairs
+from stepwise_lightning.data import load_images
 from stepwise_lightning.encoders import MLP
 from stepwise_lightning.theory import ContrastiveKernelPCA, EmpiricalNTK, linear_kernel, subspace_alignment
 
@@ -125,3 +128,17 @@ def test_training_in_the_span_of_the_inputs_gives_the_same_outputs():
         EmpiricalNTK(encoder)(views[0], views[1]) for encoder, views in zip((plain, reduced), inputs, strict=True)
     ]
     torch.testing.assert_close(kernels[0], kernels[1], rtol=1e-3, atol=1e-3)
+
+
+def test_folder_with_fewer_images_than_pairs_is_used_whole(tmp_path, capsys):
+    folder = str(fill(tmp_path / "images", 25))
+    options = Namespace(data=folder, root="data", download=False, num_pairs=60, held_out=40, crop_size=8)
+    assert limit_pairs(options) == {"num_pairs": 15, "held_out": 10}
+    assert f"{folder} has 25 images: num_pairs 15 instead of 60, held_out 10 instead of 40" in capsys.readouterr().out
+    assert len(kernel_pca._draw(0, options)[0]) == 25
+    assert limit_pairs(options) == {}
+    options = Namespace(data=folder, root="data", download=False, num_pairs=26)
+    assert limit_pairs(options) == {"num_pairs": 25} == {"num_pairs": len(load_images(folder))}
+    few = str(fill(tmp_path / "few", 3))
+    assert main(["kernel_pca", "--profile", "smoke", "--data", few, "--out", str(tmp_path)]) == 2
+    assert f"error: {few!r} has 3 images, and this figure needs at least 20" in capsys.readouterr().err
