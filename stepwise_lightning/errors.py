@@ -13,6 +13,7 @@ import re
 from pathlib import Path
 
 __all__ = [
+    "SHARED_MEMORY",
     "CannotReadError",
     "CannotWriteError",
     "DivergedError",
@@ -43,6 +44,19 @@ _NO_LISTENER = re.compile(
 )
 # Messages of torch and Lightning: the checkpoint does not fit the module, its optimizers or its schedulers.
 _NOT_RESTORED = re.compile(r"Error\(s\) in loading state_dict|loaded state dict (contains|has)|Trying to restore ")
+# Messages of torch's DataLoader: shared memory is full; a worker has ended, or does not answer.
+_SHARED_MEMORY = re.compile(
+    r"unable to (allocate|open|mmap|resize|write).*(shared memory|</torch_)|Bus error|out of shared memory|"
+    rf"DataLoader worker .* exited unexpectedly with exit code {errno.ENOSPC}\b",
+    re.DOTALL,
+)
+_WORKER_LOST = re.compile(
+    r"DataLoader worker \(pid.*?\) (is killed by signal|exited unexpectedly)|DataLoader timed out"
+)
+SHARED_MEMORY = (
+    "shared memory (/dev/shm) is full, and data workers cannot send batches: use --data.num_workers 0, or give the "
+    "container more of it (docker run --shm-size 4g)"
+)
 # jsonargparse could not instantiate a class; a line of its message is the reason.
 _NOT_INSTANTIATED = "Does not validate against any of the Union subtypes"
 # Messages of Lightning for arguments that it can check only once it has the data.
@@ -101,7 +115,7 @@ def full_disk(error: BaseException | None) -> CannotWriteError | None:
 
 def lost_process(error: RuntimeError) -> LostProcessError | None:
     """Return the error to raise if a back-end reports that another process has ended, None for other errors."""
-    if not _PEER_LOST.search(str(error)):
+    if not _PEER_LOST.search(str(error)) or _lost_worker(error):
         return None
     # without the source line of gloo, and without its advice
     message = re.sub(r"^\[[^]]*\.cc:\d+\] ", "", str(error).strip().splitlines()[0]).partition(". ")[0]
@@ -124,6 +138,8 @@ def one_line(error: Exception) -> str | None:
     text = str(error).strip()
     if full := full_disk(error):
         return str(full)
+    if (lost := _lost_worker(error)) is not None:
+        return lost
     if (distributed := _distributed_failure(error)) is not None:
         return distributed
     if isinstance(error, UserError):
@@ -138,6 +154,21 @@ def one_line(error: Exception) -> str | None:
     if refused or isinstance(error, (ValueError, TypeError)) and _LIGHTNING_ARGUMENT.search(text):
         return condensed(text)
     return None
+
+
+def _lost_worker(error: BaseException | None) -> str | None:
+    """Return one line for data workers that have ended or cannot send batches, None for other errors."""
+    text = None
+    while error is not None:  # the cause has the signal or exit status
+        if isinstance(error, RuntimeError) and _SHARED_MEMORY.search(str(error)):
+            return SHARED_MEMORY
+        if isinstance(error, RuntimeError) and _WORKER_LOST.search(str(error)):
+            text = str(error).strip().splitlines()[0].partition(". ")[0]
+        error = error.__cause__ or error.__context__
+    return text and (
+        f"a data worker was killed or does not answer ({text.rstrip('.')}), which happens if memory or shared memory "
+        "(/dev/shm) is full: use fewer workers, or --data.num_workers 0; --ckpt_path last resumes the last checkpoint"
+    )
 
 
 def _distributed_failure(error: Exception) -> str | None:

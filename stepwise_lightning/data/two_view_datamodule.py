@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -16,9 +15,9 @@ from stepwise_lightning.data.image_sets import ImageSet, download_images, load_i
 from stepwise_lightning.data.sampling import GlobalBatchSampler, ResumableLoader, local_batch_size
 from stepwise_lightning.data.seeded_datamodule import SeededDataModule
 from stepwise_lightning.data.views import PROBE_EPOCH, PlainImages, TwoViews, plain_view, random_view
+from stepwise_lightning.data.workers import prepare_worker
 from stepwise_lightning.errors import UserError
 from stepwise_lightning.seeding import hashed_seed
-from stepwise_lightning.signals import STOP_SIGNALS
 
 
 class TwoViewDataModule(SeededDataModule):
@@ -235,11 +234,5 @@ class TwoViewDataModule(SeededDataModule):
             # Otherwise each new iterator consumes a number of the global generator, and validation would change the
             # training of a model with dropout.
             "generator": torch.Generator(),
-            "worker_init_fn": _ignore_stop_signals,
+            "worker_init_fn": prepare_worker,
         }
-
-
-def _ignore_stop_signals(worker: int) -> None:
-    """Ignore stop signals in a worker: the training process handles them and then ends its workers."""
-    for number in STOP_SIGNALS:
-        signal.signal(number, signal.SIG_IGN)

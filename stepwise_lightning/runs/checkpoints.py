@@ -6,6 +6,7 @@ import io
 import re
 import signal
 import threading
+import time
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -17,8 +18,9 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.utilities import rank_zero_info
 
+from stepwise_lightning.data.workers import awaited_batch
 from stepwise_lightning.distributed import all_gather_objects
-from stepwise_lightning.errors import UserError, cannot_write, reason
+from stepwise_lightning.errors import SHARED_MEMORY, UserError, cannot_write, reason
 from stepwise_lightning.files import atomic_write, reserve
 from stepwise_lightning.runs.folders import CHECKPOINTS, check_local, free_name, is_behind, run_folder
 from stepwise_lightning.runs.last import search_for_last
@@ -35,6 +37,8 @@ from stepwise_lightning.runs.resume import (
 from stepwise_lightning.signals import EX_TEMPFAIL, STOP_SIGNALS
 
 _KEY = "stepwise_lightning"
+# Seconds; a scheduler may send one signal twice, to all processes and through a launcher.
+_MIN_WAIT = 1.0
 # The checkpoint that each Trainer updates, also in a second fit.
 _files: WeakKeyDictionary[Any, Path] = WeakKeyDictionary()
 
@@ -80,7 +84,8 @@ class LastCheckpoint(Checkpoint):
     """Update ``checkpoints/last.ckpt`` of a run, from which the run resumes exactly.
 
     It is saved every few optimiser steps, when training ends, and when a signal stops the run: SIGTERM or
-    SIGUSR1, which SLURM and other schedulers send before they kill, or SIGINT (Ctrl-C; a second one stops at once).
+    SIGUSR1, which SLURM and other schedulers send before they kill, or SIGINT (Ctrl-C; a second one stops at once). A
+    second signal also stops a run whose data workers have sent no batch since the first one.
     All processes finish the current step, save and exit with status 75, even if only one gets the signal. After the
     last step of an epoch, validation and one more step come first; the last step of training ends it as usual.
 
@@ -109,7 +114,9 @@ class LastCheckpoint(Checkpoint):
             raise UserError(f"every_n_train_steps must be at least 1, got {every_n_train_steps}")
         self.every_n_train_steps = every_n_train_steps
         self.best_model_path = ""  # as the attribute of Lightning's ModelCheckpoint
-        self._signal = 0
+        self._signal, self._interrupted = 0, False
+        self._awaited: FrameType | None = None
+        self._waits_since = 0.0
         self._restored: dict[str, Any] = {}
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -146,7 +153,7 @@ class LastCheckpoint(Checkpoint):
         self._stepped_within_epoch = begin_epoch(trainer)
         if self._stepped_within_epoch:
             warn_of_skipped_hooks(trainer, pl_module)
-        self._signal = 0
+        self._signal, self._interrupted, self._awaited = 0, False, None
         if self._restored:
             if trainer.is_global_zero:
                 continue_events(trainer, self._restored["unwritten"])
@@ -178,9 +185,14 @@ class LastCheckpoint(Checkpoint):
         self._save(trainer)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        self._signal = number
-        if number == signal.SIGINT:  # a second Ctrl-C stops at once
-            signal.signal(number, signal.default_int_handler)
+        batch, now = awaited_batch(frame), time.monotonic()
+        if batch is None or batch is not self._awaited:
+            self._awaited, self._waits_since = batch, now
+        elif now - self._waits_since >= _MIN_WAIT:
+            raise UserError(f"data workers have sent no batch since the first signal; probably {SHARED_MEMORY}")
+        if number == signal.SIGINT and self._interrupted:  # a second Ctrl-C stops at once
+            signal.default_int_handler(number, frame)
+        self._signal, self._interrupted = number, self._interrupted or number == signal.SIGINT
 
     def _save_at_interval(self, trainer: L.Trainer) -> None:
         stop = trainer.strategy.reduce_boolean_decision(bool(self._signal), all=False)
