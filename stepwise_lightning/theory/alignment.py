@@ -30,11 +30,18 @@ def subspace_alignment(f: TensorLike, g: TensorLike) -> Tensor:
         0.5
 
     Raises:
-        ValueError: the numbers of points differ; embeddings that are not matrices, or are empty, complex, zero or not
-            finite.
+        ValueError: different numbers of points; embeddings that are not matrices, empty, complex, zero or not finite.
 
     """
-    bases = [_basis(z) for z in _validated(f, g)]
+    f, g = (z.detach() for z in float64_pair(f, g, "embeddings"))
+    if f.ndim != 2 or g.ndim != 2 or len(f) != len(g) or not f.numel() or not g.numel():
+        raise UserError(
+            f"expected embeddings (n, d) of the same points, got shapes {tuple(f.shape)} and {tuple(g.shape)}"
+        )
+    for name, z in (("first", f), ("second", g)):
+        if not z.isfinite().all() or not z.any():
+            raise UserError(f"the {name} embeddings are zero, or hold NaN or infinite values")
+    bases = [_basis(z) for z in (f, g)]
     return (bases[0].T @ bases[1]).square().sum() / max(basis.shape[1] for basis in bases)
 
 
@@ -48,15 +55,3 @@ def chance_alignment(num_points: int, dimensions: int) -> float:
 def _basis(z: Tensor) -> Tensor:
     u, s, _ = torch.linalg.svd(z, full_matrices=False)
     return u[:, s > 1e-10 * s[0]]
-
-
-def _validated(f: TensorLike, g: TensorLike) -> tuple[Tensor, Tensor]:
-    f, g = (z.detach() for z in float64_pair(f, g, "embeddings"))
-    if f.ndim != 2 or g.ndim != 2 or len(f) != len(g) or not f.numel() or not g.numel():
-        raise UserError(
-            f"expected embeddings (n, d) of the same points, got shapes {tuple(f.shape)} and {tuple(g.shape)}"
-        )
-    for name, z in (("first", f), ("second", g)):
-        if not z.isfinite().all() or not z.any():
-            raise UserError(f"the {name} embeddings are zero, or hold NaN or infinite values")
-    return f, g

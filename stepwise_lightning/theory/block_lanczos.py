@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator
-from itertools import accumulate, count
+from itertools import count
 
 import torch
 from torch import Tensor
@@ -36,11 +36,9 @@ _Tile = tuple[slice, slice, Tensor]  # rows, columns, values
 class KernelOperator:
     """Products with the kernel matrix of 2n points, which is stored if it fits and otherwise recomputed in tiles.
 
-    Only tiles on and above the diagonal are computed; small tiles keep the kernel's temporaries in cache.
-
-    P ranks share the work. Each computes 1/P of the tiles (16 n² / P bytes) and holds the rows of 1/P of the pairs,
-    both views of each. A product gathers all rows from the ranks and reduces the result to each rank's rows.
-    ``max_bytes`` limits the memory for kernel values on each rank. ``points`` are the first, then the second views.
+    Only tiles on and above the diagonal are computed; small tiles keep the kernel's temporaries in cache. Each of P
+    ranks computes 1/P of the tiles, 16 n² / P bytes, and a product is summed over the ranks. ``max_bytes`` limits the
+    memory for kernel values on each rank. ``points`` are the first, then the second views.
     """
 
     def __init__(
@@ -50,8 +48,6 @@ class KernelOperator:
         self.kernel, self.points, self.size = kernel, points, len(points)
         self.progress = progress
         self._compare_kernels(self.group.run_or_raise_everywhere(self._validated_sample))
-        if self.group.world_size > 1:
-            self.points = points[self.row_order()]
         self._positions, largest = self._local_positions(self._balanced_side(self.tile_size(max_bytes, points)))
         self.tiles = self.group.run_or_raise_everywhere(self._stored_tiles) if 8 * largest <= max_bytes else None
 
@@ -65,39 +61,19 @@ class KernelOperator:
             raise UserError(f"max_bytes must be at least {required} for one tile of kernel values, got {max_bytes}")
         return min(side, largest)
 
-    def row_order(self) -> Tensor:
-        """Return the index of the point in each row, (2n,): by rank, first views before second views."""
-        views = torch.arange(self.size).view(2, -1)
-        shards = [self.group.shard(views.shape[1], rank=rank) for rank in range(self.group.world_size)]
-        return torch.cat([views[:, shard].flatten() for shard in shards])
-
-    def local_rows(self, rows: Tensor) -> Tensor:
-        """Return this rank's rows of (2n, …) in the original order of the points."""
-        return rows[self.row_order()[self.group.shard(self.size, 2)].to(rows.device)]
-
-    def gather_rows(self, local: Tensor) -> Tensor:
-        """Return the rows of all ranks, (2n, …), in the original order of the points."""
-        rows = self.group.all_gather_rows(local, self.size, 2)
-        return rows[self.row_order().argsort().to(rows.device)]
-
     def matmul(self, vectors: Tensor) -> Tensor:
-        """Return this rank's rows of K̃ times (2n, b), from this rank's rows of the vectors."""
-        vectors = self.group.all_gather_rows(vectors, self.size, 2)
-        if self.tiles is None:
-            product = self.group.run_or_raise_everywhere(lambda: self._multiply(self._computed_tiles(), vectors))
-        else:
-            product = self._multiply(self.tiles, vectors)
-        return self.group.reduce_scatter_sum(product, 2)
+        """Return K̃ times (2n, b) vectors."""
+        tiles = self._computed_tiles() if self.tiles is None else self.tiles
+        return self.group.all_reduce_sum(self.group.run_or_raise_everywhere(lambda: self._multiply(tiles, vectors)))
 
     def to_dense(self) -> Tensor:
-        """Return the stored matrix on every rank, (2n, 2n)."""
+        """Return the stored matrix, (2n, 2n)."""
         assert self.tiles is not None
         matrix = torch.zeros(self.size, self.size, dtype=torch.float64, device=self.points.device)
         for rows, columns, tile in self.tiles:
             matrix[columns, rows] = tile.T
             matrix[rows, columns] = tile
-        order = self.row_order().argsort()
-        return self.group.all_reduce_sum(matrix)[order[:, None], order]
+        return self.group.all_reduce_sum(matrix)
 
     @staticmethod
     def _multiply(tiles: Iterable[_Tile], vectors: Tensor) -> Tensor:
@@ -122,13 +98,9 @@ class KernelOperator:
         """Return the positions of this rank's tiles, and the number of values of the rank with the most."""
         slices = [slice(i, min(i + side, self.size)) for i in range(0, self.size, side)]
         positions = [(rows, columns) for i, rows in enumerate(slices) for columns in slices[i:]]
-        areas = [(rows.stop - rows.start) * (columns.stop - columns.start) for rows, columns in positions]
-        ends, ranks = list(accumulate(areas)), self.group.world_size
-        # Consecutive tiles have few different rows.
-        owners = [int((end - area / 2) / ends[-1] * ranks) for end, area in zip(ends, areas, strict=True)]
-        loads = [sum(area for area, owner in zip(areas, owners, strict=True) if owner == rank) for rank in range(ranks)]
-        local = [place for place, owner in zip(positions, owners, strict=True) if owner == self.group.rank]
-        return local, max(loads)
+        shares = [positions[rank :: self.group.world_size] for rank in range(self.group.world_size)]
+        largest = max(sum((r.stop - r.start) * (c.stop - c.start) for r, c in share) for share in shares)
+        return shares[self.group.rank], largest
 
     def _stored_tiles(self) -> list[_Tile]:
         # A kernel may return a view of a larger tensor.
@@ -160,12 +132,9 @@ class KernelOperator:
     def _compare_kernels(self, sample: Tensor) -> None:
         """Raise if the kernels of the ranks differ by more than rounding, as for networks with different seeds."""
         first = self.group.broadcast(sample)
-
-        def compare() -> None:
-            if (sample - first).abs().max() > 1e-6 * first.abs().max():
-                raise UserError("the ranks have different kernels: pass the same kernel and parameters on all ranks")
-
-        self.group.run_or_raise_everywhere(compare)
+        differs = (sample - first).abs().max() > 1e-6 * first.abs().max()
+        if self.group.all_reduce_sum(differs.long()) > 0:
+            raise UserError("the ranks have different kernels: pass the same kernel and parameters on all ranks")
 
 
 def top_eigenpairs(operator: KernelOperator, count: int, tolerance: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -184,7 +153,7 @@ def top_eigenpairs(operator: KernelOperator, count: int, tolerance: float) -> tu
     vectors = vectors.clone()
     improved = _swap_views(operator.matmul(vectors[:, positive])) / (operator.size * eigenvalues[positive])
     vectors[:, positive] = improved
-    return eigenvalues, operator.gather_rows(vectors), residuals
+    return eigenvalues, operator.group.broadcast(vectors), residuals
 
 
 def _swap_views(values: Tensor) -> Tensor:
@@ -198,7 +167,7 @@ def _dense(operator: KernelOperator, count: int) -> tuple[Tensor, Tensor, Tensor
     eigenvalues, vectors = _eigh(operator.group, root.T @ _swap_views(root) / operator.size)
     eigenvalues, vectors = eigenvalues.flip(0)[:count], vectors.flip(1)[:, :count]
     vectors = basis[:, kept] / weights[kept].sqrt() @ vectors
-    return eigenvalues, operator.local_rows(vectors), torch.zeros_like(eigenvalues)
+    return eigenvalues, vectors, torch.zeros_like(eigenvalues)
 
 
 def _block_lanczos(operator: KernelOperator, count: int, tolerance: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -207,7 +176,7 @@ def _block_lanczos(operator: KernelOperator, count: int, tolerance: float) -> tu
     # A few extra vectors speed up convergence, and products are fastest at multiples of eight.
     width = min(-(-(count + 8) // 8) * 8, operator.size)
     start = torch.randn(operator.size, width, dtype=torch.float64, generator=generator)
-    block = operator.local_rows(start).to(operator.points.device)
+    block = start.to(operator.points.device)
     block, images, _ = _orthonormalize(group, block, operator.matmul(block), 0.0)
     if block.shape[1] == 0:  # K̃ is zero
         return images.new_empty(0), block, images.new_empty(0)
@@ -216,12 +185,12 @@ def _block_lanczos(operator: KernelOperator, count: int, tolerance: float) -> tu
         while True:
             bar.update()
             applied = _swap_views(images) / operator.size
-            projected = group.all_reduce_sum(all_images.T @ _swap_views(all_images)) / operator.size
+            projected = all_images.T @ _swap_views(all_images) / operator.size
             ritz, coordinates = _eigh(group, projected)
             ritz, coordinates = ritz.flip(0)[:count], coordinates.flip(1)[:, :count]
             remainder = applied
             for _ in range(2):
-                remainder = remainder - vectors @ group.all_reduce_sum(all_images.T @ remainder)
+                remainder = remainder - vectors @ (all_images.T @ remainder)
             min_norm = _ROUND_OFF * float(ritz.abs().max())
             block, images, coupling = _orthonormalize(group, remainder, operator.matmul(remainder), min_norm)
             residuals = group.broadcast((coupling @ coordinates[-applied.shape[1] :]).norm(dim=0))
@@ -236,7 +205,7 @@ def _orthonormalize(
     group: KernelProcessGroup, vectors: Tensor, images: Tensor, min_norm: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return Q, K̃ Q and B with vectors = Q B and Qᵀ K̃ Q = I, without directions of norm up to ``min_norm``."""
-    gram = _symmetric(group.all_reduce_sum(vectors.T @ images))
+    gram = _symmetric(vectors.T @ images)
     # Normalise the columns, which differ by orders of magnitude, for an accurate rank.
     norms = gram.diagonal().clamp(min=0).sqrt()
     scale = torch.where(norms > min_norm, 1 / norms, 0.0)

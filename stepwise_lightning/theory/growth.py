@@ -5,9 +5,7 @@ The growth matrix of Barlow Twins is the limit of Simon et al. (arXiv 2303.15438
 Legend
     n           number of positive pairs, with features h_i, h'_i in R^m: inputs, or the inputs of a last linear layer
     W (d, m)    weights of that layer, b (d,) its bias; the embedding of h is z = W h + b
-    Γ (m, m)    the features' cross-correlation (1/2n) Σ_i (h_i h'_iᵀ + h'_i h_iᵀ), here of centred features
-    Σ_1, Σ_2    covariance of each view; Σ: covariance of all 2n views about their common mean; all unbiased
-    D (m, m)    (1/n) Σ_i (h_i − h'_i)(h_i − h'_i)ᵀ
+    Γ, Σ, D     moments of the features, see :mod:`stepwise_lightning.theory.moments`; Γ of centred features
     H (m, m)    growth matrix: dW/dt = A W H while W is small, with A = I except where noted
     ρ, γ        eigenvalue of H, of Γ
     η, β        learning rate, momentum; time t = η × number of steps

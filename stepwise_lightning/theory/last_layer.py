@@ -57,7 +57,7 @@ class LastLayer:
         loss: ``barlow_twins``, ``vicreg`` or ``simclr``.
         h1: features of the first views, (n, m), or in batches, (batches, n, m). Barlow Twins and VICReg descend the
             loss of the mean moments of the batches; SimCLR uses one batch per step, cyclically.
-        h2: features of the second views, of the same shape.
+        h2: features of the second views.
         weight: initial W, (d, m).
         bias: initial b, (d,), or None for a layer without bias.
         num_components: number of directions on which wide features are projected, at least 2d: half are leading
@@ -113,6 +113,7 @@ class LastLayer:
         if not self._weight0.isfinite().all():
             raise UserError("weight and bias must be finite, got NaN or infinite values: check the checkpoint")
         x1, x2 = self._inputs(h1), self._inputs(h2)
+        in_turn = in_turn or loss == "simclr"
         batches = zip(x1.split(1), x2.split(1), strict=True) if in_turn else [(x1, x2)]
         self._gradients = [layer_gradient(loss, a, b, len(weight), self.settings) for a, b in batches]
 
@@ -158,7 +159,7 @@ class LastLayer:
         w, v = self._weight0.clone(), self._initial_velocity(velocity)
         measured, weights = set(steps), [self._weight0] if steps[0] == 0 else []
         for step, rate in enumerate(rates):
-            v.mul_(momentum).add_(self._gradients[step % len(self._gradients)](w, step))
+            v.mul_(momentum).add_(self._gradients[step % len(self._gradients)](w))
             if weight_decay:
                 v.add_(w, alpha=weight_decay)
             w.sub_(v, alpha=rate)
@@ -201,14 +202,12 @@ class LastLayer:
             return self._weight0.new_zeros(0, len(self._weight0))
         w = torch.stack(weights)
         if self.loss == "simclr":
-            h = torch.cat([h1, h2])
-            matrices = torch.stack([_covariance(tangent_coordinates(h @ each.T)) for each in w])
+            z = (tangent_coordinates(torch.cat([h1, h2]) @ each.T) for each in w)
+            matrices = torch.stack([each.T @ each / len(each) for each in (each - each.mean(0) for each in z)])
         else:
             moments = FeatureMoments.of(h1, h2)
-            if self.loss == "vicreg":
-                features = moments.pooled
-            else:
-                features = moments.gamma(self.settings["center"] or self.settings["normalize"])
+            centred = bool(self.settings.get("center") or self.settings.get("normalize"))
+            features = moments.pooled if self.loss == "vicreg" else moments.gamma(centred)
             matrices = w @ features @ w.mT
         finite = matrices.isfinite().all(2).all(1)  # squares of finite weights may overflow
         eigenvalues = torch.linalg.eigvalsh(torch.where(finite[:, None, None], matrices, 0.0)).flip(1)
@@ -245,8 +244,3 @@ def _components(growth: Tensor, h: Tensor, count: int) -> tuple[Tensor, float]:
     num_fast = min(count // 2, int((rates > 0).sum()))
     parts = [fast.flip(1)[:, :num_fast], principal.flip(1)[:, : count - num_fast]]
     return torch.linalg.qr(torch.cat(parts, 1)).Q, float(rates[num_fast] / rates[0]) if num_fast else 0.0
-
-
-def _covariance(z: Tensor) -> Tensor:
-    z = z - z.mean(0)
-    return z.T @ z / len(z)

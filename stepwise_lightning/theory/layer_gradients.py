@@ -11,8 +11,7 @@ SimCLR                        Σ_i (du_i − u_i u_i·du_i)/‖z_i‖ h_iᵀ, du
 
 Legend
     n, d, m     pairs of a batch, with features h_i, h'_i in R^m; W (d, m)
-    Γ, Σ_v, D   moments of the features: cross-correlation, covariance of view v, mean square of pair differences
-                (:class:`stepwise_lightning.theory.moments.FeatureMoments`)
+    Γ, Σ_v, D   moments of the features, see :mod:`stepwise_lightning.theory.moments`
     C           Barlow Twins: W Γ Wᵀ; normalised: s_1 W X Wᵀ s_2, with X the cross-correlation of the views' features
                 and s_v the diagonal matrix of 1/√(diag(W S_v Wᵀ) + ε), S_v = Σ_v (n − 1)/n
     G           derivative of the loss with respect to C: 2(C − I) on the diagonal, 2κC off it (κ its weight)
@@ -34,24 +33,24 @@ from torch import Tensor
 
 from stepwise_lightning.theory.moments import FeatureMoments
 
-# Maps the weights and the index of the step to the gradient.
-Gradient = Callable[[Tensor, int], Tensor]
+# Maps the weights to the gradient.
+Gradient = Callable[[Tensor], Tensor]
 
 
 def layer_gradient(loss: str, h1: Tensor, h2: Tensor, dim: int, settings: Mapping[str, Any]) -> Gradient:
-    """Return the gradient of a loss as a function of W (d, m) and of the index of the step.
+    """Return the gradient of a loss as a function of W (d, m).
 
     Args:
         loss: ``barlow_twins``, ``vicreg`` or ``simclr``.
-        h1: features of the first views, float64, (batches, n, m). Barlow Twins and VICReg use the mean moments
-            of the batches; SimCLR uses one batch per step, cyclically.
+        h1: features of the first views, float64, (batches, n, m). Barlow Twins and VICReg use the mean moments of the
+            batches; SimCLR uses one batch only.
         h2: features of the second views.
         dim: d.
         settings: all arguments of the loss.
 
     """
     if loss == "simclr":
-        return _simclr(h1, h2, **settings)
+        return _simclr(h1[0], h2[0], **settings)
     moments = FeatureMoments.of(h1, h2)
     if loss == "vicreg":
         return _vicreg(moments, dim, **settings)
@@ -62,7 +61,7 @@ def layer_gradient(loss: str, h1: Tensor, h2: Tensor, dim: int, settings: Mappin
 def _barlow_twins(moments: FeatureMoments, off_diagonal_weight: float, center: bool, **_: Any) -> Gradient:
     gamma = moments.gamma(center)
 
-    def gradient(w: Tensor, step: int) -> Tensor:
+    def gradient(w: Tensor) -> Tensor:
         wg = w @ gamma
         c = wg @ w.T
         g = 4 * off_diagonal_weight * c
@@ -76,7 +75,7 @@ def _normalized_barlow_twins(moments: FeatureMoments, off_diagonal_weight: float
     biased = 1 - 1 / moments.num_pairs
     features = torch.stack([moments.cross, moments.cross.T, moments.covariance1 * biased, moments.covariance2 * biased])
 
-    def gradient(w: Tensor, step: int) -> Tensor:
+    def gradient(w: Tensor) -> Tensor:
         wx, wxt, ws1, ws2 = w @ features
         scale1, scale2 = (((ws * w).sum(1) + eps).rsqrt() for ws in (ws1, ws2))
         c = scale1[:, None] * (wx @ w.T) * scale2
@@ -100,7 +99,7 @@ def _vicreg(
     features = torch.stack([moments.covariance1, moments.covariance2, moments.difference])
     invariance, variance, covariance = 2 * invariance_weight / dim, variance_weight / 2 / dim, covariance_weight / dim
 
-    def gradient(w: Tensor, step: int) -> Tensor:
+    def gradient(w: Tensor) -> Tensor:
         products = w @ features
         spread = products[:2]
         c = spread @ w.T
@@ -113,12 +112,10 @@ def _vicreg(
 
 
 def _simclr(h1: Tensor, h2: Tensor, temperature: float) -> Gradient:
-    features = torch.cat([h1, h2], 1)
-    n = h1.shape[1]
+    h, n = torch.cat([h1, h2]), len(h1)
     scale = 1 / (2 * n * temperature)
 
-    def gradient(w: Tensor, step: int) -> Tensor:
-        h = features[step % len(features)]
+    def gradient(w: Tensor) -> Tensor:
         z = h @ w.T
         norms = z.norm(dim=1, keepdim=True).clamp(min=1e-12)  # as torch.nn.functional.normalize
         u = z / norms

@@ -51,8 +51,8 @@ class LinearBarlowTwins:
 
     **Finite steps.** With ``learning_rate``, both forms describe gradient descent instead of gradient flow. The paper's
     form becomes the exact recursion s ← s + 4ηγ s (1 − γ s²), iterated round(t/η) times. In the uniform form e^{4γt}
-    becomes (1 + 4ηγ)^{t/η}, and the odds λ/(1−λ) are multiplied by ((1−λ(0))/(1−λ))^{6ηγ_j}, a correction of the growth
-    rate during saturation with an error of second order in ηγ_1.
+    becomes (1 + 4ηγ)^{t/η}, and the odds λ/(1−λ) are multiplied by ((1−λ(0))/(1−λ))^{6ηγ_j}, with an error of second
+    order in ηγ_1.
 
     All arithmetic is float64, on the device of ``gamma``, or on the CPU if that device has no float64.
 
@@ -126,7 +126,6 @@ class LinearBarlowTwins:
 
         As t → ∞, s_j → γ_j^{−1/2} for γ_j > 0, s_j(0) for γ_j = 0, and 0 for γ_j < 0. The finite-step recursion takes
         time proportional to min(steps, 40/(ηγ_j)).
-
         """
         times, scalar = self._times(t)
         finite = self.learning_rate is not None
@@ -164,11 +163,8 @@ class LinearBarlowTwins:
     def crossing_times(self, level: float = 0.5) -> Tensor:
         """Return the times at which the eigenvalues of C, by the uniform form, reach ``level``, (d,).
 
-        Zero for eigenvalues that start above ``level``, infinite for those that never reach it; nine digits.
-
-        Raises:
-            ValueError: ``level`` is not between 0 and 1.
-
+        Zero for eigenvalues that start above ``level``, infinite for those that never reach it; nine digits. Raises a
+        ValueError unless 0 < ``level`` < 1.
         """
         if not 0 < level < 1:
             raise UserError(f"level must lie between 0 and 1, the limits of the eigenvalues, got {level}")

@@ -61,20 +61,13 @@ def check_view_shapes(x1: Tensor, x2: Tensor) -> None:
 class FeatureMoments:
     """Second moments of two views' features, (m, m) each, float64; for batches, means of the batches' moments."""
 
-    num_pairs: int
-    """n, pairs per batch."""
-    cross: Tensor
-    """(1/n) Σ_i (h_i − h̄)(h'_i − h̄')ᵀ; not symmetric."""
-    uncentered_cross: Tensor
-    """(1/n) Σ_i h_i h'_iᵀ."""
-    covariance1: Tensor
-    """Σ_1, of the first views, with 1/(n − 1)."""
-    covariance2: Tensor
-    """Σ_2, of the second views."""
-    covariance: Tensor
-    """Σ, of all 2n views about their common mean, with 1/(2n − 1)."""
-    difference: Tensor
-    """D, not centred."""
+    num_pairs: int  #: n, per batch
+    cross: Tensor  #: (1/n) Σ_i (h_i − h̄)(h'_i − h̄')ᵀ; not symmetric
+    uncentered_cross: Tensor  #: (1/n) Σ_i h_i h'_iᵀ
+    covariance1: Tensor  #: Σ_1, with 1/(n − 1)
+    covariance2: Tensor  #: Σ_2
+    covariance: Tensor  #: Σ, with 1/(2n − 1)
+    difference: Tensor  #: D
 
     @classmethod
     def of(cls, h1: TensorLike, h2: TensorLike) -> FeatureMoments:
@@ -114,12 +107,7 @@ class FeatureMoments:
 
 
 def validated_features(h1: TensorLike, h2: TensorLike) -> tuple[Tensor, Tensor]:
-    """Return two views' features as float64 of shape (batches, n, m), on one device.
-
-    Raises:
-        ValueError: see :meth:`FeatureMoments.of`.
-
-    """
+    """Return two views' features as float64 of shape (batches, n, m), with the errors of :meth:`FeatureMoments.of`."""
     h1, h2 = (h.detach() for h in float64_pair(h1, h2, "views' features"))
     if h1.shape != h2.shape or h1.ndim not in (2, 3) or h1.numel() == 0:
         raise UserError(

@@ -57,15 +57,8 @@ def process_group() -> KernelProcessGroup:
 class KernelProcessGroup:
     """Collective operations for kernel matrices; all ranks must call the same methods in the same order.
 
-    In a group of one, every method returns its input and sends nothing.
-
-    Args:
-        world_size: number of processes, P.
-        rank: index of this process, from 0.
-
-    Raises:
-        UserError: (all methods) the connection to another process is lost.
-
+    In a group of one, every method returns its input and sends nothing. All methods raise a UserError if the connection
+    to another process is lost.
     """
 
     def __init__(self, world_size: int, rank: int) -> None:
@@ -128,43 +121,19 @@ class KernelProcessGroup:
         """Return the values of rank 0, because round-off that differs between ranks would change decisions."""
         return self._communicate(lambda buffer: dist.broadcast(buffer, 0), values)
 
-    def shard(self, size: int, multiple: int = 1, rank: int | None = None) -> slice:
-        """Return the slice of ``size`` rows that a rank holds; its bounds are multiples of ``multiple``."""
-        chunk = self._chunk(size, multiple)
-        start = min((self.rank if rank is None else rank) * chunk, size)
-        return slice(start, min(start + chunk, size))
-
-    def all_gather_rows(self, rows: Tensor, size: int, multiple: int = 1) -> Tensor:
-        """Return all rows, (size, …), from the :meth:`shard` of each rank."""
-        if self.world_size == 1:
-            return rows
-        chunk = self._chunk(size, multiple)
-        shard = _communicable(_zero_pad(rows, chunk))
-        gathered = shard.new_empty(self.world_size * chunk, *rows.shape[1:])
-        with _lost_process_errors():
-            dist.all_gather_into_tensor(gathered, shard)
-        return gathered[:size].to(rows.device)
-
-    def reduce_scatter_sum(self, rows: Tensor, multiple: int = 1) -> Tensor:
-        """Return this rank's :meth:`shard` of the sum over ranks of (size, …)."""
-        if self.world_size == 1:
-            return rows
-        chunk = self._chunk(len(rows), multiple)
-        terms = _communicable(_zero_pad(rows, self.world_size * chunk))
-        total = terms.new_empty(chunk, *rows.shape[1:])
-        with _lost_process_errors():
-            dist.reduce_scatter_tensor(total, terms)
-        shard = self.shard(len(rows), multiple)
-        return total[: shard.stop - shard.start].to(rows.device)
-
     def map_rows(self, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-        """Return ``function(x)``, (k, …), for a function of single rows of x, (k, …); each rank computes its shard."""
+        """Return ``function(x)``, (k, …), for a function of single rows of x, (k, …); each rank computes its share."""
         if self.world_size == 1:
             return function(x)
-        shard = self.shard(len(x))
-        # a rank with an empty shard computes one row, because all_gather_rows needs the shape of a row
-        rows = self.run_or_raise_everywhere(lambda: function(x[shard] if shard.start < shard.stop else x[:1]))
-        return self.all_gather_rows(rows[: shard.stop - shard.start], len(x))
+        start, stop = (len(x) * rank // self.world_size for rank in (self.rank, self.rank + 1))
+
+        def compute_rows() -> Tensor:
+            rows = function(x[start:stop] if start < stop else x[:1])  # one row, for the shape of the result
+            result = rows.new_zeros(len(x), *rows.shape[1:])
+            result[start:stop] = rows[: stop - start]
+            return result
+
+        return self.all_reduce_sum(self.run_or_raise_everywhere(compute_rows))
 
     def symmetric_kernel(self, kernel: Callable[[Tensor, Tensor], Tensor], x: Tensor) -> Tensor:
         """Return ``kernel(x, x)``, (k, k); each rank computes rows with an equal area above the diagonal."""
@@ -175,13 +144,13 @@ class KernelProcessGroup:
         )
 
         def compute_rows() -> Tensor:
-            rows, columns = x[start:stop] if start < stop else x[:1], x[stop:]
+            rows = x[start:stop] if start < stop else x[:1]  # one row, for the type and device of the result
             block = kernel(rows, rows)
             matrix = block.new_zeros(len(x), len(x))
             if start < stop:
                 matrix[start:stop, start:stop] = block
             if start < stop < len(x):
-                matrix[start:stop, stop:] = kernel(rows, columns)
+                matrix[start:stop, stop:] = kernel(rows, x[stop:])
                 matrix[stop:, start:stop] = matrix[start:stop, stop:].T
             return matrix
 
@@ -194,9 +163,6 @@ class KernelProcessGroup:
         with _lost_process_errors():
             collective(buffer)
         return buffer.to(values.device)
-
-    def _chunk(self, size: int, multiple: int) -> int:
-        return multiple * -(-size // (multiple * self.world_size))
 
     def _gather_objects(self, item: Any) -> list[Any]:
         items: list[Any] = [None] * self.world_size
@@ -221,11 +187,6 @@ def _communicable(values: Tensor) -> Tensor:
     if backend == "nccl":
         return values.cuda()
     return values.cpu() if backend == "gloo" else values
-
-
-def _zero_pad(rows: Tensor, size: int) -> Tensor:
-    padding = rows.new_zeros(size - len(rows), *rows.shape[1:])
-    return torch.cat([rows, padding]) if len(padding) else rows.contiguous()
 
 
 def _fingerprint(argument: Any) -> Any:

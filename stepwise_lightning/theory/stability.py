@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from stepwise_lightning.precision import TensorLike, as_float64
-from stepwise_lightning.theory.growth import check_momentum, heavy_ball_growth
+from stepwise_lightning.theory.growth import heavy_ball_growth
 
 
 class StabilityLimits(NamedTuple):
@@ -95,7 +95,6 @@ def stability_limits(momentum: float) -> StabilityLimits:
         ValueError: a momentum out of range.
 
     """
-    check_momentum(momentum)
     grid = torch.arange(0.2, 2.2, 0.01, dtype=torch.float64)
     fraction = diverging_fraction(grid, momentum)
     safe, even = (float(grid[int((fraction > level).nonzero()[0]) - 1]) for level in (0.0, 0.5))

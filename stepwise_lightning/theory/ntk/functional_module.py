@@ -20,15 +20,9 @@ from stepwise_lightning.precision import check_real, on_float64_device
 class FunctionalModule:
     """A module that is called with cast copies of its parameters and buffers and keeps its own unchanged.
 
-    Args:
-        module: the module.
-        dtype: float64 or float32, for floating-point parameters, buffers and inputs.
-        names: the parameters to differentiate by.
-
-    Attributes:
-        state: detached parameters and buffers by name; on the CPU if their device has no float64.
-        mutable_buffers: names of the buffers that a forward pass may change.
-
+    ``dtype``, float64 or float32, is the type of floating-point parameters, buffers and inputs; ``names`` are the
+    parameters to differentiate by. ``state`` holds detached parameters and buffers by name, on the CPU if their device
+    has no float64, and ``mutable_buffers`` the names of the buffers that a forward pass may change.
     """
 
     def __init__(self, module: nn.Module, dtype: torch.dtype, names: list[str]) -> None:

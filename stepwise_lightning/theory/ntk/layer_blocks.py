@@ -36,11 +36,8 @@ def layerwise_kernel(
     """Return Σ_o ⟨J_o(x), J_o(y)⟩ for the chosen parameters of these layers, (k, l), float64.
 
     Blocks hold as many samples as possible, then as many layers as fit: splitting layers costs as many passes through
-    the network as splitting samples, but results that samples share are then computed once.
-
-    Raises:
-        NotLayerwiseError: a layer does not run once on one row per sample.
-
+    the network as splitting samples, but results that samples share are then computed once. Raises NotLayerwiseError if
+    a layer does not run once on one row per sample.
     """
     max_numbers = max_bytes // network.dtype.itemsize
     plan = _plan(layers, num_outputs, min(max_batch, max(len(x), len(y))), x is y, max_numbers)

@@ -103,10 +103,9 @@ def layer_kernel(
     ``left`` and ``right`` are parameter gradients or, for linear layers and convolutions with a weight, `LayerTensors`.
     If they are one object, half is computed. ``max_numbers`` bounds the temporary results of each side.
     """
-    if isinstance(left, Tensor):
-        assert isinstance(right, Tensor)
+    if isinstance(left, Tensor) or isinstance(right, Tensor):
+        assert isinstance(left, Tensor) and isinstance(right, Tensor)
         return inner_products(left, right)
-    assert not isinstance(right, Tensor)
     max_tile = min(max_numbers // 4, _TILE)  # up to four tiles exist at once
     if _positions_are_cheaper(layer, left, right, max_tile):
         return _kernel_by_positions(layer, "bias" in kinds, left, right, max_tile)
@@ -179,24 +178,17 @@ def _weight_gradients(layer: nn.Module, inputs: Tensor, deltas: Tensor, max_numb
     step = max(1, max_tile // numbers)
     for start in range(0, samples, step):
         rows, first = slice(start, start + step), 0
-        for patches in _patches_in_strips(layer, inputs[rows], numbers, max_tile):
+        windows = _windows(layer, inputs[rows])
+        # strips of positions if one sample exceeds the tile
+        split = len(windows) == 1 and not isinstance(layer, nn.Linear)
+        height = max(1, windows.shape[2] * max_tile // numbers) if split else windows.shape[2]
+        for patches in (_flatten_windows(layer, strip) for strip in windows.split(height, 2)):
             strip = deltas[rows, :, first : first + patches.shape[2]]
             result[start * groups : (start + step) * groups].baddbmm_(
                 strip.flatten(0, 1).mT, patches.flatten(0, 1), beta=1 if first else 0
             )
             first += patches.shape[2]
     return result.view(samples, -1)
-
-
-def _patches_in_strips(layer: nn.Module, inputs: Tensor, numbers: int, max_tile: int) -> Iterator[Tensor]:
-    """Yield the patches, (k, groups, positions, patch), in strips of positions if one sample exceeds the tile."""
-    if isinstance(layer, nn.Linear):
-        yield _patches(layer, inputs)
-        return
-    windows = _windows(layer, inputs)
-    height = max(1, windows.shape[2] * max_tile // numbers) if len(inputs) == 1 else windows.shape[2]
-    for strip in windows.split(height, 2):
-        yield _flatten_windows(layer, strip)
 
 
 def _by_group(layer: nn.Module, delta: Tensor) -> Tensor:
@@ -218,18 +210,18 @@ def _samples_to_rows(values: Tensor) -> Tensor:
 
 def _patches(layer: nn.Module, inputs: Tensor) -> Tensor:
     """Return a layer's input at each position, (k, groups, positions, patch)."""
-    if isinstance(layer, nn.Linear):
-        return inputs.reshape(len(inputs), 1, -1, inputs.shape[-1])
     return _flatten_windows(layer, _windows(layer, inputs))
 
 
 def _flatten_windows(layer: nn.Module, windows: Tensor) -> Tensor:
-    axes = _CONVOLUTIONS[type(layer)]
+    axes = _CONVOLUTIONS.get(type(layer), 1)
     return windows.reshape(*windows.shape[:2], prod(windows.shape[2 : 2 + axes]), -1)
 
 
 def _windows(layer: nn.Module, inputs: Tensor) -> Tensor:
-    """Return a view of all windows of a convolution, (k, groups, *positions, *kernel, channels of a group)."""
+    """Return a view of all windows of a layer, (k, groups, *positions, *kernel, channels of a group)."""
+    if isinstance(layer, nn.Linear):
+        return inputs.reshape(len(inputs), 1, -1, inputs.shape[-1])
     assert isinstance(layer, nn.modules.conv._ConvNd)
     if any(layer._reversed_padding_repeated_twice):
         mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode

@@ -31,11 +31,7 @@ class LayerCandidates:
 
     One forward pass runs with the layer outputs detached from the weights. A weight that still has a gradient is used
     elsewhere, and an output that depends on another sample's row of a layer is not in the order of the samples.
-
-    Attributes:
-        layers: names of the candidates.
-        parameters: leaf copies of their parameters for the checked forward pass.
-
+    ``layers`` are the names of the candidates, ``parameters`` leaf copies of their parameters for this pass.
     """
 
     def __init__(self, network: FunctionalModule) -> None:
@@ -122,16 +118,10 @@ def chosen_kinds(layer: str, names: list[str]) -> list[str]:
 
 
 class LayerRecorder:
-    """Record layer inputs in one forward pass.
+    """Record :func:`layer_inputs` by layer in one forward pass.
 
-    Args:
-        add_probes: add zeros to each layer output; their gradient is the gradient of the output.
-        detach_weights: make each layer output depend on the layer input only, not on the weights, at equal value.
-
-    Attributes:
-        inputs: by layer, as returned by :func:`layer_inputs`.
-        probes: the added zeros by layer.
-
+    With ``add_probes``, zeros are added to each layer output; their gradient is the gradient of the output. With
+    ``detach_weights``, each layer output depends on the layer input only, not on the weights, at equal value.
     """
 
     def __init__(self, add_probes: bool = False, detach_weights: bool = False) -> None:
