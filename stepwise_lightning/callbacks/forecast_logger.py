@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import lightning as L
 import torch
+from lightning.pytorch.callbacks import ProgressBar, RichProgressBar, TQDMProgressBar
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
@@ -82,11 +83,17 @@ class ForecastLogger(L.Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Register a hook on the last layer."""
+        self.forecasts, self._text = [], ""
+        self._remove_hook()
+        if self.loss is None and not _has_known_loss(pl_module):
+            rank_zero_info(
+                f"no forecast of the next mode: {type(pl_module).__name__} has no loss of this package; if its loss is "
+                f"one of {', '.join(LOSSES)}, give --forecast.loss, or ForecastLogger(loss=…)"
+            )
+            return
         loss = self.loss or loss_of(pl_module)
         self._matrix = LOSSES[loss].driven_matrix
         self._spectrum = _find_spectrum_logger(trainer, self._matrix)
-        self.forecasts, self._text = [], ""
-        self._remove_hook()
         if not _trains_with_sgd(trainer, pl_module):
             rank_zero_info("no forecast of the next mode: forecasts assume SGD on the gradient of the loss")
             return
@@ -115,11 +122,10 @@ class ForecastLogger(L.Callback):
             return
         self._measured.clear()
         progress = trainer.progress_bar_callback
-        bar = getattr(progress, "train_progress_bar", None)
         if isinstance(progress, LineProgress):
             progress.note = self._text
-        elif self._text and bar is not None and self._text not in bar.desc:
-            bar.set_description(f"Epoch {trainer.current_epoch}, {self._text}", refresh=False)
+        elif self._text:
+            _describe(progress, f"Epoch {trainer.current_epoch}, {self._text}")
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -240,6 +246,21 @@ def _find_spectrum_logger(trainer: L.Trainer, matrix: str) -> SpectrumLogger:
         if isinstance(callback, SpectrumLogger) and matrix in callback.matrices and callback.output:
             return callback
     raise UserError(f"ForecastLogger needs a SpectrumLogger in the Trainer that measures {matrix}: add it to matrices")
+
+
+def _has_known_loss(module: L.LightningModule) -> bool:
+    return isinstance(module, JointEmbedding) and module.loss_name is not None
+
+
+def _describe(progress: ProgressBar | None, text: str) -> None:
+    """Set the description of the training bar of tqdm or rich; other progress bars have none."""
+    if isinstance(progress, RichProgressBar):
+        if progress.progress is not None and progress.train_progress_bar_id is not None:
+            progress.progress.update(progress.train_progress_bar_id, description=text)
+    elif isinstance(progress, TQDMProgressBar):
+        bar = progress.train_progress_bar
+        if getattr(bar, "desc", text) != text:  # a disabled bar has no description
+            bar.set_description(text, refresh=False)
 
 
 def _trains_with_sgd(trainer: L.Trainer, module: L.LightningModule) -> bool:

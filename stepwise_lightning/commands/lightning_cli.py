@@ -16,9 +16,11 @@ import yaml
 from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch.callbacks import ProgressBar, TQDMProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
 import stepwise_lightning
+from stepwise_lightning.callbacks.online_evaluation import REPRESENTATION
 from stepwise_lightning.callbacks.progress import LineProgress, Plan, outcome, seeds_in_use
 from stepwise_lightning.callbacks.save_config import SaveRun
 from stepwise_lightning.callbacks.spectrum_logger import SpectrumLogger
@@ -128,6 +130,7 @@ class _CLI(LightningCLI):
             callbacks.append(LastCheckpoint())
         if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
             plugins.append(AtomicCheckpointIO())
+        callbacks = _adapted(callbacks, self.model)
         callbacks.append(Plan(seeds_in_use(self.config.as_dict())))
         if not sys.stdout.isatty() and trainer.get("enable_progress_bar") is not False:
             callbacks = [callback for callback in callbacks if not isinstance(callback, TQDMProgressBar)]
@@ -160,6 +163,24 @@ class _CLI(LightningCLI):
         lines = outcome(self.trainer, [c for c in callbacks if isinstance(c, SpectrumLogger)])  # a broadcast
         if self.trainer.is_global_zero and not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
             print("\n" + "\n".join(lines))
+
+
+def _adapted(callbacks: list[Any], model: L.LightningModule) -> list[Any]:
+    """Return configured callbacks without ``encoder.backbone`` if a user's module has no such submodule.
+
+    The configurations of the package name it, and have to train any module.
+    """
+    is_ours = type(model).__module__.startswith("stepwise_lightning.")
+    if is_ours or REPRESENTATION in dict(model.named_modules(remove_duplicate=False)):
+        return callbacks
+    dropped = [callback for callback in callbacks if getattr(callback, "watch", None) == REPRESENTATION]
+    loggers = [each for each in callbacks if isinstance(each, SpectrumLogger) and REPRESENTATION in each.watch]
+    for logger in (logger for logger in loggers if logger.output):
+        logger.watch = tuple(watched for watched in logger.watch if watched != REPRESENTATION)
+    if dropped or loggers:
+        without = "".join(f", and there is no {type(callback).__name__}" for callback in dropped)
+        rank_zero_info(f"{REPRESENTATION} is not watched{without}: {type(model).__name__} has no such submodule")
+    return [callback for callback in callbacks if callback not in dropped]
 
 
 def _as_list(values: Any) -> list[Any]:

@@ -1,0 +1,111 @@
+"""``ForecastLogger`` with any progress bar and any module."""
+
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from types import SimpleNamespace
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.callbacks import ProgressBar, RichProgressBar, TQDMProgressBar
+from tiny_runs import changed, stepwise, write_images
+from torch.utils.data import DataLoader, TensorDataset
+
+from stepwise_lightning import BarlowTwins, ForecastLogger, LinearEncoder, SpectrumLogger
+from stepwise_lightning.callbacks.forecast_logger import _describe
+
+OWN_MODULES = """
+import lightning as L
+import torch
+from torch import nn
+
+class Mine(L.LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Sequential(nn.Flatten(), nn.Linear(48, 3))
+
+    def forward(self, x):
+        return self.net(x)
+
+    def training_step(self, batch, batch_idx):
+        z1, z2 = self(batch[0]), self(batch[1])
+        return (z1 - z2).square().mean()
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), 0.1)
+
+class WithEncoder(Mine):
+    def __init__(self):
+        super().__init__()
+        self.encoder = self.net
+
+class WithBackbone(Mine):
+    def __init__(self):
+        super().__init__()
+        self.encoder = nn.Module()
+        self.encoder.backbone = nn.Linear(48, 3)
+        self.net = nn.Sequential(nn.Flatten(), self.encoder.backbone)
+"""
+
+
+class OtherBar(ProgressBar):
+    """Progress bar of another library, with an attribute of the same name as tqdm's."""
+
+    train_progress_bar = SimpleNamespace(description="")
+
+    def disable(self) -> None:
+        pass
+
+
+BARS = {"another": OtherBar, "disabled tqdm": lambda: TQDMProgressBar(refresh_rate=0), "tqdm": TQDMProgressBar}
+if find_spec("rich"):
+    BARS["rich"] = RichProgressBar
+
+
+@pytest.mark.filterwarnings("ignore:The number of training batches", "ignore:You defined a `validation_step`")
+@pytest.mark.parametrize("bar", BARS.values(), ids=BARS)
+def test_any_progress_bar(bar, tmp_path, capsys):
+    x = torch.randn(16, 6, generator=torch.Generator().manual_seed(0))
+    live = ForecastLogger(cost=1.0)
+    trainer = L.Trainer(
+        max_steps=6, accelerator="cpu", logger=False, enable_checkpointing=False, enable_model_summary=False,
+        default_root_dir=tmp_path, callbacks=[bar(), SpectrumLogger(), live],
+    )  # fmt: skip
+    trainer.fit(BarlowTwins(LinearEncoder(6, 3), 1e-2), DataLoader(TensorDataset(x, x), 8))
+    assert live.forecasts
+    assert bar == BARS["disabled tqdm"] or "forecast: " in capsys.readouterr().out
+
+
+def test_description_of_a_rich_bar():
+    updates = []
+    bar = RichProgressBar.__new__(RichProgressBar)  # rich may not be installed
+    bar.progress, bar.train_progress_bar_id = None, None
+    _describe(bar, "before training")
+    bar.progress = SimpleNamespace(update=lambda *task, description: updates.append((*task, description)))
+    bar.train_progress_bar_id = 3
+    _describe(bar, "Epoch 1, 2 of 10 modes learned")
+    assert updates == [(3, "Epoch 1, 2 of 10 modes learned")]
+
+
+@pytest.mark.filterwarnings("ignore:You passed in a `val_dataloader` but have no `validation_step`")
+@pytest.mark.parametrize("name", ["Mine", "WithEncoder", "WithBackbone"])
+def test_module_with_another_loss_trains_without_a_forecast(name, tmp_path, monkeypatch, caplog):
+    """Train with the callbacks of the configurations of the package, which watch ``encoder.backbone``."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    write_images(tmp_path)
+    Path("own_modules.py").write_text(OWN_MODULES)
+    sys.modules.pop("own_modules", None)
+    callbacks = [
+        {"class_path": "stepwise_lightning.SpectrumLogger", "init_args": {"watch": ["encoder.backbone"]}},
+        *({"class_path": f"stepwise_lightning.{each}"} for each in ("ForecastLogger", "CollapseMonitor", "OnlineKNN")),
+    ]
+    stepwise("fit", f"--model=own_modules.{name}", config=changed({"trainer.callbacks": callbacks}))
+    lines = [line for line in caplog.messages if "no forecast of the next mode" in line]
+    assert len(lines) == 1 and f"{name} has no loss of this package" in lines[0]
+    (table,) = Path("runs").rglob("spectrum.csv")
+    has_backbone = name == "WithBackbone"
+    assert ("encoder.backbone" in table.read_text()) == has_backbone
+    unwatched = f"encoder.backbone is not watched, and there is no OnlineKNN: {name} has no such submodule"
+    assert (unwatched in caplog.messages) == (not has_backbone)
