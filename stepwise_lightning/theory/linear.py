@@ -136,11 +136,8 @@ class LinearBarlowTwins:
         """Return the eigenvalues of C at time ``t``: (d,) for a scalar ``t``, (T, d) for ``t`` of shape (T,).
 
         Args:
-            t: learning rate × steps, ≥ 0; may be infinite.
+            t: learning rate × steps, ≥ 0; may be infinite. A ValueError is raised for other values and shapes.
             method: ``"uniform"`` (in descending order) or ``"qr"`` (the paper's form, in the order of γ).
-
-        Raises:
-            ValueError: an unknown method, or a ``t`` that is negative, NaN, or has more than one dimension.
 
         """
         if method == "qr":
@@ -233,9 +230,8 @@ class LinearBarlowTwins:
     def _uniform_eigenvalues(self, times: Tensor) -> Tensor:
         """Return the eigenvalues of C by the uniform form, (T, d).
 
-        Finite steps multiply the odds λ/(1−λ) by ((1−λ(0))/(1−λ))^{6ηγ_j}. With ε = 4ηγ, one step of the recursion
-        multiplies them by (1 + ε)² e^{3ε²λ}, up to terms in ε³. In the flow log(odds) grows by 2ε per step:
-        Σ 3ε²λ over the steps is (3ε/2) ∫ λ d log(odds) = (3ε/2) log((1−λ(0))/(1−λ)).
+        With ε = 4ηγ, a finite step multiplies the odds λ/(1−λ) by (1 + ε)² e^{3ε²λ}, up to terms in ε³. In the flow
+        log(odds) grows by 2ε per step: Σ 3ε²λ is (3ε/2) ∫ λ d log(odds) = (3ε/2) log((1−λ(0))/(1−λ)).
         """
         log_squares, start = 2 * self._log_growth(self._spectrum, times), self._cross_correlation0
         eigenvalues = pencil_eigenvalues(self._rows, self._pivots, self._spectrum, log_squares, start)

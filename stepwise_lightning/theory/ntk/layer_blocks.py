@@ -43,7 +43,7 @@ def layerwise_kernel(
     plan = _plan(layers, num_outputs, min(max_batch, max(len(x), len(y))), x is y, max_numbers)
     kernel = torch.zeros(len(x), len(y), dtype=torch.float64, device=x.device)
     groups = _group_layers(layers, plan)
-    blocks = range(0, len(x), plan.rows)  # of rows; each computes its own samples and those of its columns
+    blocks = range(0, len(x), plan.rows)  # of rows; each computes the samples of its rows and columns
     samples = sum(len(x) - i for i in blocks) if x is y else len(x) + len(blocks) * len(y)
     with progress_bar("tangent kernel", "gradient", len(groups) * num_outputs * samples) as bar:
         for group in groups:
