@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
@@ -12,7 +12,7 @@ from typing import Any
 import lightning as L
 import numpy as np
 
-from stepwise_lightning.runs.loggers import tensorboard_writer, tensorboard_writers
+from stepwise_lightning.runs.loggers import tag_start, tensorboard_writer, tensorboard_writers
 from stepwise_lightning.spectrum.matrices import tag_prefix
 from stepwise_lightning.spectrum.record import SpectrumRecord
 
@@ -57,6 +57,13 @@ def num_distinct_tag(name: str = NAME) -> str:
     return f"{'' if name == NAME else f'{name}/'}steps/num_distinct"
 
 
+def num_shown(matrix: str, num_modes: int | None) -> int | None:
+    """Return the number of eigenvalues of a matrix that are logged and drawn, at most; None for all."""
+    if "." not in matrix:
+        return num_modes
+    return SUBMODULE_MODES if num_modes is None else min(num_modes, SUBMODULE_MODES)
+
+
 def measured_scalars(
     record: SpectrumRecord, index: int, primary: str, name: str = NAME, num_modes: int | None = None
 ) -> dict[str, float]:
@@ -78,8 +85,7 @@ def measured_scalars(
             values[f"{prefix}/{measure}"] = value
             if matrix == primary and measure == "num_grown":
                 values[overview_tag(measure, name)] = value
-        shown = spectrum.eigenvalues[:num_modes]
-        shown = shown[:SUBMODULE_MODES] if "." in matrix else shown
+        shown = spectrum.eigenvalues[: num_shown(matrix, num_modes)]
         values |= {f"{prefix}/eig_{mode:03d}": value for mode, value in enumerate(shown.tolist())}
     if not math.isnan(measurement.loss):
         values[overview_tag("loss", name)] = measurement.loss
@@ -109,9 +115,10 @@ class Charts:
         """Log the last measurement, and with the first one the layout of the custom scalars."""
         primary = self._primary
         if len(record) == 1:
-            modes = min(record.eigenvalues(primary.matrix).shape[1], _MODE_CHARTS, self._num_modes)
-            for writer in tensorboard_writers(self._trainer):
-                writer.add_custom_scalars(layout(record.matrices, primary, self._name, modes))
+            spectra = record.measurements[0].spectra
+            counts = {name: len(spectra[name].eigenvalues[: num_shown(name, self._num_modes)]) for name in spectra}
+            for writer, start in tensorboard_writers(self._trainer).items():
+                add_layout(writer, layout(counts, primary, self._name), start)
         step, options = int(record.steps[-1]), (self._name, self._num_modes)
         measured = measured_scalars(record, -1, primary.matrix, *options)
         for logger in self._trainer.loggers:
@@ -120,7 +127,8 @@ class Charts:
                 logger.log_metrics(measured | predicted_scalars(record, -1, *options), step=step)
             else:
                 logger.log_metrics(measured, step=step)
-                self._add_theory(writer, predicted_scalars(record, -1, *options, quantity="eig"), step)
+                predicted = predicted_scalars(record, -1, *options, quantity="eig")
+                self._add_theory(writer, {tag_start(logger) + tag: value for tag, value in predicted.items()}, step)
 
     def add_loss(self, record: SpectrumRecord) -> None:
         """Log the loss of the last measurement, which is known one step later."""
@@ -148,15 +156,15 @@ class Charts:
             if matrix == self._primary.matrix:
                 tag = overview_tag("trajectories", self._name)
                 if picture is not None:
-                    for writer in writers:
-                        writer.add_image(tag, _pixels(picture), step, dataformats="HWC")
+                    for writer, start in writers.items():
+                        writer.add_image(start + tag, _pixels(picture), step, dataformats="HWC")
                     continue
             try:
                 figure = self._figure(record, matrix, ended)
             except ValueError:  # measured less than twice, after resuming with other settings
                 continue
-            for writer in writers:
-                writer.add_figure(tag, figure, step)
+            for writer, start in writers.items():
+                writer.add_figure(start + tag, figure, step)
 
     def close(self) -> None:
         """Close the writers of the predictions."""
@@ -179,7 +187,7 @@ class Charts:
         from stepwise_lightning.plots import Panel, eigenvalues_figure
 
         primary, hidden = self._primary, "." in matrix
-        num_modes = min(self._num_modes, SUBMODULE_MODES) if hidden else self._num_modes
+        num_modes = num_shown(matrix, self._num_modes)
         # A hidden representation starts large: the steps of the embedding are marked in it.
         steps = record.detect_steps(primary.matrix if hidden else matrix)
         if not ended:
@@ -205,32 +213,55 @@ def _pixels(picture: bytes) -> np.ndarray:
     return np.asarray(Image.open(BytesIO(picture)).convert("RGB"))
 
 
-def layout(matrices: Iterable[str], primary: PrimaryMatrix, name: str, modes: int) -> dict[str, dict[str, list[Any]]]:
-    """Return TensorBoard's layout of custom scalars, by category and chart.
+def layout(counts: Mapping[str, int], primary: PrimaryMatrix, name: str) -> dict[str, dict[str, list[str]]]:
+    """Return the tags of TensorBoard's custom scalars by category and chart.
 
     Lines have the colour of their run: the first charts show one mode of the primary matrix each, one line per run;
-    the others show all eigenvalues of a matrix.
+    the others show all eigenvalues of a matrix. ``counts`` is the number of logged eigenvalues by matrix.
     """
 
-    def chart(*tags: str) -> list[Any]:
-        return ["Multiline", [f"^{tag}$" for tag in tags]]
+    def eigenvalues(matrix: str) -> list[str]:
+        return [f"{matrix_tag(matrix, name)}/eig_{mode:03d}" for mode in range(counts[matrix])]
 
-    first, prefix = matrix_tag(primary.matrix, name), "" if name == NAME else f"{name}: "
+    modes, prefix = eigenvalues(primary.matrix), "" if name == NAME else f"{name}: "
     categories = {
         f"{prefix}{OVERVIEW}": {
-            "loss": chart(overview_tag("loss", name)),
-            "modes grown": chart(overview_tag("num_grown", name)),
-            primary.title: chart(f"{first}/eig_[0-9]+"),
+            "loss": [overview_tag("loss", name)],
+            "modes grown": [overview_tag("num_grown", name)],
+            primary.title: modes,
         },
         f"{prefix}{matrix_tag(primary.matrix)}, mode by mode": {
-            f"mode {mode}": chart(f"{first}/eig_{mode:03d}") for mode in range(modes)
+            f"mode {mode}": [tag] for mode, tag in enumerate(modes[:_MODE_CHARTS])
         },
     }
-    for matrix in matrices:
+    for matrix in counts:
         submodule, _, kind = matrix.rpartition(".")
         category = categories.setdefault(f"{prefix}{submodule or 'embedding'}, all eigenvalues", {})
-        category[tag_prefix(kind)] = chart(f"{matrix_tag(matrix, name)}/eig_[0-9]+")
-    return {category: charts for category, charts in categories.items() if charts}
+        category[tag_prefix(kind)] = eigenvalues(matrix)
+    shown = {
+        category: {chart: tags for chart, tags in charts.items() if tags} for category, charts in categories.items()
+    }
+    return {category: charts for category, charts in shown.items() if charts}
+
+
+def add_layout(writer: Any, categories: Mapping[str, Mapping[str, Sequence[str]]], start: str = "") -> None:
+    """Write the layout of custom scalars, with ``start`` before each tag.
+
+    Charts are of the kind "margin" with margins of zero, because TensorBoard smooths the lines of the other kind.
+    """
+    from tensorboard.plugins.custom_scalar import layout_pb2
+    from torch.utils.tensorboard.summary import custom_scalars
+
+    content = layout_pb2.Layout()
+    for title, charts in categories.items():
+        category = content.category.add(title=title)
+        for name, tags in charts.items():
+            margin = category.chart.add(title=name).margin
+            for tag in tags:
+                margin.series.add(value=start + tag, lower=start + tag, upper=start + tag)
+    summary = custom_scalars({})
+    summary.value[0].tensor.string_val[0] = content.SerializeToString()
+    writer._get_file_writer().add_summary(summary)
 
 
 def log_settings(trainer: L.Trainer, settings: Mapping[str, bool | float | str], name: str = NAME) -> None:
@@ -238,17 +269,17 @@ def log_settings(trainer: L.Trainer, settings: Mapping[str, bool | float | str],
     from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
     from torch.utils.tensorboard.summary import hparams
 
-    titles = {
-        overview_tag("loss", name): "final loss",
-        overview_tag("num_grown", name): "modes grown",
-        num_distinct_tag(name): "distinct steps",
-    }
-    experiment, start, _ = hparams(dict(settings), dict.fromkeys(titles, 0.0))
-    data = experiment.value[0].metadata.plugin_data
-    content = HParamsPluginData.FromString(data.content)
-    for metric in content.experiment.metric_infos:
-        metric.display_name = titles[metric.name.tag]
-    data.content = content.SerializeToString()
-    for writer in tensorboard_writers(trainer):
-        for summary in (experiment, start):
+    for writer, start in tensorboard_writers(trainer).items():
+        titles = {
+            start + overview_tag("loss", name): "final loss",
+            start + overview_tag("num_grown", name): "modes grown",
+            start + num_distinct_tag(name): "distinct steps",
+        }
+        experiment, session, _ = hparams(dict(settings), dict.fromkeys(titles, 0.0))
+        data = experiment.value[0].metadata.plugin_data
+        content = HParamsPluginData.FromString(data.content)
+        for metric in content.experiment.metric_infos:
+            metric.display_name = titles[metric.name.tag]
+        data.content = content.SerializeToString()
+        for summary in (experiment, session):
             writer._get_file_writer().add_summary(summary)

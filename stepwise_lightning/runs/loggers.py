@@ -8,7 +8,7 @@ from typing import Any
 
 import lightning as L
 
-__all__ = ["folder_of", "logger_kind", "tensorboard_writer", "tensorboard_writers"]
+__all__ = ["folder_of", "logger_kind", "tag_start", "tensorboard_writer", "tensorboard_writers"]
 
 _KINDS = ("TensorBoardLogger", "CSVLogger", "WandbLogger", "MLFlowLogger")
 
@@ -45,6 +45,13 @@ def tensorboard_writer(logger: Any) -> Any:
     return writer if isinstance(getattr(writer, "log_dir", None), (str, os.PathLike)) else None
 
 
-def tensorboard_writers(trainer: L.Trainer) -> list[Any]:
-    """Return the TensorBoard writers of a Trainer's loggers."""
-    return [writer for writer in map(tensorboard_writer, trainer.loggers) if writer is not None]
+def tensorboard_writers(trainer: L.Trainer) -> dict[Any, str]:
+    """Return the TensorBoard writers of a Trainer's loggers, each with the start of its tags, from ``prefix``."""
+    writers = {logger: tensorboard_writer(logger) for logger in trainer.loggers}
+    return {writer: tag_start(logger) for logger, writer in writers.items() if writer is not None}
+
+
+def tag_start(logger: Any) -> str:
+    """Return the start of all tags of a logger: ``a-`` for ``prefix="a"``, which ``log_metrics`` adds."""
+    prefix = getattr(logger, "_prefix", "")
+    return f"{prefix}{logger.LOGGER_JOIN_CHAR}" if prefix else ""

@@ -153,11 +153,12 @@ def continue_events(trainer: L.Trainer, unwritten: dict[str, float]) -> None:
     from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 
     step = trainer.global_step
-    for writer in tensorboard_writers(trainer):
+    for writer, start in tensorboard_writers(trainer).items():
         writer.flush()
         if unwritten:
             earlier = EventAccumulator(writer.log_dir, size_guidance={"scalars": 0, "tensors": 1, "images": 1}).Reload()
             logged = {tag for tag in earlier.Tags()["scalars"] if any(s.step == step - 1 for s in earlier.Scalars(tag))}
-            for tag in unwritten.keys() - logged:
-                writer.add_scalar(tag, unwritten[tag], step - 1)
+            for tag, value in unwritten.items():
+                if start + tag not in logged:
+                    writer.add_scalar(start + tag, value, step - 1)
         writer.file_writer.add_event(Event(step=step, session_log=SessionLog(status=SessionLog.START)))

@@ -8,13 +8,15 @@ import pytest
 import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from reproduce.networks.variants import LOSS_SETTINGS
 from stepwise_lightning import BarlowTwins, SimCLR, SpectrumLogger, SpectrumRecord, VICReg
 from stepwise_lightning.callbacks.run_files import rows
-from stepwise_lightning.callbacks.tensorboard import PrimaryMatrix, layout, measured_scalars
+from stepwise_lightning.callbacks.tensorboard import PrimaryMatrix, layout, log_settings, measured_scalars
 from stepwise_lightning.features import capture
 from stepwise_lightning.module_state import batch_statistics
 from stepwise_lightning.spectrum import MATRICES, embedding_eigenvalues
@@ -32,7 +34,7 @@ class Classifier(L.LightningModule):
         return self.head(self.features(x))
 
     def training_step(self, batch, batch_idx):
-        return nn.functional.cross_entropy(self(batch[0]), batch[1])
+        return nn.functional.cross_entropy(self(batch[0]), batch[-1])
 
     def configure_optimizers(self):
         return torch.optim.Adam(self.parameters(), lr=0.01)
@@ -75,12 +77,27 @@ def test_training_is_bit_identical_without_the_callback(run, tmp_path):
         assert torch.equal(ours, theirs)
 
 
+def custom_charts(events):
+    """Return the tags of TensorBoard's custom charts by category and chart; check that the tags exist."""
+    content = Layout.FromString(events.Tensors("custom_scalars__config__")[0].tensor_proto.string_val[0])
+    tags = {
+        (category.title, chart.title): [series.value for series in chart.margin.series]
+        for category in content.category
+        for chart in category.chart
+    }
+    for shown in tags.values():
+        assert shown and set(shown) <= set(events.Tags()["scalars"])
+    return tags
+
+
 def test_tensorboard_has_charts_per_matrix_and_the_figure(run):
     spectra, _, logger = run
     events = EventAccumulator(logger.log_dir, size_guidance={"tensors": 0, "images": 0}).Reload()
-    layout = events.Tensors("custom_scalars__config__")[0].tensor_proto.string_val[0]
-    assert b"^features/covariance/eig_[0-9]+$" in layout
-    assert b"driven" not in layout  # the driven matrix of this loss is unknown
+    charts = custom_charts(events)
+    assert charts["features, all eigenvalues", "covariance"] == [
+        f"features/covariance/eig_{mode:03d}" for mode in range(6)
+    ]
+    assert not any("driven" in chart for _, chart in charts)  # the driven matrix of this loss is unknown
     assert spectra.picture == spectra.directory / "trajectories.png" and spectra.picture.exists()
     images = events.Images("At a glance/trajectories")
     assert images[-1].step == spectra.record.steps[-1] and images[-1].width > 500
@@ -88,11 +105,30 @@ def test_tensorboard_has_charts_per_matrix_and_the_figure(run):
         assert len(events.Scalars(f"covariance/{measure}")) == len(spectra.record)
 
 
+def test_prefix_of_the_logger_starts_all_tags_and_those_in_custom_charts(tmp_path):
+    spectra = SpectrumLogger(name="mine", num_points=4, prediction=lambda times: torch.ones(len(times), 3))
+    logger = TensorBoardLogger(tmp_path, prefix="a.b")
+    trainer = L.Trainer(
+        max_steps=4, accelerator="cpu", logger=logger, callbacks=[spectra], log_every_n_steps=1,
+        enable_checkpointing=False, enable_model_summary=False, enable_progress_bar=False,
+    )  # fmt: skip
+    x = torch.randn(64, 8, generator=torch.Generator().manual_seed(0))
+    log_settings(trainer, {"alpha": 1e-3}, "mine")
+    trainer.fit(Classifier(), DataLoader(TensorDataset(x, x, (x[:, 0] > 0).long()), batch_size=16))
+    events = EventAccumulator(logger.log_dir, size_guidance={"tensors": 0}).Reload()
+    assert len(custom_charts(events)) >= 6 and all(tag.startswith("a.b-") for tag in events.Tags()["scalars"])
+    settings = events.summary_metadata["_hparams_/experiment"].plugin_data.content
+    metrics = HParamsPluginData.FromString(settings).experiment.metric_infos
+    assert {metric.name.tag for metric in metrics} <= set(events.Tags()["scalars"])
+    theory = EventAccumulator(f"{logger.log_dir}/theory").Reload().Tags()["scalars"]
+    assert theory == [f"a.b-mine/C/eig_{mode:03d}" for mode in range(3)]
+
+
 @pytest.mark.parametrize("module", [BarlowTwins, VICReg, SimCLR])
 def test_driven_matrix_comes_first(module):
     primary = PrimaryMatrix.of(module(nn.Linear(2, 2), 0.1), list(MATRICES))
     assert primary.matrix == module.driven_matrix == LOSS_SETTINGS[module.loss_name].matrix
-    charts = list(layout(MATRICES, primary, "spectrum", 2).items())
+    charts = list(layout(dict.fromkeys(MATRICES, 2), primary, "spectrum").items())
     assert charts[0][0] == "At a glance" and list(charts[0][1])[-1].endswith(f", driven by {module.__name__}")
     assert list(charts[1][1]) == ["mode 0", "mode 1"]
     assert PrimaryMatrix.of(module(nn.Linear(2, 2), 0.1), ["encoder.covariance"]) == PrimaryMatrix("encoder.covariance")

@@ -4,6 +4,7 @@ import csv
 import shutil
 from pathlib import Path
 
+import lightning as L
 import pytest
 import torch
 from lightning.pytorch.loggers import TensorBoardLogger
@@ -125,3 +126,34 @@ def test_resume_with_changed_settings_keeps_the_record(change, default_run, tmp_
 def test_resume_with_default_settings_keeps_the_record(change, tmp_path):
     path = start(tmp_path / "changed", **CHANGED_SETTINGS[change])
     check_resumed(*resume(path, tmp_path / "default"))
+
+
+class Logging(Classifier):
+    """Logs its loss."""
+
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)
+        self.log("train/loss", loss)
+        return loss
+
+
+class CopyCheckpoint(L.Callback):
+    """Copies the checkpoint of step 6 before step 7, as it is found after a kill."""
+
+    def on_train_batch_start(self, trainer, module, batch, batch_idx):
+        if trainer.global_step == 6:
+            checkpoints = Path(trainer.logger.log_dir, "checkpoints")
+            shutil.copy(checkpoints / "last.ckpt", checkpoints / "killed.ckpt")
+
+
+@pytest.mark.filterwarnings("ignore:You.re resuming from a checkpoint that ended before the epoch ended")
+def test_resumed_run_keeps_the_prefix_of_the_logger(tmp_path):
+    def run(ckpt_path=None):
+        logger = TensorBoardLogger(tmp_path, version="v", prefix="a")
+        callbacks = [CopyCheckpoint(), SpectrumLogger(), LastCheckpoint(every_n_train_steps=3)]
+        fit(Logging(), tmp_path, *callbacks, logger=logger, max_epochs=2, ckpt_path=ckpt_path)
+        return Path(logger.log_dir)
+
+    run(run() / "checkpoints/killed.ckpt")
+    tags = EventAccumulator(str(tmp_path / "lightning_logs/v")).Reload().Tags()["scalars"]
+    assert {"a-train/loss", "a-covariance/eig_000"} <= set(tags) and all(tag.startswith("a-") for tag in tags)
