@@ -16,8 +16,8 @@ USAGE = """usage: python -m reproduce FIGURE [FIGURE ...] [options]
        python -m reproduce all [options]      all figures except the long ones
        python -m reproduce list
 
-A single figure is computed again unless --resume is given. Several figures, and all, compute only what is missing,
-continue after a failure, and write one page with all pictures and verdicts, <out>/report.html.
+A single figure is recomputed unless --resume is given. Several figures, or all, are computed only if they are missing;
+the command continues after a failure and writes one page with all figures and verdicts, <out>/report.html.
 Options: python -m reproduce FIGURE --help
 Train networks only, in parallel on several machines: python -m reproduce.train --help
 

@@ -182,11 +182,11 @@ class Encoder(nn.Module):
 
     Args:
         out_features: d, the embedding dimension.
-        backbone: name of the :class:`ResNet`; for ``small_images`` see there.
-        small_images: use a stem for small images.
-        projector_depth: depth of the :class:`Projector`; for ``hidden_features`` and ``norm`` see there.
+        backbone: ``resnet_small``, ``resnet18``, ``resnet34`` or ``resnet50``.
+        small_images: use a 3×3 stem without stride or pooling, for images up to about 64 pixels.
+        projector_depth: number of linear layers of the projector; 1 is a linear projector.
         hidden_features: width of the hidden layers of the projector.
-        norm: normalisation of the projector.
+        norm: ``batch`` or ``none``, before each ReLU of the projector.
         alpha: scale of the last layer, see :func:`scale_last_layer`; 1 is ordinary initialisation.
         bias_norm: norm of the initial bias of the last layer, in a random direction; None scales the bias by ``alpha``.
         seed: seed of the initial weights; None for the global seed (``seed_everything``).

@@ -44,7 +44,7 @@ class JointEmbedding(L.LightningModule):
         learning_rate: learning rate of SGD or ``optimizer``.
         momentum: momentum of SGD.
         weight_decay: weight decay of SGD; it can prevent small modes from growing.
-        warmup_steps: number of steps of a linear warm-up; see :func:`rate_factor`.
+        warmup_steps: number of steps over which the learning rate increases linearly to ``learning_rate``.
         cosine: decay the learning rate to 0 along a half cosine after the warm-up.
         optimizer: an optimiser of ``torch.optim`` instead of SGD, called with the parameters, for instance
             ``partial(AdamW, weight_decay=0.01)``, or ``--model.optimizer AdamW``. Its learning rate is

@@ -1,4 +1,4 @@
-"""Relative links and anchors in the documentation have a target."""
+"""Relative links, anchors, and names of files and tests in the documentation have a target."""
 
 import re
 from pathlib import Path
@@ -58,3 +58,15 @@ def test_broken_links_are_found(tmp_path):
 def test_glossary_index_is_complete():
     text = (ROOT / "docs" / "glossary.md").read_text(encoding="utf-8")
     assert set(re.findall(r"\]\(#([^)]+)\)", text)) == set(re.findall(r"<a id=\"([^\"]+)\">", text))
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page.name != "CHANGELOG.md"], ids=lambda page: page.name)
+def test_named_files_and_tests_exist(page):
+    text = page.read_text(encoding="utf-8")
+    files = re.findall(
+        r"\b(?:tests|reproduce|stepwise_lightning|docs|configs|benchmarks)/[\w/]+\.(?:py|md|yaml)\b", text
+    )
+    assert [name for name in files if not (ROOT / name).exists()] == []
+    code = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "tests").rglob("test_*.py"))
+    examples = {"test_resume_restores_optimizer_state", "test_set"}  # a name in CONTRIBUTING.md, a folder in inputs.md
+    assert [name for name in set(re.findall(r"`(test_\w+)`", text)) - examples if f"def {name}(" not in code] == []

@@ -280,6 +280,7 @@ def test_command_line_trains_and_evaluates(
     for command, stage in (("validate", "val"), ("test", "test")):
         shown = stepwise(command, f"--config={run}", f"--ckpt_path={checkpoint}")
         assert all(f"{stage}/{name}" in shown for name in ("probe_top1", "probe_top5", "knn_top1", "knn_top5"))
+    assert len(list(tmp_path.glob("runs/*/*"))) == 1
     with pytest.raises(SystemExit, match="the linear probe is untrained.*--ckpt_path"):
         stepwise("validate", f"--config={run}")
 

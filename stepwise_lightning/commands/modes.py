@@ -13,12 +13,12 @@ __all__ = ["main"]
 def main(arguments: list[str]) -> None:
     """Write a description of the learned modes of a run."""
     parser = Parser("modes", "Describe each learned mode of a run: the images with the lowest and highest values, the "
-                    "attributes and augmentations that change it, and those that it is invariant to. Writes an HTML "
-                    "page, and the embedding for TensorBoard's projector.")  # fmt: skip
+                    "attributes and augmentations that change it, and its invariances. Writes an HTML page, and the "
+                    "embedding for TensorBoard's projector.")  # fmt: skip
     parser.add_argument("run", metavar="RUN", help="folder of a run, runs/NAME/version_N, or a checkpoint in it")
     parser.add_argument("--data", metavar="FOLDER",
                         help="a folder of images, photos, cifar10 or stl10 (the run's held-out images)")  # fmt: skip
-    parser.add_argument("--root", help="folder of cifar10 and stl10 (that of the run, or data)")
+    parser.add_argument("--root", help="folder of cifar10 and stl10 (from the run's configuration, or data)")
     parser.add_argument("--images", type=int, help="maximum number of images (256)")
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="folder to write; must not exist (RUN/modes)")
     options = parser.parse_args(arguments)

@@ -50,6 +50,7 @@ _TRAINER = {
     "log_every_n_steps": "interval between logged losses",
     "default_root_dir": "folder of runs without a logger",
 }
+_CKPT_PATH = "a checkpoint, or 'last' for the latest run of this name; without a checkpoint, fit starts a run"
 _INDENT, _WIDTH = " " * 30, 110
 
 
@@ -74,13 +75,15 @@ def short_help(command: str) -> str:
     description = COMMANDS[command][1]
     text = f"""usage: stepwise {command} --config CONFIG [--config CONFIG …] [options]
 
-{description[0].upper()}{description[1:]}. CONFIG is a file, or the name of a configuration of the package
-('stepwise --help' lists them). Later ones change the values that they name; callbacks are matched by class.
+{description[0].upper()}{description[1:]}.
+
+CONFIG is a file, or the name of a configuration of the package ('stepwise --help' lists them). A later --config
+overrides values of earlier ones; callbacks are merged by class.
 
 options:
   --config CONFIG
-{_line("ckpt_path", "a checkpoint, or 'last': that of the latest run of this name; fit starts a run if there is none")}
-{forecast}{_line("seed_everything", "seed of initial weights, data and everything else that has no seed given (0)")}
+{_line("ckpt_path", _CKPT_PATH)}
+{forecast}{_line("seed_everything", "seed of all random numbers, except for components with a seed of their own (0)")}
   --print_config              print the complete configuration, with every default, and exit
   --model, --data CLASS       a class of this package, or the dotted path of another
   --model.help, --data.help CLASS

@@ -19,7 +19,7 @@ class FixedCropPairs(SeededDataModule):
     """Data of the linear experiment: pairs of random crops, drawn once and returned as one full batch at every step.
 
     Args:
-        data: see :func:`stepwise_lightning.data.image_sets.load_images`.
+        data: ``photos``, ``cifar10``, ``stl10``, or the path of a folder of images.
         num_pairs: number of pairs, at most the number of images.
         crop_size: side of the crops in pixels.
         seed: seed of the images and crop positions; None for the global seed (``seed_everything``).

@@ -1,4 +1,4 @@
-"""Class paths of version 0.2 and earlier in configurations, and their present paths."""
+"""Class paths of earlier versions in configurations, and their present paths."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ __all__ = ["with_current_classes"]
 
 # module of a class before -> now; classes exported by stepwise_lightning have kept their paths
 _MOVED = {
+    "stepwise_lightning.callbacks": "stepwise_lightning.callbacks.spectrum_logger",
+    "stepwise_lightning.checkpoints": "stepwise_lightning.runs",
     "stepwise_lightning.collectives": "stepwise_lightning.sync_batchnorm",
     "stepwise_lightning.data.fixed_pairs": "stepwise_lightning.data.fixed_crop_pairs",
     "stepwise_lightning.data.modules": "stepwise_lightning.data.two_view_datamodule",

@@ -59,6 +59,7 @@ TABLE = {
         "eigenvalues of the\ntangent covariance", "the tangent covariance", "tangent_covariance", _tangent
     ),
 }
+#: Names of the matrices whose spectra can be measured.
 MATRICES = tuple(TABLE)
 
 

@@ -1,8 +1,10 @@
-"""Configurations and runs of version 0.2.0, whose class paths have moved."""
+"""Configurations and runs of earlier versions, whose class paths have moved."""
 
 import shutil
+from importlib import import_module
 from pathlib import Path
 
+import pytest
 import torch
 from tiny_runs import stepwise, write_images
 
@@ -24,6 +26,15 @@ def test_run_of_an_earlier_version_is_resumed_and_loaded(tmp_path, monkeypatch, 
     assert torch.load(run / "checkpoints/last.ckpt", weights_only=True)["global_step"] == 4
     assert [path.name for path in run.parent.iterdir()] == ["version_0"]
     assert isinstance(load_encoder(run), LinearEncoder)
+
+
+@pytest.mark.parametrize(
+    ("before", "now"),
+    [("callbacks.SpectrumLogger", "callbacks.spectrum_logger"), ("checkpoints.LastCheckpoint", "runs")],
+)
+def test_class_paths_of_version_0_1_are_replaced(before, now):
+    module, _, name = with_current_classes(f"stepwise_lightning.{before}").rpartition(".")
+    assert module == f"stepwise_lightning.{now}" and hasattr(import_module(module), name)
 
 
 def test_only_class_paths_are_replaced(caplog):
