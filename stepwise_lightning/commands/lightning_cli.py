@@ -171,7 +171,7 @@ def _adapted(callbacks: list[Any], model: L.LightningModule) -> list[Any]:
     The configurations of the package name it, and have to train any module.
     """
     is_ours = type(model).__module__.startswith("stepwise_lightning.")
-    if is_ours or REPRESENTATION in dict(model.named_modules(remove_duplicate=False)):
+    if is_ours or REPRESENTATION in dict(model.named_modules()):
         return callbacks
     dropped = [callback for callback in callbacks if getattr(callback, "watch", None) == REPRESENTATION]
     loggers = [each for each in callbacks if isinstance(each, SpectrumLogger) and REPRESENTATION in each.watch]

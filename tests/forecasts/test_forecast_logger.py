@@ -43,9 +43,12 @@ class WithEncoder(Mine):
 class WithBackbone(Mine):
     def __init__(self):
         super().__init__()
-        self.encoder = nn.Module()
-        self.encoder.backbone = nn.Linear(48, 3)
-        self.net = nn.Sequential(nn.Flatten(), self.encoder.backbone)
+        del self.net
+        self.encoder = nn.Sequential(nn.Flatten())
+        self.encoder.add_module("backbone", nn.Linear(48, 3))
+
+    def forward(self, x):
+        return self.encoder(x)
 """
 
 
