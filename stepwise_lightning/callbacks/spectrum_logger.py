@@ -18,6 +18,7 @@ from stepwise_lightning.callbacks.clock import Clock, expected_end
 from stepwise_lightning.callbacks.measuring import StepLoss, check_finite, publish_measures, spectra_of
 from stepwise_lightning.callbacks.progress import Plan
 from stepwise_lightning.callbacks.run_files import RunFiles
+from stepwise_lightning.callbacks.spawned import return_results
 from stepwise_lightning.callbacks.tensorboard import NAME
 from stepwise_lightning.distributed import all_gather_objects
 from stepwise_lightning.errors import UserError
@@ -285,6 +286,9 @@ class SpectrumLogger(L.Callback):
         assert self.prediction is not None
         # One time per call, also in a resumed run, for identical rounding.
         return as_float64(self.prediction(time[None])[0].detach()).cpu()
+
+
+return_results(SpectrumLogger)
 
 
 def records_in(checkpoint: Mapping[str, Any]) -> list[SpectrumRecord]:

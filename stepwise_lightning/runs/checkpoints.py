@@ -37,6 +37,8 @@ from stepwise_lightning.runs.resume import (
 from stepwise_lightning.signals import EX_TEMPFAIL, STOP_SIGNALS
 
 _KEY = "stepwise_lightning"
+# Weights, without the rest of a checkpoint, that Lightning's ddp_spawn and ddp_fork pass to the calling process.
+_WEIGHTS_OF_SPAWNED = ".temp.ckpt"
 # Seconds; a scheduler may send one signal twice, to all processes and through a launcher.
 _MIN_WAIT = 1.0
 # The checkpoint that each Trainer updates, also in a second fit.
@@ -68,6 +70,8 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         """Load a checkpoint, and check that it has the entries that Lightning needs."""
         try:
             checkpoint = super().load_checkpoint(path, *arguments, **options)
+            if Path(path).name == _WEIGHTS_OF_SPAWNED:
+                return checkpoint
             missing = {"state_dict", "pytorch-lightning_version"} - checkpoint.keys()
             if missing or not isinstance(checkpoint["state_dict"], dict):
                 raise ValueError(f"it has no {' and no '.join(sorted(missing)) or 'state_dict of weights'}")

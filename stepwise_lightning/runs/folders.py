@@ -19,6 +19,8 @@ CHECKPOINTS = "checkpoints"  # folder of checkpoints in the folder of a run
 WITHOUT_LOGGER = "stepwise_runs"  # folder of the runs without a logger in default_root_dir
 
 _folders: WeakKeyDictionary[Any, Path] = WeakKeyDictionary()
+# Folders of runs that ended in other processes, where the loggers of this process would begin the next version.
+_spawned: WeakKeyDictionary[Any, Path] = WeakKeyDictionary()
 
 
 def run_folder(trainer: L.Trainer, resumed: str | Path | None = None) -> Path:
@@ -37,16 +39,25 @@ def run_folder(trainer: L.Trainer, resumed: str | Path | None = None) -> Path:
         UserError: the folder is not local, on every rank.
 
     """
-    folder = None
     check_local(trainer)
-    if trainer.is_global_zero:
-        if trainer.loggers:
-            folder = folder_of(trainer.loggers[0], trainer.default_root_dir)
-        else:
-            if trainer not in _folders:
-                _folders[trainer] = _without_logger(trainer, resumed or trainer.ckpt_path)
-            folder = _folders[trainer]
+    folder = folder_of_run(trainer, resumed) if trainer.is_global_zero else None
     return Path(trainer.strategy.broadcast(str(folder)))
+
+
+def folder_of_run(trainer: L.Trainer, resumed: str | Path | None = None) -> Path:
+    """Return the folder of this run on rank 0; see :func:`run_folder`."""
+    if trainer in _spawned:
+        return _spawned[trainer]
+    if trainer.loggers:
+        return folder_of(trainer.loggers[0], trainer.default_root_dir)
+    if trainer not in _folders:
+        _folders[trainer] = _without_logger(trainer, resumed or trainer.ckpt_path)
+    return _folders[trainer]
+
+
+def set_spawned_folder(trainer: L.Trainer, folder: Path) -> None:
+    """Set the folder of a run that processes of ``ddp_spawn`` or ``ddp_fork`` have written."""
+    _spawned[trainer] = folder
 
 
 def check_local(trainer: L.Trainer) -> None:
