@@ -77,9 +77,7 @@ class MLP(nn.Sequential):
     ) -> None:
         widths = [in_features, *hidden, out_features]
         if min(widths) < 1:
-            raise UserError(
-                f"every layer of an MLP needs a width of at least 1, got {widths} (in_features, hidden, out_features)"
-            )
+            raise UserError(f"an MLP needs in_features, hidden, out_features ≥ 1, got {widths}")
         layers: list[nn.Module] = [nn.Flatten()]
         with isolated_rng(checked_seed(seed)):
             for width_in, width_out in pairwise(widths):
@@ -229,15 +227,14 @@ def scale_last_layer(
 ) -> nn.Module:
     """Multiply weights and bias of the last linear layer of ``module`` by ``alpha`` in place; return the module.
 
-    Only the last layer is scaled. With batch normalisation, scaling the other weights does not change the output but
-    multiplies their effective learning rate by 1/α²; without it, scaling all layers also shrinks the tangent kernel,
-    and training becomes extremely slow.
+    Other layers keep their scale: with batch normalisation, scaling them would only multiply their effective learning
+    rate by 1/α²; without it, training would become extremely slow, because the tangent kernel shrinks too.
 
     Args:
         module: a module with a linear layer.
         alpha: α > 0, the factor of the outputs.
-        bias_norm: norm of the new bias, in a random direction. Cosine losses need a bias: without one they see
-            embeddings of full rank, however small these are.
+        bias_norm: norm of the new bias, in a random direction. Cosine losses need a bias: without one their input
+            has full rank at any scale, because they normalise the embeddings.
         seed: seed of the direction; None for the global seed (``seed_everything``).
 
     Example:
