@@ -135,7 +135,7 @@ Watched = str | Callable[[nn.Module, Tensor], Tensor]
 
 def check_watched(module: nn.Module, watch: Sequence[Watched]) -> None:
     """Raise a UserError that lists similar names if ``watch`` contains an unknown submodule."""
-    names = list(dict.fromkeys(_plain(known) for known, _ in module.named_modules() if known))
+    names = list(dict.fromkeys(_plain(known) for known, _ in module.named_modules(remove_duplicate=False) if known))
     for name in watch:
         if isinstance(name, str) and name and _plain(name) not in names:
             near = get_close_matches(name, names, n=5, cutoff=0.3) or names[:20]
@@ -266,7 +266,7 @@ def _embeddings(output: Any, name: str) -> Tensor:
 
 def _submodule(module: nn.Module, name: str) -> nn.Module:
     """Return a submodule by its name, with or without the parts that torch.compile inserts; KeyError if unknown."""
-    for known, part in module.named_modules():
+    for known, part in module.named_modules(remove_duplicate=False):  # a shared submodule has several names
         if name in (known, _plain(known)):
             return part
     raise KeyError(name)

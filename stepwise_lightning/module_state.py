@@ -9,7 +9,6 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
-import lightning as L
 import numpy as np
 import torch
 from lightning.pytorch.loggers.logger import DummyLogger
@@ -123,7 +122,7 @@ def _uncompiled(module: nn.Module) -> AbstractContextManager[Any]:
 @contextmanager
 def without_logging(module: nn.Module) -> Iterator[None]:
     """Discard ``self.log``, ``self.log_dict`` and the output to ``self.logger`` of LightningModules."""
-    parts = [part for part in module.modules() if isinstance(part, L.LightningModule)]
+    parts: list[Any] = [part for part in module.modules() if _is_lightning_module(part)]
     before = [{name: value for name, value in vars(part).items() if name in ("log", "log_dict")} for part in parts]
     trainers = {part._trainer for part in parts if part._trainer is not None}
     loggers = [(trainer, trainer.loggers) for trainer in trainers]
@@ -142,11 +141,16 @@ def without_logging(module: nn.Module) -> Iterator[None]:
             trainer.loggers = active
 
 
+def _is_lightning_module(module: nn.Module) -> bool:
+    # The names of the base classes decide, because lightning and pytorch_lightning share no class.
+    return any(base.__name__ == "LightningModule" for base in type(module).__mro__)
+
+
 def _ignore(*_: Any, **__: Any) -> None:
     """Replace a method of LightningModule."""
 
 
 def precision_plugin(module: nn.Module) -> Any:
     """Return the precision plugin of the Trainer that trains a module, None without a Trainer."""
-    trainer = module._trainer if isinstance(module, L.LightningModule) else None
+    trainer: Any = module._trainer if _is_lightning_module(module) else None
     return None if trainer is None else trainer.precision_plugin

@@ -365,6 +365,13 @@ def test_compiled_modules_are_watched_by_their_original_names():
         assert captured["features"][0].shape == (64, 6) and torch.equal(captured["features.0"][0], expected)
 
 
+def test_shared_submodule_is_watched_under_each_of_its_names():
+    module = Classifier()
+    module.alias = module.features[0]
+    captured = capture(module, [X], ["features.0", "alias"])
+    assert torch.equal(captured["features.0"][0], captured["alias"][0])
+
+
 def test_varying_output_lengths_are_padded_with_nan(tmp_path):
     class Cropped(Classifier):
         def forward(self, x):

@@ -30,7 +30,7 @@ def figures(monkeypatch, rendered_figures):
 
 
 def assert_complete(spectra, step=20):
-    """Check that the results and the last checkpoint of a run are those of its last step."""
+    """Check that the results and the last checkpoint of a run belong to its last step."""
     saved = torch.load(spectra.directory / "checkpoints/last.ckpt", weights_only=True)
     assert saved["global_step"] == step and SpectrumRecord.load(spectra.directory).steps[-1] == step
     assert "covariance" in json.loads((spectra.directory / "steps.json").read_text())

@@ -138,7 +138,7 @@ class Logging(Classifier):
 
 
 class CopyCheckpoint(L.Callback):
-    """Copies the checkpoint of step 6 before step 7, as it is found after a kill."""
+    """Copies the checkpoint of step 6 at the start of step 7, as a kill leaves it."""
 
     def on_train_batch_start(self, trainer, module, batch, batch_idx):
         if trainer.global_step == 6:
