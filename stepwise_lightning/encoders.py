@@ -77,7 +77,7 @@ class MLP(nn.Sequential):
     ) -> None:
         widths = [in_features, *hidden, out_features]
         if min(widths) < 1:
-            raise UserError(f"an MLP needs in_features, hidden, out_features ≥ 1, got {widths}")
+            raise UserError(f"in_features, hidden and out_features need a width of at least 1, got {widths}")
         layers: list[nn.Module] = [nn.Flatten()]
         with isolated_rng(checked_seed(seed)):
             for width_in, width_out in pairwise(widths):
