@@ -96,7 +96,7 @@ class AcceleratedBarlowTwins(BarlowTwins):
 
     @property
     def trains_with_sgd(self) -> bool:
-        """False: the weights do not follow the gradient of the loss."""
+        """Return False, because the weights do not follow the gradient of the loss."""
         return False
 
     def loss_terms(self, z1: Tensor, z2: Tensor) -> dict[str, Tensor]:

@@ -128,7 +128,7 @@ def reason(error: Exception) -> str:
     """Return the type and message of an error in one line of at most 300 characters."""
     if isinstance(error, pickle.UnpicklingError):
         forbidden = re.search(r"GLOBAL (\S+)", str(error))
-        return "it holds more than tensors and plain values" + (f", namely {forbidden[1]}" if forbidden else "")
+        return "it contains more than tensors and plain values" + (f", namely {forbidden[1]}" if forbidden else "")
     text = f"{type(error).__name__}: {' '.join(str(error).split())}".removesuffix(": ")
     return text if len(text) < 300 else text[:300] + "…"
 

@@ -44,13 +44,13 @@ def check_real(tensor: Tensor, name: str) -> None:
             f"{name} must be real, got {tensor.dtype}: take .real, or both parts as features by torch.view_as_real"
         )
     if tensor.device.type == "meta":
-        raise UserError(f"{name} must hold values, got a tensor on the device 'meta', which has none")
+        raise UserError(f"{name} must have values, got a tensor on the device 'meta'")
 
 
 def check_finite(tensor: Tensor, name: str, remedy: str = "check the data") -> None:
     """Raise a ValueError that contains ``name`` and ``remedy`` for NaN or infinite values."""
     if not tensor.isfinite().all():
-        raise UserError(f"{name} hold NaN or infinite values: {remedy}")
+        raise UserError(f"{name} contain NaN or infinite values: {remedy}")
 
 
 def as_tensor(values: TensorLike, name: str = "the input") -> Tensor:

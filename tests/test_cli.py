@@ -74,9 +74,7 @@ def test_damaged_checkpoint_and_invalid_interval_are_reported(monkeypatch, tmp_p
     path = tmp_path / "runs/vicreg_photos/version_3/checkpoints/last.ckpt"
     path.parent.mkdir(parents=True)
     path.write_bytes(b"half a checkpoint")
-    with pytest.raises(
-        SystemExit, match="version_3/checkpoints/last.ckpt is no checkpoint that can be read: remove it"
-    ):
+    with pytest.raises(SystemExit, match="version_3/checkpoints/last.ckpt is not a readable checkpoint: remove it"):
         run(monkeypatch, "fit", f"--config={CONFIG}", "--ckpt_path=last")
     assert path.read_bytes() == b"half a checkpoint"
     with pytest.raises(ValueError, match="every_n_train_steps must be at least 1, got 0"):

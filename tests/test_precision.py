@@ -182,7 +182,7 @@ def test_complex_numbers_raise(call, a, b):
 @every_call
 def test_meta_tensors_raise(call, a, b):
     for left, right in ((a.to("meta"), b), (a, b.to("meta"))):
-        with pytest.raises(UserError, match="on the device 'meta', which has none|must be on one device"):
+        with pytest.raises(UserError, match="on the device 'meta'|must be on one device"):
             call(left, right)
 
 

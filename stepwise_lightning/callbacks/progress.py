@@ -90,7 +90,7 @@ def _count(number: int) -> str:
 
 
 class LineProgress(ProgressBar):
-    """Progress for output that is no terminal: a line every ten seconds, or every 5 % of the elapsed time."""
+    """Progress for output that is not a terminal: a line every ten seconds, or every 5 % of the elapsed time."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -99,7 +99,7 @@ def _read(path: str, model: L.LightningModule) -> dict[str, Any]:
     try:
         model.load_state_dict(checkpoint["state_dict"])
     except RuntimeError as error:
-        raise UserError(f"{path} is no checkpoint of this model ({reason(error)}): give another one") from error
+        raise UserError(f"{path} is not a checkpoint of this model ({reason(error)}): pass another one") from error
     return checkpoint
 
 

@@ -49,11 +49,11 @@ class Forecast:
     eigenvalues: Tensor
     """Eigenvalues of ``matrix``, (K, d), descending; infinite once training has diverged."""
     threshold: float
-    """θ, above which an eigenvalue counts as learned: a tenth of the largest at the end."""
+    """θ, a tenth of the largest eigenvalue at the end; modes above it count as learned."""
     growth_rates: Tensor
     """ρ of each mode from a small start, (d,), :func:`stepwise_lightning.theory.growth_matrix`; NaN if undefined."""
     rates: StableRates
-    """Learning rates: limit, safe, suggested; NaN if unknown."""
+    """Limit, safe and suggested learning rate; NaN if unknown."""
     warnings: tuple[str, ...]
     """Reasons why the forecast may be wrong or training may fail."""
 
@@ -102,7 +102,7 @@ class Forecast:
 
     @property
     def errors(self) -> Tensor:
-        """Typical relative error of each step time, (d,), during training of the remaining time; NaN: not reliable.
+        """Typical relative error of each step time, (d,), during training of the remaining time; NaN if unreliable.
 
         Medians over runs of small networks: see ``reproduce/figures/forecast.py``.
         """

@@ -129,7 +129,7 @@ def saved_step(path: Path) -> int:
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)["global_step"]
     except Exception as error:  # torch and pickle raise many types for damaged files
-        raise UserError(f"{path} is no checkpoint that can be read: remove it to resume from another one") from error
+        raise UserError(f"{path} is not a readable checkpoint: remove it to resume from another one") from error
 
 
 def is_behind(path: Path, step: int) -> bool:

@@ -87,7 +87,7 @@ def saved_checkpoint(checkpoint: str | Path) -> dict[str, Any]:
     except Exception as error:  # torch and pickle raise many types for damaged files
         raise UserError(f"the checkpoint {str(checkpoint)!r} cannot be read ({reason(error)})") from error
     if not isinstance(saved, dict) or not isinstance(saved.get("state_dict"), dict):
-        raise UserError(f"{str(checkpoint)!r} is no checkpoint of Lightning: it has no state_dict")
+        raise UserError(f"{str(checkpoint)!r} is not a Lightning checkpoint: it has no state_dict")
     return saved
 
 
@@ -107,7 +107,7 @@ def configuration_of(checkpoint: Path) -> dict[str, Any]:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{str(path)!r} cannot be read as a configuration ({reason(error)})") from error
     if not isinstance(configuration, dict):
-        raise UserError(f"{str(path)!r} is no configuration of a run")
+        raise UserError(f"{str(path)!r} is not the configuration of a run")
     return configuration
 
 

@@ -25,11 +25,11 @@ class Steps(NamedTuple):
     """Result of :func:`detect_steps`, in the unit of the input times. ``docs/glossary.md`` defines the terms."""
 
     step_times: Tensor
-    """(d,): time at which each mode is learned; NaN for modes that are never learned or start too large."""
+    """Time at which each mode is learned, (d,); NaN for modes that are never learned or start too large."""
     rise_widths: Tensor
-    """(d,): time from a tenth of the threshold to the threshold; NaN with the step time."""
+    """Time from a tenth of the threshold to the threshold, (d,); NaN where the step time is NaN."""
     num_learned: Tensor
-    """(T,), int64: number of modes above the threshold at each time."""
+    """Number of modes above the threshold at each time, (T,), int64."""
     num_distinct: int
     """Number of steps separated from the previous step by more than their own rise width."""
     stepwiseness: float
@@ -94,9 +94,9 @@ class Rises(NamedTuple):
     """Result of :func:`detect_rises`, in the unit of the input times."""
 
     times: Tensor
-    """(d,): time at which each mode completes half of its rise; NaN for modes that end below the threshold."""
+    """Time at which each mode completes half of its rise, (d,); NaN for modes that end below the threshold."""
     widths: Tensor
-    """(d,): time from a tenth to a half of the rise; NaN with the time."""
+    """Time from a tenth to a half of the rise, (d,); NaN where ``times`` is NaN."""
     num_modes: int
     """Number of modes that end above the threshold."""
     num_apart: int

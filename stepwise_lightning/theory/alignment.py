@@ -40,7 +40,7 @@ def subspace_alignment(f: TensorLike, g: TensorLike) -> Tensor:
         )
     for name, z in (("first", f), ("second", g)):
         if not z.isfinite().all() or not z.any():
-            raise UserError(f"the {name} embeddings are zero, or hold NaN or infinite values")
+            raise UserError(f"the {name} embeddings are zero, or contain NaN or infinite values")
     bases = [_basis(z) for z in (f, g)]
     return (bases[0].T @ bases[1]).square().sum() / max(basis.shape[1] for basis in bases)
 

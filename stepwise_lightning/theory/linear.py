@@ -263,7 +263,7 @@ def _validated(gamma: Tensor, weights0: Tensor) -> tuple[Tensor, Tensor]:
     weights0 = as_float64(weights0, "weights0").to(gamma.device)
     for name, values in (("gamma", gamma), ("weights0", weights0)):
         if not values.isfinite().all():
-            raise UserError(f"{name} holds NaN or infinite values: check the inputs")
+            raise UserError(f"{name} contains NaN or infinite values: check the inputs")
     if (gamma - gamma.T).abs().max() > tolerance * gamma.abs().max():
         raise UserError("gamma must be symmetric: use feature_cross_correlation(x1, x2)")
     return (gamma + gamma.T) / 2, weights0

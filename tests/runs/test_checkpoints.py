@@ -77,20 +77,22 @@ def address(malicious: Path) -> Iterator[str]:
 
 @pytest.mark.parametrize("command", ["fit", "test", pytest.param("validate", marks=SLOW)])
 def test_malicious_checkpoint_is_refused_and_not_run(command, malicious, capsys):
-    assert "it holds more than tensors and plain values, namely" in refusal(capsys, command, f"--ckpt_path={malicious}")
+    assert "it contains more than tensors and plain values, namely" in refusal(
+        capsys, command, f"--ckpt_path={malicious}"
+    )
 
 
 @pytest.mark.parametrize("command", [pytest.param("fit", marks=SLOW), "validate"])
 def test_malicious_checkpoint_is_refused_despite_environment_variable(command, malicious, monkeypatch, capsys):
     monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
     for path in (malicious, malicious.as_uri()):
-        assert "it holds more than tensors and plain" in refusal(capsys, command, f"--ckpt_path={path}")
+        assert "it contains more than tensors and plain" in refusal(capsys, command, f"--ckpt_path={path}")
 
 
 def test_malicious_checkpoint_from_a_server_is_refused(address, here, monkeypatch, capsys):
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     monkeypatch.setenv("TORCH_HOME", str(here / "torch"))
-    assert "it holds more than tensors and plain values" in refusal(capsys, "validate", f"--ckpt_path={address}")
+    assert "it contains more than tensors and plain values" in refusal(capsys, "validate", f"--ckpt_path={address}")
     assert list((here / "torch").rglob("*.ckpt"))  # it was downloaded
 
 

@@ -233,9 +233,7 @@ def test_damaged_checkpoint_is_refused():
     config = configuration([spec(CSV, save_dir="runs")])
     path = save("runs/lightning_logs/version_3")
     path.write_bytes(b"half a checkpoint")
-    with pytest.raises(
-        ValueError, match="version_3/checkpoints/last.ckpt is no checkpoint that can be read: remove it"
-    ):
+    with pytest.raises(ValueError, match="version_3/checkpoints/last.ckpt is not a readable checkpoint: remove it"):
         resume_latest(config)
     assert path.read_bytes() == b"half a checkpoint"
 

@@ -47,7 +47,7 @@ def test_invalid_embeddings_raise():
     f = draw()
     for wrong, message in (
         (f[:9], r"same points, got shapes \(40, 4\) and \(9, 4\)"), (f[:, 0], "same points"),
-        (f * 0, "the second embeddings are zero"), (f / 0, "the second embeddings are zero, or hold NaN"),
+        (f * 0, "the second embeddings are zero"), (f / 0, "the second embeddings are zero, or contain NaN"),
     ):  # fmt: skip
         with pytest.raises(ValueError, match=message):
             subspace_alignment(f, wrong)

@@ -198,7 +198,7 @@ BAD = {
     "shapes": (lambda a, b: (a, b[:, :3]), RBF, {}, r"the same shape, got \(30, 6\) and \(30, 3\)"),
     "lengths": (lambda a, b: (a[:9], b), RBF, {}, r"the same shape, got \(9, 6\) and \(30, 6\)"),
     "empty": (lambda a, b: (a[:0], b[:0]), RBF, {}, "not be empty"),
-    "nan": (lambda a, b: (a, b / 0), RBF, {}, "the second views hold NaN or infinite values"),
+    "nan": (lambda a, b: (a, b / 0), RBF, {}, "the second views contain NaN or infinite values"),
     "wrong shape": (lambda a, b: (a, b), lambda x, y: linear_kernel(x, y)[0], {}, r"must return a real \(k, l\)"),
     "complex": (lambda a, b: (a, b), lambda x, y: linear_kernel(x, y) * 1j, {}, "must return a real .*complex128"),
     "asymmetric": (lambda a, b: (a, b), skewed, {}, "must be symmetric, got an asymmetric matrix"),
