@@ -192,7 +192,7 @@ def test_gan_with_manual_optimization(package, tmp_path):
     assert generator.record.losses.isnan().all()
     assert float(generator.record.times[-1]) == pytest.approx(6 * 0.002, rel=1e-12)
     discriminator = SpectrumLogger(watch=["discriminator.model.2"], output=False)
-    with pytest.raises(ValueError, match="cannot be run on a view of shape"):
+    with pytest.raises(ValueError, match="cannot run on a view of shape"):
         check(PACKAGES[package], build, loader, tmp_path, [(discriminator, {})], 12)
     features = SpectrumLogger(watch=[discriminator_features, "discriminator"], output=False)
     watched = {
