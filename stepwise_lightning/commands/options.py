@@ -51,6 +51,7 @@ _TRAINER = {
     "default_root_dir": "folder of runs without a logger",
 }
 _CKPT_PATH = "a checkpoint, or 'last' for the latest run of this name; without a checkpoint, fit starts a run"
+_SEED = "seed of weights, order of images and augmentations; seeds of components have priority (0)"
 _INDENT, _WIDTH = " " * 30, 110
 
 
@@ -83,7 +84,7 @@ overrides values of earlier ones; callbacks are merged by class.
 options:
   --config CONFIG
 {_line("ckpt_path", _CKPT_PATH)}
-{forecast}{_line("seed_everything", "seed of all random numbers, except for components with a seed of their own (0)")}
+{forecast}{_line("seed_everything", _SEED)}
   --print_config              print the complete configuration, with every default, and exit
   --model, --data CLASS       a class of this package, or the dotted path of another
   --model.help, --data.help CLASS
