@@ -18,7 +18,7 @@ from stepwise_lightning import BarlowTwins, SimCLR, SpectrumLogger, SpectrumReco
 from stepwise_lightning.callbacks.run_files import rows
 from stepwise_lightning.callbacks.tensorboard import PrimaryMatrix, layout, log_settings, measured_scalars
 from stepwise_lightning.features import capture
-from stepwise_lightning.module_state import batch_statistics
+from stepwise_lightning.features.module_state import batch_statistics
 from stepwise_lightning.spectrum import MATRICES, embedding_eigenvalues
 
 

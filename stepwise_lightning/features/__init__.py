@@ -1,0 +1,16 @@
+"""Views in any batch, and activations of any module."""
+
+from stepwise_lightning.features.batches import Views, concatenate_ranks, loss_in, on_device, views_in
+from stepwise_lightning.features.capture import Watched, capture, check_watched, label
+
+__all__ = [
+    "Views",
+    "Watched",
+    "capture",
+    "check_watched",
+    "concatenate_ranks",
+    "label",
+    "loss_in",
+    "on_device",
+    "views_in",
+]
