@@ -11,6 +11,7 @@ from reproduce.figures import FIGURES, LONG
 from reproduce.networks.training import PROFILES
 from reproduce.options import check_writable, new_parser, report_error
 from reproduce.report import verdict_table, write_report
+from stepwise_lightning.commands.reporting import prepare_output
 
 USAGE = """usage: python -m reproduce FIGURE [FIGURE ...] [options]
        python -m reproduce all [options]      all figures except the long ones
@@ -71,4 +72,5 @@ def _run_several(names: list[str], arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
+    prepare_output()
     sys.exit(main(sys.argv[1:]))

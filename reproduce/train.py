@@ -13,6 +13,7 @@ from reproduce.networks.runs import trained_runs
 from reproduce.networks.training import MIDDLE_PROFILE, PROFILES
 from reproduce.networks.variants import LOSS_SETTINGS, VARIANTS
 from reproduce.options import check_writable, exit_interrupted, new_parser, parse, report_error
+from stepwise_lightning.commands.reporting import prepare_output
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -35,4 +36,5 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    prepare_output()
     sys.exit(main())

@@ -9,6 +9,7 @@ from importlib import import_module
 from importlib.metadata import version
 
 from stepwise_lightning.commands import COMMANDS
+from stepwise_lightning.commands.reporting import prepare_output
 from stepwise_lightning.errors import one_line
 from stepwise_lightning.signals import INTERRUPTED
 
@@ -38,13 +39,15 @@ Each run has a folder, runs/NAME/version_N, with its configuration, checkpoints,
 
 def main() -> None:
     """Run ``stepwise``; :func:`stepwise_lightning.commands.lightning_cli.main` describes the exit statuses."""
+    prepare_output()
     command, *arguments = sys.argv[1:] or ["--help"]
     if command in ("-h", "--help"):
         print(_help(), end="")
     elif command == "--version":
         print(f"stepwise_lightning {version('stepwise_lightning')}")
     elif command not in COMMANDS:
-        sys.exit(f"stepwise: error: unknown command {command!r}; choose from: {', '.join(COMMANDS)}")
+        print(f"stepwise: error: unknown command {command!r}; choose from: {', '.join(COMMANDS)}", file=sys.stderr)
+        sys.exit(2)
     else:
         _run(command, arguments)
 

@@ -47,7 +47,7 @@ def here(printed_run, monkeypatch):
 def test_run_prints_plan_progress_and_result(printed_run):
     first, second, seeds, third, *progress = printed_run[1]
     assert first == "BarlowTwins on images: 144 parameters in LinearEncoder"
-    assert second == "12 steps of 4 pairs, learning rate 0.001, on cpu"
+    assert second == "12 steps of 4 pairs, learning rate 0.001, on cpu with 1 thread"
     assert seeds == "seeds: seed_everything 0, data.probe_seed 0" and third == "writes to runs/tiny/version_0"
     assert progress[0].startswith("step 1 of 12, ") and "left" in progress[0]
     end = dict(line.split(maxsplit=1) for line in progress[progress.index("") + 1 :])

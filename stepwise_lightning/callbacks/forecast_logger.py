@@ -27,6 +27,7 @@ from stepwise_lightning.modules import JointEmbedding
 
 __all__ = ["ForecastLogger", "LiveForecast"]
 
+_KEY = "stepwise_lightning_forecasts"  # in a checkpoint
 _NUM_POINTS = 60  # step times are interpolated between them; for SimCLR they take longer than the steps
 _MIN_INTERVAL = 0.02  # between two forecasts, as a share of the steps so far
 
@@ -78,12 +79,23 @@ class ForecastLogger(L.Callback):
             raise UserError(f"cost must be above 0 and at most 1, got {cost}")
         self.cost, self.loss, self.settings = cost, loss, settings
         self.forecasts: list[LiveForecast] = []
+        self._marks: dict[int, float] = {}  # time of the first forecast of each mode
+        self._restored: dict[str, dict[int, float]] = {}
         self._text = ""
         self._hook: Any = None
 
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Add the forecasts that figures mark."""
+        if self._marks:
+            checkpoint.setdefault(_KEY, {})[self._matrix] = dict(self._marks)
+
+    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Keep the marks of a checkpoint until training starts."""
+        self._restored = checkpoint.get(_KEY, {}) if trainer.state.fn == "fit" else {}
+
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Register a hook on the last layer."""
-        self.forecasts, self._text = [], ""
+        self.forecasts, self._text, self._marks = [], "", {}
         self._remove_hook()
         if self.loss is None and not _has_known_loss(pl_module):
             rank_zero_info(
@@ -93,6 +105,7 @@ class ForecastLogger(L.Callback):
             return
         loss = self.loss or loss_of(pl_module)
         self._matrix = LOSSES[loss].driven_matrix
+        self._marks, self._restored = dict(self._restored.get(self._matrix, {})), {}
         self._spectrum = _find_spectrum_logger(trainer, self._matrix)
         if not _trains_with_sgd(trainer, pl_module):
             rank_zero_info("no forecast of the next mode: forecasts assume SGD on the gradient of the loss")
@@ -137,6 +150,7 @@ class ForecastLogger(L.Callback):
         if len(record) in (0, self._measurements):
             return
         self._measurements = len(record)
+        self._show_marks()
         end, step = trainer.estimated_stepping_batches, trainer.global_step
         if self._is_scheduled(step) and step < end < math.inf and len(self._measured) >= 2:
             started = time.perf_counter()
@@ -221,8 +235,9 @@ class ForecastLogger(L.Callback):
     def _log(self, trainer: L.Trainer, forecast: Forecast, rates: Tensor) -> None:
         step, (mode, expected) = forecast.start, forecast.with_plateau_correction(self._spectrum.record).next_mode
         soon, first = math.isfinite(expected), not self.forecasts
-        if soon and mode not in {earlier.num_learned + 1 for earlier in self.forecasts}:
-            self._mark(step, expected, rates)
+        if soon and mode not in {earlier.num_learned + 1 for earlier in self.forecasts} | self._marks.keys():
+            self._marks[mode] = self._time(step, expected, rates)
+            self._show_marks()
         self.forecasts.append(LiveForecast(step, mode - 1, expected))
         self._threshold = forecast.threshold if forecast.threshold > 0 else math.inf
         self._learned = max(self._learned, self._num_learned())
@@ -233,12 +248,17 @@ class ForecastLogger(L.Callback):
         if first and (progress := trainer.progress_bar_callback) is not None:
             progress.print(f"forecast: {self._summary(step)}")
 
-    def _mark(self, step: int, expected: float, rates: Tensor) -> None:
-        """Add the expected time of the next mode, the sum of learning rates up to its step, to the record."""
+    def _time(self, step: int, expected: float, rates: Tensor) -> float:
+        """Return the expected time of the next mode, the sum of learning rates up to its step."""
         record, steps = self._spectrum.record, int(expected) - step
         # The last measurement precedes the step just taken; the last rate covers a part of a step.
         ahead = [(step - record.steps[-1]) * rates[0], *rates[:steps], expected % 1 * rates[steps - 1]]
-        record.expected_times.setdefault(self._matrix, []).append(float(record.times[-1] + sum(ahead)))
+        return float(record.times[-1] + sum(ahead))
+
+    def _show_marks(self) -> None:
+        """Add the marks to the record, which figures and the CollapseMonitor read."""
+        if self._marks:
+            self._spectrum.record.expected_times[self._matrix] = list(self._marks.values())
 
 
 def _find_spectrum_logger(trainer: L.Trainer, matrix: str) -> SpectrumLogger:

@@ -58,7 +58,10 @@ def _plan(trainer: L.Trainer, module: L.LightningModule, folder: Path, seeds: st
     rate = trainer.optimizers[0].param_groups[0].get("lr") if trainer.optimizers else None
     speed = f", learning rate {rate:g}" if isinstance(rate, float) else ""
     devices = f"{trainer.world_size} × " if trainer.world_size > 1 else ""
-    parts.append(f"{steps}{each}{begun}{speed}, on {devices}{trainer.strategy.root_device.type}")
+    device = trainer.strategy.root_device.type
+    threads = torch.get_num_threads()
+    device += f" with {threads} thread{'s' * (threads > 1)}" if device == "cpu" else ""
+    parts.append(f"{steps}{each}{begun}{speed}, on {devices}{device}")
     return [*parts, seeds, "nothing is written" if trainer.fast_dev_run else f"writes to {folder}"]  # type: ignore[attr-defined]
 
 

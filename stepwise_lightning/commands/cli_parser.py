@@ -11,8 +11,9 @@ from lightning.pytorch.cli import LightningArgumentParser
 
 from stepwise_lightning.commands import TRAINING
 from stepwise_lightning.commands.callbacks import as_configurations, merged
-from stepwise_lightning.commands.configurations import with_files
+from stepwise_lightning.commands.configurations import names, with_files
 from stepwise_lightning.commands.options import options_of_classes, short_help
+from stepwise_lightning.commands.reporting import is_first_report
 from stepwise_lightning.errors import UserError, condensed
 
 __all__ = ["EXAMPLES", "CLIParser", "parse"]
@@ -35,7 +36,8 @@ class CLIParser(LightningArgumentParser):
         """Exit with one line and status 2."""
         # the parser of a class is named after the Python file that runs
         program = self.prog if self.prog.startswith("stepwise") else "stepwise"
-        self.exit(2, f"{program}: error: {_with_suggestion(message)} (see --help)\n")
+        text = f"{program}: error: {_with_suggestion(message)} (see --help)\n"
+        self.exit(2, text if is_first_report(text) else None)
 
     def print_help(self, *arguments: Any, **options: Any) -> None:
         """Print the options that most runs need."""
@@ -58,17 +60,21 @@ def parse(parser: LightningArgumentParser, arguments: list[str]) -> Namespace:
     """Parse the arguments of a training command, and check values that Lightning does not check.
 
     Raises:
-        ValueError: a value is out of range.
-        SystemExit: the parser does not accept an argument.
+        SystemExit: the parser does not accept an argument, or a value is out of range.
 
     """
-    arguments = as_configurations(with_files(arguments))
     try:
+        arguments = as_configurations(with_files(arguments))
+        if not arguments:
+            raise UserError(f"give --config, a file or one of {', '.join(names())}")
         config = parser.parse_args(arguments)
-    except UserError:
-        raise
-    except (ValueError, TypeError, KeyError) as error:
+        _check(config)
+    except (ValueError, TypeError, KeyError, OSError) as error:
         parser.error(str(error), error)
+    return config
+
+
+def _check(config: Namespace) -> None:
     if config.trainer is None:
         raise UserError("trainer is empty: give it options, such as max_steps, or leave it out")
     for name, minimum in _MINIMUM.items():
@@ -78,12 +84,13 @@ def parse(parser: LightningArgumentParser, arguments: list[str]) -> Namespace:
         raise UserError(f"seed_everything must be at least 0 and below 2**32, got {config.seed_everything}")
     if config.get("weights_only") is False:
         raise UserError("weights_only=false would let a checkpoint run code, and is not accepted: leave it out")
-    return config
 
 
 def _with_suggestion(message: str) -> str:
     """Condense a message of the parser, and suggest the option or class that was probably meant."""
     text = condensed(message)
+    if re.search(r"arguments are required: model$", text):
+        return f"no model: give --config, a file or one of {', '.join(names())}; or --model, {EXAMPLES['model']}"
     if option := re.search(r"[Oo]ption '([\w.]+)'|[Uu]nrecognized arguments: --([\w.]+)", text):
         return text + _suggestion(option[1] or option[2])
     keys = re.findall(r'key "(\w+)"', text)
@@ -101,5 +108,12 @@ def _suggestion(option: str) -> str:
     if unknown is None:  # a valid name in the wrong section
         valid = [f"--{place}.{option.rpartition('.')[2]}" for place in places.get(option.rpartition(".")[2], ())]
         return f"; did you mean {' or '.join(valid)}?" if valid else ""
+    return f"; did you mean {near!r}?" if (near := _closest(unknown, known)) else ""
+
+
+def _closest(unknown: str, known: set[str]) -> str | None:
+    """Return the name with these initials or this word, such as learning_rate for ``lr``, or the closest name."""
+    initials = [name for name in known if "".join(word[:1] for word in name.split("_")) == unknown]
+    words = [name for name in known if f"_{unknown}_" in f"_{name}_"]
     near = get_close_matches(unknown, known, n=1)
-    return f"; did you mean {near[0]!r}?" if near else ""
+    return min(initials or words or near, key=lambda name: (len(name), name), default=None)

@@ -7,7 +7,7 @@ import os
 import re
 import sys
 import warnings
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,8 @@ from stepwise_lightning.callbacks.spectrum_logger import SpectrumLogger
 from stepwise_lightning.commands import TRAINING
 from stepwise_lightning.commands.cli_parser import EXAMPLES, CLIParser, parse
 from stepwise_lightning.commands.forecasting_trainer import ForecastingTrainer, configure_for_forecast
+from stepwise_lightning.commands.reporting import is_first_report
+from stepwise_lightning.commands.threads import threads_of_run
 from stepwise_lightning.errors import NotFoundError, UserError, condensed, one_line
 from stepwise_lightning.runs import AtomicCheckpointIO, LastCheckpoint
 from stepwise_lightning.runs.folders import create_logger_folders
@@ -149,7 +151,8 @@ class _CLI(LightningCLI):
             arguments["datamodule"] = self.datamodule
         if self.command == "fit":
             self._check_fit()
-        getattr(self.trainer, self.command)(self.model, **arguments)
+        with threads_of_run(self.trainer, self.model) if self.command == "fit" else nullcontext():
+            getattr(self.trainer, self.command)(self.model, **arguments)
         if self.command == "fit":
             self._report()
 
@@ -203,7 +206,8 @@ def main(arguments: list[str] | None = None) -> None:
     """
     command, *options = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
     if command not in TRAINING:
-        sys.exit(f"stepwise: error: unknown command {command!r}; choose from: {', '.join(TRAINING)}")
+        print(f"stepwise: error: unknown command {command!r}; choose from: {', '.join(TRAINING)}", file=sys.stderr)
+        sys.exit(2)
     if not sys.flags.safe_path and not {"", os.getcwd()} & set(sys.path):
         sys.path.insert(0, os.getcwd())  # the folder of the console script is there instead
     _silence_libraries()
@@ -215,7 +219,9 @@ def main(arguments: list[str] | None = None) -> None:
         text = one_line(error)
         if text is None:
             raise
-        sys.exit(f"\nstepwise: error: {text}")  # the cursor may be at the end of a progress bar
+        sys.exit(
+            f"\nstepwise: error: {text}" if is_first_report(text) else 1
+        )  # the cursor may be at the end of a progress bar
 
 
 def _silence_libraries() -> None:

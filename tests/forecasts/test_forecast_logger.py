@@ -112,3 +112,29 @@ def test_module_with_another_loss_trains_without_a_forecast(name, tmp_path, monk
     assert ("encoder.backbone" in table.read_text()) == has_backbone
     unwatched = f"encoder.backbone is not watched, and there is no OnlineKNN: {name} has no such submodule"
     assert (unwatched in caplog.messages) == (not has_backbone)
+
+
+@pytest.mark.filterwarnings("ignore:You defined a `validation_step`", "ignore:.*your dataloader is not resumable")
+def test_marks_of_forecasts_are_restored_when_training_resumes(tmp_path):
+    x = torch.randn(16, 6, generator=torch.Generator().manual_seed(0))
+
+    def trained(steps: int, **options) -> tuple[ForecastLogger, SpectrumLogger, L.Trainer]:
+        live, spectra = ForecastLogger(cost=1.0), SpectrumLogger(center=True)
+        trainer = L.Trainer(
+            max_steps=steps, accelerator="cpu", logger=False, enable_checkpointing=False, enable_model_summary=False,
+            enable_progress_bar=False, log_every_n_steps=1, default_root_dir=tmp_path, callbacks=[spectra, live],
+        )  # fmt: skip
+        module = BarlowTwins(
+            LinearEncoder(6, 3, init_std=1e-2), 1e-2, normalize=False, center=True, off_diagonal_weight=1.0
+        )
+        trainer.fit(module, DataLoader(TensorDataset(x, x), 8), **options)
+        return live, spectra, trainer
+
+    _, before, trainer = trained(200)
+    marks = before.record.expected_times["cross_correlation"]
+    assert len(marks) >= 2
+    trainer.save_checkpoint(tmp_path / "end.ckpt")
+    _, after, _ = trained(202, ckpt_path=tmp_path / "end.ckpt")
+    assert after.record.expected_times["cross_correlation"][: len(marks)] == marks
+    _, other, _ = trained(3)
+    assert not set(other.record.expected_times.get("cross_correlation", [])) & set(marks[1:])
