@@ -15,7 +15,7 @@ from weakref import WeakKeyDictionary
 import lightning as L
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
-from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_info
 
 from stepwise_lightning.data.workers import awaited_batch
@@ -124,12 +124,16 @@ class LastCheckpoint(Checkpoint):
         self._restored: dict[str, Any] = {}
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Refuse a folder that is not local, and move behind the callback whose checkpoint is the best one."""
+        """Refuse a folder that is not local, and move behind a ModelCheckpoint, whose checkpoint is the best one."""
         if stage == "fit":
             check_local(trainer)
         callbacks = trainer.callbacks  # type: ignore[attr-defined]
-        # A new list, because Lightning iterates over the old one; Lightning asks the first Checkpoint for the best one.
-        trainer.callbacks = [*(each for each in callbacks if each is not self), self]  # type: ignore[attr-defined]
+        place = callbacks.index(self)
+        end = max((index for index, each in enumerate(callbacks) if isinstance(each, ModelCheckpoint)), default=place)
+        if end > place:  # a new list, because Lightning iterates over the old one
+            trainer.callbacks = [  # type: ignore[attr-defined]
+                *callbacks[:place], *callbacks[place + 1 : end + 1], self, *callbacks[end + 1 :]
+            ]  # fmt: skip
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Add the state that Lightning omits; loggers write their buffers first."""
