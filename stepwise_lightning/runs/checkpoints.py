@@ -100,8 +100,8 @@ class LastCheckpoint(Checkpoint):
     If the folder has a ``last.ckpt`` of another run, the file is ``last-v1.ckpt``, and one line is logged. Under
     ``fast_dev_run`` nothing is written.
 
-    ``ckpt_path="last"`` of the Trainer's methods finds this checkpoint; ``"best"`` is that of a ``ModelCheckpoint``, or
-    this one without a ``ModelCheckpoint``.
+    ``ckpt_path="last"`` of the Trainer's methods loads this checkpoint; ``"best"`` loads the best one of a
+    ``ModelCheckpoint``, or this one if the Trainer has no ``ModelCheckpoint``.
 
     Args:
         every_n_train_steps: interval between checkpoints; a kill without warning loses at most this many steps.
