@@ -13,9 +13,10 @@ from torch import Tensor, nn
 
 from stepwise_lightning import losses
 from stepwise_lightning.distributed import all_gather_with_grad, check_equal_shards
-from stepwise_lightning.errors import DivergedError, UserError
+from stepwise_lightning.divergence import LossCheck, check_weights
+from stepwise_lightning.errors import UserError
 from stepwise_lightning.losses import LOSSES
-from stepwise_lightning.precision import in_full_precision
+from stepwise_lightning.precision import at_least_float32, in_full_precision
 from stepwise_lightning.runs.saved import configured_encoder
 
 __all__ = ["BarlowTwins", "JointEmbedding", "SimCLR", "VICReg", "rate_factor"]
@@ -32,8 +33,8 @@ class JointEmbedding(L.LightningModule):
     **Step k** denotes, everywhere in this package, the weights after exactly k optimiser steps: ``train/loss`` at step
     k is the loss of these weights on the batch of the next update, and a spectrum at step k is their spectrum.
 
-    Training stops with a FloatingPointError when the loss is NaN or infinite. Weights that are not finite are never
-    saved, which preserves the last valid checkpoint.
+    Training stops with a FloatingPointError when the loss is NaN or infinite; on CUDA devices after one more batch.
+    Weights that are not finite are never saved, which preserves the last valid checkpoint.
 
     Class attributes: ``loss_name`` is the name of the loss in ``stepwise_lightning.losses.LOSSES``, if it is one of
     these; ``driven_matrix`` is the matrix whose eigenvalues the loss drives (``stepwise_lightning.spectrum.MATRICES``),
@@ -84,7 +85,7 @@ class JointEmbedding(L.LightningModule):
         if callable(self.hparams.get("optimizer")):  # checkpoints hold plain values, as read from a configuration
             for hparams in (self.hparams, self._hparams_initial):
                 cast(dict[str, Any], hparams).pop("optimizer")
-        self.encoder, self.optimizer = encoder, optimizer
+        self.encoder, self.optimizer, self._check_loss = encoder, optimizer, LossCheck()
 
     @property
     def trains_with_sgd(self) -> bool:
@@ -125,14 +126,14 @@ class JointEmbedding(L.LightningModule):
     def training_step(self, batch: Sequence[Tensor], batch_idx: int) -> Tensor:
         """Return the loss of a batch of pairs; log it as ``train/loss`` and its terms as ``train/<term>``."""
         check_equal_shards(batch[0])
-        terms = in_full_precision(self.loss_terms)(*(all_gather_with_grad(self(view)) for view in batch[:2]))
+        # Cast before gathering, because in half precision the sum of gradients over ranks would lose digits.
+        z1, z2 = (all_gather_with_grad(at_least_float32(self(view))) for view in batch[:2])
+        terms = in_full_precision(self.loss_terms)(z1, z2)
         loss = losses.sum_terms(terms)
         # self.log takes as long as a step of a small model, so call it only when Lightning writes.
         every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
         writing = every > 0 and (self.global_step + 1) % every == 0
-        # Reading the loss synchronises a GPU, so read it there only when it is logged.
-        if (writing or loss.device.type == "cpu") and not math.isfinite(loss.item()):
-            self._stop(f"the loss at step {self.global_step} is {loss.item()}", batch)
+        self._check_loss(self, loss, batch, now=writing)
         if writing:
             self.log("train/loss", loss, prog_bar=True)
             self.log_dict({f"train/{name}": term for name, term in terms.items()})
@@ -146,21 +147,11 @@ class JointEmbedding(L.LightningModule):
 
     def on_train_end(self) -> None:
         """Raise an error if the last steps made the weights NaN or infinite."""
-        self._check_weights()
+        check_weights(self)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Raise an error instead of saving weights that are not finite."""
-        self._check_weights()
-
-    def _check_weights(self) -> None:
-        if not all(torch.stack([weights.isfinite().all() for weights in self.parameters()]).tolist()):
-            self._stop(f"the weights at step {self.global_step} are not finite")
-
-    def _stop(self, event: str, batch: Sequence[Tensor] = ()) -> None:
-        cause = f"training has most likely diverged: lower learning_rate (now {self.hparams['learning_rate']})"
-        if not all(view.isfinite().all() for view in batch[:2]):
-            cause = "the batch contains values that are not finite: check the data"
-        raise DivergedError(f"training stopped, because {event}; {cause}")
+        check_weights(self)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Return SGD or ``optimizer``, with a scheduler updated at every optimiser step if one is configured."""

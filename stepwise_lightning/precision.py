@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import wraps
-from typing import Concatenate, ParamSpec, TypeVar
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ __all__ = [
     "TensorLike",
     "as_float64",
     "as_tensor",
+    "at_least_float32",
     "check_finite",
     "check_real",
     "float64_pair",
@@ -25,6 +26,7 @@ __all__ = [
     "on_float64_device",
     "single_threaded",
     "without_autocast",
+    "without_tf32",
 ]
 
 # Tensors, NumPy arrays, numbers, and nested lists of numbers.
@@ -32,6 +34,15 @@ TensorLike = Tensor | ArrayLike
 
 # Device types without float64; their tensors are moved to the CPU before a cast to float64.
 _WITHOUT_FLOAT64 = ("mps",)
+
+# Kinds of float32 operations for which a user may allow TF32 or bfloat16 inside.
+_FLOAT32_OPERATIONS: tuple[Any, ...] = (
+    torch.backends.cuda.matmul,
+    torch.backends.cudnn.conv,  # type: ignore[attr-defined]
+    torch.backends.cudnn.rnn,
+    torch.backends.mkldnn.matmul,  # type: ignore[attr-defined]
+    torch.backends.mkldnn.conv,  # type: ignore[attr-defined]
+)
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -107,12 +118,13 @@ def in_full_precision(
     @wraps(function)
     def wrapped(z1: Tensor, z2: Tensor, /, *args: P.args, **kwargs: P.kwargs) -> T:
         with without_autocast(z1.device):
-            return function(_at_least_float32(z1), _at_least_float32(z2), *args, **kwargs)
+            return function(at_least_float32(z1), at_least_float32(z2), *args, **kwargs)
 
     return wrapped
 
 
-def _at_least_float32(tensor: Tensor) -> Tensor:
+def at_least_float32(tensor: Tensor) -> Tensor:
+    """Cast float16 and bfloat16 to float32; return other tensors unchanged."""
     return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
 
 
@@ -121,6 +133,34 @@ def without_autocast(device: torch.device) -> AbstractContextManager[object]:
     if torch.amp.is_autocast_available(device.type):
         return torch.autocast(device.type, enabled=False)
     return nullcontext()
+
+
+@contextmanager
+def without_tf32() -> Iterator[None]:
+    """Compute float32 products and convolutions in float32, also if TF32 or bfloat16 is allowed inside them.
+
+    TF32 has 11 significant bits, and is the default of cuDNN for convolutions.
+    """
+    before = [operation.fp32_precision for operation in _FLOAT32_OPERATIONS]
+    allowed = _cudnn_allows_tf32()
+    try:
+        if allowed:  # otherwise torch.backends.cudnn.flags raises an error inside this context
+            torch.backends.cudnn.allow_tf32 = False
+        for operation in _FLOAT32_OPERATIONS:
+            operation.fp32_precision = "ieee"
+        yield
+    finally:
+        if allowed:
+            torch.backends.cudnn.allow_tf32 = True
+        for operation, precision in zip(_FLOAT32_OPERATIONS, before, strict=True):
+            operation.fp32_precision = precision
+
+
+def _cudnn_allows_tf32() -> bool:
+    try:
+        return torch.backends.cudnn.allow_tf32
+    except RuntimeError:  # only the settings of single operations are in use
+        return False
 
 
 @contextmanager

@@ -16,8 +16,8 @@ class Clock:
     """Sum of the learning rates of an optimiser's steps; exactly rate × steps while the rate is constant.
 
     A hook on the optimiser counts each step once, with its learning rate, regardless of the caller and of other
-    optimisers. The largest rate of the parameter groups counts. For modules without an optimiser in Lightning, call
-    :meth:`advance` with rate 1 for each batch.
+    optimisers, and without the steps that a ``GradScaler`` skips. The largest rate of the parameter groups counts. For
+    modules without an optimiser in Lightning, call :meth:`advance` with rate 1 for each batch.
     """
 
     def __init__(self, before: float = 0.0, start: int = 0, rate: float = 0.0, steps: int = 0) -> None:
@@ -47,12 +47,22 @@ class Clock:
             self._before, self._start, self._rate = self.time, self.steps, rate
         self.steps += 1
 
+    def step(self, trainer: L.Trainer) -> int:
+        """Return the number of optimiser steps of a Trainer so far, without the steps that a ``GradScaler`` skips."""
+        # Lightning counts skipped steps (16-mixed), and does not count steps of optimisers that the module calls.
+        may_skip = getattr(trainer.precision_plugin, "scaler", None) is not None
+        if may_skip and self._hook is not None and len(trainer.optimizers) == 1:
+            return self.steps
+        return max(trainer.global_step, self.steps)
+
     @property
     def time(self) -> float:
         """Sum of the learning rates so far."""
         return self._before + self._rate * (self.steps - self._start)
 
     def _count(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        if getattr(optimizer, "found_inf", None):  # GradScaler leaves it to a fused optimiser to skip the step
+            return
         self.advance(max(float(group["lr"]) for group in optimizer.param_groups))
 
 

@@ -163,7 +163,8 @@ class SpectrumLogger(L.Callback):
             raise UserError(
                 "the checkpoint was written by stepwise_lightning 0.1: resume it with version 0.1, or start a new run"
             )
-        self.record, self._clock, self._restored = SpectrumRecord(), Clock(), True
+        self.record, self._restored = SpectrumRecord(), True
+        self._clock = Clock(steps=checkpoint["global_step"])
         if (state := checkpoint.get(_KEY, {}).get(self.name)) is not None:
             self.record, self._clock = SpectrumRecord.from_arrays(state["record"]), Clock(*state["clock"])
 
@@ -171,14 +172,15 @@ class SpectrumLogger(L.Callback):
         """Create the schedule, fetch the probe and open the files."""
         check_watched(pl_module, self.watch)
         if not self._restored and (self._trainer is None or self._trainer() is not trainer):
-            self.record, self._clock = SpectrumRecord(), Clock()  # the callback is reused in another Trainer
+            # the callback is reused in another Trainer
+            self.record, self._clock = SpectrumRecord(), Clock(steps=trainer.global_step)
         self._trainer, self._restored, self._pending, self.picture = ref(trainer), False, False, None
         self._batch = self._previous_batch = None
         self._step_loss.close()
-        step = self._step(trainer)
+        self._counts_steps = self._clock.attach(trainer.optimizers[0] if trainer.optimizers else None)
+        step = self._clock.step(trainer)
         self._schedule = Schedule(expected_end(trainer), self.num_points)
         self._schedule.is_due(step - 1)  # skip the steps before a resumed one
-        self._counts_steps = self._clock.attach(trainer.optimizers[0] if trainer.optimizers else None)
         self._probe = self.probe
         if isinstance(self.probe, str):
             pairs = getattr(getattr(trainer, "datamodule", None), "probe_pairs", None)
@@ -194,16 +196,12 @@ class SpectrumLogger(L.Callback):
             self._files = RunFiles(trainer, pl_module, self.directory, self.name, self.record, self.num_scalars)
         publish_measures(trainer, self.record, self.name)
 
-    def _step(self, trainer: L.Trainer) -> int:
-        # Lightning does not count steps of optimisers that the module calls directly.
-        return max(trainer.global_step, self._clock.steps)
-
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Measure at scheduled steps, before the batch changes the weights."""
         self._previous_batch, self._batch = self._batch, batch
-        if not self._step_loss.is_open and (self._pending or self._schedule.is_due(self._step(trainer))):
+        if not self._step_loss.is_open and (self._pending or self._schedule.is_due(self._clock.step(trainer))):
             self._pending = not self._measure(trainer, pl_module)
 
     def on_train_batch_end(
@@ -215,7 +213,7 @@ class SpectrumLogger(L.Callback):
         if not self._step_loss.is_open:
             return
         self._step_loss.add_batch(trainer, pl_module, outputs)
-        if self._step(trainer) > self._measured_at and (loss := self._step_loss.close()) is not None:
+        if self._clock.step(trainer) > self._measured_at and (loss := self._step_loss.close()) is not None:
             if len(self.record):
                 self.record.set_loss(loss)
                 if self._files is not None:
@@ -227,7 +225,7 @@ class SpectrumLogger(L.Callback):
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Measure the final weights, and write the arrays and the steps."""
-        if self._batch is not None and self._measured_at < self._step(trainer):
+        if self._batch is not None and self._measured_at < self._clock.step(trainer):
             if not self._measure(trainer, pl_module) and self._previous_batch is not None:
                 self._batch = self._previous_batch
                 self._measure(trainer, pl_module)
@@ -254,7 +252,7 @@ class SpectrumLogger(L.Callback):
 
     def _measure(self, trainer: L.Trainer, pl_module: L.LightningModule) -> bool:
         """Embed the probe on every rank, and measure and write on rank 0; return False for a batch of one sample."""
-        step = self._step(trainer)
+        step = self._clock.step(trainer)
         from_batch = isinstance(self._probe, str)
         samples = on_device(views_in(self._batch, self.views) if from_batch else views_in(self._probe), pl_module)
         captured = capture(pl_module, samples, self.watch, alone=not self.output) if len(samples[0]) > 1 else {}

@@ -20,7 +20,7 @@ from stepwise_lightning.features.module_state import (
     restored_state,
     without_logging,
 )
-from stepwise_lightning.precision import without_autocast
+from stepwise_lightning.precision import without_autocast, without_tf32
 
 # The name of a submodule, "" for the module itself, or a function of module and view.
 Watched = str | Callable[[nn.Module, Tensor], Tensor]
@@ -58,7 +58,7 @@ def capture(
     effect. Compiled modules run uncompiled.
 
     A module in a Trainer runs in the forward context of its precision plugin, which sets the default dtype; mixed
-    precision applies only if the module does not run without it.
+    precision applies only if the module does not run without it. Float32 is not rounded to TF32.
 
     Args:
         module: called as ``module(view)``.
@@ -78,6 +78,7 @@ def capture(
     with ExitStack() as stack:
         stack.enter_context(evaluation(module) if running_statistics else batch_statistics(module))
         stack.enter_context(without_logging(module))
+        stack.enter_context(without_tf32())
         plugin = precision_plugin(module)
         if plugin is not None:
             stack.enter_context(plugin.forward_context())

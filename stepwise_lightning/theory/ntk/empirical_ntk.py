@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.func import grad, vmap
 
 from stepwise_lightning.errors import UserError
-from stepwise_lightning.precision import TensorLike, as_tensor, without_autocast
+from stepwise_lightning.precision import TensorLike, as_tensor, without_autocast, without_tf32
 from stepwise_lightning.theory.estimator import Estimator
 from stepwise_lightning.theory.ntk.functional_module import FunctionalModule, preserve_attributes
 from stepwise_lightning.theory.ntk.layer_blocks import add_blocks, layerwise_kernel, min_numbers
@@ -114,6 +114,7 @@ class EmpiricalNTK(Estimator):
             network = FunctionalModule(self.module, self.dtype, _parameter_names(self.module, self.parameters))
             stack.enter_context(preserve_attributes(self.module))
             stack.enter_context(without_autocast(network.device))
+            stack.enter_context(without_tf32())
             left = network.prepare_inputs(x, "x")
             right = left if x is y else network.prepare_inputs(y, "y")
             samples, candidates = select_samples(left, right), LayerCandidates(network)

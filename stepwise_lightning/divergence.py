@@ -1,0 +1,65 @@
+"""Checks that stop a diverged training, without interrupting a GPU."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor
+
+from stepwise_lightning.errors import DivergedError
+
+__all__ = ["LossCheck", "check_weights"]
+
+
+class LossCheck:
+    """Raise a DivergedError for a loss that is not finite: at once, or on a CUDA device in the next call.
+
+    Reading a value waits for all operations in the queue of a GPU. A copy to pinned memory, read in the next call, does
+    not: a whole step is then queued behind it.
+    """
+
+    def __init__(self) -> None:
+        self._pending: tuple[Tensor, Any, int] | None = None
+
+    def __reduce__(self) -> tuple[type[LossCheck], tuple[()]]:
+        """Return an empty check for copies of a module, because events cannot be copied."""
+        return LossCheck, ()
+
+    def __call__(self, module: L.LightningModule, loss: Tensor, batch: Sequence[Tensor], now: bool) -> None:
+        """Check the previous loss on a CUDA device, and with ``now``, or on a CPU, this one."""
+        previous, self._pending = self._pending, None
+        if previous is not None:
+            value, copied, step = previous
+            copied.synchronize()
+            _check_loss(module, value, step, ())
+        if now or loss.device.type == "cpu":
+            _check_loss(module, loss, module.global_step, batch)
+        elif loss.is_cuda:
+            copy = torch.empty_like(loss.detach(), device="cpu").pin_memory().copy_(loss.detach(), non_blocking=True)
+            copied = torch.cuda.Event()
+            copied.record(torch.cuda.current_stream(loss.device))
+            self._pending = copy, copied, module.global_step
+
+
+def check_weights(module: L.LightningModule) -> None:
+    """Raise a DivergedError if a parameter is NaN or infinite."""
+    if not all(torch.stack([weights.isfinite().all() for weights in module.parameters()]).tolist()):
+        raise _diverged(module, f"the weights at step {module.global_step} are not finite", ())
+
+
+def _check_loss(module: L.LightningModule, loss: Tensor, step: int, batch: Sequence[Tensor]) -> None:
+    if not math.isfinite(value := loss.item()):
+        raise _diverged(module, f"the loss at step {step} is {value}", batch)
+
+
+def _diverged(module: L.LightningModule, event: str, batch: Sequence[Tensor]) -> DivergedError:
+    cause = f"training has most likely diverged: lower learning_rate (now {module.hparams['learning_rate']})"
+    if not batch:  # of the failed step
+        cause += ", or check the data"
+    elif not all(view.isfinite().all() for view in batch[:2]):
+        cause = "the batch contains values that are not finite: check the data"
+    return DivergedError(f"training stopped, because {event}; {cause}")
