@@ -9,6 +9,7 @@ from typing import Any
 import lightning as L
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from stepwise_lightning.errors import DivergedError
 
@@ -46,8 +47,13 @@ class LossCheck:
 
 
 def check_weights(module: L.LightningModule) -> None:
-    """Raise a DivergedError if a parameter is NaN or infinite."""
-    if not all(torch.stack([weights.isfinite().all() for weights in module.parameters()]).tolist()):
+    """Raise a DivergedError if a parameter is NaN or infinite, on all ranks if they hold shards of parameters."""
+    parameters = list(module.parameters())
+    shards = [weights.to_local() if isinstance(weights, DTensor) else weights for weights in parameters]
+    finite = all(torch.stack([shard.isfinite().all() for shard in shards]).tolist())
+    if any(isinstance(weights, DTensor) for weights in parameters):
+        finite = module.trainer.strategy.reduce_boolean_decision(finite)
+    if not finite:
         raise _diverged(module, f"the weights at step {module.global_step} are not finite", ())
 
 

@@ -13,6 +13,7 @@ import torch
 from lightning.pytorch.callbacks import ProgressBar, RichProgressBar, TQDMProgressBar
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from stepwise_lightning.callbacks.progress import LineProgress
 from stepwise_lightning.callbacks.spectrum_logger import SpectrumLogger
@@ -115,6 +116,9 @@ class ForecastLogger(L.Callback):
         self._measured: list[Tensor] = []
         self._trained: deque[Tensor] = deque()
         layer = last_layer(pl_module)
+        if isinstance(layer.weight, DTensor):
+            rank_zero_info("no forecast of the next mode: the weights of the last layer are sharded")
+            return
         # Other modules may pass both views in one call, so their training batches are not used.
         batches = loss == "simclr" and isinstance(pl_module, JointEmbedding)
 

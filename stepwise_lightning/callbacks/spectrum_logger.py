@@ -34,6 +34,7 @@ from stepwise_lightning.features import (
 )
 from stepwise_lightning.precision import as_float64
 from stepwise_lightning.runs.folders import check_local, free_name, run_folder
+from stepwise_lightning.runs.strategies import check_strategy
 from stepwise_lightning.spectrum.matrices import MATRICES
 from stepwise_lightning.spectrum.record import Measurement, SpectrumRecord
 from stepwise_lightning.spectrum.schedule import Schedule
@@ -81,7 +82,7 @@ class SpectrumLogger(L.Callback):
             a Trainer becomes ``spectrum_1``, and so on.
 
     Raises:
-        UserError: invalid arguments; when training starts, an unknown submodule; at the first measurement, a batch
+        UserError: invalid arguments; when training starts, an unknown submodule or an unsupported strategy; at the first measurement, a batch
             without views, or an output that is not a tensor.
 
     Attributes:
@@ -139,6 +140,7 @@ class SpectrumLogger(L.Callback):
         """Move behind the callbacks that may change weights, and make the names of several loggers unique."""
         if stage == "fit":
             check_local(trainer)
+            check_strategy(trainer)
         callbacks = trainer.callbacks  # type: ignore[attr-defined]
         savers = [callback for callback in callbacks if isinstance(callback, Checkpoint)]
         loggers = [callback for callback in callbacks if isinstance(callback, SpectrumLogger)]

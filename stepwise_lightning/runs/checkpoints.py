@@ -34,6 +34,7 @@ from stepwise_lightning.runs.resume import (
     unwritten_metrics,
     warn_of_skipped_hooks,
 )
+from stepwise_lightning.runs.strategies import check_strategy
 from stepwise_lightning.signals import EX_TEMPFAIL, STOP_SIGNALS
 
 _KEY = "stepwise_lightning"
@@ -109,7 +110,7 @@ class LastCheckpoint(Checkpoint):
     Raises:
         ValueError: ``every_n_train_steps`` is below 1.
         OSError: the folder cannot be created, or the file cannot be written.
-        UserError: the folder of the run is not local.
+        UserError: the folder of the run is not local, or the strategy writes checkpoints of several files.
 
     """
 
@@ -124,9 +125,10 @@ class LastCheckpoint(Checkpoint):
         self._restored: dict[str, Any] = {}
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Refuse a folder that is not local, and move behind a ModelCheckpoint, whose checkpoint is the best one."""
+        """Check folder and strategy, and move behind a ModelCheckpoint, whose checkpoint is the best one."""
         if stage == "fit":
             check_local(trainer)
+            check_strategy(trainer, saves=True)
         callbacks = trainer.callbacks  # type: ignore[attr-defined]
         place = callbacks.index(self)
         end = max((index for index, each in enumerate(callbacks) if isinstance(each, ModelCheckpoint)), default=place)

@@ -125,7 +125,7 @@ def restore_precision(trainer: L.Trainer, pl_module: L.LightningModule, checkpoi
 
     Lightning loads a checkpoint before it converts the module to float64, and would round its weights to float32.
     """
-    current, saved = pl_module.state_dict(), checkpoint["state_dict"]
+    current, saved = pl_module.state_dict(), checkpoint.get("state_dict", {})
     if any(current[name].dtype != saved[name].dtype for name in current.keys() & saved.keys()):
         trainer.precision_plugin.convert_module(pl_module)
         trainer.strategy.load_model_state_dict(checkpoint, strict=pl_module.strict_loading)

@@ -1,0 +1,107 @@
+"""Fully sharded data parallelism (``fully_shard``) with two processes, and strategies that are not supported."""
+
+from types import SimpleNamespace
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.utils.data import DataLoader, Dataset
+
+from stepwise_lightning import BarlowTwins, ForecastLogger, LastCheckpoint, SpectrumLogger
+from stepwise_lightning.runs import AtomicCheckpointIO
+from stepwise_lightning.runs.strategies import check_strategy
+
+PAIRS, STEPS = 12, 6
+
+
+class Sharded(BarlowTwins):
+    """Module whose encoder is sharded, layer by layer."""
+
+    def configure_model(self):
+        if isinstance(self.trainer.strategy, ModelParallelStrategy):
+            for part in (self.encoder[0], self.encoder):
+                fully_shard(part, mesh=self.device_mesh["data_parallel"])
+
+
+class Shards(Dataset):
+    """This rank's share of global batches of two views; an epoch has two batches."""
+
+    def __init__(self, trainer):
+        self.batches = torch.randn(2, 2, PAIRS, 6, generator=torch.Generator().manual_seed(1))
+        size = PAIRS // trainer.world_size
+        self.rows = slice(trainer.global_rank * size, (trainer.global_rank + 1) * size)
+
+    def __len__(self):
+        return len(self.batches)
+
+    def __getitem__(self, index):
+        return tuple(self.batches[index][:, self.rows])
+
+
+def fit(folder, strategy, steps=STEPS, checkpoint=None, probe="batch"):
+    torch.manual_seed(0)
+    encoder = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 3))
+    module = Sharded(encoder, 0.1, normalize=False, momentum=0.5)
+    spectra = SpectrumLogger(watch=["encoder.0"], num_points=100, probe=probe)
+    trainer = L.Trainer(
+        max_steps=steps, accelerator="cpu", devices=1 if strategy == "auto" else 2, strategy=strategy,
+        callbacks=[spectra, ForecastLogger(), LastCheckpoint(4)], plugins=[AtomicCheckpointIO()], logger=False,
+        enable_progress_bar=False, enable_model_summary=False, default_root_dir=folder, use_distributed_sampler=False,
+    )  # fmt: skip
+    trainer.fit(module, DataLoader(Shards(trainer), batch_size=None), ckpt_path=checkpoint)
+    weights = {
+        name: (weight.full_tensor() if isinstance(weight, DTensor) else weight).detach().clone()
+        for name, weight in module.named_parameters()
+    }
+    return spectra.record.arrays(), weights
+
+
+def two_ranks(folder, probe):
+    def strategy():
+        return ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1, save_distributed_checkpoint=False)
+
+    results = fit(folder, strategy(), probe=probe)
+    fit(f"{folder}/resumed", strategy(), steps=4, probe=probe)
+    last = f"{folder}/resumed/stepwise_runs/version_0/checkpoints/last.ckpt"
+    resumed = fit(f"{folder}/resumed", strategy(), checkpoint=last, probe=probe)
+    return results, resumed, torch.load(last, weights_only=True)["state_dict"]
+
+
+def refusals(folder):
+    messages = []
+    for sizes, distributed in (((1, 2), False), ((2, 1), True)):
+        try:
+            fit(folder, ModelParallelStrategy(*sizes, save_distributed_checkpoint=distributed))
+        except ValueError as error:
+            messages.append(str(error))
+    return messages
+
+
+@pytest.mark.parametrize("kind", ["batch", "fixed"])
+def test_sharded_run_equals_a_run_in_one_process_and_resumes(kind, tmp_path, processes):
+    probe = "batch" if kind == "batch" else tuple(torch.randn(2, PAIRS, 6, generator=torch.Generator().manual_seed(2)))
+    arrays, weights = fit(tmp_path / "one", "auto", probe=probe)
+    ranks = processes.run_ranks(2, two_ranks, str(tmp_path), probe)
+    for results, resumed, saved in ranks:
+        for _, other in (results, resumed):
+            torch.testing.assert_close(other, weights, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(saved, weights, rtol=1e-4, atol=1e-6)
+    for other, _ in ranks[0][:2]:
+        torch.testing.assert_close(other, arrays, rtol=1e-4, atol=1e-6, equal_nan=True)
+
+
+def test_unsupported_parallelism_raises_on_every_rank(tmp_path, processes):
+    for tensor_parallel, several_files in processes.run_ranks(2, refusals, str(tmp_path)):
+        assert "tensor_parallel_size 2: use ModelParallelStrategy(data_parallel_size=2" in tensor_parallel
+        assert "use ModelParallelStrategy(save_distributed_checkpoint=False)" in several_files
+
+
+@pytest.mark.parametrize("strategy", [FSDPStrategy, DeepSpeedStrategy])
+def test_unsupported_strategies_raise(strategy):
+    # DeepSpeed is not installed, and Lightning's FSDPStrategy needs a GPU.
+    with pytest.raises(ValueError, match=f"{strategy.__name__} is not supported, .*: use strategy='ddp', or ModelPar"):
+        check_strategy(SimpleNamespace(strategy=object.__new__(strategy)))
