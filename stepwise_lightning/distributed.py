@@ -17,12 +17,17 @@ from torch import Tensor
 
 from stepwise_lightning.errors import UserError
 
-__all__ = ["all_gather", "all_gather_objects", "all_gather_with_grad", "check_equal_shards"]
+__all__ = ["all_gather", "all_gather_objects", "all_gather_with_grad", "backends", "check_equal_shards"]
 
 
 def is_distributed() -> bool:
     """Return True if several ranks run in a process group."""
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def backends() -> dict[str, str]:
+    """Return the back-end of the process group by type of device, such as ``{"cpu": "gloo", "cuda": "nccl"}``."""
+    return dict(pair.split(":") for pair in dist.get_backend_config().split(","))
 
 
 def all_gather_with_grad(z: Tensor) -> Tensor:

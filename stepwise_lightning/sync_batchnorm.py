@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.hooks import RemovableHandle
 
-from stepwise_lightning.distributed import all_gather_with_grad, is_distributed, local_rows
+from stepwise_lightning.distributed import all_gather_with_grad, backends, is_distributed, local_rows
 
 __all__ = ["SyncBatchNorm"]
 
@@ -28,7 +28,7 @@ class SyncBatchNorm(TorchSyncBatchNorm):
     def apply(self, model: nn.Module) -> nn.Module:
         """Synchronise all batch-normalisation layers of ``model``."""
         # Lightning moves the model to its device later, so the backend determines the kind of device.
-        if not dist.is_available() or not dist.is_initialized() or dist.get_backend() != "gloo":
+        if not dist.is_available() or not dist.is_initialized() or backends().get("cuda", "gloo") != "gloo":
             return super().apply(model)
         for layer in model.modules():
             if isinstance(layer, _BatchNorm):

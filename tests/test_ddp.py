@@ -126,7 +126,7 @@ def unequal_shards_message(rank):
 
 
 def rank_results():
-    dist.init_process_group("gloo")
+    dist.init_process_group()  # without a name of the back-end
     rank, world_size = dist.get_rank(), dist.get_world_size()
     shard = slice(rank * GLOBAL_BATCH // world_size, (rank + 1) * GLOBAL_BATCH // world_size)
     results = all_results(wrap_in_ddp, batches()[:, :, shard])

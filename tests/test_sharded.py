@@ -28,7 +28,7 @@ class Sharded(BarlowTwins):
 
 
 class Shards(Dataset):
-    """This rank's share of global batches of two views; an epoch has two batches."""
+    """Share of a rank of global batches of two views; an epoch has two batches."""
 
     def __init__(self, trainer):
         self.batches = torch.randn(2, 2, PAIRS, 6, generator=torch.Generator().manual_seed(1))
@@ -81,7 +81,7 @@ def refusals(folder):
     return messages
 
 
-@pytest.mark.parametrize("kind", ["batch", "fixed"])
+@pytest.mark.parametrize("kind", ["batch", pytest.param("fixed", marks=pytest.mark.slow)])
 def test_sharded_run_equals_a_run_in_one_process_and_resumes(kind, tmp_path, processes):
     probe = "batch" if kind == "batch" else tuple(torch.randn(2, PAIRS, 6, generator=torch.Generator().manual_seed(2)))
     arrays, weights = fit(tmp_path / "one", "auto", probe=probe)

@@ -36,7 +36,7 @@ _MODULE = "stepwise_lightning"
 _PLACES = (
     "data.init_args.root", "trainer.logger.init_args.save_dir", "trainer.default_root_dir", "trainer.callbacks.dirpath"
 )  # fmt: skip
-WEIGHTS_INTERVAL = 40  # training steps between the saved weights of a run from small initialisation
+WEIGHTS_INTERVAL = 40  # training steps between the saved weights of a short run from small initialisation
 
 
 class RunFailedError(RuntimeError, UserError):
@@ -69,7 +69,12 @@ class TrainingRun:
             "trainer.default_root_dir": str(self.logs / self.name),
             "trainer.enable_progress_bar": "false",
         } | self._variant
-        if self.variant == "small":
+        if self.variant == "small" and self.options.profile == "full":  # a file has 110 MB
+            settings |= {
+                "trainer.callbacks+": "reproduce.networks.weights.LogSpacedWeights",
+                "trainer.callbacks.dirpath": str(self.weights),
+            }
+        elif self.variant == "small":
             settings |= {
                 "trainer.callbacks+": "lightning.pytorch.callbacks.ModelCheckpoint",
                 "trainer.callbacks.dirpath": str(self.weights),

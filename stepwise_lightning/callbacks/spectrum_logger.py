@@ -82,8 +82,8 @@ class SpectrumLogger(L.Callback):
             a Trainer becomes ``spectrum_1``, and so on.
 
     Raises:
-        UserError: invalid arguments; when training starts, an unknown submodule or an unsupported strategy; at the first measurement, a batch
-            without views, or an output that is not a tensor.
+        UserError: invalid arguments; when training starts, an unknown submodule or an unsupported strategy; at the
+            first measurement, a batch without views, or an output that is not a tensor.
 
     Attributes:
         record: the measurements so far, a :class:`stepwise_lightning.SpectrumRecord`; empty on ranks other than 0.

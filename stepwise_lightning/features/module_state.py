@@ -63,12 +63,15 @@ def restored_state(module: nn.Module) -> Iterator[None]:
     restores += [_attributes(part) for part in module.modules() if not type(part).__module__.startswith("torch.")]
     python, numpy = random.getstate(), np.random.get_state()
     devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
+    mps = torch.mps.get_rng_state() if torch.backends.mps.is_available() else None
     with torch.random.fork_rng(devices=devices), _uncompiled(module):
         try:
             yield
         finally:
             random.setstate(python)
             np.random.set_state(numpy)
+            if mps is not None:
+                torch.mps.set_rng_state(mps)
             for part, before in buffers:
                 part._buffers.update(before)
             for restore in restores:

@@ -20,7 +20,8 @@ def random_state() -> dict[str, Any]:
     """Return the state of this process's random number generators, as tensors, numbers and tuples."""
     cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
     numpy = tuple(part.tolist() if isinstance(part, np.ndarray) else part for part in np.random.get_state())
-    return {"torch": torch.get_rng_state(), "cuda": cuda, "python": random.getstate(), "numpy": numpy}
+    state = {"torch": torch.get_rng_state(), "cuda": cuda, "python": random.getstate(), "numpy": numpy}
+    return state | ({"mps": torch.mps.get_rng_state()} if torch.backends.mps.is_available() else {})
 
 
 def set_random_state(state: dict[str, Any]) -> None:
@@ -28,6 +29,8 @@ def set_random_state(state: dict[str, Any]) -> None:
     torch.set_rng_state(state["torch"])
     if state["cuda"] is not None and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"])
+    if "mps" in state and torch.backends.mps.is_available():
+        torch.mps.set_rng_state(state["mps"])
     random.setstate(state["python"])
     np.random.set_state(state["numpy"])
 

@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from stepwise_lightning.distributed import backends
 from stepwise_lightning.errors import UserError, lost_process, reason
 
 __all__ = ["KernelProcessGroup", "one_process", "process_group"]
@@ -183,9 +184,10 @@ def _lost_process_errors() -> Iterator[None]:
 
 def _communicable(values: Tensor) -> Tensor:
     """Return the values on a device that the back-end supports: GPUs for NCCL, the CPU for gloo."""
-    backend = dist.get_backend()
-    if backend == "nccl":
-        return values.cuda()
+    by_device = backends()
+    backend = by_device.get(values.device.type)
+    if backend is None:
+        return values.to("cpu" if "cpu" in by_device else next(iter(by_device)))
     return values.cpu() if backend == "gloo" else values
 
 

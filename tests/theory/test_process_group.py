@@ -177,6 +177,14 @@ def test_every_rank_matches_one_process(one, ranks):
                 )
 
 
+@pytest.mark.parametrize(
+    ("config", "device"), [("cpu:gloo,cuda:nccl", "cpu"), ("cpu:gloo,cuda:gloo", "cpu"), ("meta:nccl2", "meta")]
+)
+def test_values_move_to_a_device_of_the_back_end(config, device, monkeypatch):
+    monkeypatch.setattr(dist, "get_backend_config", lambda: config)
+    assert process_group._communicable(torch.ones(2)).device.type == device
+
+
 def test_results_are_bitwise_equal_on_all_ranks(ranks):
     first, *others = (rank["results"] for rank in ranks)
     assert all(
