@@ -1,5 +1,6 @@
 """Fully sharded data parallelism (``fully_shard``) with two processes, and strategies that are not supported."""
 
+import math
 from types import SimpleNamespace
 
 import lightning as L
@@ -12,6 +13,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, Dataset
 
 from stepwise_lightning import BarlowTwins, ForecastLogger, LastCheckpoint, SpectrumLogger
+from stepwise_lightning.divergence import check_weights
 from stepwise_lightning.runs import AtomicCheckpointIO
 from stepwise_lightning.runs.strategies import check_strategy
 
@@ -57,47 +59,45 @@ def fit(folder, strategy, steps=STEPS, checkpoint=None, probe="batch"):
         name: (weight.full_tensor() if isinstance(weight, DTensor) else weight).detach().clone()
         for name, weight in module.named_parameters()
     }
-    return spectra.record.arrays(), weights
+    return spectra.record.arrays(), weights, module
 
 
 def two_ranks(folder, probe):
-    def strategy():
-        return ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1, save_distributed_checkpoint=False)
+    """Return the results of a resumed run, its saved weights, and the messages of refused runs and NaN weights."""
 
-    results = fit(folder, strategy(), probe=probe)
-    fit(f"{folder}/resumed", strategy(), steps=4, probe=probe)
-    last = f"{folder}/resumed/stepwise_runs/version_0/checkpoints/last.ckpt"
-    resumed = fit(f"{folder}/resumed", strategy(), checkpoint=last, probe=probe)
-    return results, resumed, torch.load(last, weights_only=True)["state_dict"]
+    def strategy(*sizes, several_files=False):
+        return ModelParallelStrategy(*sizes, save_distributed_checkpoint=several_files)
 
-
-def refusals(folder):
     messages = []
-    for sizes, distributed in (((1, 2), False), ((2, 1), True)):
-        try:
-            fit(folder, ModelParallelStrategy(*sizes, save_distributed_checkpoint=distributed))
-        except ValueError as error:
-            messages.append(str(error))
-    return messages
+    for refused in (strategy(1, 2), strategy(2, 1, several_files=True)):
+        with pytest.raises(ValueError) as error:
+            fit(f"{folder}/refused", refused)
+        messages.append(str(error.value))
+    fit(folder, strategy(2, 1), steps=4, probe=probe)
+    last = f"{folder}/stepwise_runs/version_0/checkpoints/last.ckpt"
+    arrays, weights, module = fit(folder, strategy(2, 1), checkpoint=last, probe=probe)
+    if module.global_rank == 1:
+        module.encoder[0].weight.detach().to_local().fill_(math.nan)
+    with pytest.raises(FloatingPointError) as error:
+        check_weights(module)
+    messages.append(str(error.value))
+    return arrays, weights, torch.load(last, weights_only=True)["state_dict"], messages
 
 
 @pytest.mark.parametrize("kind", ["batch", pytest.param("fixed", marks=pytest.mark.slow)])
-def test_sharded_run_equals_a_run_in_one_process_and_resumes(kind, tmp_path, processes):
+def test_resumed_sharded_run_equals_a_run_in_one_process(kind, tmp_path, processes):
     probe = "batch" if kind == "batch" else tuple(torch.randn(2, PAIRS, 6, generator=torch.Generator().manual_seed(2)))
-    arrays, weights = fit(tmp_path / "one", "auto", probe=probe)
-    ranks = processes.run_ranks(2, two_ranks, str(tmp_path), probe)
-    for results, resumed, saved in ranks:
-        for _, other in (results, resumed):
-            torch.testing.assert_close(other, weights, rtol=1e-4, atol=1e-6)
-        torch.testing.assert_close(saved, weights, rtol=1e-4, atol=1e-6)
-    for other, _ in ranks[0][:2]:
-        torch.testing.assert_close(other, arrays, rtol=1e-4, atol=1e-6, equal_nan=True)
-
-
-def test_unsupported_parallelism_raises_on_every_rank(tmp_path, processes):
-    for tensor_parallel, several_files in processes.run_ranks(2, refusals, str(tmp_path)):
-        assert "tensor_parallel_size 2: use ModelParallelStrategy(data_parallel_size=2" in tensor_parallel
-        assert "use ModelParallelStrategy(save_distributed_checkpoint=False)" in several_files
+    expected, one, _ = fit(tmp_path / "one", "auto", probe=probe)
+    for rank, (arrays, weights, saved, messages) in enumerate(
+        processes.run_ranks(2, two_ranks, str(tmp_path / "two"), probe)
+    ):
+        torch.testing.assert_close(weights, one, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(saved, one, rtol=1e-4, atol=1e-6)
+        if rank == 0:
+            torch.testing.assert_close(arrays, expected, rtol=1e-4, atol=1e-6, equal_nan=True)
+        assert "tensor_parallel_size 2: use ModelParallelStrategy(data_parallel_size=2" in messages[0]
+        assert "use ModelParallelStrategy(save_distributed_checkpoint=False)" in messages[1]
+        assert f"the weights at step {STEPS} are not finite" in messages[2]  # only the shard of rank 1 has NaN
 
 
 @pytest.mark.parametrize("strategy", [FSDPStrategy, DeepSpeedStrategy])
