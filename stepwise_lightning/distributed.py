@@ -15,9 +15,17 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from stepwise_lightning.asynchronous import CopyToCPU
 from stepwise_lightning.errors import UserError
 
-__all__ = ["all_gather", "all_gather_objects", "all_gather_with_grad", "backends", "check_equal_shards"]
+__all__ = [
+    "DelayedAny",
+    "all_gather",
+    "all_gather_objects",
+    "all_gather_with_grad",
+    "backends",
+    "check_equal_shards",
+]
 
 
 def is_distributed() -> bool:
@@ -67,6 +75,39 @@ def all_gather_objects(item: Any) -> list[Any]:
     items = [None] * dist.get_world_size()
     dist.all_gather_object(items, item)
     return items
+
+
+class DelayedAny:
+    """Agreement of all ranks on a flag, one call late, without waiting for a GPU.
+
+    All ranks must call the object equally often. The reduction started by one call ends during the training step before
+    the next call.
+
+    Args:
+        device: device of the process group.
+
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._work: Any = None
+        self._any: Tensor | CopyToCPU | None = None
+
+    def __call__(self, flag: bool) -> bool:
+        """Return True if any rank passed True to the previous call; in one process, return ``flag``."""
+        if not is_distributed():
+            return flag
+        if self._any is not None:
+            if isinstance(self._any, Tensor):
+                self._work.wait()
+            if self._any if isinstance(self._any, Tensor) else self._any.result():
+                return True
+        self._any = torch.full((), int(flag), dtype=torch.int32, device=self._device)  # a fill, not a copy
+        self._work = dist.all_reduce(self._any, dist.ReduceOp.MAX, async_op=True)
+        if self._any.is_cuda:
+            self._work.wait()  # of the stream, not of the CPU
+            self._any = CopyToCPU(self._any)
+        return False
 
 
 class _Gather(torch.autograd.Function):

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import lightning as L
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from stepwise_lightning.asynchronous import CopyToCPU
 from stepwise_lightning.errors import DivergedError
 
 __all__ = ["LossCheck", "check_weights"]
@@ -19,12 +19,12 @@ __all__ = ["LossCheck", "check_weights"]
 class LossCheck:
     """Raise a DivergedError for a loss that is not finite: at once, or on a CUDA device in the next call.
 
-    Reading a value waits for all operations in the queue of a GPU. A copy to pinned memory, read in the next call, does
-    not: a whole step is then queued behind it.
+    Reading a value waits for all operations in the queue of a GPU. A copy read in the next call does not: a whole step
+    is then queued behind it.
     """
 
     def __init__(self) -> None:
-        self._pending: tuple[Tensor, Any, int] | None = None
+        self._pending: tuple[CopyToCPU, int] | None = None
 
     def __reduce__(self) -> tuple[type[LossCheck], tuple[()]]:
         """Return an empty check for copies of a module, because events cannot be copied."""
@@ -34,16 +34,11 @@ class LossCheck:
         """Check the previous loss on a CUDA device, and with ``now``, or on a CPU, this one."""
         previous, self._pending = self._pending, None
         if previous is not None:
-            value, copied, step = previous
-            copied.synchronize()
-            _check_loss(module, value, step, ())
+            _check_loss(module, previous[0].result(), previous[1], ())
         if now or loss.device.type == "cpu":
             _check_loss(module, loss, module.global_step, batch)
         elif loss.is_cuda:
-            copy = torch.empty_like(loss.detach(), device="cpu").pin_memory().copy_(loss.detach(), non_blocking=True)
-            copied = torch.cuda.Event()
-            copied.record(torch.cuda.current_stream(loss.device))
-            self._pending = copy, copied, module.global_step
+            self._pending = CopyToCPU(loss), module.global_step
 
 
 def check_weights(module: L.LightningModule) -> None:

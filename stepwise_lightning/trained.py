@@ -8,12 +8,15 @@ from typing import Any
 
 import numpy as np
 import torch
+from lightning.pytorch.accelerators import CUDAAccelerator, MPSAccelerator
 from torch import Tensor, nn
 from torch.utils.data import ConcatDataset, DataLoader
 
+from stepwise_lightning.asynchronous import to_device
 from stepwise_lightning.data.folders import list_images, split_name
 from stepwise_lightning.data.image_sets import DATA_SETS, ImageSet, load_image_set
 from stepwise_lightning.data.views import PlainImages, plain_view
+from stepwise_lightning.data.workers import prepare_worker
 from stepwise_lightning.encoders import ResNet
 from stepwise_lightning.errors import UserError
 from stepwise_lightning.features import capture, on_device
@@ -49,9 +52,41 @@ def load_encoder(run: str | Path) -> nn.Module:
     return encoder.eval()
 
 
+class OnAccelerator(nn.Module):
+    """Module on a GPU, with inputs and outputs on the CPU.
+
+    Args:
+        module: moved to the device.
+        accelerator: as of Lightning's Trainer: ``auto`` for a GPU if there is one, ``gpu`` or ``cpu``.
+
+    Raises:
+        ValueError: another accelerator, or ``gpu`` without a GPU.
+
+    """
+
+    def __init__(self, module: nn.Module, accelerator: str = "auto") -> None:
+        super().__init__()
+        kinds = {"cuda": CUDAAccelerator, "mps": MPSAccelerator}
+        found = next((kind for kind, accelerator in kinds.items() if accelerator.is_available()), None)
+        if accelerator not in ("auto", "gpu", "cpu") or (accelerator == "gpu" and found is None):
+            raise UserError(f"accelerator {accelerator!r} is not available: use auto, cpu{', gpu' if found else ''}")
+        self.device = torch.device("cpu" if accelerator == "cpu" else found or "cpu")
+        self.module = module.to(self.device)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the output on the CPU."""
+        return self.module(to_device(x, self.device)).cpu()
+
+
 @torch.no_grad()
 def embed_images(
-    run: str | Path, data: str, root: str = "data", batch_size: int = 256, progress: Callable[[Any], Any] = iter
+    run: str | Path,
+    data: str,
+    root: str = "data",
+    batch_size: int = 256,
+    progress: Callable[[Any], Any] = iter,
+    accelerator: str = "auto",
+    num_workers: int = 0,
 ) -> dict[str, np.ndarray]:
     """Return the embeddings of images under the trained encoder of a run.
 
@@ -65,25 +100,30 @@ def embed_images(
         root: folder of ``cifar10`` and ``stl10``.
         batch_size: number of images in a forward pass.
         progress: wraps the iterable of batches, for instance ``tqdm``.
+        accelerator: ``auto`` for a GPU if there is one, ``gpu`` or ``cpu``.
+        num_workers: processes that read images.
 
     Returns:
         ``embeddings`` float32 (n, d); ``hidden`` float32 (n, m), the output of the encoder's ``backbone``, if it has
         one; ``labels`` int64 (n,), −1 where unknown; ``class_names``; ``paths`` (n,), of files, or set/split/index.
 
     Raises:
-        ValueError, FileNotFoundError: see :func:`load_encoder` and :func:`load_image_set`; or no images are found.
+        ValueError, FileNotFoundError: see :func:`load_encoder` and :func:`load_image_set`; no images are found; the
+            accelerator is not available.
 
     """
     encoder, settings = load_encoder(run), input_settings(checkpoint_of(run))
     view = plain_view(settings["image_size"], settings["mean"], settings["std"])
     sets, paths = all_images(data, root)
-    loader: DataLoader[Any] = DataLoader(ConcatDataset([PlainImages(images, view) for images in sets]), batch_size)
+    dataset: ConcatDataset[Any] = ConcatDataset([PlainImages(images, view) for images in sets])
+    loader = DataLoader(dataset, batch_size, num_workers=num_workers, worker_init_fn=prepare_worker)
     embeddings, hidden, labels = [], [], []
     backbone = getattr(encoder, "backbone", None)
     if isinstance(backbone, nn.Module):
-        backbone.register_forward_hook(lambda module, inputs, output: hidden.append(output))
+        backbone.register_forward_hook(lambda module, inputs, output: hidden.append(output.cpu()))
+    network = OnAccelerator(encoder, accelerator)
     for x, label in progress(loader):
-        embeddings.append(encoder(x))
+        embeddings.append(network(x))
         labels.append(label)
     arrays = {"embeddings": torch.cat(embeddings).numpy(), "labels": torch.cat(labels).numpy()}
     if hidden:

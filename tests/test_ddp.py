@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from stepwise_lightning import AcceleratedBarlowTwins, BarlowTwins, SimCLR, VICReg
-from stepwise_lightning.distributed import all_gather_with_grad, check_equal_shards
+from stepwise_lightning.distributed import DelayedAny, all_gather_with_grad, check_equal_shards
 from stepwise_lightning.sync_batchnorm import SyncBatchNorm
 
 GLOBAL_BATCH, IMAGE, STEPS = 12, 8, 20
@@ -131,6 +131,8 @@ def rank_results():
     shard = slice(rank * GLOBAL_BATCH // world_size, (rank + 1) * GLOBAL_BATCH // world_size)
     results = all_results(wrap_in_ddp, batches()[:, :, shard])
     results["unequal"] = unequal_shards_message(rank)
+    any_rank = DelayedAny(torch.device("cpu"))
+    results["flags"] = [any_rank(rank == 1 and call == 1) for call in range(3)]
     dist.destroy_process_group()
     return results
 
@@ -144,6 +146,12 @@ def one_process():
 def ranks(request, processes):
     """Return the results of each rank."""
     return processes.run_ranks(request.param, rank_results)
+
+
+def test_ranks_agree_on_a_flag_one_call_late(ranks):
+    assert all(results["flags"] == [False, False, True] for results in ranks)
+    alone = DelayedAny(torch.device("cpu"))
+    assert [alone(False), alone(True)] == [False, True]
 
 
 def assert_same(actual, expected, tolerance, case):

@@ -126,6 +126,54 @@ def test_checkpoint_restores_the_probe_for_validation_and_resume(run, folder: st
         assert torch.equal(ours, theirs)
 
 
+class Embedded(L.Callback):
+    """Count the images in each forward pass of the representation outside of training, and whether autocast was on."""
+
+    def __init__(self) -> None:
+        self.passes: list[tuple[int, bool]] = []
+        self.labels: list[int] = []
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        def count(part: torch.nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+            if not part.training:
+                self.passes.append((len(output), torch.is_autocast_enabled("cpu")))
+
+        pl_module.encoder.backbone.register_forward_hook(count)
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, outputs, batch, batch_idx) -> None:
+        self.labels.append(int((batch[2] >= 0).sum()))
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_probe_embeds_labelled_images_in_the_precision_of_training(folder: str, precision: str) -> None:
+    embedded = Embedded()
+    fit(folder, [embedded, OnlineLinearProbe()], epochs=1, precision=precision, limit_val_batches=0)
+    assert 2 <= min(embedded.labels) < 8 and len(embedded.labels) == 9
+    assert embedded.passes == [(number, precision == "bf16-mixed") for number in embedded.labels]
+
+
+def test_probe_embeds_nothing_without_labels() -> None:
+    probe, passes = OnlineLinearProbe("encoder.1"), []
+    module = VICReg(MLP(6, [4], 3), learning_rate=1e-3)
+    module.encoder[1].register_forward_hook(lambda part, *_: passes.append(part.training))
+    trainer([probe], 1, limit_val_batches=0).fit(module, datamodule=Rows([-1] * 16, [0, 1] * 4))
+    assert passes == [True] * 4 and probe.probe is None
+
+
+def test_knn_creates_one_loader_for_all_validations() -> None:
+    class Counted(Rows):
+        loaders = 0
+
+        def labelled_train_dataloader(self) -> torch.utils.data.DataLoader:
+            self.loaders += 1
+            return super().labelled_train_dataloader()
+
+    data = Counted([0, 1] * 8, [0, 1] * 4)
+    running = trainer([OnlineKNN("encoder.1", k=1)], 3)
+    running.fit(VICReg(MLP(6, [4], 3), learning_rate=1e-3), datamodule=data)
+    assert data.loaders == 1 and running.callback_metrics["val/knn_top1"] > 0.5
+
+
 def fit_in_ddp(folder: str) -> tuple[dict[str, float], dict[str, torch.Tensor]]:
     """Train on two ranks; return the metrics and the state of the probe."""
     probe = OnlineLinearProbe(learning_rate=0.05)

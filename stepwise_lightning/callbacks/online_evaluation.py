@@ -6,20 +6,19 @@ in evaluation mode and without gradients. Training is bit-identical with and wit
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import lightning as L
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
-from torchmetrics.classification import MulticlassAccuracy
 from tqdm import tqdm
 
+from stepwise_lightning.asynchronous import CopyToCPU, to_device
+from stepwise_lightning.callbacks.evaluation import Evaluation
 from stepwise_lightning.classifiers import LinearProbe, knn_scores
 from stepwise_lightning.distributed import all_gather
 from stepwise_lightning.errors import UserError
-from stepwise_lightning.features import capture, check_watched
 
 __all__ = ["OnlineKNN", "OnlineLinearProbe"]
 
@@ -27,114 +26,12 @@ __all__ = ["OnlineKNN", "OnlineLinearProbe"]
 REPRESENTATION = "encoder.backbone"
 
 
-class _Evaluation(L.Callback):
-    """Accuracy on labelled validation and test batches (x, label). A subclass defines ``_scores(features)``.
-
-    Negative labels mean unknown and are ignored. Accuracies cover all ranks; if their number does not divide the number
-    of images, Lightning counts a few images twice.
-    """
-
-    tag: str
-
-    def __init__(self, watch: str, num_classes: int | None) -> None:
-        if num_classes is not None and num_classes < 2:
-            raise UserError(f"num_classes must be at least 2, got {num_classes}")
-        self.watch, self.num_classes = watch, num_classes
-        self._accuracies: dict[str, MulticlassAccuracy] = {}
-        self._num_labels = 0
-
-    @property
-    def state_key(self) -> str:
-        """Key of this callback in checkpoints, which may hold several probes."""
-        return self._generate_state_key(watch=self.watch)
-
-    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Check the name of the submodule and find the number of classes."""
-        check_watched(pl_module, [self.watch])
-        if self.num_classes is None:
-            self.num_classes = len(getattr(getattr(trainer, "datamodule", None), "class_names", ()))
-        if self.num_classes < 2:
-            raise UserError(
-                f"{type(self).__name__} found {self.num_classes} classes in the data: use a data set with labels (a "
-                "folder with a subfolder for each class), or set num_classes"
-            )
-        ranks = [1, 5] if self.num_classes > 5 else [1]
-        self._accuracies = {
-            f"{self.tag}_top{k}": MulticlassAccuracy(self.num_classes, top_k=k, average="micro") for k in ranks
-        }
-
-    def _start(self, pl_module: L.LightningModule) -> None:
-        self._num_labels = 0
-        for accuracy in self._accuracies.values():
-            accuracy.to(pl_module.device).reset()
-
-    def _update(self, pl_module: L.LightningModule, batch: Sequence[Tensor]) -> None:
-        known = self._known(batch[1])
-        if known.any():
-            self._num_labels += int(known.sum())
-            scores = self._scores(self._features(pl_module, batch[0][known]))
-            for accuracy in self._accuracies.values():
-                accuracy.update(scores, batch[1][known])
-
-    def _finish(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        stage = "test" if trainer.testing else "val"
-        if not all_gather(torch.tensor(self._num_labels, device=pl_module.device)).any():
-            raise UserError(
-                f"{type(self).__name__} needs labelled images, but no {stage} image has a label of at least 0: use "
-                "labelled data"
-            )
-        for name, accuracy in self._accuracies.items():
-            # already computed over all ranks; sync_dist avoids a warning of Lightning
-            pl_module.log(f"{stage}/{name}", accuracy.compute(), prog_bar=name.endswith("1"), sync_dist=True)
-
-    def _known(self, labels: Tensor) -> Tensor:
-        if len(labels) and labels.max() >= (self.num_classes or 0):
-            raise UserError(
-                f"{type(self).__name__} got the label {int(labels.max())}, but there are {self.num_classes} classes, "
-                "counted from 0: correct num_classes"
-            )
-        return labels >= 0
-
-    def _features(self, pl_module: L.LightningModule, x: Tensor) -> Tensor:
-        return capture(pl_module, [x], [self.watch], running_statistics=True)[self.watch][0].float()
-
-    def _scores(self, features: Tensor) -> Tensor:
-        raise NotImplementedError
-
-    def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Reset the accuracies."""
-        if not trainer.sanity_checking:
-            self._start(pl_module)
-
-    def on_validation_batch_end(
-        self,
-        trainer: L.Trainer,
-        pl_module: L.LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        """Update the accuracies with one batch (x, label)."""
-        if not trainer.sanity_checking:
-            self._update(pl_module, batch)
-
-    def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Log the accuracies."""
-        if not trainer.sanity_checking:
-            self._finish(trainer, pl_module)
-
-    # Testing is the same on other images.
-    on_test_epoch_start = on_validation_epoch_start
-    on_test_batch_end = on_validation_batch_end
-    on_test_epoch_end = on_validation_epoch_end
-
-
-class OnlineLinearProbe(_Evaluation):
+class OnlineLinearProbe(Evaluation):
     """Train a linear classifier on a representation during training; log its accuracy.
 
-    After each training step the network, in evaluation mode, computes features of the first view of the batch (an
-    additional forward pass on half of the views), and the classifier takes one step of Adam on the cross-entropy.
+    After each training step the network, in evaluation mode and in the precision of training, computes features of the
+    first view of the labelled images of the batch (an additional forward pass on at most half of the views), and the
+    classifier takes one step of Adam on the cross-entropy.
     Features are standardised with running statistics, because their scale is arbitrary with a small initialisation. All
     ranks train equal copies on the global batch. Checkpoints contain the probe; resuming and ``stepwise validate
     --ckpt_path`` restore it.
@@ -162,6 +59,7 @@ class OnlineLinearProbe(_Evaluation):
             raise UserError(f"learning_rate must be finite and at least 0, got {learning_rate}")
         self.learning_rate = learning_rate
         self.probe: LinearProbe | None = None
+        self._copied_labels: CopyToCPU | None = None
 
     def state_dict(self) -> dict[str, Any]:
         """Return the states of the probe and its optimiser."""
@@ -184,29 +82,47 @@ class OnlineLinearProbe(_Evaluation):
         if self.probe is not None:
             self.probe.to(pl_module.device)
 
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Copy the labels of the global batch to the CPU while the network trains."""
+        labels = batch[-1]
+        if not isinstance(labels, Tensor) or labels.shape != batch[0].shape[:1] or labels.is_floating_point():
+            raise UserError(
+                "OnlineLinearProbe needs integer labels (n,) as the last item of a training batch: use labelled data"
+            )
+        self._copied_labels = CopyToCPU(all_gather(labels) if trainer.world_size > 1 else labels[None])
+
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Train the probe for one step on the labelled part of the global batch (x1, x2, label)."""
-        features, labels = self._features(pl_module, batch[0]), batch[-1]
-        if not isinstance(labels, Tensor) or labels.shape != features.shape[:1] or labels.is_floating_point():
-            raise UserError(
-                "OnlineLinearProbe needs integer labels (n,) as the last item of a training batch: use labelled data"
-            )
-        if trainer.world_size > 1:
-            features, labels = (all_gather(part).flatten(0, 1) for part in (features, labels))
+        assert self._copied_labels is not None
+        labels, self._copied_labels = self._copied_labels.result(), None
         known = self._known(labels)
-        features, labels = features[known], labels[known]
-        if len(labels) < 2:  # standardisation needs two samples
+        if known.sum() < 2:  # standardisation needs two samples
             return
+        features = self._labelled_features(pl_module, batch[0], known, trainer.global_rank)
         if self.probe is None:
             assert self.num_classes is not None
             self.probe = LinearProbe(features.shape[1], self.num_classes, self.learning_rate)
             self.probe.to(features.device)
-        loss = self.probe.step(features, labels)
+        loss = self.probe.step(features, to_device(labels[known], features.device))
         every = trainer.log_every_n_steps  # type: ignore[attr-defined]
         if every > 0 and trainer.global_step % every == 0:
             pl_module.log("train/probe_loss", loss)
+
+    def _labelled_features(self, pl_module: L.LightningModule, x: Tensor, known: Tensor, rank: int) -> Tensor:
+        """Return the features of all ranks' images with ``known`` labels, bool, (ranks, n), on the CPU."""
+        counts = known.sum(1)
+        largest = int(counts.max())
+        # Ranks with fewer labels embed their first image again, because shards must be equal.
+        chosen = torch.cat([known[rank].nonzero().flatten(), counts.new_zeros(largest - int(counts[rank]))])
+        features = self._features(pl_module, x.index_select(0, to_device(chosen, x.device)))
+        if len(known) == 1:
+            return features
+        rows = (torch.arange(largest) < counts[:, None]).flatten().nonzero().flatten()
+        return all_gather(features).flatten(0, 1).index_select(0, to_device(rows, x.device))
 
     def _scores(self, features: Tensor) -> Tensor:
         if self.probe is None:
@@ -218,7 +134,7 @@ class OnlineLinearProbe(_Evaluation):
         return self.probe.scores(features)
 
 
-class OnlineKNN(_Evaluation):
+class OnlineKNN(Evaluation):
     """Classify held-out images by their nearest neighbours among the labelled training images; log the accuracy.
 
     Each validation computes features of all labelled training images without augmentation, in equal shares on all
@@ -248,6 +164,7 @@ class OnlineKNN(_Evaluation):
             raise UserError(f"k must be at least 1 and temperature positive, got {k} and {temperature}")
         super().__init__(watch, num_classes)
         self.k, self.temperature = k, temperature
+        self._loader: Any = None
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Check that the datamodule has labelled training images."""
@@ -257,12 +174,14 @@ class OnlineKNN(_Evaluation):
                 "method, such as TwoViewDataModule"
             )
         super().setup(trainer, pl_module, stage)
+        self._loader = None
 
     def _start(self, pl_module: L.LightningModule) -> None:
         super()._start(pl_module)
         trainer = pl_module.trainer
-        loader = trainer.datamodule.labelled_train_dataloader()  # type: ignore[attr-defined]
-        features, labels = [], []
+        if self._loader is None:  # kept, with its workers, for later validations
+            self._loader = trainer.datamodule.labelled_train_dataloader()  # type: ignore[attr-defined]
+        loader, features, labels = self._loader, [], []
         for x, label in tqdm(
             loader, "embedding training images", leave=False, delay=2, disable=trainer.global_rank > 0 or None
         ):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import partial
 from pathlib import Path
 
-from stepwise_lightning.commands.parser import Parser
+from stepwise_lightning.commands.parser import Parser, add_device_options
 
 __all__ = ["main"]
 
@@ -19,6 +19,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--out", required=True, type=Path, metavar="FILE.npz", help="file to write; must not exist")
     parser.add_argument("--root", default="data", help="folder of cifar10 and stl10 (%(default)s)")
     parser.add_argument("--batch-size", type=int, default=256, help="images in a forward pass (%(default)s)")
+    add_device_options(parser)
     options = parser.parse_args(arguments)
     if options.out.suffix != ".npz" or options.out.exists():
         parser.error(f"--out {options.out} {'exists' if options.out.exists() else 'must end in .npz'}: name a new file")
@@ -32,7 +33,9 @@ def main(arguments: list[str]) -> None:
     from stepwise_lightning.trained import embed_images
 
     bar = partial(tqdm, desc="embedding", unit="batch", leave=False, disable=None)
-    arrays = embed_images(options.run, options.data, options.root, options.batch_size, bar)
+    arrays = embed_images(
+        options.run, options.data, options.root, options.batch_size, bar, options.accelerator, options.num_workers
+    )
     atomic_write(options.out, lambda partial: np.savez(partial, **arrays))  # type: ignore[arg-type]
     shapes = ", ".join(f"{name} {tuple(values.shape)}" for name, values in arrays.items())
     print(f"{options.out}: {shapes}")

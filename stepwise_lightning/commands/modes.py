@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import partial
 from pathlib import Path
 
-from stepwise_lightning.commands.parser import Parser
+from stepwise_lightning.commands.parser import Parser, add_device_options
 
 __all__ = ["main"]
 
@@ -21,6 +21,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--root", help="folder of cifar10 and stl10 (from the run's configuration, or data)")
     parser.add_argument("--images", type=int, help="maximum number of images (256)")
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="folder to write; must not exist (RUN/modes)")
+    add_device_options(parser)
     options = parser.parse_args(arguments)
     if options.out is not None and options.out.exists():
         parser.error(f"--out {options.out} exists: name a new folder")
@@ -34,8 +35,10 @@ def main(arguments: list[str]) -> None:
     from stepwise_lightning.runs.saved import checkpoint_of
 
     bar = partial(tqdm, leave=False, disable=None)
-    number = {} if options.images is None else {"num_images": options.images}
-    description = describe_modes(options.run, options.data, options.root, **number, progress=bar)
+    chosen = {"accelerator": options.accelerator, "num_workers": options.num_workers}
+    if options.images is not None:
+        chosen["num_images"] = options.images
+    description = describe_modes(options.run, options.data, options.root, **chosen, progress=bar)
     run = checkpoint_of(options.run).parent.parent
     out = options.out or run / free_name("modes", lambda name: (run / name).exists())
     atomic_write_text(out / "modes.html", description.html())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import NoReturn
 
-__all__ = ["Parser"]
+__all__ = ["Parser", "add_device_options"]
 
 
 class Parser(argparse.ArgumentParser):
@@ -17,3 +17,15 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Exit with one line and status 2."""
         self.exit(2, f"{self.prog}: error: {message} (see --help)\n")
+
+
+def add_device_options(parser: argparse.ArgumentParser) -> None:
+    """Add the device and the number of data workers, named as in Lightning."""
+    parser.add_argument("--accelerator", default="auto", choices=["auto", "cpu", "gpu"], help="device (%(default)s)")
+    parser.add_argument("--num-workers", type=_count, default=0, help="processes that read images (%(default)s)")
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"must be 0 or more, got {text}")
+    return int(text)

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
+from stepwise_lightning.asynchronous import to_device
+
 __all__ = ["Jitters", "Taps", "blur", "grayscale", "jitter", "resized_crops"]
 
 _GRAY = (0.2989, 0.587, 0.114)  # torchvision's weights of red, green and blue
@@ -75,8 +77,9 @@ class Taps(NamedTuple):
     def summed(self, table: Tensor, times: int = 1) -> Tensor:
         """Return weighted sums of the lines of a table (n · extent, …), as (n · size, …); applied ``times`` times."""
         count, size, taps = self.lines.shape
-        lines = self.lines + self.extent * torch.arange(count)[:, None, None]
-        lines, weights = (values.reshape(count * size, taps).to(table.device) for values in (lines, self.weights))
+        lines, weights = (to_device(values, table.device) for values in (self.lines, self.weights))
+        lines = lines + self.extent * torch.arange(count, device=table.device)[:, None, None]
+        lines, weights = (values.reshape(count * size, taps) for values in (lines, weights))
         for _ in range(times):
             table = embedding_bag(lines, table, mode="sum", per_sample_weights=weights)
         return table
@@ -136,8 +139,8 @@ class Jitters(NamedTuple):
 def jitter(planes: Tensor, jitters: Jitters) -> Tensor:
     """Change brightness, contrast, saturation and hue in the order of each image, in place; return the planes."""
     bounds = torch.searchsorted(jitters.hue_turn, torch.arange(5)).tolist()
-    image, mean, gray = (values.to(planes.device)[..., None, None] for values in jitters[:3])
-    hue = jitters.hue.to(planes.device)[:, None, None]
+    image, mean, gray = (to_device(values, planes.device)[..., None, None] for values in jitters[:3])
+    hue = to_device(jitters.hue, planes.device)[:, None, None]
     for turn in range(4):
         start, stop = bounds[turn], bounds[turn + 1]
         if stop > start:
@@ -181,7 +184,7 @@ def _shift_hue(planes: Tensor, hue: Tensor) -> None:
 
 def grayscale(planes: Tensor, chosen: Tensor) -> Tensor:
     """Replace the images with indices ``chosen`` (int64, on the CPU) by gray images in place; return the planes."""
-    chosen = chosen.to(planes.device)
+    chosen = to_device(chosen, planes.device)
     gray = _gray(planes.index_select(1, chosen))
     return planes.index_copy_(1, chosen, gray.expand(3, *gray.shape))
 
@@ -199,10 +202,11 @@ def blur(planes: Tensor, sigma: Tensor) -> Tensor:
     full = 1 / (2 * (whole + part) + 1)
     edge = (1 - (2 * whole + 1) * full) / 2
     near, far = torch.where(whole > 0, full, edge), torch.where(whole > 0, edge, 0.0)
-    weights = torch.stack([far, near, full, near, far], -1).float().repeat(3, 1)[:, None]
+    weights = to_device(torch.stack([far, near, full, near, far], -1).float(), planes.device).repeat(3, 1)[:, None]
     for _ in range(2):
         size, others = planes.shape[2:]
-        lines = (torch.arange(size)[:, None] + torch.arange(-2, 3)).clamp(0, size - 1)
+        lines = torch.arange(size, device=planes.device)[:, None] + torch.arange(-2, 3, device=planes.device)
+        lines = lines.clamp(0, size - 1)
         taps = Taps(lines.expand(len(weights), -1, -1), weights.expand(-1, size, -1), size)
         table = taps.summed(planes.reshape(-1, others), _NUM_BOXES)
         planes = table.view(3, -1, size, others).transpose(2, 3)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from stepwise_lightning.asynchronous import to_device
 from stepwise_lightning.data import batch_operations as operations
 from stepwise_lightning.data.augmentation import AugmentationParameters
 from stepwise_lightning.data.counter_rng import uniform
@@ -64,8 +65,8 @@ class BatchViews:
         numbers = [uniform(self.seed, epochs, indices, view, _Draws.COUNT) for view in (1, 2)]
         draws = _Draws(torch.cat(numbers), self.parameters)
         rows, columns = draws.taps(images.shape[2:], self.image_size)
-        device, order = images.device, draws.order.to(images.device)
-        mean, std = (values.to(device)[:, None, None, None] for values in (self.mean, self.std))
+        device, order = images.device, to_device(draws.order, images.device)
+        mean, std = (to_device(values, device)[:, None, None, None] for values in (self.mean, self.std))
         views = torch.empty(len(order), 3, self.image_size, self.image_size, dtype=torch.float32, device=device)
         chunk = len(order) if images.is_cuda else max(1, _MAX_FLOATS // views[0].numel())
         for start in range(0, len(order), chunk):
@@ -120,7 +121,7 @@ class _Draws:
         if len(blurred):
             low, high = self.parameters.blur_sigma
             sigma = low + (high - low) * strength[blurred]
-            blurred = blurred.to(planes.device)
+            blurred = to_device(blurred, planes.device)
             planes.index_copy_(1, blurred, operations.blur(planes.index_select(1, blurred), sigma))
         return planes
 
@@ -189,9 +190,9 @@ class BatchTwoViews(Dataset[tuple[Tensor, Tensor, Tensor]]):
         assert not isinstance(self.images.images, list)
         epochs, indices = zip(*keys, strict=True)
         chosen = torch.tensor(indices)
-        images = self.images.images[chosen].to(self.device)
+        images = to_device(self.images.images[chosen], self.device)
         x1, x2 = self.views(images, epochs, indices)
-        return x1, x2, self.images.labels[chosen].to(self.device)
+        return x1, x2, to_device(self.images.labels[chosen], self.device)
 
     @staticmethod
     def keep(batch: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:

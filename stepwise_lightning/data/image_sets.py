@@ -97,7 +97,9 @@ def load_images(data: str, root: str = "data", download: bool = False, image_siz
     return _folder_images(_existing_folder(data), image_size)
 
 
-def load_image_set(data: str, split: str = "train", root: str = "data", download: bool = False) -> ImageSet:
+def load_image_set(
+    data: str, split: str = "train", root: str = "data", download: bool = False, verify: bool = True
+) -> ImageSet:
     """Return one split of a data set with its labels.
 
     ==========  ===================================  ==========================  ======================
@@ -121,6 +123,7 @@ def load_image_set(data: str, split: str = "train", root: str = "data", download
         split: ``train``, ``val`` or ``test``.
         root: folder of ``cifar10`` and ``stl10``.
         download: download ``cifar10`` or ``stl10`` if missing.
+        verify: compare the 3 GB of ``stl10`` with their checksums.
 
     Raises:
         ValueError: unknown data set or split, or a folder without readable images.
@@ -141,7 +144,7 @@ def load_image_set(data: str, split: str = "train", root: str = "data", download
         images = torch.from_numpy(cifar.data).permute(0, 3, 1, 2).contiguous()
         return ImageSet(images, torch.tensor(cifar.targets), list(cifar.classes))
     if data == "stl10":
-        return ImageSet(*_torchvision_set("stl10", root, download, train=train))
+        return ImageSet(*_torchvision_set("stl10", root, download, train=train, verify=verify))
     return _folder_set(_existing_folder(data), split)
 
 
@@ -182,13 +185,13 @@ def _statistics(counts: Tensor) -> tuple[Tensor, Tensor]:
     return mean, std
 
 
-def _torchvision_set(data: str, root: str, download: bool, train: bool) -> Any:
+def _torchvision_set(data: str, root: str, download: bool, **options: bool) -> Any:
     from torchvision.datasets import CIFAR10
 
     name, size, load = {"cifar10": ("CIFAR-10", "170 MB", CIFAR10), "stl10": ("STL-10", "2.6 GB", load_stl10)}[data]
     where = f"under {str(Path(root).resolve())!r}"
     try:
-        return load(root, download=download, train=train)
+        return load(root, download=download, **options)
     except (RuntimeError, OSError) as error:
         if download:
             raise NotFoundError(f"{name} could not be downloaded and unpacked {where}: {error}") from error

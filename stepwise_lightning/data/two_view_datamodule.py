@@ -194,7 +194,9 @@ class TwoViewDataModule(SeededDataModule):
         """Return the images of a split, ``train``, ``val`` or ``test``, loaded on first use."""
         if split not in self._sets:
             # Without download, which prepare_data does: here all processes would download at once.
-            self._sets[split] = load_image_set(self.hparams["data"], split, self.hparams["root"])
+            # One process per machine verifies the files.
+            verify = self.trainer is None or self.trainer.local_rank == 0
+            self._sets[split] = load_image_set(self.hparams["data"], split, self.hparams["root"], verify=verify)
         return self._sets[split]
 
     def _image_size(self, train: ImageSet) -> int:

@@ -48,6 +48,7 @@ def capture(
     watch: Sequence[Watched],
     running_statistics: bool = False,
     alone: bool = False,
+    training_precision: bool = False,
 ) -> dict[str, list[Tensor]]:
     """Capture activations of a module on fixed inputs without changing its state.
 
@@ -66,6 +67,7 @@ def capture(
         watch: names of submodules, or functions from module and view to (n, …); ``""`` is the output of ``module``.
         running_statistics: use running statistics in all batch normalisation, as in ordinary evaluation.
         alone: call each watched submodule on the view, instead of ``module``.
+        training_precision: keep mixed precision and TF32 as in training.
 
     Returns:
         For each name, one (n, d) tensor per view; outputs with more dimensions are flattened, (n,) becomes (n, 1).
@@ -78,12 +80,13 @@ def capture(
     with ExitStack() as stack:
         stack.enter_context(evaluation(module) if running_statistics else batch_statistics(module))
         stack.enter_context(without_logging(module))
-        stack.enter_context(without_tf32())
+        if not training_precision:
+            stack.enter_context(without_tf32())
         plugin = precision_plugin(module)
         if plugin is not None:
             stack.enter_context(plugin.forward_context())
         device = next((parameter.device for parameter in module.parameters()), torch.device("cpu"))
-        if plugin is None or not torch.is_autocast_enabled(device.type):
+        if plugin is None or training_precision or not torch.is_autocast_enabled(device.type):
             return _capture(module, views, watch, alone)
         try:
             with without_autocast(device):

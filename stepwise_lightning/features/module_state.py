@@ -105,8 +105,9 @@ def _restore_function(value: Any) -> Callable[[], None]:
 
 
 def _restore_tensor(tensor: Tensor, saved: Tensor) -> None:
-    if not torch.equal(tensor, saved):
-        tensor.detach().copy_(saved)
+    # On a GPU, a comparison would wait for the result. An expanded tensor cannot be overwritten.
+    if (tensor.device.type != "cpu" and 0 not in tensor.stride()) or not torch.equal(tensor, saved):
+        tensor.data.copy_(saved)  # of the data, which leaves the version for autograd
 
 
 def _restore_container(container: Any, saved: Any) -> None:

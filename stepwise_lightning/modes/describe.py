@@ -20,7 +20,7 @@ from stepwise_lightning.modes.sensitivity import mean_gradients, occlusion_maps
 from stepwise_lightning.runs.saved import checkpoint_of, configuration_of
 from stepwise_lightning.spectrum.matrices import MATRICES
 from stepwise_lightning.spectrum.record import SpectrumRecord
-from stepwise_lightning.trained import input_settings, load_encoder
+from stepwise_lightning.trained import OnAccelerator, input_settings, load_encoder
 
 __all__ = ["describe_modes"]
 
@@ -38,6 +38,8 @@ def describe_modes(
     root: str | None = None,
     num_images: int = NUM_IMAGES,
     progress: Callable[..., Any] | None = None,
+    accelerator: str = "auto",
+    num_workers: int = 0,
 ) -> ModeDescription:
     """Return a description of each learned mode of a run.
 
@@ -53,20 +55,23 @@ def describe_modes(
         root: folder of ``cifar10`` and ``stl10``; None for the run's own setting, or ``data``.
         num_images: largest number of images, evenly spaced; at least 4.
         progress: wrapper of loops, called as ``progress(items, desc=…)``, for example ``tqdm``.
+        accelerator: ``auto`` for a GPU if there is one, ``gpu`` or ``cpu``.
+        num_workers: processes that read images and compute views.
 
     Raises:
         ValueError, FileNotFoundError: see :func:`stepwise_lightning.load_encoder` and
-            :func:`stepwise_lightning.data.load_image_set`; fewer than four images; no learned mode.
+            :func:`stepwise_lightning.data.load_image_set`; fewer than four images; no learned mode; the accelerator
+            is not available.
 
     """
     if num_images < MIN_IMAGES:
         raise UserError(f"num_images must be at least {MIN_IMAGES}, got {num_images}")
     progress = progress or (lambda items, desc: items)
     checkpoint = checkpoint_of(run)
-    encoder, settings = load_encoder(run), input_settings(checkpoint)
+    encoder, settings = OnAccelerator(load_encoder(run), accelerator).eval(), input_settings(checkpoint)
     matrix, num_learned = _learned(checkpoint)
     readers, labels, class_names, paths = choose_images(checkpoint, data, root, num_images)
-    inputs, views = embed_views(encoder, readers, settings, progress)
+    inputs, views = embed_views(encoder, readers, settings, progress, num_workers)
     first, second = (part.flatten(0, 1) for part in views[ALL_TOGETHER].split(RANDOM_VIEWS // 2, dim=1))
     all_modes = Modes.of([first, second], matrix)
     with torch.no_grad():

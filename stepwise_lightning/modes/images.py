@@ -9,12 +9,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
 
 from stepwise_lightning.data.augmentation import AugmentationParameters
 from stepwise_lightning.data.batch_views import BatchViews
 from stepwise_lightning.data.image_files import pixels
 from stepwise_lightning.data.image_sets import load_image_set
 from stepwise_lightning.data.views import plain_view
+from stepwise_lightning.data.workers import prepare_worker
 from stepwise_lightning.errors import UserError
 from stepwise_lightning.modes.variations import varied_views
 from stepwise_lightning.runs.saved import configuration_of
@@ -49,30 +51,55 @@ def choose_images(
     return readers, labels, sets[0].class_names, [paths[number] for number in chosen]
 
 
+class _Views(Dataset[tuple[Tensor, dict[str, Tensor]]]):
+    """Centre crop (3, s, s) of each image, and its views (views, 3, s, s) by the parameter that differs."""
+
+    def __init__(self, readers: list[Callable[[], Any]], settings: dict[str, Any]) -> None:
+        self.size, mean, std = (settings[name] for name in ("image_size", "mean", "std"))
+        self.readers, self.parameters = readers, AugmentationParameters.of(settings["augmentation"])
+        self.plain = plain_view(self.size, mean, std)
+        self.random_views = BatchViews(settings["augmentation"], self.size, mean, std, seed=0)
+        self.mean, self.std = (torch.tensor(values)[:, None, None] for values in (mean, std))
+
+    def __len__(self) -> int:
+        return len(self.readers)
+
+    def __getitem__(self, number: int) -> tuple[Tensor, dict[str, Tensor]]:
+        from torchvision.transforms.v2.functional import resize
+
+        picture, half = self.readers[number](), RANDOM_VIEWS // 2
+        plain = self.plain(picture)
+        if min(picture.size) > _MAX_SCALE * self.size:
+            picture = resize(picture, [_MAX_SCALE * self.size])
+        image = pixels(picture)
+        random_views = self.random_views(image.expand(half, -1, -1, -1), range(half), [number] * half)
+        varied = varied_views(image, self.parameters, self.size)
+        views = {name: (view - self.mean) / self.std for name, view in varied.items()}
+        return plain, {ALL_TOGETHER: torch.cat(random_views)} | views
+
+
 @torch.no_grad()
 def embed_views(
-    encoder: nn.Module, readers: list[Callable[[], Any]], settings: dict[str, Any], progress: Callable[..., Any]
+    encoder: nn.Module,
+    readers: list[Callable[[], Any]],
+    settings: dict[str, Any],
+    progress: Callable[..., Any],
+    num_workers: int = 0,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Return centre crops (n, 3, s, s), and embeddings of views (n, views, d) by the parameter that differs.
 
     The first entry, ``all together``, has random views as in training.
     """
-    from torchvision.transforms.v2.functional import resize
-
-    size, mean, std = (settings[name] for name in ("image_size", "mean", "std"))
-    parameters = AugmentationParameters.of(settings["augmentation"])
-    plain, random_views = plain_view(size, mean, std), BatchViews(settings["augmentation"], size, mean, std, seed=0)
-    mean, std = (torch.tensor(values)[:, None, None] for values in (mean, std))
-    half = RANDOM_VIEWS // 2
+    loader = DataLoader(
+        _Views(readers, settings),
+        batch_size=None,
+        num_workers=num_workers,
+        generator=torch.Generator(),  # otherwise the loader draws from the global generator
+        worker_init_fn=prepare_worker,
+    )
     inputs, embeddings = list[Tensor](), dict[str, list[Tensor]]()
-    for number, read in enumerate(progress(readers, desc="views of images")):
-        picture = read()
-        inputs.append(plain(picture))
-        if min(picture.size) > _MAX_SCALE * size:
-            picture = resize(picture, [_MAX_SCALE * size])
-        image = pixels(picture)
-        views = {ALL_TOGETHER: torch.cat(random_views(image.expand(half, -1, -1, -1), range(half), [number] * half))}
-        views |= {name: (view - mean) / std for name, view in varied_views(image, parameters, size).items()}
+    for plain, views in progress(loader, desc="views of images"):
+        inputs.append(plain)
         z = encoder(torch.cat(list(views.values())).float())
         for name, part in zip(views, z.split([len(view) for view in views.values()]), strict=True):
             embeddings.setdefault(name, []).append(part)

@@ -19,7 +19,7 @@ from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_info
 
 from stepwise_lightning.data.workers import awaited_batch
-from stepwise_lightning.distributed import all_gather_objects
+from stepwise_lightning.distributed import DelayedAny, all_gather_objects
 from stepwise_lightning.errors import SHARED_MEMORY, UserError, cannot_write, reason
 from stepwise_lightning.files import atomic_write, reserve
 from stepwise_lightning.runs.folders import CHECKPOINTS, check_local, free_name, is_behind, run_folder
@@ -91,8 +91,9 @@ class LastCheckpoint(Checkpoint):
     It is saved every few optimiser steps, when training ends, and when a signal stops the run: SIGTERM or
     SIGUSR1, which SLURM and other schedulers send before they kill, or SIGINT (Ctrl-C; a second one stops at once). A
     second signal also stops a run whose data workers have sent no batch since the first one.
-    All processes finish the current step, save and exit with status 75, even if only one gets the signal. After the
-    last step of an epoch, validation and one more step come first; the last step of training ends it as usual.
+    All processes finish the current step, save and exit with status 75, even if only one gets the signal; several
+    processes finish one more step, in which they agree without waiting for each other. After the last step of an epoch,
+    validation and one more step come first; the last step of training ends it as usual.
 
     The checkpoint also has the state of the random number generators of each process. When training resumes, events
     that TensorBoard got after the checkpoint are marked as void, and a run that ended within an epoch because of
@@ -160,6 +161,7 @@ class LastCheckpoint(Checkpoint):
             except OSError as error:
                 raise cannot_write(self.directory, error) from error
         self._seen = self._saved = self._resumed = trainer.global_step
+        self._any_signal = DelayedAny(trainer.strategy.root_device)
         self._stepped_within_epoch = begin_epoch(trainer)
         if self._stepped_within_epoch:
             warn_of_skipped_hooks(trainer, pl_module)
@@ -174,6 +176,8 @@ class LastCheckpoint(Checkpoint):
         if threading.current_thread() is threading.main_thread():  # the only thread that may set handlers
             for number in STOP_SIGNALS:
                 signal.signal(number, self._on_signal)
+            # Lightning asks before each batch whether its own handler got SIGTERM, which stops the queue of a GPU.
+            trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = _do_nothing  # type: ignore[method-assign]
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -205,7 +209,7 @@ class LastCheckpoint(Checkpoint):
         self._signal, self._interrupted = number, self._interrupted or number == signal.SIGINT
 
     def _save_at_interval(self, trainer: L.Trainer) -> None:
-        stop = trainer.strategy.reduce_boolean_decision(bool(self._signal), all=False)
+        stop = self._any_signal(bool(self._signal))
         step = trainer.global_step
         if _is_last_step(trainer):
             return  # on_train_end saves, after the last measurement
@@ -264,6 +268,10 @@ def _is_last_step(trainer: L.Trainer) -> bool:
     progress: Any = loop.epoch_progress.current
     epochs = progress.processed + loop.epoch_loop.batch_progress.is_last_batch
     return loop.max_epochs is not None and 0 <= loop.max_epochs <= epochs
+
+
+def _do_nothing() -> None:
+    """Replace a method of Lightning's loop."""
 
 
 def _resolved(path: Any) -> Path | None:

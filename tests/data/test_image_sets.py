@@ -8,6 +8,7 @@ import threading
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from PIL import Image
 from tiny_sets import CIFAR_CLASSES, STL_CLASSES, md5, noise, write_cifar10, write_stl10
 from torchvision.datasets import CIFAR10, STL10
 
+from stepwise_lightning.data import TwoViewDataModule
 from stepwise_lightning.data.image_sets import channel_statistics, load_image_set, load_images
 from stepwise_lightning.data.photographs import BETWEEN, HELD_OUT, TRAIN, cut_photos
 from stepwise_lightning.data.stl10 import JoinedImages
@@ -124,6 +126,18 @@ def test_joined_images_are_indexed_like_their_concatenation() -> None:
     indices = torch.tensor([10, 0, 4, 3, 5, 5, 9])
     assert len(joined) == 11 and joined.shape == whole.shape and torch.equal(joined[indices], whole[indices])
     assert torch.equal(torch.cat(list(joined.split(3))), whole)
+
+
+def test_one_process_per_machine_verifies_stl10(stl10_files: Path) -> None:
+    path = stl10_files / "stl10_binary/train_X.bin"
+    path.write_bytes(bytes(len(path.read_bytes())))
+    data = TwoViewDataModule("stl10", root=str(stl10_files))
+    data.trainer = SimpleNamespace(local_rank=1)
+    assert not data.images("train").images[torch.tensor([0])].any()
+    data = TwoViewDataModule("stl10", root=str(stl10_files))
+    data.trainer = SimpleNamespace(local_rank=0)
+    with pytest.raises(FileNotFoundError, match="no intact STL-10"):
+        data.images("train")
 
 
 @pytest.mark.parametrize("data", ["cifar10", "stl10"])

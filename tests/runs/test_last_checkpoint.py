@@ -9,6 +9,7 @@ from pathlib import Path
 import lightning as L
 import pytest
 import torch
+import torch.distributed as dist
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from torch.utils.data import DataLoader, IterableDataset
 
@@ -313,3 +314,39 @@ def test_max_steps_raised_after_the_end_resumes_within_the_epoch(first, tmp_path
     parts, trainer = train(tmp_path / "parts", 11, next((tmp_path / "parts").rglob("last.ckpt")))
     assert seen == expected and trainer.current_epoch == 3
     assert all(torch.equal(parts[name], whole[name]) for name in whole)
+
+
+class Calls(L.Callback):
+    """Count collective calls from Python in steps 2 to 4."""
+
+    def __init__(self):
+        self.names = []
+
+    def on_train_batch_start(self, trainer, *_):
+        if trainer.global_step in (2, 5):
+            self.names.append([])
+
+    def count(self, patch, name):
+        call = getattr(dist, name)
+
+        def counted(*arguments, **options):
+            if len(self.names) == 1:
+                self.names[0].append((name, options.get("async_op", False)))
+            return call(*arguments, **options)
+
+        patch.setattr(dist, name, counted)
+
+
+def collective_calls(folder):
+    calls = Calls()
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("all_reduce", "broadcast", "barrier", "all_gather_into_tensor", "all_gather_object"):
+            calls.count(patch, name)
+        options = {"max_steps": 6, "strategy": "ddp", "devices": 2}
+        trainer_for(folder, calls, every=100, **options).fit(Model(), loader(100, sized=True))
+    return calls.names[0]
+
+
+def test_two_ranks_do_not_wait_for_signals(tmp_path, processes):
+    for calls in processes.run_ranks(2, collective_calls, tmp_path):
+        assert calls == [("all_reduce", True)] * 3
