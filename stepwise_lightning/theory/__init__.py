@@ -6,6 +6,8 @@ from stepwise_lightning.theory.growth import growth_matrix, heavy_ball_growth
 from stepwise_lightning.theory.kernels import laplace_kernel, linear_kernel, rbf_kernel, relu_ntk
 from stepwise_lightning.theory.last_layer import LastLayer
 from stepwise_lightning.theory.linear import LinearBarlowTwins
+from stepwise_lightning.theory.linear_flow import GrowthModes, growth_modes, two_tower_features
+from stepwise_lightning.theory.loss_signature import LossSignature, loss_signature, saddle_value
 from stepwise_lightning.theory.moments import FeatureMoments, feature_cross_correlation
 from stepwise_lightning.theory.ntk.empirical_ntk import EmpiricalNTK
 from stepwise_lightning.theory.stability import stability_limits
@@ -14,16 +16,22 @@ __all__ = [
     "ContrastiveKernelPCA",
     "EmpiricalNTK",
     "FeatureMoments",
+    "GrowthModes",
     "LastLayer",
     "LinearBarlowTwins",
+    "LossSignature",
     "chance_alignment",
     "feature_cross_correlation",
     "growth_matrix",
+    "growth_modes",
     "heavy_ball_growth",
     "laplace_kernel",
     "linear_kernel",
     "rbf_kernel",
+    "loss_signature",
     "relu_ntk",
+    "saddle_value",
     "stability_limits",
     "subspace_alignment",
+    "two_tower_features",
 ]

@@ -17,16 +17,25 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from stepwise_lightning.errors import UserError
 from stepwise_lightning.losses import loss_settings
 from stepwise_lightning.precision import TensorLike, as_float64
-from stepwise_lightning.theory.moments import FeatureMoments
+from stepwise_lightning.theory.linear_flow import checked_signature, isotropic_growth_matrix
+from stepwise_lightning.theory.loss_derivatives import PairLoss
+from stepwise_lightning.theory.loss_signature import bound_loss
+from stepwise_lightning.theory.moments import FeatureMoments, validated_features
 
 
 def growth_matrix(
-    loss: str, h1: TensorLike, h2: TensorLike, dim: int, bias_norm: float = 1.0, **settings: Any
+    loss: str | PairLoss,
+    h1: TensorLike,
+    h2: TensorLike,
+    dim: int,
+    bias_norm: float | None = None,
+    **settings: Any,
 ) -> Tensor:
     r"""Return H of dW/dt = A W H, the gradient flow of a last linear layer z = W h + b while W is small.
 
@@ -37,6 +46,7 @@ def growth_matrix(
     Barlow Twins, ``normalize=True``        4 Γ / ε, centred                                  variances ≪ ε
     VICReg                                  μ/(2d√ε) (Σ_1 + Σ_2) − (2λ/d) D                   variances ≪ ε
     SimCLR with a bias                      2/(τ‖b‖²) (Σ − D/2)                               ‖W h‖ ≪ ‖b‖√τ
+    any isotropic function                  −Σ (α_ac M_ca + β_ac m_c m_aᵀ)                    depends on the loss
     ======================================  ================================================  ====================
 
     Derivation: expand each loss to second order in W; its gradient is −A W H. In ‖C − I‖² only the term −2 tr C is of
@@ -48,29 +58,37 @@ def growth_matrix(
     nothing grows along b. Without a bias SimCLR has no small-start limit. The bias is constant to first order, except
     in Barlow Twins without centring, where it is the weight of an additional constant feature 1.
 
+    For a function, H follows from its signature α, β (:func:`loss_signature`), by automatic differentiation. The closed
+    forms of the named losses agree with it, and do not evaluate the loss.
+
     Weight decay ω subtracts ω from every eigenvalue, for fixed features. For features in batches, H is the mean over
     batches. Its expectation is the H of an infinite batch times 1 − 1/n for Barlow Twins, 1 − 1/(2n − 1) for SimCLR,
     and 1 for VICReg.
 
     Args:
-        loss: ``barlow_twins``, ``vicreg`` or ``simclr``.
-        h1: features of the first views, (n, m), or in batches, (batches, n, m); tensor or array.
+        loss: ``barlow_twins``, ``vicreg``, ``simclr``, or a function of both views' embeddings (n, d) that has its
+            settings.
+        h1: features of the first views, (n, m), or in batches, (batches, n, m); tensor or array. n is the batch size
+            of the loss.
         h2: features of the second views, of the same shape.
         dim: d, the dimension of the embedding; VICReg's weights are divided by it.
-        bias_norm: ‖b‖ > 0, for SimCLR.
+        bias_norm: ‖b‖ > 0, for SimCLR (default 1) and other functions of the cosine similarity; None for no bias.
         settings: arguments of the loss, with the loss's defaults; settings that do not enter H are ignored.
 
     Returns:
-        H, (m, m), symmetric, float64. Modes with negative eigenvalues decay.
+        H, (m, m), float64, symmetric except for functions with a stop-gradient. Modes with negative eigenvalues decay.
 
     Raises:
         ValueError: an unknown loss or setting; d < 1; a norm, temperature or ε that is not positive; invalid features,
-            see :meth:`FeatureMoments.of`.
+            see :meth:`FeatureMoments.of`; a function that is not isotropic (:func:`growth_modes` supports it) or has no
+            growth rates.
 
     """
-    values = loss_settings(loss, settings)
-    if dim < 1 or not bias_norm > 0:
+    if dim < 1 or not (bias_norm is None or bias_norm > 0):
         raise UserError(f"dim must be at least 1 and bias_norm above 0, got {dim} and {bias_norm}")
+    if not isinstance(loss, str):
+        return _growth_matrix_of_function(bound_loss(loss, settings), h1, h2, dim, bias_norm)
+    values, bias_norm = loss_settings(loss, settings), bias_norm or 1.0
     divisor = "temperature" if loss == "simclr" else "eps"
     if not values[divisor] > 0 and (loss != "barlow_twins" or values["normalize"]):
         raise UserError(f"{divisor} must be above 0 for a growth matrix, got {values[divisor]}")
@@ -82,6 +100,22 @@ def growth_matrix(
         spread = moments.covariance1 + moments.covariance2
         return variance * spread - 2 * values["invariance_weight"] / dim * moments.difference
     return 2 / values["temperature"] / bias_norm**2 * (moments.covariance - moments.difference / 2)
+
+
+def _growth_matrix_of_function(
+    loss: PairLoss, h1: TensorLike, h2: TensorLike, dim: int, bias_norm: float | None
+) -> Tensor:
+    h1, h2 = validated_features(h1, h2)
+    bias = None
+    if bias_norm is not None:
+        bias = torch.randn(dim, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        bias *= bias_norm / bias.norm()
+    signature = checked_signature(loss, dim, h1.shape[1], bias)
+    if not signature.isotropic:
+        raise UserError(
+            "the loss has no growth matrix, because it prefers directions of the embedding: use growth_modes"
+        )
+    return isotropic_growth_matrix(signature, h1, h2)
 
 
 def heavy_ball_growth(drive: TensorLike, momentum: float) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,124 @@
+"""Derivatives of a loss at equal embeddings; legend in :mod:`stepwise_lightning.theory.loss_signature`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from stepwise_lightning.errors import UserError
+from stepwise_lightning.precision import TensorLike, as_float64
+
+# A loss of both views' embeddings (n, d), with all its settings.
+PairLoss = Callable[[Tensor, Tensor], Tensor]
+
+TOLERANCE = 1e-6  # relative, of all tests of a property
+# Steps of central differences, relative to the norm of the bias; the second is for an eps below 1e-7 under a root.
+_STEP, _SMALL_STEP = 1e-5, 1e-7
+
+
+class LossDerivatives:
+    """F of a loss and its derivatives at equal embeddings, z (2, n, d)."""
+
+    def __init__(self, loss: PairLoss, dim: int, num_pairs: int, bias: TensorLike | None) -> None:
+        self.loss = loss
+        self.point = equal_embeddings(num_pairs, dim, bias)
+        self.bias = self.point[0, 0]
+        if num_pairs < 2 or dim < 1 + bool(self.bias.any()):
+            raise UserError(
+                f"a signature needs at least 2 pairs and 1 dimension besides the bias, got {num_pairs}, {dim}"
+            )
+        self._scale = float(self.bias.norm()) or 1.0
+        self._generator = torch.Generator().manual_seed(0)
+        with torch.enable_grad():
+            self._z = self.point.clone().requires_grad_()
+            value = self._value(self._z)
+            self.value = value.item()
+            (self._graph,) = torch.autograd.grad(value, self._z, create_graph=True)
+        self.at_point = self._graph.detach()
+
+    def __call__(self, z: Tensor) -> Tensor:
+        """Return F at embeddings z."""
+        with torch.enable_grad():
+            z = z.clone().requires_grad_()
+            return torch.autograd.grad(self._value(z), z)[0]
+
+    def _value(self, z: Tensor) -> Tensor:
+        value = self.loss(z[0], z[1])
+        if not isinstance(value, Tensor) or value.shape != () or value.dtype != torch.float64:
+            got = f"{value.dtype} of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+            raise UserError(f"the loss must return a float64 scalar for float64 embeddings, got {got}: remove casts")
+        if not value.requires_grad:
+            raise UserError("the loss has no gradient: it must be computed from the embeddings by torch operations")
+        return value
+
+    def second_derivatives(self, direction: Tensor) -> Tensor:
+        """Return the derivative of F along a direction (2, n, d), by automatic differentiation."""
+        if not self._graph.requires_grad:
+            return torch.zeros_like(direction)
+        return torch.autograd.grad(self._graph, self._z, direction, retain_graph=True, materialize_grads=True)[0]
+
+    def differences(self, direction: Tensor) -> Tensor:
+        """Return the derivative of F along a direction, by central differences of fourth order."""
+        near, far = self._central(direction, _STEP)
+        return (4 * near - far) / 3
+
+    def _central(self, direction: Tensor, step: float) -> tuple[Tensor, Tensor]:
+        """Return the central differences for a step and twice the step."""
+        steps = [step * self._scale, 2 * step * self._scale]
+        near, far = ((self(self.point + s * direction) - self(self.point - s * direction)) / (2 * s) for s in steps)
+        return near, far
+
+    def check_derivatives(self) -> bool:
+        """Return whether F is the gradient of the loss; raise a UserError if F is not differentiable."""
+        direction = self._random()
+        derivative = self.second_derivatives(direction)
+        for step in (_STEP, _SMALL_STEP):
+            near, far = self._central(direction, step)
+            if (derivative - (4 * near - far) / 3).norm() <= TOLERANCE * max(derivative.norm(), near.norm()):
+                return True
+        # The differences of a smooth field converge, while at a kink or a pole they grow as the inverse step.
+        if not near.norm() <= 1.01 * far.norm() + TOLERANCE * self.at_point.norm() / self._scale:
+            raise UserError(
+                "the loss is not differentiable at equal embeddings: give a bias if it normalises embeddings (cosine "
+                "similarity), and add a positive eps under its roots"
+            )
+        return False
+
+    def is_permutation_invariant(self) -> bool:
+        """Return whether F(Pz) = P F(z) for a permutation P of the pairs; raise a UserError for a random loss."""
+        z = self.point + self._scale * self._random()
+        n = z.shape[1]
+        order = torch.randperm(n, generator=self._generator)
+        order = order.flip(0) if torch.equal(order, torch.arange(n)) else order
+        values, again, permuted = self(z), self(z), self(z[:, order])
+        size = TOLERANCE * values.norm()
+        if not (again - values).norm() <= size:
+            raise UserError("the loss is random: draw its random numbers once, or from a generator seeded in each call")
+        return bool((permuted - values[:, order]).norm() <= size)
+
+    def block_products(self, unit: Tensor, product: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+        """Return A_ac u and (A_ac + B_ac) u for u (d,), with indices a, row, c."""
+        n = self.point.shape[1]
+        a, total = [], []
+        for view in (0, 1):
+            direction = torch.zeros_like(self.point)
+            direction[view, 0] = unit
+            response = product(direction)
+            total.append(n * response.sum(1))
+            a.append(n * (response[:, 0] - response[:, 1:].mean(1)))
+        return torch.stack(a, 2), torch.stack(total, 2)
+
+    def _random(self) -> Tensor:
+        return torch.randn(self.point.shape, generator=self._generator, dtype=torch.float64)
+
+
+def equal_embeddings(num_pairs: int, dim: int, bias: TensorLike | None) -> Tensor:
+    """Return both views' embeddings, (2, n, d), all equal to the bias."""
+    if num_pairs < 1 or dim < 1:
+        raise UserError(f"num_pairs and dim must be at least 1, got {num_pairs} and {dim}")
+    b = torch.zeros(dim, dtype=torch.float64) if bias is None else as_float64(bias, "bias").detach().cpu()
+    if b.shape != (dim,) or not b.isfinite().all():
+        raise UserError(f"bias must be {dim} finite numbers, got shape {tuple(b.shape)}")
+    return b.expand(2, num_pairs, dim).clone()
