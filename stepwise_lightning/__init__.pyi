@@ -17,11 +17,13 @@ from .forecasts.forecast import Forecast as Forecast
 from .forecasts.simulate import forecast as forecast
 from .losses import barlow_twins_loss as barlow_twins_loss
 from .losses import simclr_loss as simclr_loss
+from .losses import spectral_contrastive_loss as spectral_contrastive_loss
 from .losses import vicreg_loss as vicreg_loss
 from .modes import describe_modes as describe_modes
 from .modes import mode_worth as mode_worth
 from .modules import BarlowTwins as BarlowTwins
 from .modules import SimCLR as SimCLR
+from .modules import SpectralContrastive as SpectralContrastive
 from .modules import VICReg as VICReg
 from .runs import LastCheckpoint as LastCheckpoint
 from .spectrum.record import SpectrumRecord as SpectrumRecord

@@ -193,6 +193,36 @@ def vicreg_terms(
     }
 
 
+def spectral_contrastive_loss(z1: Tensor, z2: Tensor) -> Tensor:
+    """Return −2 times the mean of z1_i · z2_i, plus the mean of (z1_i · z2_j)² over i ≠ j.
+
+    Its minimum approximates the leading eigenfunctions of the graph of positive pairs (HaoChen et al., NeurIPS 2021,
+    arXiv 2106.04156). From a small start modes grow as in the analytical Barlow Twins loss, with 4 Γ.
+
+    Args:
+        z1: embeddings of the first views, (n, d).
+        z2: embeddings of the second views, (n, d).
+
+    Returns:
+        A scalar, float64 if a view is, else float32.
+
+    Raises:
+        ValueError: views of different shapes or devices, not (n, d), empty, or not of a real floating type; fewer than
+            2 pairs.
+
+    """
+    return sum_terms(spectral_contrastive_terms(z1, z2))
+
+
+@in_full_precision
+def spectral_contrastive_terms(z1: Tensor, z2: Tensor) -> dict[str, Tensor]:
+    """Return the terms of :func:`spectral_contrastive_loss`, ``alignment`` and ``repulsion``."""
+    z1, z2 = _checked_views(z1, z2, 2, "the spectral contrastive loss")
+    products = z1 @ z2.T
+    repulsion = _off_diagonal(products).square().sum() / (len(z1) * (len(z1) - 1))
+    return {"alignment": -2 * products.diagonal().mean(), "repulsion": repulsion}
+
+
 @dataclass(frozen=True)
 class Loss:
     """Name, title, function and driven matrix of a loss."""
@@ -214,6 +244,7 @@ LOSSES = {
         Loss("vicreg", "VICReg", vicreg_loss, "covariance"),
         # In the covariance of normalised embeddings the arc of the first mode has two eigenvalues; here it has one.
         Loss("simclr", "SimCLR", simclr_loss, "tangent_covariance"),
+        Loss("spectral_contrastive", "Spectral contrastive", spectral_contrastive_loss, "cross_correlation"),
     )
 }
 

@@ -17,9 +17,10 @@ from stepwise_lightning.divergence import LossCheck, check_weights
 from stepwise_lightning.errors import UserError
 from stepwise_lightning.losses import LOSSES
 from stepwise_lightning.precision import at_least_float32, in_full_precision
+from stepwise_lightning.rate_schedule import rate_factor
 from stepwise_lightning.runs.saved import configured_encoder
 
-__all__ = ["BarlowTwins", "JointEmbedding", "SimCLR", "VICReg", "rate_factor"]
+__all__ = ["BarlowTwins", "JointEmbedding", "SimCLR", "SpectralContrastive", "VICReg"]
 
 
 class JointEmbedding(L.LightningModule):
@@ -179,20 +180,6 @@ class JointEmbedding(L.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
-def rate_factor(step: int, warmup_steps: int, num_steps: float) -> float:
-    """Return the factor of the learning rate for the optimiser step after ``step`` steps.
-
-    It is (step + 1) / warmup_steps during the warm-up, then (1 + cos π p) / 2, where p grows from 0 after the warm-up
-    to 1 at ``num_steps``. With ``num_steps = inf`` it is 1 after the warm-up.
-    """
-    if step < warmup_steps:
-        return (step + 1) / warmup_steps
-    if math.isinf(num_steps):
-        return 1.0
-    progress = (step - warmup_steps) / max(num_steps - warmup_steps, 1)
-    return (1 + math.cos(math.pi * min(progress, 1))) / 2
-
-
 class BarlowTwins(JointEmbedding):
     """Barlow Twins. See :func:`barlow_twins_loss` for its arguments, :class:`JointEmbedding` for the others.
 
@@ -280,6 +267,17 @@ class VICReg(JointEmbedding):
         h = self.hparams
         weights = h["invariance_weight"], h["variance_weight"], h["covariance_weight"]
         return losses.vicreg_terms(z1, z2, *weights, h["eps"])
+
+
+class SpectralContrastive(JointEmbedding):
+    """Spectral contrastive loss, :func:`spectral_contrastive_loss`. :class:`JointEmbedding` documents the arguments."""
+
+    loss_name = "spectral_contrastive"
+    driven_matrix = LOSSES[loss_name].driven_matrix
+
+    def loss_terms(self, z1: Tensor, z2: Tensor) -> dict[str, Tensor]:
+        """Return ``alignment`` and ``repulsion``."""
+        return losses.spectral_contrastive_terms(z1, z2)
 
 
 def _check_not_negative(**settings: float) -> None:

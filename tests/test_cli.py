@@ -25,7 +25,7 @@ def run(monkeypatch, *arguments):
 
 MISTAKES = {
     "typo in an option": (["--model.init_args.learning_rat=1"], "'learning_rat' is not accepted; did you mean 'lea"),
-    "unknown loss": (["--model=MoCo"], "unknown model 'MoCo'; choose from: BarlowTwins, SimCLR, VICReg"),
+    "unknown loss": (["--model=MoCo"], "unknown model 'MoCo'; choose from: BarlowTwins, SimCLR, SpectralContr"),
     "unknown encoder": (["--model.init_args.encoder=ViT"], "unknown encoder 'ViT'; choose from: stepwise_light"),
     "unknown backbone": (["--model.init_args.encoder.init_args.backbone=vgg"], "unknown ResNet 'vgg'; choose from"),
     "no dimensions": (["--model.init_args.encoder.init_args.out_features=0"], "at least 1, got in_features=64, out"),

@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from stepwise_lightning import AcceleratedBarlowTwins, BarlowTwins, SimCLR, VICReg
+from stepwise_lightning import AcceleratedBarlowTwins, BarlowTwins, SimCLR, SpectralContrastive, VICReg
 from stepwise_lightning.distributed import DelayedAny, all_gather_with_grad, check_equal_shards
 from stepwise_lightning.sync_batchnorm import SyncBatchNorm
 
@@ -20,6 +20,7 @@ METHODS = {
     "barlow_twins_gate": (AcceleratedBarlowTwins, {"acceleration": "gate", "center": True}),
     "barlow_twins_lyapunov": (AcceleratedBarlowTwins, {"acceleration": "lyapunov"}),
     "simclr": (SimCLR, {}),
+    "spectral_contrastive": (SpectralContrastive, {}),
     "vicreg": (VICReg, {}),
 }
 RATES = {
@@ -28,6 +29,7 @@ RATES = {
     "barlow_twins_gate": 0.003,
     "barlow_twins_lyapunov": 0.03,
     "simclr": 0.1,
+    "spectral_contrastive": 0.03,
     "vicreg": 0.01,
 }
 # Methods trained for STEPS steps: one per kind of gradient. Gradients are compared for all methods.

@@ -4,7 +4,7 @@ import pytest
 import torch
 from test_losses import every_loss, views
 
-from stepwise_lightning import BarlowTwins, SimCLR, VICReg, simclr_loss
+from stepwise_lightning import BarlowTwins, SimCLR, SpectralContrastive, VICReg, simclr_loss
 
 
 @every_loss
@@ -46,7 +46,7 @@ def test_autocast_does_not_change_losses(loss, loop, arguments, kind):
         assert torch.equal(gradient, target)
 
 
-@pytest.mark.parametrize("method", [BarlowTwins, SimCLR, VICReg])
+@pytest.mark.parametrize("method", [BarlowTwins, SimCLR, SpectralContrastive, VICReg])
 def test_autocast_does_not_change_the_loss_of_a_module(method):
     z1, z2 = (z.float() for z in views(n=64, d=16))
     model = method(torch.nn.Identity(), learning_rate=0.1)

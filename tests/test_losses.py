@@ -5,7 +5,16 @@ import math
 import pytest
 import torch
 
-from stepwise_lightning import BarlowTwins, SimCLR, VICReg, barlow_twins_loss, simclr_loss, vicreg_loss
+from stepwise_lightning import (
+    BarlowTwins,
+    SimCLR,
+    SpectralContrastive,
+    VICReg,
+    barlow_twins_loss,
+    simclr_loss,
+    spectral_contrastive_loss,
+    vicreg_loss,
+)
 from stepwise_lightning.losses import sum_terms
 
 N, D = 6, 4
@@ -83,6 +92,16 @@ def vicreg_loop(z1, z2, invariance=25.0, variance=25.0, covariance=1.0, eps=1e-4
     return invariance * mse + variance * (v(z1) + v(z2)) / 2 + covariance * (c(z1) + c(z2))
 
 
+def spectral_contrastive_loop(z1, z2):
+    n, d = z1.shape
+
+    def product(i, j):
+        return sum(z1[i, k] * z2[j, k] for k in range(d))
+
+    negatives = mean(product(i, j) ** 2 for i in range(n) for j in range(n) if i != j)
+    return negatives - 2 * mean(product(i, i) for i in range(n))
+
+
 CASES = {
     "barlow_twins": (barlow_twins_loss, barlow_twins_loop, ()),
     "barlow_twins_other_arguments": (barlow_twins_loss, barlow_twins_loop, (0.3, True, False, 1e-2)),
@@ -90,6 +109,7 @@ CASES = {
     "barlow_twins_centred": (barlow_twins_loss, barlow_twins_loop, (0.2, False, True)),
     "simclr": (simclr_loss, simclr_loop, ()),
     "simclr_cold": (simclr_loss, simclr_loop, (0.1,)),
+    "spectral_contrastive": (spectral_contrastive_loss, spectral_contrastive_loop, ()),
     "vicreg": (vicreg_loss, vicreg_loop, ()),
     "vicreg_other_arguments": (vicreg_loss, vicreg_loop, (3.0, 5.0, 7.0, 1e-2)),
 }
@@ -129,11 +149,12 @@ def test_losses_are_invariant_to_swapped_views_and_permuted_pairs(loss, loop, ar
         (lambda a, b: barlow_twins_loss(a, b, 1.0, normalize=False), True),
         (lambda a, b: barlow_twins_loss(a, b, 1.0, normalize=False, center=True), True),
         (simclr_loss, True),
+        (spectral_contrastive_loss, True),
         (barlow_twins_loss, False),
         (lambda a, b: barlow_twins_loss(a, b, 0.5, normalize=False), False),
         (vicreg_loss, False),
     ],
-    ids=["analytical", "analytical_centred", "simclr", "published", "analytical_other_weight", "vicreg"],
+    ids=["analytical", "analytical_centred", "simclr", "spectral", "published", "analytical_other_weight", "vicreg"],
 )
 def test_invariance_to_rotations_of_the_embedding(loss, invariant):
     z1, z2 = views()
@@ -182,6 +203,7 @@ def test_float32_matches_float64(loss, loop, arguments):
     [
         (BarlowTwins, barlow_twins_loss, ["on_diagonal", "off_diagonal"]),
         (SimCLR, simclr_loss, ["alignment", "uniformity"]),
+        (SpectralContrastive, spectral_contrastive_loss, ["alignment", "repulsion"]),
         (VICReg, vicreg_loss, ["invariance", "variance", "covariance"]),
     ],
 )
@@ -193,7 +215,7 @@ def test_modules_use_the_defaults_of_their_loss_and_name_its_terms(method, loss,
     assert torch.equal(method(torch.nn.Identity(), learning_rate=0.1).loss(z1, z2), loss(z1, z2))
 
 
-@pytest.mark.parametrize("loss", [barlow_twins_loss, simclr_loss, vicreg_loss])
+@pytest.mark.parametrize("loss", [barlow_twins_loss, simclr_loss, spectral_contrastive_loss, vicreg_loss])
 @pytest.mark.parametrize(
     ("shape1", "shape2", "message"),
     [

@@ -10,13 +10,14 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from tiny_runs import stepwise, write_images
 
-from stepwise_lightning import BarlowTwins, SimCLR, VICReg
-from stepwise_lightning.modules import rate_factor
+from stepwise_lightning import BarlowTwins, SimCLR, SpectralContrastive, VICReg
+from stepwise_lightning.rate_schedule import rate_factor
 from stepwise_lightning.sync_batchnorm import SyncBatchNorm
 
 TERMS = {
     BarlowTwins: {"on_diagonal", "off_diagonal"},
     SimCLR: {"alignment", "uniformity"},
+    SpectralContrastive: {"alignment", "repulsion"},
     VICReg: {"invariance", "variance", "covariance"},
 }
 

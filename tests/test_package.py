@@ -10,14 +10,15 @@ import pytest
 import stepwise_lightning
 
 PUBLIC = """
-from stepwise_lightning import (BarlowTwins, SimCLR, VICReg, SpectrumLogger,
-                                barlow_twins_loss, simclr_loss, vicreg_loss)
+from stepwise_lightning import (BarlowTwins, SimCLR, VICReg, SpectralContrastive, SpectrumLogger,
+                                barlow_twins_loss, simclr_loss, vicreg_loss, spectral_contrastive_loss)
 from stepwise_lightning import SpectrumRecord, LastCheckpoint
 from stepwise_lightning.spectrum import (embedding_eigenvalues, cross_correlation_eigenvalues,
                                          effective_rank, rankme, participation_ratio, alpha_req, detect_steps)
 from stepwise_lightning.theory import (feature_cross_correlation, LinearBarlowTwins, ContrastiveKernelPCA,
                                        linear_kernel, rbf_kernel, laplace_kernel, relu_ntk,
-                                       EmpiricalNTK, subspace_alignment)
+                                       EmpiricalNTK, subspace_alignment, growth_matrix, growth_modes,
+                                       loss_signature, saddle_value, two_tower_features)
 """
 
 

@@ -64,7 +64,7 @@ class ForecastLogger(L.Callback):
     Args:
         cost: maximal share of training time spent on forecasts; forecasts that would exceed it are postponed.
         loss: name of the loss, for a module of another package whose ``forward`` returns the output of its last linear
-            layer: ``barlow_twins``, ``vicreg`` or ``simclr``.
+            layer, in ``stepwise_lightning.losses.LOSSES``.
         settings: arguments of that loss.
 
     Raises:

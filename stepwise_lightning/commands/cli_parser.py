@@ -19,7 +19,7 @@ from stepwise_lightning.errors import UserError, condensed
 __all__ = ["EXAMPLES", "CLIParser", "parse"]
 
 EXAMPLES = {
-    "model": "BarlowTwins, SimCLR, VICReg",
+    "model": "BarlowTwins, SimCLR, SpectralContrastive, VICReg",
     "encoder": "stepwise_lightning.encoders.Encoder, ….LinearEncoder, ….MLP, ….ResNet",
     "data": "TwoViewDataModule, FixedCropPairs",
 }

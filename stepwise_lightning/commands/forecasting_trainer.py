@@ -15,7 +15,7 @@ from stepwise_lightning.files import atomic_write
 from stepwise_lightning.forecasts.forecast import Forecast
 from stepwise_lightning.forecasts.sgd import last_layer
 from stepwise_lightning.forecasts.simulate import NUM_PAIRS, forecast, unseen_batches
-from stepwise_lightning.modules import BarlowTwins, SimCLR, VICReg
+from stepwise_lightning.modules import JointEmbedding
 from stepwise_lightning.runs.saved import saved_checkpoint
 
 __all__ = ["ForecastingTrainer", "configure_for_forecast"]
@@ -35,7 +35,7 @@ class ForecastingTrainer(L.Trainer):
         """Predict when each mode is learned, and the largest stable learning rate, without training.
 
         Args:
-            model: a ``BarlowTwins``, ``VICReg`` or ``SimCLR``.
+            model: a ``BarlowTwins``, ``VICReg``, ``SimCLR`` or ``SpectralContrastive``.
             datamodule: the training data.
             ckpt_path: forecast from this checkpoint instead of from the initial weights.
             pairs: number of pairs of views to measure features on; at least eight times the number of features.
@@ -68,10 +68,11 @@ class ForecastingTrainer(L.Trainer):
 
 
 def _check_model(model: L.LightningModule, max_steps: int) -> None:
-    if not isinstance(model, (BarlowTwins, VICReg, SimCLR)):
+    if not isinstance(model, JointEmbedding) or model.loss_name is None:
         raise UserError(
-            f"the model must be BarlowTwins, VICReg or SimCLR, got {type(model).__name__}: for another module that "
-            "ends in a linear layer call stepwise_lightning.forecast in Python, and pass its loss"
+            "the model must be BarlowTwins, VICReg, SimCLR or SpectralContrastive, got "
+            f"{type(model).__name__}: for another module that ends in a linear layer call stepwise_lightning.forecast "
+            "in Python, and pass its loss"
         )
     if max_steps <= 0:
         raise UserError("a forecast needs the number of training steps: set trainer.max_steps")

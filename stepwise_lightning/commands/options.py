@@ -16,8 +16,8 @@ from stepwise_lightning.callbacks.spectrum_logger import SpectrumLogger
 from stepwise_lightning.commands import COMMANDS
 from stepwise_lightning.data import FixedCropPairs, TwoViewDataModule
 from stepwise_lightning.encoders import MLP, Encoder, LinearEncoder, Projector, ResNet
-from stepwise_lightning.losses import barlow_twins_loss, simclr_loss, vicreg_loss
-from stepwise_lightning.modules import BarlowTwins, JointEmbedding, SimCLR, VICReg
+from stepwise_lightning.losses import barlow_twins_loss, simclr_loss, spectral_contrastive_loss, vicreg_loss
+from stepwise_lightning.modules import BarlowTwins, JointEmbedding, SimCLR, SpectralContrastive, VICReg
 from stepwise_lightning.runs import LastCheckpoint
 
 __all__ = ["options_of_classes", "short_help"]
@@ -29,6 +29,7 @@ _PLACES: list[tuple[str, str, type, tuple[Any, ...]]] = [  # heading, option, cl
     ("--model AcceleratedBarlowTwins", _MODEL, AcceleratedBarlowTwins, ()),
     ("--model VICReg", _MODEL, VICReg, (vicreg_loss,)),
     ("--model SimCLR", _MODEL, SimCLR, (simclr_loss,)),
+    ("--model SpectralContrastive", _MODEL, SpectralContrastive, (spectral_contrastive_loss,)),
     ("--model.encoder stepwise_lightning.Encoder", _ENCODER, Encoder, (ResNet, Projector)),
     ("--model.encoder stepwise_lightning.LinearEncoder", _ENCODER, LinearEncoder, ()),
     ("--model.encoder stepwise_lightning.MLP", _ENCODER, MLP, ()),

@@ -14,7 +14,8 @@ from stepwise_lightning.spectrum.record import SpectrumRecord
 
 __all__ = ["Forecast", "correct_for_feature_learning", "crossings"]
 
-# Typical relative errors of the step of the first mode and of later modes, before training; NaN: not reliable.
+# Typical relative errors of the step of the first mode and of later modes, before training; NaN: not reliable. Those of
+# other losses were not measured.
 _ERRORS = {"barlow_twins": (0.06, 0.15), "simclr": (0.06, 0.2), "vicreg": (0.07, math.nan)}
 # Typical relative errors of the time until the next mode, during training.
 _LIVE_ERRORS = {"barlow_twins": 0.2, "simclr": 0.3, "vicreg": math.nan}
@@ -31,7 +32,7 @@ class Forecast:
     """
 
     loss: str
-    """``barlow_twins``, ``vicreg`` or ``simclr``."""
+    """Name in ``stepwise_lightning.losses.LOSSES``."""
     start: int
     """Step of the forecast; 0 before training."""
     max_steps: int
@@ -102,13 +103,14 @@ class Forecast:
 
     @property
     def errors(self) -> Tensor:
-        """Typical relative error of each step time, (d,), during training of the remaining time; NaN if unreliable.
+        """Typical relative error of each step time, (d,), during training of the remaining time; NaN if unknown.
 
-        Medians over runs of small networks: see ``reproduce/figures/forecast.py``.
+        It is NaN for modes that are not forecast reliably, and for losses whose errors were not measured. Medians
+        over runs of small networks: see ``reproduce/figures/forecast.py``.
         """
-        first, later = _ERRORS[self.loss]
+        first, later = _ERRORS.get(self.loss, (math.nan, math.nan))
         if self.start:
-            first, later = _LIVE_ERRORS[self.loss], math.nan
+            first, later = _LIVE_ERRORS.get(self.loss, math.nan), math.nan
         errors = torch.full((len(self.step_times),), later, dtype=torch.float64)
         errors[self.num_learned : self.num_learned + 1] = first
         return errors
@@ -152,7 +154,8 @@ class Forecast:
         if math.isinf(step):
             return f"after step {self.max_steps}, or never: the network may learn more modes"
         low, high = (self.start + (step - self.start) * (1 + sign * error) for sign in (-1, 1))
-        span = "not reliable" if math.isnan(error) else f"{low:.0f} to {high:.0f}"
+        unknown = "not reliable" if self.loss in _ERRORS else "not measured"
+        span = unknown if math.isnan(error) else f"{low:.0f} to {high:.0f}"
         return f"{step:15.0f}  {span:>18}   {step / self.max_steps:18.1%}"
 
     def _rates_line(self) -> str:

@@ -54,8 +54,9 @@ def stable_rates(
     - Analytical Barlow Twins: closed form (:func:`stepwise_lightning.theory.stability.stability_limits`). Half of all
       small starts diverge at the limit for γ_1 of all pairs; none diverges below the limit for the largest γ_1 of a
       batch.
-    - VICReg and normalised Barlow Twins: simulated, one batch a step, from eight starts, at rates that increase by 15 %
-      until half of the starts diverge; no start diverges below the first rate at which one does.
+    - VICReg, normalised Barlow Twins and the spectral contrastive loss: simulated, one batch a step, from eight starts,
+      at rates that increase by 15 % until half of the starts diverge; no start diverges below the first rate at which
+      one does.
     - SimCLR: no limit, because the loss does not depend on the length of embeddings.
 
     With feature learning, networks diverge from a third of the limit on. Hence ``safe`` is half of the rate at which no

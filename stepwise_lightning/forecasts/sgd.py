@@ -14,7 +14,8 @@ from stepwise_lightning.encoders import LinearEncoder, bias_of, last_linear
 from stepwise_lightning.errors import UserError
 from stepwise_lightning.features import Views, capture, on_device, views_in
 from stepwise_lightning.losses import LOSSES, loss_settings
-from stepwise_lightning.modules import JointEmbedding, rate_factor
+from stepwise_lightning.modules import JointEmbedding
+from stepwise_lightning.rate_schedule import rate_factor
 
 __all__ = ["SGDSettings", "last_features", "last_layer", "loss_of", "velocity_of"]
 

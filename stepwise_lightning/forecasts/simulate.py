@@ -51,23 +51,24 @@ def forecast(
 
     The last linear layer is simulated (:class:`stepwise_lightning.theory.LastLayer`) from its current weights on its
     current inputs, that is, with frozen features. Features of a network move during training, so the forecast is
-    accurate for the first mode of all three losses, approximate for later modes of Barlow Twins and SimCLR, and not
-    reliable for later modes of VICReg: :attr:`Forecast.errors`. More modes may be learned than forecast, because
-    features grow. During training, :meth:`Forecast.with_plateau_correction` uses the record of the run.
+    accurate for the first mode, approximate for later modes of Barlow Twins and SimCLR, and not reliable for later
+    modes of VICReg: :attr:`Forecast.errors`. The errors of the spectral contrastive loss were not measured. More modes
+    may be learned than forecast, because features grow. During training, :meth:`Forecast.with_plateau_correction` uses
+    the record of the run.
 
     The state of the module and of all random number generators does not change. Batch normalisation uses the statistics
     of each view of a batch, as in training. SimCLR is simulated with at most 128 pairs a step. Features of more than
     512 dimensions are projected onto max(128, 2d), see :class:`stepwise_lightning.theory.LastLayer`.
 
     Args:
-        module: a :class:`BarlowTwins`, :class:`VICReg` or :class:`SimCLR`, which defines the arguments below; or any
-            module from views (n, …) to embeddings (n, d) that ends in a linear layer, with ``loss``, ``settings`` and
-            ``learning_rate``.
+        module: a :class:`BarlowTwins`, :class:`VICReg`, :class:`SimCLR` or :class:`SpectralContrastive`, which defines
+            the arguments below; or any module from views (n, …) to embeddings (n, d) that ends in a linear layer, with
+            ``loss``, ``settings`` and ``learning_rate``.
         batches: batches of two views, as in training and of the same size, but separate draws. Used until they contain
             ``num_pairs`` pairs.
         max_steps: optimiser steps of training, from its beginning.
         start: current step; 0 before training.
-        loss: ``barlow_twins``, ``vicreg`` or ``simclr``; None for the loss of the module.
+        loss: name in ``stepwise_lightning.losses.LOSSES``; None for the loss of the module.
         settings: arguments of the loss; None for those of the module, or the defaults.
         layer: last layer; None for the linear layer registered last.
         learning_rate: a number, or one for each remaining step, (max_steps − start,). None for the learning rate of the

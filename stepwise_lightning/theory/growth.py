@@ -1,4 +1,4 @@
-r"""Growth rates of modes from a small start, for the three losses, under gradient descent with momentum.
+r"""Growth rates of modes from a small start, under gradient descent with momentum.
 
 The growth matrix of Barlow Twins is the limit of Simon et al. (arXiv 2303.15438); the others are derived here.
 
@@ -46,6 +46,7 @@ def growth_matrix(
     Barlow Twins, ``normalize=True``        4 Γ / ε, centred                                  variances ≪ ε
     VICReg                                  μ/(2d√ε) (Σ_1 + Σ_2) − (2λ/d) D                   variances ≪ ε
     SimCLR with a bias                      2/(τ‖b‖²) (Σ − D/2)                               ‖W h‖ ≪ ‖b‖√τ
+    spectral contrastive                    4 Γ, not centred                                  WΓWᵀ ≪ 1
     any isotropic function                  −Σ (α_ac M_ca + β_ac m_c m_aᵀ)                    depends on the loss
     ======================================  ================================================  ====================
 
@@ -56,7 +57,7 @@ def growth_matrix(
     the loss compares the squared distance of a pair, tr W D Wᵀ, with the mean over all views, 2 tr W Σ Wᵀ. The cosine
     of b + p and b + q is 1 − ‖p − q‖²/2‖b‖² up to third order, for p, q orthogonal to b; hence A = I − b bᵀ/‖b‖², and
     nothing grows along b. Without a bias SimCLR has no small-start limit. The bias is constant to first order, except
-    in Barlow Twins without centring, where it is the weight of an additional constant feature 1.
+    in the losses without centring, where it is the weight of an additional constant feature 1.
 
     For a function, H follows from its signature α, β (:func:`loss_signature`), by automatic differentiation. The closed
     forms of the named losses agree with it, and do not evaluate the loss.
@@ -66,8 +67,8 @@ def growth_matrix(
     and 1 for VICReg.
 
     Args:
-        loss: ``barlow_twins``, ``vicreg``, ``simclr``, or a function of both views' embeddings (n, d) that has its
-            settings.
+        loss: a name in ``stepwise_lightning.losses.LOSSES``, or a function of both views' embeddings (n, d) that has
+            its settings.
         h1: features of the first views, (n, m), or in batches, (batches, n, m); tensor or array. n is the batch size
             of the loss.
         h2: features of the second views, of the same shape.
@@ -90,11 +91,13 @@ def growth_matrix(
         return _growth_matrix_of_function(bound_loss(loss, settings), h1, h2, dim, bias_norm)
     values, bias_norm = loss_settings(loss, settings), bias_norm or 1.0
     divisor = "temperature" if loss == "simclr" else "eps"
-    if not values[divisor] > 0 and (loss != "barlow_twins" or values["normalize"]):
+    if not values.get(divisor, 1) > 0 and (loss != "barlow_twins" or values["normalize"]):
         raise UserError(f"{divisor} must be above 0 for a growth matrix, got {values[divisor]}")
     moments = FeatureMoments.of(h1, h2)
     if loss == "barlow_twins":
         return 4 * (moments.gamma() / values["eps"] if values["normalize"] else moments.gamma(values["center"]))
+    if loss == "spectral_contrastive":
+        return 4 * moments.gamma(center=False)
     if loss == "vicreg":
         variance = values["variance_weight"] / (2 * dim * values["eps"] ** 0.5)
         spread = moments.covariance1 + moments.covariance2

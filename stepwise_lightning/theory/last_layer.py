@@ -1,4 +1,4 @@
-r"""Simulation of SGD on a last linear layer with fixed features, for the three losses.
+r"""Simulation of SGD on a last linear layer with fixed features.
 
 Legend
     n           pairs of a batch, with features h, h' in R^m
@@ -48,15 +48,17 @@ class LastLayer:
 
     :meth:`simulate` reproduces ``torch.optim.SGD`` to round-off, with the gradients of
     :mod:`stepwise_lightning.theory.layer_gradients`. Barlow Twins and VICReg depend on moments of the features only: a
-    step takes O(d m²) for any number of pairs. A step of SimCLR takes O(n² d).
+    step takes O(d m²) for any number of pairs. The spectral contrastive loss of more than 1024 pairs is also computed
+    from moments, with an error of order d/n. A step of SimCLR takes O(n² d).
 
     The features of a network change during training. From an untrained network, the simulation is accurate for the
     first mode, and for Barlow Twins and SimCLR approximate for later modes.
 
     Args:
-        loss: ``barlow_twins``, ``vicreg`` or ``simclr``.
+        loss: name in ``stepwise_lightning.losses.LOSSES``.
         h1: features of the first views, (n, m), or in batches, (batches, n, m). Barlow Twins and VICReg descend the
-            loss of the mean moments of the batches; SimCLR uses one batch per step, cyclically.
+            loss of the mean moments of the batches, the spectral contrastive loss the loss of all pairs; SimCLR uses
+            one batch per step, cyclically.
         h2: features of the second views.
         weight: initial W, (d, m).
         bias: initial b, (d,), or None for a layer without bias.
@@ -66,7 +68,7 @@ class LastLayer:
             change the first five steps of Barlow Twins by less than 0.1 % (64 principal components alone: the third
             by 16 %), and λ_1 to λ_3 of VICReg by at most 16 % over 1200 steps (alone: λ_2 by a factor of seven). For
             SimCLR only the first step is accurate (0.3 %). To check another case, double the number.
-        in_turn: use one batch per step, cyclically, also for Barlow Twins and VICReg.
+        in_turn: use one batch per step, cyclically, for all losses.
         settings: arguments of the loss, with the loss's defaults.
 
     Attributes:
@@ -136,7 +138,8 @@ class LastLayer:
         r"""Simulate the steps v ← βv + ∇L + ωW, W ← W − ηv of ``torch.optim.SGD`` for weights and bias.
 
         The eigenvalues over all pairs are of the matrix that the loss drives: C for Barlow Twins (centred if the loss
-        is centred or normalised), the covariance for VICReg, the tangent covariance for SimCLR
+        is centred or normalised) and the spectral contrastive loss, the covariance for VICReg, the tangent covariance
+        for SimCLR
         (:func:`stepwise_lightning.spectrum.measures.tangent_coordinates`).
 
         Args:

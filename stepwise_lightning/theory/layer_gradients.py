@@ -1,4 +1,4 @@
-r"""Gradients of the three losses with respect to the weights W of a last linear layer z = W h on fixed features.
+r"""Gradients of the shipped losses with respect to the weights W of a last linear layer z = W h on fixed features.
 
 ============================  ===========================================================================
 loss                          gradient
@@ -6,6 +6,7 @@ loss                          gradient
 Barlow Twins                  2 G W Γ
 … normalised                  N W Xᵀ + Nᵀ W X − diag(s_1² (G∘C)1) W S_1 − diag(s_2² (G∘C)ᵀ1) W S_2
 VICReg                        (2λ/d) W D + Σ_v [(4ν/d) off(C_v) − diag(μ 1[σ_v < 1] / 2dσ_v)] W Σ_v
+spectral contrastive          −4 W Γ + 2n/(n − 1) (Z_2 W M_1 + Z_1 W M_2 − Σ_i s_i (z'_i h_iᵀ + z_i h'_iᵀ)/n²)
 SimCLR                        Σ_i (du_i − u_i u_i·du_i)/‖z_i‖ h_iᵀ, du = (E + Eᵀ) u / 2nτ
 ============================  ===========================================================================
 
@@ -17,6 +18,7 @@ Legend
     G           derivative of the loss with respect to C: 2(C − I) on the diagonal, 2κC off it (κ its weight)
     N           s_1 G s_2
     C_v, σ_v    VICReg: W Σ_v Wᵀ, √(diag C_v + ε); λ, μ, ν the weights of invariance, variance, covariance
+    M_v, Z_v    spectral contrastive: second moments of the features, not centred, Z_v = W M_v Wᵀ; s_i = z_i · z'_i
     u, E        SimCLR: z/‖z‖; the softmax of uuᵀ/τ without the diagonal, less one at each pair; τ the temperature
 
 Source: derived here from the losses in :mod:`stepwise_lightning.losses`.
@@ -33,6 +35,9 @@ from torch import Tensor
 
 from stepwise_lightning.theory.moments import FeatureMoments
 
+# Spectral contrastive: number of pairs above which the squared similarities s_i² of pairs are not subtracted from the
+# mean over all i, j: it changes by about d/n, while a step takes time proportional to n.
+_EXACT_PAIRS = 1024
 # Maps the weights to the gradient.
 Gradient = Callable[[Tensor], Tensor]
 
@@ -41,9 +46,9 @@ def layer_gradient(loss: str, h1: Tensor, h2: Tensor, dim: int, settings: Mappin
     """Return the gradient of a loss as a function of W (d, m).
 
     Args:
-        loss: ``barlow_twins``, ``vicreg`` or ``simclr``.
+        loss: name in ``stepwise_lightning.losses.LOSSES``.
         h1: features of the first views, float64, (batches, n, m). Barlow Twins and VICReg use the mean moments of the
-            batches; SimCLR uses one batch only.
+            batches; the spectral contrastive loss one batch of all pairs; SimCLR the first batch only.
         h2: features of the second views.
         dim: d.
         settings: all arguments of the loss.
@@ -51,6 +56,8 @@ def layer_gradient(loss: str, h1: Tensor, h2: Tensor, dim: int, settings: Mappin
     """
     if loss == "simclr":
         return _simclr(h1[0], h2[0], **settings)
+    if loss == "spectral_contrastive":
+        return _spectral_contrastive(h1.flatten(0, 1), h2.flatten(0, 1))
     moments = FeatureMoments.of(h1, h2)
     if loss == "vicreg":
         return _vicreg(moments, dim, **settings)
@@ -107,6 +114,23 @@ def _vicreg(
         c.mul_(4 * covariance)
         c.diagonal(dim1=1, dim2=2).copy_(torch.where(deviations < 1, -variance / deviations, 0.0))
         return invariance * products[2] + (c @ spread).sum(0)
+
+    return gradient
+
+
+def _spectral_contrastive(h1: Tensor, h2: Tensor) -> Gradient:
+    n = len(h1)
+    cross = h1.T @ h2 / n
+    features = torch.stack([h1.T @ h1 / n, h2.T @ h2 / n, cross + cross.T])
+
+    def gradient(w: Tensor) -> Tensor:
+        wm1, wm2, aligned = w @ features
+        repulsion = (wm2 @ w.T) @ wm1 + (wm1 @ w.T) @ wm2
+        if n <= _EXACT_PAIRS:
+            z1, z2 = h1 @ w.T, h2 @ w.T
+            products = (z1 * z2).sum(1, keepdim=True) / n**2
+            repulsion -= (products * z2).T @ h1 + (products * z1).T @ h2
+        return 2 * n / (n - 1) * repulsion - 2 * aligned
 
     return gradient
 

@@ -9,7 +9,7 @@ from tiny_runs import changed, refusal, stepwise, write_images
 NO_CHECKPOINT = "no checkpoint in runs/lightning_logs yet: train first, or leave --ckpt_path out"
 MISTAKES = {
     "another model": ({"model.class_path": "lightning.pytorch.demos.boring_classes.BoringModel", "model.init_args": {}},
-                      [], "the model must be BarlowTwins, VICReg or SimCLR, got BoringModel"),
+                      [], "the model must be BarlowTwins, VICReg, SimCLR or SpectralContrastive, got BoringModel"),
     "no data": ({"data": None}, [], "data is missing"),
     "no end": ({"trainer.max_steps": -1}, [], "set trainer.max_steps"),
     "no run": ({}, ["--ckpt_path=last"], NO_CHECKPOINT),

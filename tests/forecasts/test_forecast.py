@@ -14,6 +14,7 @@ from stepwise_lightning import (
     BarlowTwins,
     ForecastLogger,
     SimCLR,
+    SpectralContrastive,
     SpectrumLogger,
     SpectrumRecord,
     TwoViewDataModule,
@@ -100,6 +101,15 @@ def test_step_times_match_training_of_the_last_layer(momentum):
     learned = expected.isfinite()
     assert learned.sum() >= 3
     torch.testing.assert_close(result.step_times[learned], expected[learned], rtol=0.03, atol=0.5)
+
+
+def test_forecast_of_the_spectral_contrastive_loss_has_no_measured_errors():
+    result = forecast(module(SpectralContrastive), batches(8), 400)
+    assert result.matrix == "cross_correlation"
+    assert result.step_times.isfinite().sum() >= 2 and result.errors.isnan().all()
+    assert 0 < result.rates.suggested < result.rates.safe < result.rates.limit
+    assert "not measured" in str(result) and "not reliable" not in str(result)
+    assert result.reliable_eigenvalues(torch.arange(5)).shape == (5, 0)
 
 
 def test_forecast_follows_warm_up_and_cosine():

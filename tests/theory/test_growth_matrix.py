@@ -5,11 +5,16 @@ from itertools import combinations
 import pytest
 import torch
 
-from stepwise_lightning import barlow_twins_loss, simclr_loss, vicreg_loss
+from stepwise_lightning import barlow_twins_loss, simclr_loss, spectral_contrastive_loss, vicreg_loss
 from stepwise_lightning.theory import FeatureMoments, growth_matrix
 
 NUM_PAIRS, NUM_FEATURES, DIM = 24, 9, 5
-LOSSES = {"barlow_twins": barlow_twins_loss, "vicreg": vicreg_loss, "simclr": simclr_loss}
+LOSSES = {
+    "barlow_twins": barlow_twins_loss,
+    "vicreg": vicreg_loss,
+    "simclr": simclr_loss,
+    "spectral_contrastive": spectral_contrastive_loss,
+}
 
 
 def normal(*shape, seed=0):
@@ -44,6 +49,7 @@ def error(actual, expected):
         ("barlow_twins", {"eps": 1e-3, "off_diagonal_weight": 1.0}),
         ("vicreg", {}),
         ("vicreg", {"eps": 1e-2, "variance_weight": 7.0, "invariance_weight": 3.0, "covariance_weight": 9.0}),
+        ("spectral_contrastive", {}),
         ("simclr", {}),
         ("simclr", {"temperature": 0.1}),
     ],
@@ -130,7 +136,9 @@ def test_feature_moments_are_accurate_for_large_means():
 
 def test_invalid_arguments_raise():
     h1, h2 = features()
-    with pytest.raises(ValueError, match="loss must be one of 'barlow_twins', 'vicreg', 'simclr', got 'byol'"):
+    with pytest.raises(
+        ValueError, match="loss must be one of 'barlow_twins', 'vicreg', 'simclr', 'spectral_contrastive', got 'byol'"
+    ):
         growth_matrix("byol", h1, h2, DIM)
     with pytest.raises(ValueError, match="vicreg has no setting temperature; it has invariance_weight"):
         growth_matrix("vicreg", h1, h2, DIM, temperature=0.1)

@@ -6,11 +6,16 @@ import pytest
 import torch
 from torch import nn
 
-from stepwise_lightning import barlow_twins_loss, simclr_loss, vicreg_loss
+from stepwise_lightning import barlow_twins_loss, simclr_loss, spectral_contrastive_loss, vicreg_loss
 from stepwise_lightning.spectrum import cross_correlation_eigenvalues, embedding_eigenvalues, measure
-from stepwise_lightning.theory import LastLayer
+from stepwise_lightning.theory import LastLayer, layer_gradients
 
-LOSSES = {"barlow_twins": barlow_twins_loss, "vicreg": vicreg_loss, "simclr": simclr_loss}
+LOSSES = {
+    "barlow_twins": barlow_twins_loss,
+    "vicreg": vicreg_loss,
+    "simclr": simclr_loss,
+    "spectral_contrastive": spectral_contrastive_loss,
+}
 ANALYTICAL = {"normalize": False, "center": True, "off_diagonal_weight": 1.0}
 NUM_FEATURES, DIM = 16, 5
 
@@ -59,7 +64,17 @@ CASES = {
     "vicreg": ("vicreg", {"eps": 0.01}, 0.005, 1),
     "vicreg, other weights": ("vicreg", {"invariance_weight": 3.0, "variance_weight": 9.0, "eps": 0.1}, 0.01, 1),
     "simclr": ("simclr", {"temperature": 0.2}, 0.01, 3),
+    "spectral contrastive": ("spectral_contrastive", {}, 0.005, 1),
 }
+
+
+def test_spectral_contrastive_loss_of_many_pairs_follows_its_moments(monkeypatch):
+    h1, h2 = features(1, 1200)
+    weight = 0.1 * normal(DIM, NUM_FEATURES, seed=7)
+    moments = LastLayer("spectral_contrastive", h1, h2, weight).simulate([0.05] * 60)
+    monkeypatch.setattr(layer_gradients, "_EXACT_PAIRS", 1200)
+    exact = LastLayer("spectral_contrastive", h1, h2, weight).simulate([0.05] * 60)
+    assert 0 < error(moments.eigenvalues, exact.eigenvalues) < 2 * DIM / 1200
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -80,6 +95,7 @@ def test_simulation_matches_sgd(name):
     expected = {
         "barlow_twins": cross_correlation_eigenvalues(z1, z2, center=settings.get("center", True)),
         "vicreg": embedding_eigenvalues(both),
+        "spectral_contrastive": cross_correlation_eigenvalues(z1, z2),
         "simclr": measure("tangent_covariance", [z1, z2])[0],
     }
     torch.testing.assert_close(simulated.eigenvalues[-1], expected[loss], rtol=1e-9, atol=1e-12)

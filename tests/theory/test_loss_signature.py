@@ -9,7 +9,7 @@ import torch
 from torch.autograd.functional import hessian
 
 from reproduce import losses
-from stepwise_lightning import barlow_twins_loss, simclr_loss, vicreg_loss
+from stepwise_lightning import barlow_twins_loss, simclr_loss, spectral_contrastive_loss, vicreg_loss
 from stepwise_lightning.theory import (
     growth_matrix,
     growth_modes,
@@ -26,6 +26,7 @@ ISOTROPIC = {
     "barlow_twins_published": (barlow_twins_loss, False),
     "vicreg": (vicreg_loss, False),
     "simclr": (simclr_loss, True),
+    "spectral_contrastive": (spectral_contrastive_loss, False),
     "dcl": (losses.dcl_loss, True),
     "clip": (losses.clip_loss, True),
     "siglip": (losses.siglip_loss, True),
@@ -88,6 +89,7 @@ def test_growth_matrix_of_function_matches_hessian(name):
         ("barlow_twins", barlow_twins_loss, {"normalize": False}),
         ("barlow_twins", barlow_twins_loss, {"eps": 1e-3}),
         ("barlow_twins", barlow_twins_loss, {"eps": 1e-9}),
+        ("spectral_contrastive", spectral_contrastive_loss, {}),
         ("vicreg", vicreg_loss, {"eps": 1e-2}),
         ("simclr", simclr_loss, {"temperature": 0.1}),
     ],
@@ -190,6 +192,7 @@ def test_growth_matrix_is_the_mean_over_batches():
         (barlow_twins_loss, False, (0, -2e5, 0), (0, 2e5, 0)),
         (vicreg_loss, False, (-308.01, -12.5, -308.01), (320.51, 0, 320.51)),
         (simclr_loss, True, (-0.0253, -2, -0.0253), (1.0127, 1.0127, 1.0127)),
+        (spectral_contrastive_loss, False, (0, -2, 0), (0, 0, 0)),
         (losses.dcl_loss, True, (0, -2.0513, 0), (0, 2.0513, 0)),
         (losses.lejepa_loss, False, (-1.07, -0.475, -1.07), (1.216, 1.216, 1.216)),
     ],
