@@ -84,8 +84,8 @@ class LossSignature:
 def loss_signature(loss: str | PairLoss, dim: int, num_pairs: int, bias: TensorLike | None = None) -> LossSignature:
     r"""Return A and B of a loss, by automatic differentiation at n equal embeddings.
 
-    The properties are tested with random directions, and an isotropic loss takes about a dozen evaluations of the
-    gradient for any d. Another loss takes 2d more.
+    The properties are tested with random directions. An isotropic loss takes eight evaluations of the gradient and up
+    to five products with second derivatives, for any d; another loss takes 2d more products.
 
     A loss with a stop-gradient, such as BYOL or SimSiam, is not the potential of its gradient F. It is recognised by a
     disagreement of second derivatives and differences of F. Then A and B describe F, and need not be symmetric.

@@ -18,6 +18,7 @@ from stepwise_lightning.theory import (
     saddle_value,
     two_tower_features,
 )
+from stepwise_lightning.theory.loss_derivatives import LossDerivatives
 
 NUM_PAIRS, NUM_FEATURES, DIM = 12, 5, 4
 ISOTROPIC = {
@@ -203,6 +204,18 @@ def test_signatures_of_the_documentation(loss, has_bias, alpha, beta):
     for actual, expected in ((signature.alpha, alpha), (signature.beta, beta)):
         triple = (actual[0, 0], actual[0, 1], actual[1, 1])
         assert [float(x) for x in triple] == pytest.approx(expected, rel=2e-3, abs=1e-9)
+
+
+@pytest.mark.parametrize("dim", [4, 64])
+def test_number_of_evaluations_does_not_depend_on_the_dimension(dim, monkeypatch):
+    calls, products = [], []
+    second_derivatives = LossDerivatives.second_derivatives
+    monkeypatch.setattr(
+        LossDerivatives, "second_derivatives", lambda *arguments: products.append(1) or second_derivatives(*arguments)
+    )
+    bias = torch.ones(dim, dtype=torch.float64)
+    signature = loss_signature(lambda z1, z2: calls.append(1) or simclr_loss(z1, z2), dim, NUM_PAIRS, bias)
+    assert signature.isotropic and len(calls) == 8 and len(products) == 5
 
 
 def test_saddle_value_of_contrastive_losses():
