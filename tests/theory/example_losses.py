@@ -19,12 +19,12 @@ def simsiam_loss(z1, z2):
 
 
 def byol_loss(z1, z2):
-    """BYOL with a fixed linear predictor that rotates, without normalisation."""
+    """BYOL with a fixed linear predictor that rotates and unequal weights of the views, without normalisation."""
     d = z1.shape[1]
     random = torch.randn(d, d, generator=torch.Generator().manual_seed(5), dtype=torch.float64).to(z1)
     predictor = (torch.eye(d).to(z1) + random - random.T) / 3
-    distances = (z1 @ predictor.T - z2.detach()).square() + (z2 @ predictor.T - z1.detach()).square()
-    return distances.sum(1).mean() / 2
+    first, second = (z1 @ predictor.T - z2.detach()).square(), (z2 @ predictor.T - z1.detach()).square()
+    return (0.8 * first + 0.2 * second).sum(1).mean()
 
 
 def ordered_loss(z1, z2):
