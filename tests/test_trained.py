@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from lightning.pytorch.accelerators import CUDAAccelerator, MPSAccelerator
 from tiny_runs import changed, stepwise, write_images
 from torchvision.models import resnet18
 from torchvision.transforms._presets import ImageClassification
@@ -114,6 +115,15 @@ def test_split_folders_share_their_classes(run, tmp_path):
         (tmp_path / "split" / split / "class_1").symlink_to(Path("images/class_1").absolute())
     arrays = embed_images(run, str(tmp_path / "split/val"))
     assert set(arrays["labels"]) == {0} and len(arrays["labels"]) == 10
+
+
+def test_embed_with_data_workers_and_without_a_gpu(run, monkeypatch):
+    expected, arrays = (embed_images(run, "images", num_workers=number) for number in (0, 1))
+    assert all(np.array_equal(arrays[name], values) for name, values in expected.items())
+    monkeypatch.setattr(MPSAccelerator, "is_available", lambda: False)
+    monkeypatch.setattr(CUDAAccelerator, "is_available", lambda: False)
+    with pytest.raises(ValueError, match="accelerator 'gpu' is not available: use auto, cpu$"):
+        embed_images(run, "images", accelerator="gpu")
 
 
 def test_torchvision_loads_exported_weights(run, tmp_path, capsys):

@@ -135,6 +135,13 @@ def test_page_is_well_formed_and_self_contained(description):
     assert description._repr_html_().startswith("<iframe srcdoc=")
 
 
+def test_data_workers_do_not_change_the_description(run, description, monkeypatch):
+    monkeypatch.chdir(run.parents[2])
+    other = describe_modes(run, num_workers=1)
+    assert torch.equal(other.coordinates, description.coordinates)
+    assert all(torch.equal(other.invariance[name], values) for name, values in description.invariance.items())
+
+
 def test_command_writes_page_and_projector_without_overwriting(run, description, monkeypatch, capsys):
     monkeypatch.chdir(run.parents[2])
     command(run, "--images", 9)
