@@ -56,11 +56,13 @@ def evaluation(module: nn.Module) -> Iterator[None]:
 def restored_state(module: nn.Module) -> Iterator[None]:
     """Restore buffers, attributes and random number generators at the end; run compiled modules uncompiled.
 
-    Attributes include the state of torchmetrics metrics. Attributes of torch's own modules are not restored.
+    Attributes include the state of torchmetrics metrics, also of metrics in lists and dictionaries. Attributes of
+    torch's own modules are not restored.
     """
-    buffers = [(part, dict(part._buffers)) for part in module.modules()]
-    restores = [_restore_function(buffer) for buffer in module.buffers()]
-    restores += [_attributes(part) for part in module.modules() if not type(part).__module__.startswith("torch.")]
+    parts = _with_unregistered(module)
+    buffers = [(part, dict(part._buffers)) for part in parts]
+    restores = [_restore_function(buffer) for part in parts for buffer in part.buffers(recurse=False)]
+    restores += [_attributes(part) for part in parts if not type(part).__module__.startswith("torch.")]
     python, numpy = random.getstate(), np.random.get_state()
     devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
     mps = torch.mps.get_rng_state() if torch.backends.mps.is_available() else None
@@ -76,6 +78,25 @@ def restored_state(module: nn.Module) -> Iterator[None]:
                 part._buffers.update(before)
             for restore in restores:
                 restore()
+
+
+def _with_unregistered(module: nn.Module) -> list[nn.Module]:
+    """Return all submodules, also those in lists and dictionaries, which torch does not register."""
+    parts, seen, waiting = list[nn.Module](), set[int](), list[Any]([module])
+    while waiting:
+        item = waiting.pop()
+        if id(item) in seen:
+            continue
+        seen.add(id(item))
+        if isinstance(item, nn.Module):
+            parts.append(item)
+            attributes = [value for name, value in vars(item).items() if name not in _MODULE_ATTRIBUTES]
+            waiting += [*item.children(), *attributes]
+        elif isinstance(item, (list, tuple, deque, set)):
+            waiting += item
+        elif isinstance(item, dict):
+            waiting += item.values()
+    return parts
 
 
 def _attributes(part: nn.Module) -> Callable[[], None]:

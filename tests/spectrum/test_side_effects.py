@@ -58,12 +58,15 @@ class Counting(Classifier):
         self.several = MetricCollection({"sum": SumMetric(), "mean": MeanMetric()})
         self.calls, self.queue, self.counts = 0, torch.zeros(8), np.zeros(1)
         self.recent, self.by_size = deque(maxlen=3), {}
+        self.unregistered = [{"mean": MeanMetric()}, nn.BatchNorm1d(8)]
 
     def forward(self, x):
         z = super().forward(x)
         self.mean.update(z.detach())
         self.all(z.detach()[:, 0])
         self.several(z.detach())
+        self.unregistered[0]["mean"].update(z.detach())
+        self.unregistered[1](x)
         self.calls += 1
         self.counts += 1
         self.queue.mul_(0.9).add_(x.mean(0))
@@ -73,11 +76,12 @@ class Counting(Classifier):
         return z
 
     def state(self):
-        metrics = [self.mean, self.all, *self.several.values()]
+        metrics = [self.mean, self.all, *self.several.values(), self.unregistered[0]["mean"]]
         values = {str(index): metric.compute() for index, metric in enumerate(metrics)}
         counts = [metric.update_count for metric in metrics]
         attributes = self.calls, float(self.counts[0]), list(self.recent), dict(self.by_size), counts
-        return values | {"queue": self.queue, "latest": self.latest}, attributes
+        buffers = {"queue": self.queue, "latest": self.latest, "batch_mean": self.unregistered[1].running_mean}
+        return values | buffers, attributes
 
 
 def test_metrics_and_attributes_that_forward_updates_count_training_only(tmp_path):
