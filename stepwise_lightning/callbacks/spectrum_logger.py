@@ -33,6 +33,7 @@ from stepwise_lightning.features import (
     views_in,
 )
 from stepwise_lightning.precision import as_float64
+from stepwise_lightning.runs.checkpoints import is_over
 from stepwise_lightning.runs.folders import check_local, free_name, run_folder
 from stepwise_lightning.runs.strategies import check_strategy
 from stepwise_lightning.spectrum.matrices import MATRICES
@@ -250,7 +251,7 @@ class SpectrumLogger(L.Callback):
         if (files := self._files) is not None:
             self._files = None
             with suppress(OSError):  # a full disk must not hide the original error
-                files.close(self.record)
+                files.close(self.record, ended=is_over(trainer))
 
     def _measure(self, trainer: L.Trainer, pl_module: L.LightningModule) -> bool:
         """Embed the probe on every rank, and measure and write on rank 0; return False for a batch of one sample."""

@@ -20,7 +20,7 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from stepwise_lightning.data.workers import awaited_batch
 from stepwise_lightning.distributed import DelayedAny, all_gather_objects
-from stepwise_lightning.errors import SHARED_MEMORY, UserError, cannot_write, reason
+from stepwise_lightning.errors import SHARED_MEMORY, DivergedError, UserError, cannot_write, reason
 from stepwise_lightning.files import atomic_write, reserve
 from stepwise_lightning.runs.folders import CHECKPOINTS, check_local, free_name, is_behind, run_folder
 from stepwise_lightning.runs.last import search_for_last
@@ -88,10 +88,10 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 class LastCheckpoint(Checkpoint):
     """Update ``checkpoints/last.ckpt`` of a run, from which the run resumes exactly.
 
-    It is saved every few optimiser steps, when training ends, and when a signal stops the run: SIGTERM or
-    SIGUSR1, which SLURM and other schedulers send before they kill, or SIGINT (Ctrl-C; a second one stops at once). A
-    second signal also stops a run whose data workers have sent no batch since the first one.
-    All processes finish the current step, save and exit with status 75, even if only one gets the signal; several
+    It is saved every few optimiser steps, when training ends, also if another callback fails then, and when a signal
+    stops the run: SIGTERM or SIGUSR1, which SLURM and other schedulers send before they kill, or SIGINT (Ctrl-C; a
+    second one stops at once). A second signal also stops a run whose data workers have sent no batch since the first
+    one. All processes finish the current step, save and exit with status 75, even if only one gets the signal; several
     processes finish one more step, in which they agree without waiting for each other. After the last step of an epoch,
     validation and one more step come first; the last step of training ends it as usual.
 
@@ -198,6 +198,13 @@ class LastCheckpoint(Checkpoint):
         """Save the final weights."""
         self._save(trainer)
 
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        """Save the final weights if another callback fails after the last step."""
+        failed = isinstance(exception, Exception) and not isinstance(exception, (DivergedError, OSError))
+        # Several processes do not fail together, and would wait for each other.
+        if failed and trainer.world_size == 1 and is_over(trainer) and self._saved < trainer.global_step:
+            self._save(trainer)
+
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         batch, now = awaited_batch(frame), time.monotonic()
         if batch is None or batch is not self._awaited:
@@ -258,6 +265,12 @@ class LastCheckpoint(Checkpoint):
 
 
 search_for_last(LastCheckpoint)
+
+
+def is_over(trainer: L.Trainer) -> bool:
+    """Return True after the last step of training."""
+    count = trainer.fit_loop.epoch_loop.batch_progress.current
+    return trainer.global_step > 0 and count.ready == count.completed and _is_last_step(trainer)
 
 
 def _is_last_step(trainer: L.Trainer) -> bool:

@@ -5,6 +5,7 @@ import json
 import logging
 import pickle
 
+import lightning as L
 import matplotlib
 import pytest
 import torch
@@ -53,6 +54,38 @@ def test_name_of_a_run_with_dollar_signs_is_drawn(figures, tmp_path):
     fit(Classifier(), tmp_path, spectra, LastCheckpoint(), logger=CSVLogger(tmp_path, "lr_$5_$10"))
     assert_complete(spectra)
     assert spectra.picture is not None and spectra.picture.stat().st_size > 1000
+
+
+class Failing(L.Callback):
+    """Fails after the last step."""
+
+    def on_train_end(self, *_):
+        raise RuntimeError("a mistake in another callback")
+
+
+def test_callback_that_fails_at_the_end_costs_no_results(tmp_path):
+    spectra = SpectrumLogger(num_points=12, probe=X)
+    with pytest.raises(RuntimeError, match="a mistake in another callback"):
+        fit(Classifier(), tmp_path, Failing(), spectra, LastCheckpoint(every_n_train_steps=15))
+    saved = torch.load(spectra.directory / "checkpoints/last.ckpt", weights_only=True)
+    assert saved["global_step"] == 20 and (spectra.directory / "steps.json").is_file()
+
+
+class FailingEarlier(Classifier):
+    """Fails in the last batch."""
+
+    def training_step(self, batch, batch_idx):
+        if self.global_step == 19:
+            raise RuntimeError("a mistake in the last batch")
+        return super().training_step(batch, batch_idx)
+
+
+def test_run_that_fails_in_its_last_batch_keeps_the_earlier_checkpoint(tmp_path):
+    spectra = SpectrumLogger(num_points=12, probe=X)
+    with pytest.raises(RuntimeError, match="a mistake in the last batch"):
+        fit(FailingEarlier(), tmp_path, spectra, LastCheckpoint(every_n_train_steps=15))
+    saved = torch.load(spectra.directory / "checkpoints/last.ckpt", weights_only=True)
+    assert saved["global_step"] == 15 and not (spectra.directory / "steps.json").exists()
 
 
 class WandbLogger(CSVLogger):
