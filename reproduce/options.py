@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from stepwise_lightning import FixedCropPairs
-from stepwise_lightning.data import load_images
+from stepwise_lightning.data import load_image_set, load_images
+from stepwise_lightning.data.image_sets import DATA_SETS
 from stepwise_lightning.errors import CannotWriteError, UserError, one_line
 from stepwise_lightning.signals import INTERRUPTED
 
@@ -76,6 +77,22 @@ def fixed_pairs(options: argparse.Namespace, seed: int, steps_per_epoch: int = 1
     pairs.prepare_data()
     pairs.setup()
     return pairs
+
+
+def require_images(options: argparse.Namespace, num_train: int, num_held_out: int) -> None:
+    """Raise a UserError if a folder has too few images of a split, or no classes; other data sets are large enough."""
+    if options.data in DATA_SETS:
+        return
+    train, held_out = (load_image_set(options.data, split, options.root) for split in ("train", "val"))
+    if len(train) < num_train or len(held_out) < num_held_out:
+        raise UserError(
+            f"{options.data!r} has {len(train)} training and {len(held_out)} held-out images, and this figure needs at "
+            f"least {num_train} and {num_held_out}: choose another folder with --data"
+        )
+    if not (train.labels >= 0).any():
+        raise UserError(
+            f"the images in {options.data!r} have no classes, which this figure needs: put each class into a subfolder"
+        )
 
 
 def limit_pairs(options: argparse.Namespace) -> dict[str, int]:

@@ -49,7 +49,7 @@ from reproduce.figures.acceleration.grids import (
 )  # fmt: skip
 from reproduce.figures.acceleration.networks import last_layer_inputs, train_resnet, train_wide_network
 from reproduce.figures.kernel_mlp import project_to_span
-from reproduce.options import data_name, fixed_pairs
+from reproduce.options import data_name, fixed_pairs, require_images
 from reproduce.plots import Response, rules_figure
 from reproduce.processes import map_parallel
 from stepwise_lightning import MLP, TwoViewDataModule, scale_last_layer
@@ -126,6 +126,7 @@ class Result:
 
 def produce(options: argparse.Namespace, directory: Path) -> Outcome:
     """Train all models with all rules, for every seed."""
+    require_images(options, max(options.num_pairs, options.resnet_batch), 1)
     fixed_pairs(options, options.seeds[0])  # raises for invalid data before any process starts
     items: list[tuple[Any, ...]] = [
         ("resnet", seed, rule, options)

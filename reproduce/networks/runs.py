@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from reproduce.networks.training import CONFIGS, TrainingRun
 from reproduce.networks.variants import CPU_STEPS, LOSS_SETTINGS, LossSettings
+from reproduce.options import require_images
 from reproduce.processes import Progress, start_forkserver
 from reproduce.records import data_rows
 from stepwise_lightning import SpectrumRecord, TwoViewDataModule
@@ -231,6 +232,7 @@ def trained_runs(options: argparse.Namespace, kinds: Iterable[tuple[str, str]] =
     if runs[0].launcher and not shutil.which(runs[0].launcher[0]):
         raise UserError(f"launcher {runs[0].launcher[0]!r} is not installed: see --launcher")
     load_image_set(options.data, "val", options.root, options.download)
+    require_images(options, *map(max, zip(*(run.num_images() for run in runs), strict=True)))
     missing = [run for run in runs if not (options.resume and run.is_finished())]
     missing.sort(key=lambda run: run.variant in CPU_STEPS)  # long runs first: a long last run would leave cores idle
     with Progress("networks", len(runs), completed=len(runs) - len(missing)) as progress:

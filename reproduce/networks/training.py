@@ -19,9 +19,11 @@ from typing import IO, Any
 from zipfile import ZipFile
 
 import torch
+import yaml
 
 from reproduce.networks.variants import CPU_STEPS, LOSS_SETTINGS, VARIANTS
 from reproduce.processes import ForkedProcess
+from stepwise_lightning import TwoViewDataModule
 from stepwise_lightning.errors import UserError
 from stepwise_lightning.files import atomic_write_text
 from stepwise_lightning.signals import EX_TEMPFAIL
@@ -95,6 +97,17 @@ class TrainingRun:
                 "trainer.max_steps": 300,
             }
         return settings
+
+    def num_images(self) -> tuple[int, int]:
+        """Return the numbers of training and held-out images that this run needs: a batch and the probe pairs."""
+        sections = [yaml.safe_load(path.read_text(encoding="utf-8")).get("data", {}) for path in self.configs]
+        prefix = "data.init_args."
+        arguments = {name: value for section in sections for name, value in section.get("init_args", {}).items()}
+        arguments |= {
+            name.removeprefix(prefix): value for name, value in self.settings().items() if name.startswith(prefix)
+        }
+        hparams = TwoViewDataModule(**arguments).hparams
+        return hparams["global_batch_size"], hparams["num_probe_pairs"]
 
     @property
     def command(self) -> list[str]:

@@ -15,7 +15,7 @@ from reproduce.__main__ import main
 from reproduce.controls import ordinary_kernel_pca, permuted_alignment
 from reproduce.figures import kernel_pca
 from reproduce.figures.kernel_mlp import project_to_span
-from reproduce.options import limit_pairs
+from reproduce.options import limit_pairs, require_images
 from reproduce.reference import differences
 from stepwise_lightning import BarlowTwins, FixedCropPairs
 from stepwise_lightning.data import load_images
@@ -142,3 +142,19 @@ def test_folder_with_fewer_images_than_pairs_is_used_whole(tmp_path, capsys):
     few = str(fill(tmp_path / "few", 3))
     assert main(["kernel_pca", "--profile", "smoke", "--data", few, "--out", str(tmp_path)]) == 2
     assert f"error: {few!r} has 3 images, and this figure needs at least 20" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("figure", "needed"), [("resnet_barlow_twins", "at least 32 and 64"), ("faster_modes", "at least 256 and 1")]
+)
+def test_figure_that_trains_resnets_names_the_images_that_it_needs(figure, needed, tmp_path, capsys):
+    folder = str(fill(tmp_path / "images", 25))
+    assert main([figure, "--profile", "smoke", "--seeds", "0", "--data", folder, "--out", str(tmp_path / "out")]) == 2
+    message = f"error: {folder!r} has 23 training and 2 held-out images, and this figure needs {needed}: choose another"
+    assert message in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_images_without_classes_are_refused(tmp_path):
+    options = Namespace(data=str(fill(tmp_path / "images", 25)), root="data")
+    with pytest.raises(ValueError, match="have no classes, which this figure needs: put each class into a subfolder"):
+        require_images(options, 20, 2)
