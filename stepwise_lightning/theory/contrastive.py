@@ -91,7 +91,7 @@ class ContrastiveKernelPCA(Estimator):
         tolerance: float = 1e-7,
         progress: bool = True,
     ) -> None:
-        if not callable(kernel):
+        if not callable(kernel) or isinstance(kernel, torch.nn.Module):
             got = repr(kernel) if isinstance(kernel, str) else type(kernel).__name__
             raise UserError(
                 f"kernel must be a function kernel(x, y), got {got}: "

@@ -270,3 +270,9 @@ def test_invalid_arguments_raise():
         model.transform_at(x1, 1.0, torch.ones(3))
     with pytest.raises(ValueError, match="t must be ≥ 0"):
         model.transform_at(x1, -1.0, torch.ones(2))
+
+
+@pytest.mark.parametrize("kernel", ["rbf", None, torch.nn.Linear(6, 2)])
+def test_object_that_is_no_kernel_is_refused(kernel):
+    with pytest.raises(ValueError, match="kernel must be a function kernel.* use linear_kernel, .* EmpiricalNTK"):
+        ContrastiveKernelPCA(kernel, 2)
