@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor
 
 from stepwise_lightning.callbacks.progress import LineProgress
 from stepwise_lightning.callbacks.spectrum_logger import SpectrumLogger
+from stepwise_lightning.callbacks.tensorboard import overview_tag
 from stepwise_lightning.encoders import bias_of
 from stepwise_lightning.errors import UserError
 from stepwise_lightning.features import views_in
@@ -54,9 +55,10 @@ class ForecastLogger(L.Callback):
     without this callback.
 
     Logged, to every logger: ``forecast/next_mode_step`` at the step of the forecast, if a mode is expected before
-    training ends. Progress shows "4 of 10 modes learned, next ≈ step 3200"; modes above the threshold of the last
-    forecast count as learned. The first forecast is printed as a line. Figures of trajectories mark the first forecast
-    of each mode. There is no forecast without SGD on the gradient of the loss.
+    training ends, and ``At a glance/num_learned`` at each measurement. Progress shows "4 of 10 modes learned, next at
+    about step 3200"; modes above the threshold of the last forecast count as learned. The first forecast is printed as
+    a line. Figures of trajectories mark the first forecast of each mode. There is no forecast without SGD on the
+    gradient of the loss.
 
     Typical errors of the remaining time, for small networks: 8 to 43 % for Barlow Twins and SimCLR; up to twofold too
     long for VICReg.
@@ -72,6 +74,7 @@ class ForecastLogger(L.Callback):
 
     Attributes:
         forecasts: list of :class:`LiveForecast`.
+        threshold: θ of the last forecast, above which modes count as learned; infinite before the first one.
 
     """
 
@@ -84,6 +87,7 @@ class ForecastLogger(L.Callback):
         self._restored: dict[str, dict[int, float]] = {}
         self._text = ""
         self._hook: Any = None
+        self.threshold = math.inf
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Add the forecasts that figures mark."""
@@ -96,7 +100,7 @@ class ForecastLogger(L.Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Register a hook on the last layer."""
-        self.forecasts, self._text, self._marks = [], "", {}
+        self.forecasts, self._text, self._marks, self.threshold = [], "", {}, math.inf
         self._remove_hook()
         if self.loss is None and not _has_known_loss(pl_module):
             rank_zero_info(
@@ -111,7 +115,7 @@ class ForecastLogger(L.Callback):
         if not _trains_with_sgd(trainer, pl_module):
             rank_zero_info("no forecast of the next mode: forecasts assume SGD on the gradient of the loss")
             return
-        self._measurements, self._learned, self._next_at, self._threshold = -1, 0, 0.0, math.inf
+        self._measurements, self._learned, self._next_at = -1, 0, 0.0
         self._began, self._spent = time.perf_counter(), 0.0
         self._measured: list[Tensor] = []
         self._trained: deque[Tensor] = deque()
@@ -163,6 +167,10 @@ class ForecastLogger(L.Callback):
             self._spent += time.perf_counter() - started
         self._measured.clear()
         self._text = self._summary(step)
+        if self.forecasts:
+            count = {overview_tag("num_learned", self._spectrum.name): float(self._num_learned())}
+            for logger in trainer.loggers:
+                logger.log_metrics(count, step=int(record.steps[-1]))
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Remove the hook."""
@@ -195,7 +203,7 @@ class ForecastLogger(L.Callback):
 
     def _num_learned(self) -> int:
         """Return the number of measured eigenvalues above θ of the last forecast, 0 before the first forecast."""
-        return int((self._spectrum.record.eigenvalues(self._matrix)[-1] > self._threshold).sum())
+        return int((self._spectrum.record.eigenvalues(self._matrix)[-1] > self.threshold).sum())
 
     def _forecast(
         self, module: L.LightningModule, optimizer: torch.optim.Optimizer, size: int, start: int, end: int
@@ -234,7 +242,8 @@ class ForecastLogger(L.Callback):
             return text
         if not math.isfinite(last.expected_step):
             return f"{text}, no other expected"
-        return f"{text}, next ≈ step {last.expected_step:.0f}" if last.expected_step > step else f"{text}, next overdue"
+        due = f"at about step {last.expected_step:.0f}" if last.expected_step > step else "overdue"
+        return f"{text}, next {due}"
 
     def _log(self, trainer: L.Trainer, forecast: Forecast, rates: Tensor) -> None:
         step, (mode, expected) = forecast.start, forecast.with_plateau_correction(self._spectrum.record).next_mode
@@ -243,7 +252,7 @@ class ForecastLogger(L.Callback):
             self._marks[mode] = self._time(step, expected, rates)
             self._show_marks()
         self.forecasts.append(LiveForecast(step, mode - 1, expected))
-        self._threshold = forecast.threshold if forecast.threshold > 0 else math.inf
+        self.threshold = forecast.threshold if forecast.threshold > 0 else math.inf
         self._learned = max(self._learned, self._num_learned())
         self._next_at = step + max(((expected - step) if soon else step) / 2, _MIN_INTERVAL * step)
         if soon:

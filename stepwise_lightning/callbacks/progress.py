@@ -139,12 +139,13 @@ def _span(seconds: float) -> str:
     return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"
 
 
-def outcome(trainer: L.Trainer, loggers: Sequence[Any]) -> list[str]:
+def outcome(trainer: L.Trainer, loggers: Sequence[Any], threshold: float = 0.0) -> list[str]:
     """Return the lines printed after training: folder, number of steps, picture, commands to view the run.
 
     Args:
         trainer: after ``fit``.
         loggers: its ``SpectrumLogger`` callbacks.
+        threshold: θ of a forecast for the matrix that the loss drives; without a mode above it no steps are counted.
 
     """
     folder = run_folder(trainer)
@@ -152,7 +153,7 @@ def outcome(trainer: L.Trainer, loggers: Sequence[Any]) -> list[str]:
     driven = getattr(trainer.lightning_module, "driven_matrix", None)
     for logger in loggers:
         if len(logger.record):  # on rank 0
-            lines.append(f"found    {_found(logger.record, driven)}")
+            lines.append(f"found    {_found(logger.record, driven, threshold)}")
         if logger.picture is not None:
             lines.append(f"picture  {logger.picture}")
     lines += [f"watch    {command}" for logger in trainer.loggers if (command := _watching(logger))]
@@ -172,8 +173,12 @@ def _watching(logger: Any) -> str:
     return ""
 
 
-def _found(record: SpectrumRecord, driven: str | None) -> str:
+def _found(record: SpectrumRecord, driven: str | None, threshold: float) -> str:
     """Return the number of distinct steps of each matrix, first that of the matrix that the loss drives."""
+    if driven in record.matrices and (largest := float(record.eigenvalues(driven)[-1, 0])) < threshold:
+        return (
+            f"no mode learned yet in {phrase(driven)}: the largest eigenvalue is {largest:.2g}, below {threshold:.2g}"
+        )
     counts = {}
     for matrix in sorted(record.matrices, key=lambda matrix: matrix != driven):
         with suppress(ValueError):  # measured less than twice

@@ -191,7 +191,9 @@ class Charts:
         # A hidden representation starts large: the steps of the embedding are marked in it.
         steps = record.detect_steps(primary.matrix if hidden else matrix)
         if not ended:
-            title = f"{int(record.measure('num_grown', matrix)[-1])} modes grown at step {int(record.steps[-1])}"
+            title = (
+                f"{int(record.measure('num_grown', matrix)[-1])} modes grown tenfold at step {int(record.steps[-1])}"
+            )
         elif hidden and matrix != primary.matrix and "." not in primary.matrix:
             title = f"dotted: steps of {matrix_tag(primary.matrix)}"
         elif steps.num_distinct or not int(steps.num_learned[-1]):
@@ -227,7 +229,7 @@ def layout(counts: Mapping[str, int], primary: PrimaryMatrix, name: str) -> dict
     categories = {
         f"{prefix}{OVERVIEW}": {
             "loss": [overview_tag("loss", name)],
-            "modes grown": [overview_tag("num_grown", name)],
+            "modes grown tenfold": [overview_tag("num_grown", name)],
             primary.title: modes,
         },
         f"{prefix}{matrix_tag(primary.matrix)}, mode by mode": {
@@ -272,7 +274,7 @@ def log_settings(trainer: L.Trainer, settings: Mapping[str, bool | float | str],
     for writer, start in tensorboard_writers(trainer).items():
         titles = {
             start + overview_tag("loss", name): "final loss",
-            start + overview_tag("num_grown", name): "modes grown",
+            start + overview_tag("num_grown", name): "modes grown tenfold",
             start + num_distinct_tag(name): "distinct steps",
         }
         experiment, session, _ = hparams(dict(settings), dict.fromkeys(titles, 0.0))

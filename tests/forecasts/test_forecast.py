@@ -360,7 +360,8 @@ def test_live_forecasts_are_corrected_for_feature_learning(live_run):
 def test_next_mode_is_printed_and_marked_in_figures(live_run):
     live, progress, record = live_run
     first = live.forecasts[0]
-    assert f"forecast: 0 of {DIM} modes learned, next ≈ step {first.expected_step:.0f}" in progress.lines
+    assert f"forecast: 0 of {DIM} modes learned, next at about step {first.expected_step:.0f}" in progress.lines
+    assert all(line.isascii() for line in [*progress.lines, progress.note])  # for output in any encoding
     assert f"of {DIM} modes learned" in progress.note
     # Time is learning rate × steps.
     marked = record.expected_times["cross_correlation"]
@@ -379,7 +380,7 @@ def assert_small_modes_are_not_learned(live, record):
     ]
     assert max(count for _, count in small) >= 1
     for text, _ in small:
-        assert text.startswith(f"0 of {DIM} modes learned, next ≈ step "), text
+        assert text.startswith(f"0 of {DIM} modes learned, next at about step "), text
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
