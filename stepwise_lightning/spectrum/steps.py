@@ -115,13 +115,7 @@ def detect_rises(times: Tensor, eigenvalues: Tensor) -> Rises:
     both interpolated linearly. Modes count if their final value exceeds a tenth of the largest one. Modes k and k+1
     rise apart if (t_{k+1} − t_k) / w_{k+1} > 1.
 
-    Args:
-        times: (T,), ascending; learning rate × steps, or steps.
-        eigenvalues: (T, d), in any order; values ≤ 0 are allowed.
-
-    Raises:
-        ValueError: shapes do not match, T < 2, times not ascending, complex or non-finite values.
-
+    Arguments and errors are the same as for :func:`detect_steps`.
     """
     times, values = _filtered(times, eigenvalues)
     ends = values[-max(1, math.ceil(len(values) / 10)) :].median(0).values
