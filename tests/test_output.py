@@ -46,7 +46,7 @@ def test_training_prints_in_a_narrow_encoding(encoding, folder, monkeypatch):
     config["trainer"]["callbacks"][0]["init_args"] = {"center": True, "num_points": 5}
     config["trainer"]["callbacks"] += [{"class_path": "stepwise_lightning.ForecastLogger"}]
     text = output_in(encoding, monkeypatch, stepwise, "fit", "--forecast.cost=1", config=config)
-    assert "modes learned, next ? step" in text
+    assert "modes learned, next at about step" in text
 
 
 @NARROW
@@ -108,6 +108,8 @@ MISTAKES = {
     "steps below the minimum": (["fit", "--config=linear_photos", "--trainer.log_every_n_steps=-1"], "at least 0, got"),
     "initials": (["fit", "--config=linear_photos", "--model.lr=1"], "'lr' is not accepted; did you mean 'learning_"),
     "other initials": (["fit", "--config=vicreg_photos", "--model.wd=1"], "did you mean 'weight_decay'?"),
+    "last initials": (["fit", "--config=vicreg_photos", "--data.bs=1"], "did you mean 'global_batch_size'?"),
+    "in another section": (["fit", "--config=linear_photos", "--trainer.lr=1"], "did you mean --model.learning_rate"),
     "a word": (["fit", "--config=linear_photos", "--trainer.epochs=1"], "did you mean 'max_epochs'?"),
 }  # fmt: skip
 
@@ -126,6 +128,42 @@ TWICE = {
     "configuration": ["--trainer.log_every_n_steps=-1"],
     "data": ["--data.data=missing"],
 }
+OFF = ["--trainer.enable_progress_bar=false", "--trainer.enable_checkpointing=false"]
+
+
+def test_options_switch_off_callbacks_of_the_configuration(folder):
+    names = ["lightning.pytorch.callbacks.TQDMProgressBar", "stepwise_lightning.LastCheckpoint"]
+    callbacks = [{"class_path": name} for name in (*names, "stepwise_lightning.SpectrumLogger")]
+    stepwise("fit", *OFF, config=changed({"trainer.callbacks": callbacks}))
+    assert list(folder.rglob("steps.json")) and not list(folder.rglob("*.ckpt"))
+
+
+MISFITS = {
+    "num_probe_pairs=9": "num_probe_pairs 9 is more than the 2 held-out images",
+    "global_batch_size=30": "global_batch_size 30 is larger than the 18 training images",
+    "data=missing": "data set 'missing' is neither",
+}
+
+
+@pytest.mark.parametrize(("option", "message"), MISFITS.items(), ids=MISFITS)
+def test_setting_that_does_not_fit_the_data_is_refused_before_the_run_has_a_folder(option, message, folder, capsys):
+    assert message in refusal(capsys, "fit", f"--data.{option}")
+    assert not Path("runs").exists()
+
+
+def test_small_folder_trains_without_probe_pairs(folder):
+    config = changed({"data.init_args.num_probe_pairs": 9, "trainer.callbacks.0.init_args": {"probe": "batch"}})
+    stepwise("fit", config=config)
+    assert list(folder.rglob("steps.json"))
+
+
+def test_result_without_a_learned_mode(folder, capsys):
+    analytical = {"normalize": False, "center": True, "off_diagonal_weight": 1.0, "learning_rate": 1e-4}
+    config = changed({f"model.init_args.{name}": value for name, value in analytical.items()})
+    config["trainer"]["max_steps"] = 12
+    config["trainer"]["callbacks"] += [{"class_path": "stepwise_lightning.ForecastLogger"}]
+    stepwise("fit", "--forecast.cost=1", config=config)
+    assert "found    no mode learned yet in C: the largest eigenvalue is" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("options", TWICE.values(), ids=TWICE)

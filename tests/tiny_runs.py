@@ -54,7 +54,7 @@ def changed(changes: dict[str, Any]) -> dict[str, Any]:
         *above, last = path.split(".")
         place = config
         for part in above:
-            place = place[part]
+            place = place[int(part) if isinstance(place, list) else part]
         place[last] = value
     return config
 

@@ -1,15 +1,22 @@
-"""Options of callbacks, and configurations that change only some callbacks."""
+"""Options of callbacks, configurations that change only some callbacks, and callbacks for a user's module."""
 
 from __future__ import annotations
 
 import json
 from typing import Any
 
+import lightning as L
 import yaml
+from lightning.pytorch.utilities import rank_zero_info
 
+from stepwise_lightning.callbacks.collapse_monitor import CollapseMonitor
+from stepwise_lightning.callbacks.forecast_logger import ForecastLogger
+from stepwise_lightning.callbacks.online_evaluation import REPRESENTATION
+from stepwise_lightning.callbacks.spectrum_logger import SpectrumLogger
 from stepwise_lightning.errors import UserError
+from stepwise_lightning.features import has_forward
 
-__all__ = ["OPTIONS", "as_configurations", "merged"]
+__all__ = ["OPTIONS", "adapted", "as_configurations", "merged"]
 
 # prefixes of options such as --spectrum.num_points
 OPTIONS = {
@@ -78,3 +85,31 @@ def _updated(callback: Any, change: Any) -> Any:
     for name, value in (change.get("init_args") or {}).items():
         updated[f"init_args.{name}"] = value
     return updated
+
+
+def adapted(callbacks: list[Any], model: L.LightningModule) -> list[Any]:
+    """Return configured callbacks without those that a user's module cannot have.
+
+    The configurations of the package have to train any module. They name ``encoder.backbone``, and measure the output
+    of ``forward``.
+    """
+    if type(model).__module__.startswith("stepwise_lightning."):
+        return callbacks
+    loggers, name = (
+        [each for each in callbacks if isinstance(each, SpectrumLogger) and each.output],
+        type(model).__name__,
+    )
+    if loggers and not has_forward(model):
+        rank_zero_info(f"no spectra and no forecast: {name} has no forward(view)")
+        loggers, kinds = [], (SpectrumLogger, CollapseMonitor, ForecastLogger)
+        callbacks = [callback for callback in callbacks if not isinstance(callback, kinds)]
+    if REPRESENTATION in dict(model.named_modules()):
+        return callbacks
+    dropped = [callback for callback in callbacks if getattr(callback, "watch", None) == REPRESENTATION]
+    loggers = [each for each in loggers if REPRESENTATION in each.watch]
+    for logger in loggers:
+        logger.watch = tuple(watched for watched in logger.watch if watched != REPRESENTATION)
+    if dropped or loggers:
+        without = "".join(f", and there is no {type(callback).__name__}" for callback in dropped)
+        rank_zero_info(f"{REPRESENTATION} is not watched{without}: {name} has no such submodule")
+    return [callback for callback in callbacks if callback not in dropped]

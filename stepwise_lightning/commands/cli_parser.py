@@ -105,15 +105,20 @@ def _suggestion(option: str) -> str:
     places = options_of_classes()
     known = {*places, "trainer", "model", "data", "seed_everything", "ckpt_path", "class_path", "init_args"}
     unknown = next((part for part in option.split(".") if part not in known), None)
-    if unknown is None:  # a valid name in the wrong section
-        valid = [f"--{place}.{option.rpartition('.')[2]}" for place in places.get(option.rpartition(".")[2], ())]
-        return f"; did you mean {' or '.join(valid)}?" if valid else ""
-    return f"; did you mean {near!r}?" if (near := _closest(unknown, known)) else ""
+    section, _, name = option.rpartition(".")
+    if unknown is not None:
+        name = _closest(unknown, known) or ""
+        is_section = any(section in of_name for of_name in places.values())
+        if not name or not is_section or section in places.get(name, [section]):
+            return f"; did you mean {name!r}?" if name else ""
+    valid = [f"--{place}.{name}" for place in places.get(name, ())]  # a valid name in the wrong section
+    return f"; did you mean {' or '.join(valid)}?" if valid else ""
 
 
 def _closest(unknown: str, known: set[str]) -> str | None:
-    """Return the name with these initials or this word, such as learning_rate for ``lr``, or the closest name."""
-    initials = [name for name in known if "".join(word[:1] for word in name.split("_")) == unknown]
+    """Return the name with these last initials or this word, such as learning_rate for ``lr``, or the closest name."""
+    is_short = len(unknown) < 4  # too short to be misspelt
+    initials = [name for name in known if is_short and "".join(word[:1] for word in name.split("_")).endswith(unknown)]
     words = [name for name in known if f"_{unknown}_" in f"_{name}_"]
-    near = get_close_matches(unknown, known, n=1)
+    near = [] if is_short else get_close_matches(unknown, known, n=1)
     return min(initials or words or near, key=lambda name: (len(name), name), default=None)

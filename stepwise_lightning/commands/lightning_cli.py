@@ -14,21 +14,23 @@ from typing import Any
 import lightning as L
 import yaml
 from lightning.fabric.plugins import CheckpointIO
-from lightning.pytorch.callbacks import ProgressBar, TQDMProgressBar
+from lightning.pytorch.callbacks import Checkpoint, ProgressBar, TQDMProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
-from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
 import stepwise_lightning
-from stepwise_lightning.callbacks.online_evaluation import REPRESENTATION
+from stepwise_lightning.callbacks.forecast_logger import ForecastLogger
 from stepwise_lightning.callbacks.progress import LineProgress, Plan, outcome, seeds_in_use
 from stepwise_lightning.callbacks.save_config import SaveRun
 from stepwise_lightning.callbacks.spectrum_logger import SpectrumLogger
 from stepwise_lightning.commands import TRAINING
+from stepwise_lightning.commands.callbacks import adapted
 from stepwise_lightning.commands.cli_parser import EXAMPLES, CLIParser, parse
 from stepwise_lightning.commands.forecasting_trainer import ForecastingTrainer, configure_for_forecast
 from stepwise_lightning.commands.reporting import is_first_report
 from stepwise_lightning.commands.threads import threads_of_run
+from stepwise_lightning.data import TwoViewDataModule
+from stepwise_lightning.data.seeded_datamodule import SeededDataModule
 from stepwise_lightning.errors import NotFoundError, UserError, condensed, one_line
 from stepwise_lightning.runs import AtomicCheckpointIO, LastCheckpoint
 from stepwise_lightning.runs.folders import create_logger_folders
@@ -127,12 +129,15 @@ class _CLI(LightningCLI):
         callbacks, plugins = (_as_list(trainer.get(name)) for name in ("callbacks", "plugins"))
         if self.command != "fit":  # an evaluation writes nothing that looks like a run
             options["logger"] = False
+        for option, kind in (("enable_checkpointing", Checkpoint), ("enable_progress_bar", ProgressBar)):
+            if trainer.get(option) is False:  # Lightning would refuse the callbacks of the configuration
+                callbacks = [callback for callback in callbacks if not isinstance(callback, kind)]
         saves = trainer.get("enable_checkpointing") is not False
         if saves and not any(isinstance(callback, LastCheckpoint) for callback in callbacks):
             callbacks.append(LastCheckpoint())
         if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
             plugins.append(AtomicCheckpointIO())
-        callbacks = _adapted(callbacks, self.model)
+        callbacks = adapted(callbacks, self.model)
         callbacks.append(Plan(seeds_in_use(self.config.as_dict())))
         if not sys.stdout.isatty() and trainer.get("enable_progress_bar") is not False:
             callbacks = [callback for callback in callbacks if not isinstance(callback, TQDMProgressBar)]
@@ -159,31 +164,28 @@ class _CLI(LightningCLI):
     def _check_fit(self) -> None:
         if self.datamodule is None and not is_overridden("train_dataloader", self.model):
             raise UserError(f"data is missing: give --data, one of {EXAMPLES['data']}, or the dotted path of a class")
+        self._check_data()
         create_logger_folders(self.trainer)
+
+    def _check_data(self) -> None:
+        """Raise for settings that do not fit the data, before the run has a folder."""
+        data, trainer = self.datamodule, self.trainer
+        if not isinstance(data, SeededDataModule) or data.hparams["download"]:  # downloaded when training starts
+            return
+        data.check(trainer.num_nodes * trainer.num_devices)
+        loggers = [each for each in trainer.callbacks if isinstance(each, SpectrumLogger)]  # type: ignore[attr-defined]
+        if isinstance(data, TwoViewDataModule) and any(
+            isinstance(each.probe, str) and each.probe == "auto" for each in loggers
+        ):
+            data.probe_pairs()
 
     def _report(self) -> None:
         callbacks = self.trainer.callbacks  # type: ignore[attr-defined]
-        lines = outcome(self.trainer, [c for c in callbacks if isinstance(c, SpectrumLogger)])  # a broadcast
+        thresholds = [c.threshold for c in callbacks if isinstance(c, ForecastLogger) and c.forecasts]
+        loggers = [c for c in callbacks if isinstance(c, SpectrumLogger)]
+        lines = outcome(self.trainer, loggers, *thresholds[:1])  # a broadcast
         if self.trainer.is_global_zero and not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
             print("\n" + "\n".join(lines))
-
-
-def _adapted(callbacks: list[Any], model: L.LightningModule) -> list[Any]:
-    """Return configured callbacks without ``encoder.backbone`` if a user's module has no such submodule.
-
-    The configurations of the package name it, and have to train any module.
-    """
-    is_ours = type(model).__module__.startswith("stepwise_lightning.")
-    if is_ours or REPRESENTATION in dict(model.named_modules()):
-        return callbacks
-    dropped = [callback for callback in callbacks if getattr(callback, "watch", None) == REPRESENTATION]
-    loggers = [each for each in callbacks if isinstance(each, SpectrumLogger) and REPRESENTATION in each.watch]
-    for logger in (logger for logger in loggers if logger.output):
-        logger.watch = tuple(watched for watched in logger.watch if watched != REPRESENTATION)
-    if dropped or loggers:
-        without = "".join(f", and there is no {type(callback).__name__}" for callback in dropped)
-        rank_zero_info(f"{REPRESENTATION} is not watched{without}: {type(model).__name__} has no such submodule")
-    return [callback for callback in callbacks if callback not in dropped]
 
 
 def _as_list(values: Any) -> list[Any]:

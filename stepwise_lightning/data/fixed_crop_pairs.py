@@ -64,8 +64,9 @@ class FixedCropPairs(SeededDataModule):
 
     def setup(self, stage: str | None = None) -> None:
         """Load the images and draw the pairs."""
+        before = self.seed
         super().setup(stage)
-        if not hasattr(self, "x1"):
+        if not hasattr(self, "x1") or self.seed != before:
             self._draw()
 
     def _draw(self) -> None:

@@ -32,6 +32,13 @@ class SeededDataModule(L.LightningDataModule):
         for hparams in (self.hparams, self._hparams_initial):
             cast(dict[str, Any], hparams)["seed"] = self.seed
 
+    def check(self, num_processes: int) -> None:
+        """Load the training data, and raise a ValueError for settings that do not fit them.
+
+        Called without a Trainer, before a run creates its folder.
+        """
+        self.setup("fit")
+
     def setup(self, stage: str | None = None) -> None:
         """Use the seed of rank 0."""
         if (trainer := self.trainer) is None:

@@ -111,6 +111,11 @@ class TwoViewDataModule(SeededDataModule):
         if stage in (None, "test"):
             self.images("test")
 
+    def check(self, num_processes: int) -> None:
+        """Load the images, and raise a ValueError for a batch size that does not fit them or the processes."""
+        super().check(num_processes)
+        GlobalBatchSampler(self._two_views("train", 0), self.hparams["global_batch_size"], num_processes)
+
     def state_dict(self) -> dict[str, Any]:
         """Return seed, and the input settings of the trained model: size, normalisation, class names."""
         size = self._image_size(self.images("train"))

@@ -1,7 +1,7 @@
 """Views in any batch, and activations of any module."""
 
 from stepwise_lightning.features.batches import Views, concatenate_ranks, loss_in, on_device, views_in
-from stepwise_lightning.features.capture import Watched, capture, check_watched, label
+from stepwise_lightning.features.capture import Watched, capture, check_watched, has_forward, label
 
 __all__ = [
     "Views",
@@ -9,6 +9,7 @@ __all__ = [
     "capture",
     "check_watched",
     "concatenate_ranks",
+    "has_forward",
     "label",
     "loss_in",
     "on_device",

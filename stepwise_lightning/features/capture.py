@@ -27,13 +27,24 @@ Watched = str | Callable[[nn.Module, Tensor], Tensor]
 
 
 def check_watched(module: nn.Module, watch: Sequence[Watched]) -> None:
-    """Raise a UserError that lists similar names if ``watch`` contains an unknown submodule."""
+    """Raise a UserError for an unknown submodule, with similar names, and for a module without ``forward``."""
+    if "" in watch and not has_forward(module):
+        raise UserError(
+            f"{type(module).__name__} has no forward(view), whose output is measured: define it, or measure submodules "
+            "only, SpectrumLogger(output=False, watch=[…])"
+        )
     names = list(dict.fromkeys(_plain(known) for known, _ in module.named_modules(remove_duplicate=False) if known))
     for name in watch:
         if isinstance(name, str) and name and _plain(name) not in names:
             near = get_close_matches(name, names, n=5, cutoff=0.3) or names[:20]
             choice = f"did you mean one of: {', '.join(near)}" if near else "the module has none"
             raise UserError(f"no submodule {name!r} to watch; {choice}? (A function of module and view may be watched)")
+
+
+def has_forward(module: nn.Module) -> bool:
+    """Return True if a class of the module implements ``forward``."""
+    owner = next(cls for cls in type(module).__mro__ if "forward" in vars(cls))
+    return "forward" in vars(module) or owner is not nn.Module and owner.__name__ != "LightningModule"
 
 
 def label(watched: Watched) -> str:

@@ -1,5 +1,6 @@
 """``ForecastLogger`` with any progress bar and any module."""
 
+import csv
 import sys
 from importlib.util import find_spec
 from pathlib import Path
@@ -9,11 +10,13 @@ import lightning as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import ProgressBar, RichProgressBar, TQDMProgressBar
+from lightning.pytorch.loggers import CSVLogger
 from tiny_runs import changed, stepwise, write_images
 from torch.utils.data import DataLoader, TensorDataset
 
 from stepwise_lightning import BarlowTwins, ForecastLogger, LinearEncoder, SpectrumLogger
 from stepwise_lightning.callbacks.forecast_logger import _describe
+from stepwise_lightning.features import check_watched
 
 OWN_MODULES = """
 import lightning as L
@@ -49,6 +52,16 @@ class WithBackbone(Mine):
 
     def forward(self, x):
         return self.encoder(x)
+
+class WithoutForward(L.LightningModule):
+    configure_optimizers = Mine.configure_optimizers
+
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Sequential(nn.Flatten(), nn.Linear(48, 3))
+
+    def training_step(self, batch, batch_idx):
+        return (self.net(batch[0]) - self.net(batch[1])).square().mean()
 """
 
 
@@ -91,10 +104,8 @@ def test_description_of_a_rich_bar():
     assert updates == [(3, "Epoch 1, 2 of 10 modes learned")]
 
 
-@pytest.mark.filterwarnings("ignore:You passed in a `val_dataloader` but have no `validation_step`")
-@pytest.mark.parametrize("name", ["Mine", "WithEncoder", "WithBackbone"])
-def test_module_with_another_loss_trains_without_a_forecast(name, tmp_path, monkeypatch, caplog):
-    """Train with the callbacks of the configurations of the package, which watch ``encoder.backbone``."""
+def own_module(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Train a module with the callbacks of the configurations of the package, which watch ``encoder.backbone``."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     write_images(tmp_path)
@@ -105,6 +116,12 @@ def test_module_with_another_loss_trains_without_a_forecast(name, tmp_path, monk
         *({"class_path": f"stepwise_lightning.{each}"} for each in ("ForecastLogger", "CollapseMonitor", "OnlineKNN")),
     ]
     stepwise("fit", f"--model=own_modules.{name}", config=changed({"trainer.callbacks": callbacks}))
+
+
+@pytest.mark.filterwarnings("ignore:You passed in a `val_dataloader` but have no `validation_step`")
+@pytest.mark.parametrize("name", ["Mine", "WithEncoder", "WithBackbone"])
+def test_module_with_another_loss_trains_without_a_forecast(name, tmp_path, monkeypatch, caplog):
+    own_module(name, tmp_path, monkeypatch)
     lines = [line for line in caplog.messages if "no forecast of the next mode" in line]
     assert len(lines) == 1 and f"{name} has no loss of this package" in lines[0]
     (table,) = Path("runs").rglob("spectrum.csv")
@@ -114,15 +131,31 @@ def test_module_with_another_loss_trains_without_a_forecast(name, tmp_path, monk
     assert (unwatched in caplog.messages) == (not has_backbone)
 
 
+@pytest.mark.filterwarnings("ignore:You passed in a `val_dataloader` but have no `validation_step`")
+def test_module_without_forward_trains_without_spectra(tmp_path, monkeypatch, caplog):
+    own_module("WithoutForward", tmp_path, monkeypatch)
+    assert "no spectra and no forecast: WithoutForward has no forward(view)" in caplog.messages
+    assert list(Path("runs").rglob("last.ckpt")) and not list(Path("runs").rglob("spectrum.csv"))
+
+
+def test_module_without_forward_is_refused_by_the_spectrum_logger():
+    with pytest.raises(
+        ValueError, match=r"LightningModule has no forward\(view\), whose output is measured: define it"
+    ):
+        check_watched(L.LightningModule(), ("",))
+    check_watched(L.LightningModule(), ())
+
+
 @pytest.mark.filterwarnings("ignore:You defined a `validation_step`", "ignore:.*your dataloader is not resumable")
-def test_marks_of_forecasts_are_restored_when_training_resumes(tmp_path):
+def test_learned_modes_are_logged_and_marks_are_restored_when_training_resumes(tmp_path):
     x = torch.randn(16, 6, generator=torch.Generator().manual_seed(0))
 
     def trained(steps: int, **options) -> tuple[ForecastLogger, SpectrumLogger, L.Trainer]:
         live, spectra = ForecastLogger(cost=1.0), SpectrumLogger(center=True)
         trainer = L.Trainer(
-            max_steps=steps, accelerator="cpu", logger=False, enable_checkpointing=False, enable_model_summary=False,
-            enable_progress_bar=False, log_every_n_steps=1, default_root_dir=tmp_path, callbacks=[spectra, live],
+            max_steps=steps, accelerator="cpu", logger=CSVLogger(tmp_path), enable_checkpointing=False,
+            enable_model_summary=False, enable_progress_bar=False, log_every_n_steps=1,
+            default_root_dir=tmp_path, callbacks=[spectra, live],
         )  # fmt: skip
         module = BarlowTwins(
             LinearEncoder(6, 3, init_std=1e-2), 1e-2, normalize=False, center=True, off_diagonal_weight=1.0
@@ -130,7 +163,10 @@ def test_marks_of_forecasts_are_restored_when_training_resumes(tmp_path):
         trainer.fit(module, DataLoader(TensorDataset(x, x), 8), **options)
         return live, spectra, trainer
 
-    _, before, trainer = trained(200)
+    live, before, trainer = trained(200)
+    with open(f"{trainer.logger.log_dir}/metrics.csv", newline="") as file:
+        learned = [float(value) for row in csv.DictReader(file) if (value := row["At a glance/num_learned"])]
+    assert learned[0] == 0 and learned[-1] == (before.record.eigenvalues()[-2] > live.threshold).sum() >= 2
     marks = before.record.expected_times["cross_correlation"]
     assert len(marks) >= 2
     trainer.save_checkpoint(tmp_path / "end.ckpt")
