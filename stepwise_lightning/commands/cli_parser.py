@@ -117,8 +117,7 @@ def _suggestion(option: str) -> str:
 
 def _closest(unknown: str, known: set[str]) -> str | None:
     """Return the name with these last initials or this word, such as learning_rate for ``lr``, or the closest name."""
-    is_short = len(unknown) < 4  # too short to be misspelt
-    initials = [name for name in known if is_short and "".join(word[:1] for word in name.split("_")).endswith(unknown)]
+    initials = [name for name in known if "".join(word[:1] for word in name.split("_")).endswith(unknown)]
     words = [name for name in known if f"_{unknown}_" in f"_{name}_"]
-    near = [] if is_short else get_close_matches(unknown, known, n=1)
+    near = get_close_matches(unknown, known, n=1)
     return min(initials or words or near, key=lambda name: (len(name), name), default=None)
