@@ -167,10 +167,9 @@ class ForecastLogger(L.Callback):
             self._spent += time.perf_counter() - started
         self._measured.clear()
         self._text = self._summary(step)
-        if self.forecasts:
+        for logger in trainer.loggers if self.forecasts else ():
             count = {overview_tag("num_learned", self._spectrum.name): float(self._num_learned())}
-            for logger in trainer.loggers:
-                logger.log_metrics(count, step=int(record.steps[-1]))
+            logger.log_metrics(count, step=int(record.steps[-1]))
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Remove the hook."""
