@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader, Dataset
 from stepwise_lightning import BarlowTwins, Encoder, TwoViewDataModule
 from stepwise_lightning.data.augmentation import AugmentationParameters
 from stepwise_lightning.data.image_sets import ImageSet
-from stepwise_lightning.data.views import TwoViews, random_view
+from stepwise_lightning.data.views import TwoViews, random_views
 
 # augmentation, size of images and of views: minimum ratio to lightly's, maximum ratio of steps
 CASES = {("weak", 32, 24): (12.0, 0.72), ("standard", 32, 32): (8.0, 0.6), ("standard", 96, 96): (2.3, None)}
@@ -79,7 +79,7 @@ def lightly_loader(data: TwoViewDataModule, augmentation: str, size: int, batch:
 
 def single_image_loader(data: TwoViewDataModule, augmentation: str, size: int, batch: int) -> DataLoader[Any]:
     """Return our views from single images, as for folders of large images."""
-    views = TwoViews(data.images("train"), random_view(augmentation, size, data.mean, data.std), seed=0)
+    views = TwoViews(data.images("train"), random_views(augmentation, size, data.mean, data.std), seed=0)
     sampler = [(0, index) for index in range(len(views))]
     return DataLoader(views, batch, sampler=sampler, drop_last=True)
 

@@ -1,4 +1,4 @@
-"""Crop, colour jitter, grayscale and blur of a batch of images with separate parameters for each image.
+"""Crop, colour jitter, grayscale, blur and solarisation of a batch of images, with parameters for each image.
 
 The functions work on planes: float32, (3, n, h, w), values in [0, 1], one contiguous block per colour channel. They use
 sums of a few terms in a fixed order and no matrix products: the result for an image is independent of the rest of the
@@ -18,10 +18,10 @@ from torch.nn.functional import embedding_bag
 
 from stepwise_lightning.asynchronous import to_device
 
-__all__ = ["Jitters", "Taps", "blur", "grayscale", "jitter", "resized_crops"]
+__all__ = ["Jitters", "Taps", "blur", "grayscale", "jitter", "resized_crops", "solarize"]
 
 _GRAY = (0.2989, 0.587, 0.114)  # torchvision's weights of red, green and blue
-_MAX_HUE = 1 / 6  # colours move at most to a neighbouring sextant of the circle
+_MAX_HUE = 1 / 2
 _MAX_SIGMA = 2.0  # the boxes of the blur then reach two pixels
 _NUM_BOXES = 3  # Pillow's number of passes
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
@@ -120,7 +120,7 @@ class Jitters(NamedTuple):
 
         Args:
             factors: of brightness, contrast and saturation, float64, (n, 3).
-            hue: shift as a share of the circle, |hue| ≤ 1/6, float64, (n,).
+            hue: shift as a share of the circle, |hue| ≤ 1/2, float64, (n,).
             order: permutation of BRIGHTNESS, CONTRAST, SATURATION, HUE, int64, (n, 4); rows sorted by the turn of HUE.
 
         """
@@ -211,3 +211,10 @@ def blur(planes: Tensor, sigma: Tensor) -> Tensor:
         table = taps.summed(planes.reshape(-1, others), _NUM_BOXES)
         planes = table.view(3, -1, size, others).transpose(2, 3)
     return planes
+
+
+def solarize(planes: Tensor, chosen: Tensor) -> Tensor:
+    """Invert values of at least 128/255 in the images ``chosen`` (int64, on the CPU) in place; return the planes."""
+    chosen = to_device(chosen, planes.device)
+    images = planes.index_select(1, chosen)
+    return planes.index_copy_(1, chosen, torch.where(images < 128 / 255, images, 1 - images))

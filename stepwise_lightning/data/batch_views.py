@@ -23,16 +23,16 @@ _MAX_FLOATS = 3 * 2**17  # per chunk on a CPU: fits into its cache with a few co
 class BatchViews:
     """Two random views of each image of a batch, each a function of (seed, epoch, index, view).
 
-    Distributions and operations equal :func:`stepwise_lightning.data.views.random_view`, but on floats: Pillow rounds
+    Distributions and operations equal :func:`stepwise_lightning.data.views.random_views`, but on floats: Pillow rounds
     to whole levels after each operation and truncates in its colour jitter, which makes its views two of 255 levels
     darker on average (1.6 to 2.2 by channel, ``standard`` on the photographs). The random numbers differ from
-    ``random_view``.
+    ``random_views``.
 
     A view is bitwise independent of the other images in the batch, of how a batch is divided, and of the number of
     threads.
 
     Args:
-        augmentation: ``standard`` or ``weak``.
+        augmentation: name of :class:`.AugmentationParameters`.
         image_size: side of the views in pixels.
         mean: channel means in [0, 1].
         std: channel standard deviations in [0, 1].
@@ -88,7 +88,7 @@ class _Draws:
 
     """
 
-    COUNT = 2 * _TRIES + 15
+    COUNT = 2 * _TRIES + 16
 
     def __init__(self, numbers: Tensor, parameters: AugmentationParameters) -> None:
         self.parameters = parameters
@@ -96,7 +96,7 @@ class _Draws:
         turn_of_hue = (turns == operations.HUE).long().argmax(1)
         is_jittered = numbers[:, 3] < parameters.jitter_probability
         self.order = torch.where(is_jittered, turn_of_hue, 4).argsort(stable=True)
-        self._numbers = numbers[self.order]
+        self._numbers, self._view = numbers[self.order], self.order // (len(numbers) // 2)
         if parameters.jitter:
             jittered = self.order[: int(is_jittered.sum())]
             change = (2 * numbers[jittered, 4:8] - 1) * torch.tensor(parameters.jitter, dtype=torch.float64)
@@ -104,12 +104,14 @@ class _Draws:
 
     def taps(self, image_shape: Sequence[int], size: int) -> tuple[operations.Taps, operations.Taps]:
         """Return the taps of the rows and columns of the crops, which also scale 0 to 255 to [0, 1]."""
-        top, left, height, width = crop_boxes(self._numbers[:, 15:], self._numbers[:, :2], self.parameters, image_shape)
+        top, left, height, width = crop_boxes(
+            self._numbers[:, 15:-1], self._numbers[:, :2], self.parameters, image_shape
+        )
         rows = operations.Taps.of_crops(top, height, image_shape[0], size, factor=1 / 255)
         return rows, operations.Taps.of_crops(left, width, image_shape[1], size, flip=self._numbers[:, 2] < 0.5)
 
     def apply(self, planes: Tensor, start: int) -> Tensor:
-        """Apply jitter, grayscale and blur in place to the planes of views ``order[start:]``; return the planes."""
+        """Apply colour changes and blur in place to the planes of views ``order[start:]``; return the planes."""
         if not self.parameters.jitter:
             return planes
         part = slice(start, start + planes.shape[1])
@@ -117,13 +119,18 @@ class _Draws:
         operations.jitter(planes[:, : len(jittered.hue_turn)], jittered)
         gray, blur, strength = self._numbers[part, 12:15].unbind(1)
         operations.grayscale(planes, (gray < self.parameters.gray_probability).nonzero().flatten())
-        blurred = (blur < self.parameters.blur_probability).nonzero().flatten()
+        blur_probability, solarize_probability = (
+            torch.tensor(values, dtype=torch.float64)[self._view[part]]
+            for values in (self.parameters.blur_probability, self.parameters.solarize_probability)
+        )
+        blurred = (blur < blur_probability).nonzero().flatten()
         if len(blurred):
             low, high = self.parameters.blur_sigma
             sigma = low + (high - low) * strength[blurred]
             blurred = to_device(blurred, planes.device)
             planes.index_copy_(1, blurred, operations.blur(planes.index_select(1, blurred), sigma))
-        return planes
+        solarized = (self._numbers[part, -1] < solarize_probability).nonzero().flatten()
+        return operations.solarize(planes, solarized) if len(solarized) else planes
 
 
 def crop_boxes(

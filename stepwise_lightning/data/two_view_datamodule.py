@@ -14,7 +14,7 @@ from stepwise_lightning.data.batch_views import BatchTwoViews, BatchViews
 from stepwise_lightning.data.image_sets import ImageSet, download_images, load_image_set
 from stepwise_lightning.data.sampling import GlobalBatchSampler, ResumableLoader, local_batch_size
 from stepwise_lightning.data.seeded_datamodule import SeededDataModule
-from stepwise_lightning.data.views import PROBE_EPOCH, PlainImages, TwoViews, plain_view, random_view
+from stepwise_lightning.data.views import PROBE_EPOCH, PlainImages, TwoViews, plain_view, random_views
 from stepwise_lightning.data.workers import prepare_worker
 from stepwise_lightning.errors import UserError
 from stepwise_lightning.seeding import hashed_seed
@@ -38,7 +38,7 @@ class TwoViewDataModule(SeededDataModule):
 
     Args:
         data: ``photos``, ``cifar10``, ``stl10``, or the path of a folder of images.
-        augmentation: ``standard`` or ``weak``, see :class:`.AugmentationParameters`.
+        augmentation: ``standard``, ``weak``, ``barlow_twins`` or ``simclr``, see :class:`.AugmentationParameters`.
         image_size: side of the views in pixels; None for the shorter side of the images.
         global_batch_size: pairs per step over all processes.
         num_probe_pairs: number of held-out pairs of :meth:`probe_pairs`.
@@ -68,7 +68,7 @@ class TwoViewDataModule(SeededDataModule):
     def __init__(
         self,
         data: str = "photos",
-        augmentation: Literal["standard", "weak"] = "standard",
+        augmentation: Literal["standard", "weak", "barlow_twins", "simclr"] = "standard",
         image_size: int | None = None,
         global_batch_size: int = 64,
         num_probe_pairs: int = 256,
@@ -222,7 +222,7 @@ class TwoViewDataModule(SeededDataModule):
         size = self._image_size(self.images("train"))
         if not isinstance(images.images, list):
             return BatchTwoViews(images, BatchViews(augmentation, size, self.mean, self.std, seed), device)
-        return TwoViews(images, random_view(augmentation, size, self.mean, self.std), seed)
+        return TwoViews(images, random_views(augmentation, size, self.mean, self.std), seed)
 
     def _plain_images(self, split: str) -> PlainImages:
         transform = plain_view(self._image_size(self.images("train")), self.mean, self.std)

@@ -59,14 +59,16 @@ def crop_pairs(images: Tensor, num_pairs: int, crop_size: int, seed: int) -> tup
     return views[0], views[1]
 
 
-def random_view(augmentation: str, image_size: int, mean: Sequence[float], std: Sequence[float]) -> v2.Transform:
-    """Return a transform from one PIL image to one random view, float32, (3, image_size, image_size).
+def random_views(
+    augmentation: str, image_size: int, mean: Sequence[float], std: Sequence[float]
+) -> tuple[v2.Transform, v2.Transform]:
+    """Return transforms from one PIL image to its first and second view, float32, (3, image_size, image_size).
 
-    Random resized crop and flip, for ``standard`` also colour jitter, grayscale and blur, as in
-    :class:`.AugmentationParameters`, then normalisation. Call it on one image at a time: a batch would get one crop.
+    Random resized crop, flip, and the other steps of :class:`.AugmentationParameters`, then normalisation. Call a
+    transform on one image at a time: a batch would get one crop.
 
     Raises:
-        ValueError: ``augmentation`` is neither ``standard`` nor ``weak``.
+        ValueError: unknown augmentation.
 
     """
     from torchvision.transforms import v2
@@ -74,14 +76,16 @@ def random_view(augmentation: str, image_size: int, mean: Sequence[float], std: 
     parameters = AugmentationParameters.of(augmentation)
     crop = v2.RandomResizedCrop(image_size, scale=parameters.crop_scale, ratio=parameters.crop_ratio)
     steps: list[Any] = [crop, v2.RandomHorizontalFlip()]
-    if parameters.jitter:
-        jitter = v2.ColorJitter(*parameters.jitter)
-        steps += [
-            v2.RandomApply([jitter], p=parameters.jitter_probability),
-            v2.RandomGrayscale(parameters.gray_probability),
-            v2.RandomApply([_Blur(*parameters.blur_sigma)], p=parameters.blur_probability),
-        ]
-    return v2.Compose([*steps, _Normalise(mean, std)])
+    if not parameters.jitter:
+        return (v2.Compose([*steps, _Normalise(mean, std)]),) * 2
+    jitter = v2.RandomApply([v2.ColorJitter(*parameters.jitter)], p=parameters.jitter_probability)
+    steps += [jitter, v2.RandomGrayscale(parameters.gray_probability)]
+    views = []
+    for blur, solarize in zip(parameters.blur_probability, parameters.solarize_probability, strict=True):
+        last: list[Any] = [v2.RandomApply([_Blur(*parameters.blur_sigma)], p=blur)]
+        last += [v2.RandomSolarize(128, solarize)] if solarize else []
+        views.append(v2.Compose([*steps, *last, _Normalise(mean, std)]))
+    return views[0], views[1]
 
 
 def plain_view(image_size: int, mean: Sequence[float], std: Sequence[float]) -> v2.Transform:
@@ -134,8 +138,8 @@ class TwoViews(Dataset[tuple[Tensor, Tensor, int]]):
     because persistent workers cannot obtain it otherwise.
     """
 
-    def __init__(self, images: ImageSet, transform: v2.Transform, seed: int) -> None:
-        self.images, self.transform, self.seed = images, transform, seed
+    def __init__(self, images: ImageSet, transforms: tuple[v2.Transform, v2.Transform], seed: int) -> None:
+        self.images, self.transforms, self.seed = images, transforms, seed
 
     def __len__(self) -> int:
         return len(self.images)
@@ -144,9 +148,9 @@ class TwoViews(Dataset[tuple[Tensor, Tensor, int]]):
         epoch, index = key
         picture = self.images.picture(index)
         views = []
-        for view in (1, 2):
+        for view, transform in enumerate(self.transforms, 1):
             # torchvision uses the global generator, which keeps 32 bits of its seed: two samples may, rarely and
             # without harm, share random numbers.
             with isolated_rng(hashed_seed(self.seed, epoch, index, view)):
-                views.append(self.transform(picture))
+                views.append(transform(picture))
         return views[0], views[1], int(self.images.labels[index])

@@ -22,6 +22,7 @@ from stepwise_lightning.data.batch_operations import (
     grayscale,
     jitter,
     resized_crops,
+    solarize,
 )
 
 NUM_IMAGES = 300
@@ -81,7 +82,7 @@ def test_brightness_contrast_and_saturation_match_torchvision(
 
 
 def test_hue_matches_torchvision_and_pillow_within_rounding(photographs: Tensor) -> None:
-    hue = (2 * uniform(NUM_IMAGES) - 1) / 6
+    hue = uniform(NUM_IMAGES) - 0.5
     ones, order = torch.ones(NUM_IMAGES, 3, dtype=torch.float64), torch.arange(4).expand(NUM_IMAGES, 4)
     planes = jitter(planes_of(photographs), Jitters.of(ones, hue, order))
     turned = [F.adjust_hue(image, float(h)) for image, h in zip(photographs.float() / LEVELS, hue, strict=True)]
@@ -90,7 +91,7 @@ def test_hue_matches_torchvision_and_pillow_within_rounding(photographs: Tensor)
         F.pil_to_tensor(F.adjust_hue(Image.fromarray(image.permute(1, 2, 0).numpy()), float(h))) / LEVELS
         for image, h in zip(photographs, hue, strict=True)
     ]
-    assert difference(planes, pillow) < 13  # 8-bit saturation is imprecise for dark pixels
+    assert difference(planes, pillow) < 14  # 8-bit saturation is imprecise for dark pixels
 
 
 def test_jitter_uses_the_order_of_each_image(photographs: Tensor) -> None:
@@ -145,3 +146,13 @@ def test_blur_preserves_the_mean_and_has_the_requested_variance() -> None:
     assert torch.allclose(blurred.sum((-1, -2)), torch.ones(3, 4).double(), atol=1e-6)
     variance = (blurred.sum(-1) * places.square()).sum(-1)
     assert torch.allclose(variance, sigma.square().expand(3, 4), rtol=1e-5)
+
+
+def test_solarisation_equals_pillow(photographs: Tensor) -> None:
+    chosen = torch.arange(0, NUM_IMAGES, 2)
+    planes = solarize(planes_of(photographs), chosen)
+    theirs = [
+        F.pil_to_tensor(F.solarize(Image.fromarray(image.permute(1, 2, 0).numpy()), 128)) if i % 2 == 0 else image
+        for i, image in enumerate(photographs)
+    ]
+    assert difference(planes, [image / LEVELS for image in theirs]) < 1e-3

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from scipy.stats import chisquare, ks_1samp, ks_2samp
@@ -13,7 +15,8 @@ from stepwise_lightning.data import load_images
 from stepwise_lightning.data.augmentation import AugmentationParameters
 from stepwise_lightning.data.batch_views import BatchTwoViews, BatchViews, crop_boxes
 from stepwise_lightning.data.counter_rng import uniform
-from stepwise_lightning.data.image_sets import load_image_set
+from stepwise_lightning.data.image_sets import ImageSet, load_image_set
+from stepwise_lightning.data.views import TwoViews, random_views
 
 STATISTICS = ((0.5, 0.45, 0.4), (0.25, 0.24, 0.26))
 NUM_DRAWS = 10_000
@@ -29,7 +32,7 @@ def photographs(size: int = 32) -> Tensor:
     return torch.nn.functional.interpolate(images, size=(size, size), mode="nearest")
 
 
-@pytest.mark.parametrize(("augmentation", "size"), [("standard", 32), ("weak", 24), ("standard", 128)])
+@pytest.mark.parametrize(("augmentation", "size"), [("standard", 32), ("weak", 24), ("barlow_twins", 128)])
 def test_view_is_independent_of_the_other_images_in_the_batch(augmentation: str, size: int) -> None:
     views, images = new_views(augmentation, size), photographs(max(size, 32))
     epochs, indices = [3] * BATCH, list(range(BATCH))
@@ -138,6 +141,31 @@ def test_colour_changes_follow_torchvisions_distribution() -> None:
     spread = [(values.amax(1) - values.amin(1)).numpy() for values in (ours, theirs)]
     assert ks_2samp(*spread).pvalue > 1e-3  # effect of saturation, hue and grayscale
     assert ks_2samp(ours[:, 0].numpy() * 1.05, theirs[:, 0].numpy()).pvalue < 1e-3  # control: a jitter 5 % brighter
+
+
+@pytest.mark.parametrize("batched", [True, False])
+def test_blur_and_solarisation_have_the_published_probabilities_in_each_view(batched: bool, monkeypatch) -> None:
+    """Barlow Twins blurs the first view always and the second rarely, and solarises a fifth of the second views."""
+    number = 400
+    # One bright pixel: blur spreads it, solarisation makes it dark. Without crop, flip and jitter it stays in place.
+    plain = replace(
+        AugmentationParameters.of("barlow_twins"), crop_scale=(1.0, 1.0), crop_ratio=(1.0, 1.0), blur_sigma=(1.0, 1.0),
+        jitter_probability=0.0,
+    )  # fmt: skip
+    monkeypatch.setattr(AugmentationParameters, "of", lambda name: plain)
+    image = torch.zeros(3, 9, 9, dtype=torch.uint8)
+    image[:, 4, 4] = 255
+    arguments = ("barlow_twins", 9, (0.0,) * 3, (1.0,) * 3)
+    if batched:
+        views = BatchViews(*arguments, 0)(image.expand(number, -1, -1, -1), [0] * number, range(number))
+    else:
+        sets = ImageSet(image.expand(number, -1, -1, -1), torch.zeros(number, dtype=torch.int64), ["a"])
+        pairs = TwoViews(sets, random_views(*arguments), seed=0)
+        views = tuple(torch.stack(view) for view in list(zip(*(pairs[0, i] for i in range(number)), strict=True))[:2])
+    blurred = [float(((view[:, 0, 4, 5] - view[:, 0, 0, 0]).abs() > 0.01).double().mean()) for view in views]
+    solarized = [float((view[:, 0, 4, 4] < 0.01).double().mean()) for view in views]
+    assert blurred[0] == 1 and abs(blurred[1] - 0.1) < 0.05
+    assert solarized[0] == 0 and abs(solarized[1] - 0.2 * 0.9) < 0.06  # a blurred pixel is below the threshold
 
 
 def test_batch_equals_single_samples() -> None:
