@@ -51,6 +51,7 @@ class JointEmbedding(L.LightningModule):
         optimizer: an optimiser of ``torch.optim`` instead of SGD, called with the parameters, for instance
             ``partial(AdamW, weight_decay=0.01)``, or ``--model.optimizer AdamW``. Its learning rate is
             ``learning_rate``. The theory of this package holds for SGD only.
+        compile: train with the encoder compiled by ``torch.compile``; True, or the name of a backend.
 
     Raises:
         ValueError: a setting (also of a subclass) that is negative or not finite, a momentum of 1 or more, or
@@ -70,6 +71,7 @@ class JointEmbedding(L.LightningModule):
         warmup_steps: int = 0,
         cosine: bool = False,
         optimizer: Callable[[Iterable[Any]], torch.optim.Optimizer] | None = None,
+        compile: bool | str = False,
     ) -> None:
         super().__init__()
         _check_not_negative(
@@ -82,11 +84,12 @@ class JointEmbedding(L.LightningModule):
                 "momentum and weight_decay are settings of SGD and must be 0 with another optimizer: pass them to it"
             )
         # Also saves the arguments of the __init__ of the subclass.
-        self.save_hyperparameters(ignore=["encoder"])
+        self.save_hyperparameters(ignore=["encoder", "compile"])
         if callable(self.hparams.get("optimizer")):  # checkpoints hold plain values, as read from a configuration
             for hparams in (self.hparams, self._hparams_initial):
                 cast(dict[str, Any], hparams).pop("optimizer")
         self.encoder, self.optimizer, self._check_loss = encoder, optimizer, LossCheck()
+        self._compile = compile
 
     @property
     def trains_with_sgd(self) -> bool:
@@ -111,6 +114,11 @@ class JointEmbedding(L.LightningModule):
         if "encoder" not in settings:
             settings["encoder"] = configured_encoder(checkpoint_path)
         return super().load_from_checkpoint(checkpoint_path, *arguments, **settings | {"weights_only": True})
+
+    def setup(self, stage: str) -> None:
+        """Compile the encoder in place if configured, in each process that trains."""
+        if self._compile and stage == "fit":
+            self.encoder.compile(backend="inductor" if self._compile is True else self._compile)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the embeddings (n, d) of one view (n, …)."""
@@ -143,8 +151,7 @@ class JointEmbedding(L.LightningModule):
     def validation_step(self, batch: Sequence[Tensor], batch_idx: int) -> None:
         """Do nothing: callbacks evaluate held-out images."""
 
-    def test_step(self, batch: Sequence[Tensor], batch_idx: int) -> None:
-        """Do nothing, as in validation."""
+    test_step = validation_step
 
     def on_train_end(self) -> None:
         """Raise an error if the last steps made the weights NaN or infinite."""
@@ -229,9 +236,7 @@ class SimCLR(JointEmbedding):
     ) -> None:
         super().__init__(encoder, learning_rate, **optimization)
         if not 0 < temperature < math.inf:
-            raise UserError(
-                f"temperature must be finite and above 0, got {temperature}: similarities are divided by it"
-            )
+            raise UserError(f"temperature must be finite and above 0, got {temperature}: it divides similarities")
 
     def loss_terms(self, z1: Tensor, z2: Tensor) -> dict[str, Tensor]:
         """Return ``alignment`` and ``uniformity``."""

@@ -21,6 +21,7 @@ from stepwise_lightning.callbacks.tensorboard import overview_tag
 from stepwise_lightning.encoders import bias_of
 from stepwise_lightning.errors import UserError
 from stepwise_lightning.features import views_in
+from stepwise_lightning.features.module_state import is_compiled
 from stepwise_lightning.forecasts.forecast import Forecast
 from stepwise_lightning.forecasts.sgd import SGDSettings, last_layer, loss_of, velocity_of
 from stepwise_lightning.forecasts.simulate import NUM_PAIRS, forecast_of_features
@@ -133,7 +134,9 @@ class ForecastLogger(L.Callback):
             elif len(self._measured) < 2:  # the measurement precedes evaluations
                 self._measured.append(args[0].detach())
 
-        self._hook = layer.register_forward_pre_hook(record)
+        # A compiled hook that records batches would be compiled again for each number of batches.
+        hook = torch.compiler.disable(record) if batches and is_compiled(pl_module) else record
+        self._hook = layer.register_forward_pre_hook(hook)
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int

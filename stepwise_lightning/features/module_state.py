@@ -15,7 +15,9 @@ from lightning.pytorch.loggers.logger import DummyLogger
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-__all__ = ["COMPILED", "batch_statistics", "evaluation", "precision_plugin", "restored_state", "without_logging"]
+__all__ = [
+    "COMPILED", "batch_statistics", "evaluation", "is_compiled", "precision_plugin", "restored_state", "without_logging"
+]  # fmt: skip
 
 COMPILED = "_orig_mod"  # attribute of a compiled module that holds the original
 _MODULE_ATTRIBUTES = frozenset(vars(nn.Module()))  # parameters, hooks and modes, which are handled separately
@@ -136,12 +138,16 @@ def _restore_container(container: Any, saved: Any) -> None:
     getattr(container, "extend" if isinstance(container, (list, deque)) else "update")(saved)
 
 
-def _uncompiled(module: nn.Module) -> AbstractContextManager[Any]:
-    compiled = any(
+def is_compiled(module: nn.Module) -> bool:
+    """Return True if ``torch.compile`` compiled the module or a submodule."""
+    return any(
         hasattr(part, COMPILED) or getattr(part, "_compiled_call_impl", None) is not None for part in module.modules()
     )
+
+
+def _uncompiled(module: nn.Module) -> AbstractContextManager[Any]:
     # Hooks do not run in a module that was compiled without them. Only if compiled: set_stance imports the compiler.
-    return torch.compiler.set_stance("force_eager") if compiled else nullcontext()
+    return torch.compiler.set_stance("force_eager") if is_compiled(module) else nullcontext()
 
 
 @contextmanager
