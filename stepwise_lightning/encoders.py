@@ -6,15 +6,17 @@ Each encoder draws its initial weights from a separate generator. Its seed is ``
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
 
 from stepwise_lightning.errors import UserError
+from stepwise_lightning.precision import without_autocast
 from stepwise_lightning.seeding import checked_seed, isolated_rng
+from stepwise_lightning.small_resnet import small_resnet
 
 __all__ = ["Encoder", "LinearEncoder", "MLP", "Projector", "ResNet", "scale_last_layer"]
 
@@ -116,7 +118,7 @@ class ResNet(nn.Module):
         if name not in self.NAMES:
             raise UserError(f"unknown ResNet {name!r}; choose from: {', '.join(self.NAMES)}")
         with isolated_rng(checked_seed(seed)):
-            network: Any = _small_resnet() if name == "resnet_small" else getattr(models, name)(weights=None)
+            network: Any = small_resnet() if name == "resnet_small" else getattr(models, name)(weights=None)
             if small_images:
                 channels = network.conv1.out_channels
                 network.conv1 = nn.Conv2d(3, channels, 3, padding=1, bias=False)
@@ -135,6 +137,9 @@ class ResNet(nn.Module):
 
 class Projector(nn.Sequential):
     """Linear layers with optional batch normalisation and ReLU between them.
+
+    Under autocast the last layer computes in the dtype of its weights: in half precision small differences between
+    embeddings would be rounded off beside a large bias, which SimCLR needs (:func:`scale_last_layer`).
 
     Args:
         in_features: width of the representation.
@@ -173,6 +178,14 @@ class Projector(nn.Sequential):
                 layers.append(nn.ReLU())
             layers.append(nn.Linear(in_features if depth == 1 else hidden_features, out_features))
         super().__init__(*layers)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the embeddings (n, out_features) of features (n, in_features)."""
+        *hidden, last = cast(Iterable[Any], self)
+        for layer in hidden:
+            x = layer(x)
+        with without_autocast(x.device):
+            return last(x.to(last.weight.dtype))
 
 
 class Encoder(nn.Module):
@@ -280,21 +293,3 @@ def bias_of(layer: nn.Linear | LinearEncoder) -> Tensor | None:
 def _check_inputs(x: Tensor, in_features: int) -> None:
     if (count := x[0].numel()) != in_features:
         raise UserError(f"in_features is {in_features}, but each input has {count} values: set in_features={count}")
-
-
-def _small_resnet() -> nn.Module:
-    from torchvision.models.resnet import BasicBlock
-    from torchvision.models.resnet import ResNet as TorchvisionResNet
-
-    network: Any = TorchvisionResNet(BasicBlock, [1, 1, 1, 1])
-    # torchvision fixes the width of the first stage at 64: rebuild the stages from 8 channels.
-    network.inplanes = 8
-    network.conv1 = nn.Conv2d(3, 8, 7, stride=2, padding=3, bias=False)
-    network.bn1 = nn.BatchNorm2d(8)
-    for index, width in enumerate((8, 16, 32, 64)):
-        setattr(network, f"layer{index + 1}", network._make_layer(BasicBlock, width, 1, stride=1 if index == 0 else 2))
-    network.fc = nn.Linear(64, 1)
-    for layer in network.modules():
-        if isinstance(layer, nn.Conv2d):
-            nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
-    return network

@@ -117,3 +117,17 @@ def test_invalid_arguments_raise_one_line(call, message):
     with pytest.raises(ValueError, match=message) as error:
         call()
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+def test_autocast_preserves_small_differences_of_embeddings_beside_a_large_bias(depth):
+    """SimCLR starts there: the norm of the bias is 1, the spread of the embeddings 1e-3."""
+    encoder = Encoder(4, alpha=1e-3, bias_norm=1.0, projector_depth=depth, seed=0)
+    images = torch.randn(32, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    exact = encoder(images)
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = encoder(images)
+    assert rounded.dtype == torch.float32
+    spread = exact - exact.mean(0)
+    assert 1e-4 < spread.norm(dim=1).mean() < 1e-2
+    assert (rounded - rounded.mean(0) - spread).norm() < 0.05 * spread.norm()
