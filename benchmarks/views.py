@@ -1,6 +1,9 @@
-"""Speed of two augmented views relative to lightly's pipeline, and in training: ``make benchmark``.
+"""Speed of two augmented views relative to other libraries, and in training: ``make benchmark``.
 
-1. Images per second of our loader relative to lightly's, with equal photographs, image size, batch and augmentation.
+1. Images per second of our loader relative to other pipelines, with equal photographs, image size, batch and
+   augmentation: lightly's and torchvision's transforms of single PIL images, torchvision's transforms v2 of single
+   tensors, and kornia's of batches. torchvision's transforms of a batch are listed too, though they draw one crop and
+   one jitter for a whole batch.
 2. A training step of the small ResNet with batched augmentation and channels-last weights, relative to augmentation of
    single images and contiguous weights, as in version 0.1.0.
 
@@ -12,37 +15,24 @@ from __future__ import annotations
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from itertools import islice
 from typing import Any
 
 import torch
+from PIL import Image, ImageFilter
 from timing import alternate, argument_parser, check, machine
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torchvision.transforms import v2
 
 from stepwise_lightning import BarlowTwins, Encoder, TwoViewDataModule
 from stepwise_lightning.data.augmentation import AugmentationParameters
 from stepwise_lightning.data.image_sets import ImageSet
-from stepwise_lightning.data.views import TwoViews, random_views
 
+BLUR_SIZE = 9  # of the kernels of torchvision and kornia; Pillow's blur reaches as far at the largest σ
 # augmentation, size of images and of views: minimum ratio to lightly's, maximum ratio of steps
 CASES = {("weak", 32, 24): (12.0, 0.72), ("standard", 32, 32): (8.0, 0.6), ("standard", 96, 96): (2.3, None)}
-
-
-class LightlyViews(Dataset[Any]):
-    """Views of the same photographs from a lightly transform of single images."""
-
-    def __init__(self, images: ImageSet, transform: Callable[[Any], list[Tensor]]) -> None:
-        self.images, self.transform = images, transform
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor, int]:
-        x1, x2 = self.transform(self.images.picture(index))
-        return x1, x2, int(self.images.labels[index])
 
 
 class SizedPhotographs(TwoViewDataModule):
@@ -62,26 +52,98 @@ class SizedPhotographs(TwoViewDataModule):
         return images
 
 
-def lightly_loader(data: TwoViewDataModule, augmentation: str, size: int, batch: int) -> DataLoader[Any]:
-    """Return lightly's pipeline with the parameters of our augmentation."""
-    from lightly.transforms import SimCLRTransform
+class PillowBlur:
+    """Pillow's Gaussian blur of random strength."""
+
+    def __init__(self, low: float, high: float) -> None:
+        self.low, self.high = low, high
+
+    def __call__(self, image: Image.Image) -> Image.Image:
+        """Return the blurred image."""
+        return image.filter(ImageFilter.GaussianBlur(torch.empty(()).uniform_(self.low, self.high).item()))
+
+
+def torchvision_view(data: TwoViewDataModule, augmentation: str, size: int, on_tensors: bool) -> v2.Transform:
+    """Return torchvision's transform with the parameters of our augmentation, of PIL images or of uint8 tensors."""
+    ours = AugmentationParameters.of(augmentation)
+    steps: list[Any] = [v2.RandomResizedCrop(size, ours.crop_scale, ours.crop_ratio), v2.RandomHorizontalFlip()]
+    to_float = [v2.ToImage(), v2.ToDtype(torch.float32, scale=True)]
+    steps = [*to_float, *steps] if on_tensors else steps
+    if ours.jitter:
+        blur = v2.GaussianBlur(BLUR_SIZE, ours.blur_sigma) if on_tensors else PillowBlur(*ours.blur_sigma)
+        steps += [
+            v2.RandomApply([v2.ColorJitter(*ours.jitter)], p=ours.jitter_probability),
+            v2.RandomGrayscale(ours.gray_probability),
+            v2.RandomApply([blur], p=ours.blur_probability[0]),
+        ]
+    return v2.Compose([*steps, *([] if on_tensors else to_float), v2.Normalize(data.mean, data.std)])
+
+
+def lightly_view(data: TwoViewDataModule, augmentation: str, size: int) -> Callable[[Any], Tensor]:
+    """Return lightly's transform with the parameters of our augmentation."""
+    from lightly.transforms import SimCLRViewTransform
 
     ours = AugmentationParameters.of(augmentation)
     bright, contrast, saturation, hue = ours.jitter or (0.0, 0.0, 0.0, 0.0)
-    transform = SimCLRTransform(
+    return SimCLRViewTransform(
         input_size=size, cj_prob=ours.jitter_probability, cj_strength=1.0, cj_bright=bright, cj_contrast=contrast,
         cj_sat=saturation, cj_hue=hue, min_scale=ours.crop_scale[0], random_gray_scale=ours.gray_probability,
-        gaussian_blur=ours.blur_probability, sigmas=ours.blur_sigma, vf_prob=0.0, hf_prob=0.5, rr_prob=0.0,
+        gaussian_blur=ours.blur_probability[0], sigmas=ours.blur_sigma, vf_prob=0.0, hf_prob=0.5, rr_prob=0.0,
         normalize={"mean": list(data.mean), "std": list(data.std)},
     )  # fmt: skip
-    return DataLoader(LightlyViews(data.images("train"), transform), batch, shuffle=True, drop_last=True)
 
 
-def single_image_loader(data: TwoViewDataModule, augmentation: str, size: int, batch: int) -> DataLoader[Any]:
-    """Return our views from single images, as for folders of large images."""
-    views = TwoViews(data.images("train"), random_views(augmentation, size, data.mean, data.std), seed=0)
-    sampler = [(0, index) for index in range(len(views))]
-    return DataLoader(views, batch, sampler=sampler, drop_last=True)
+def kornia_view(data: TwoViewDataModule, augmentation: str, size: int) -> Callable[[Tensor], Tensor]:
+    """Return kornia's transform of a uint8 batch with the parameters of our augmentation."""
+    from kornia import augmentation as kornia
+
+    ours = AugmentationParameters.of(augmentation)
+    steps: list[nn.Module] = [
+        kornia.RandomResizedCrop((size, size), ours.crop_scale, ours.crop_ratio),
+        kornia.RandomHorizontalFlip(p=0.5),
+    ]
+    if ours.jitter:
+        steps += [
+            kornia.ColorJitter(*ours.jitter, p=ours.jitter_probability),
+            kornia.RandomGrayscale(p=ours.gray_probability),
+            kornia.RandomGaussianBlur((BLUR_SIZE, BLUR_SIZE), ours.blur_sigma, p=ours.blur_probability[0]),
+        ]
+    view = nn.Sequential(*steps, kornia.Normalize(torch.tensor(data.mean), torch.tensor(data.std)))
+    return lambda images: view(images / 255)
+
+
+def batches_of(
+    images: ImageSet, view: Callable[[Any], Tensor], batch: int, kind: str
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Yield batches of two views; ``view`` is applied to each ``picture``, to each ``tensor`` or to each ``batch``."""
+    while True:
+        for indices in torch.randperm(len(images))[: len(images) // batch * batch].split(batch):
+            if kind == "picture":
+                samples = [images.picture(index) for index in indices.tolist()]
+                views = [torch.stack([view(sample) for sample in samples]) for _ in range(2)]
+            elif kind == "tensor":
+                views = [torch.stack([view(image) for image in images.images[indices]]) for _ in range(2)]
+            else:
+                views = [view(images.images[indices]) for _ in range(2)]
+            yield *views, images.labels[indices]  # type: ignore[misc]
+
+
+def peers(data: TwoViewDataModule, augmentation: str, size: int, batch: int) -> dict[str, Iterator[Any]]:
+    """Return the pipelines of the installed libraries."""
+    images = data.images("train")
+    single, tensors = (torchvision_view(data, augmentation, size, on_tensors) for on_tensors in (False, True))
+    pipelines = {
+        "torchvision's of PIL images": batches_of(images, single, batch, "picture"),
+        "torchvision's of tensors": batches_of(images, tensors, batch, "tensor"),
+        "torchvision's, one draw for a batch": batches_of(images, tensors, batch, "batch"),
+    }
+    if find_spec("kornia"):
+        pipelines["kornia's of batches"] = batches_of(images, kornia_view(data, augmentation, size), batch, "batch")
+    if find_spec("lightly"):
+        pipelines["lightly's"] = batches_of(images, lightly_view(data, augmentation, size), batch, "picture")
+    if missing := [name for name in ("kornia", "lightly") if not find_spec(name)]:
+        print(f"  no comparison with {' and '.join(missing)}, not installed: pip install -e '.[peers]'")
+    return pipelines
 
 
 def processor_seconds_of(loader: Any, batches: int, method: BarlowTwins | None = None) -> float:
@@ -111,24 +173,13 @@ def compare(augmentation: str, side: int, size: int, batch: int, rounds: int, ba
     data.setup("fit")
     print(f"\n{augmentation}, {side}×{side} to {size}×{size}, batches of {batch}")
     ok = True
-    if find_spec("lightly"):
-        lightly = lightly_loader(data, augmentation, size, batch)
-        few = max(1, batches // 8)
-        timed = {
-            "ours": lambda: processor_seconds_of(data.train_dataloader(), batches) / batches,
-            "theirs": lambda: processor_seconds_of(lightly, few) / few,
-        }
-        seconds = alternate(timed, rounds)
-        images_per_second = 2 * batch / statistics.median(seconds["ours"])
-        ok &= check_median(
-            f"images/s, ours ({images_per_second:.0f}) / lightly's",
-            seconds["theirs"],
-            seconds["ours"],
-            min_speedup,
-            minimum=True,
-        )
-    else:
-        print("  no comparison with lightly, which is not installed: pip install -e '.[peers]'")
+    others, few = peers(data, augmentation, size, batch), max(1, batches // 8)
+    timed = {name: lambda loader=loader: processor_seconds_of(loader, few) / few for name, loader in others.items()}
+    timed["ours"] = lambda: processor_seconds_of(data.train_dataloader(), batches) / batches
+    seconds = alternate(timed, rounds)
+    print(f"  ours: {2 * batch / statistics.median(seconds['ours']):.0f} views/s; ratio of views/s to")
+    for name in others:
+        ok &= check_median(name, seconds[name], seconds["ours"], min_speedup if "light" in name else None, minimum=True)
     if max_step is not None and batch == 64:
         ok &= compare_steps(data, augmentation, size, batch, rounds, batches, max_step)
     return ok
@@ -143,7 +194,7 @@ def compare_steps(
     seconds = alternate(
         {
             "before": lambda: processor_seconds_of(
-                single_image_loader(data, augmentation, size, batch), batches, before
+                peers(data, augmentation, size, batch)["torchvision's of PIL images"], batches, before
             ),
             "now": lambda: processor_seconds_of(data.train_dataloader(), batches, now),
         },

@@ -19,16 +19,16 @@ class WrongPairs(TwoViewDataModule):
     def train_dataloader(self) -> ResumableLoader:
         """Return batches (x1, x2, label) with x2 rolled by one sample."""
         loader = super().train_dataloader()
-        loader.collate_fn = _RollSecondViews(loader.collate_fn)
+        loader.finish = _RollSecondViews(loader.finish)
         return loader
 
 
 class _RollSecondViews:
-    def __init__(self, collate: Any) -> None:
-        self.collate = collate
+    def __init__(self, finish: Any) -> None:
+        self.finish = finish
 
-    def __call__(self, samples: Any) -> tuple[Tensor, Tensor, Tensor]:
-        x1, x2, labels = self.collate(samples)
+    def __call__(self, batch: Any) -> tuple[Tensor, Tensor, Tensor]:
+        x1, x2, labels = self.finish(batch)
         return x1, x2.roll(1, 0), labels
 
 
@@ -39,7 +39,7 @@ class NoiseImages(TwoViewDataModule):
         """Return a split of noise with the original labels."""
         if split not in self._sets:
             images = super().images(split)
-            assert not isinstance(images.images, list)
+            assert isinstance(images.images, Tensor)
             generator = torch.Generator().manual_seed(hashed_seed(self.seed, "noise", split))
             noise = torch.randint(0, 256, images.images.shape, dtype=torch.uint8, generator=generator)
             self._sets[split] = ImageSet(noise, images.labels, images.class_names)

@@ -9,7 +9,8 @@ Definitions follow torchvision's transforms v2 on floats; the blur follows Pillo
 
 from __future__ import annotations
 
-from math import ceil
+from collections.abc import Sequence
+from math import ceil, prod
 from typing import NamedTuple, Self
 
 import torch
@@ -18,7 +19,7 @@ from torch.nn.functional import embedding_bag
 
 from stepwise_lightning.asynchronous import to_device
 
-__all__ = ["Jitters", "Taps", "blur", "grayscale", "jitter", "resized_crops", "solarize"]
+__all__ = ["Jitters", "Taps", "blur", "grayscale", "jitter", "resized_crops", "resized_regions", "solarize"]
 
 _GRAY = (0.2989, 0.587, 0.114)  # torchvision's weights of red, green and blue
 _MAX_HUE = 1 / 2
@@ -33,52 +34,74 @@ class Taps(NamedTuple):
     Attributes:
         lines: int64, (n, size, taps).
         weights: float32, (n, size, taps).
-        extent: number of lines of the input.
 
     """
 
     lines: Tensor
     weights: Tensor
-    extent: int
 
     @classmethod
     def of_crops(
-        cls, start: Tensor, length: Tensor, extent: int, size: int, flip: Tensor | None = None, factor: float = 1.0
+        cls,
+        start: Tensor,
+        length: Tensor,
+        extent: int | Tensor,
+        size: int,
+        flip: Tensor | None = None,
+        factor: float = 1.0,
     ) -> Taps:
         """Return the taps of crops resized with the antialiased triangle filter of Pillow and torchvision.
 
         Args:
             start: first line of each crop, int64, (n,).
             length: number of lines of each crop, int64, (n,).
-            extent: number of lines of the images.
+            extent: number of lines of the images: equal for all, or float64, (n,). It determines the number of taps,
+                and with it the rounding of the weights.
             size: number of lines of the output.
             flip: bool, (n,), True to reverse the lines; None for no flips.
             factor: multiplies all weights.
 
         """
+        flip = torch.zeros(len(start), dtype=torch.bool) if flip is None else flip
+        if isinstance(extent, int):
+            return cls._triangles(start, length, ceil(2 * max(1.0, extent / size)), size, flip, factor)
+        counts = (2 * (extent / size).clamp(min=1)).ceil().long()
+        lines = torch.zeros(len(start), size, int(counts.max()), dtype=torch.int64)
+        weights = torch.zeros(lines.shape, dtype=torch.float32)
+        for count in counts.unique().tolist():
+            chosen = counts == count
+            taps = cls._triangles(start[chosen], length[chosen], count, size, flip[chosen], factor)
+            lines[chosen, :, :count], weights[chosen, :, :count] = taps
+        return cls(lines, weights)
+
+    @classmethod
+    def _triangles(cls, start: Tensor, length: Tensor, count: int, size: int, flip: Tensor, factor: float) -> Taps:
         start, length = start.float()[:, None, None], length.float()[:, None, None]
         place = torch.arange(size, dtype=torch.float32)[:, None]
-        if flip is not None:
-            place = torch.where(flip[:, None, None], size - 1 - place, place)
+        place = torch.where(flip[:, None, None], size - 1 - place, place)
         scale = length / size
         support = scale.clamp(min=1.0)
         centre = (place + 0.5) * scale
-        offsets = (centre - support + 0.5).floor_().clamp_(min=0) + torch.arange(ceil(2 * max(1.0, extent / size)))
+        offsets = (centre - support + 0.5).floor_().clamp_(min=0) + torch.arange(count)
         weights = (offsets - (centre - 0.5)).div_(support).abs_().neg_().add_(1).clamp_(min=0)
         weights.masked_fill_(offsets >= length, 0.0)
         weights.mul_(factor / weights.sum(-1, keepdim=True))
         # Taps beyond the crop have weight zero, but their index must be valid.
-        return cls(torch.minimum(offsets, length - 1).add_(start).long(), weights, extent)
+        return cls(torch.minimum(offsets, length - 1).add_(start).long(), weights)
 
-    def of_images(self, images: slice) -> Taps:
-        """Return the taps of a slice of the images."""
-        return Taps(self.lines[images], self.weights[images], self.extent)
+    def of_images(self, images: slice, count: int | None = None) -> Taps:
+        """Return the taps, or their first ``count``, of a slice of the images."""
+        return Taps(self.lines[images, :, :count], self.weights[images, :, :count])
+
+    def counts(self) -> list[int]:
+        """Return the number of taps of each image without the last ones that have weight zero."""
+        return (self.weights.amax(1).sign() * torch.arange(1, self.weights.shape[2] + 1)).amax(1).int().tolist()
 
     def summed(self, table: Tensor, times: int = 1) -> Tensor:
         """Return weighted sums of the lines of a table (n · extent, …), as (n · size, …); applied ``times`` times."""
         count, size, taps = self.lines.shape
         lines, weights = (to_device(values, table.device) for values in (self.lines, self.weights))
-        lines = lines + self.extent * torch.arange(count, device=table.device)[:, None, None]
+        lines = lines + len(table) // count * torch.arange(count, device=table.device)[:, None, None]
         lines, weights = (values.reshape(count * size, taps) for values in (lines, weights))
         for _ in range(times):
             table = embedding_bag(lines, table, mode="sum", per_sample_weights=weights)
@@ -86,13 +109,39 @@ class Taps(NamedTuple):
 
 
 def resized_crops(images: Tensor, rows: Taps, columns: Taps) -> Tensor:
-    """Return the crops of uint8 images (n, 3, h, w) as planes; the taps are on the CPU."""
+    """Return the crops of images (n, 3, h, w), with levels 0 to 255, as planes; the taps are on the CPU."""
     count, _, height, width = images.shape
     table = images.transpose(1, 2).to(torch.float32, memory_format=torch.contiguous_format)
     table = rows.summed(table.view(count * height, 3 * width))
     table = table.view(count, -1, 3, width).transpose(1, 3).contiguous()
     table = columns.summed(table.view(count * width, -1))
     return table.view(count, columns.lines.shape[1], 3, -1).permute(2, 0, 3, 1).contiguous()
+
+
+def resized_regions(regions: Sequence[Tensor], rows: Taps, columns: Taps, max_floats: int) -> Tensor:
+    """Return regions of different sizes, uint8, (3, h, w) each, as planes, equal to those of :func:`resized_crops`.
+
+    Args:
+        regions: the crops of the images, on one device.
+        rows: taps of the rows of each region.
+        columns: taps of its columns.
+        max_floats: regions are padded to one size in groups of at most this many values, and at least one region.
+
+    """
+    heights, widths = ([region.shape[axis] for region in regions] for axis in (1, 2))
+    num_rows, num_columns = rows.counts(), columns.counts()
+    size, device = 3 * max(heights) * max(widths), regions[0].device
+    group, planes = max(1, max_floats // size), []
+    scratch = torch.empty(min(group, len(regions)) * size, dtype=torch.float32, device=device)
+    for start in range(0, len(regions), group):
+        part = slice(start, start + group)
+        shape = len(regions[part]), max(heights[part]), 3, max(widths[part])
+        table = scratch[: prod(shape)].view(shape)
+        for row, region, height, width in zip(table, regions[part], heights[part], widths[part], strict=True):
+            row[:height, :, :width] = region.transpose(0, 1)  # no tap refers to the rest
+        taps = rows.of_images(part, max(num_rows[part])), columns.of_images(part, max(num_columns[part]))
+        planes.append(resized_crops(table.transpose(1, 2), *taps))
+    return torch.cat(planes, 1)
 
 
 class Jitters(NamedTuple):
@@ -207,7 +256,7 @@ def blur(planes: Tensor, sigma: Tensor) -> Tensor:
         size, others = planes.shape[2:]
         lines = torch.arange(size, device=planes.device)[:, None] + torch.arange(-2, 3, device=planes.device)
         lines = lines.clamp(0, size - 1)
-        taps = Taps(lines.expand(len(weights), -1, -1), weights.expand(-1, size, -1), size)
+        taps = Taps(lines.expand(len(weights), -1, -1), weights.expand(-1, size, -1))
         table = taps.summed(planes.reshape(-1, others), _NUM_BOXES)
         planes = table.view(3, -1, size, others).transpose(2, 3)
     return planes

@@ -15,7 +15,9 @@ __all__ = ["uniform"]
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)  # 2⁶⁴ over the golden ratio: the increment of SplitMix64
 
 
-def uniform(seed: int, epochs: Sequence[int], indices: Sequence[int], view: int, count: int) -> Tensor:
+def uniform(
+    seed: int, epochs: Sequence[int] | Tensor, indices: Sequence[int] | Tensor, view: int, count: int
+) -> Tensor:
     """Return ``count`` uniform numbers in [0, 1) for each (epoch, index): float64, (samples, count).
 
     Number k of a sample is a function of (seed, view, epoch, index, k): the output function of SplitMix64 (Steele, Lea,

@@ -1,4 +1,4 @@
-"""Read image files as 8-bit RGB.
+"""Read images, of files and of any data set, as 8-bit RGB.
 
 A file that cannot be read raises an error. Skipping it would change the split, the order and the channel statistics:
 two machines with the same folder could train on different images.
@@ -9,8 +9,9 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from functools import lru_cache
+from io import BytesIO
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
@@ -18,6 +19,7 @@ from torch import Tensor
 from stepwise_lightning.errors import UserError
 
 if TYPE_CHECKING:  # importing this package needs only torch and lightning
+    import numpy as np
     from PIL import Image
 
 _NUM_NAMED = 3  # unreadable files named in one error
@@ -27,7 +29,7 @@ _SCALED_BY_PILLOW = ("PPM", "JPEG2000")  # formats whose header states the range
 _TIFF_BITS, _TIFF_PLANES = 258, 284
 
 
-def read_image(path: str | Path, maxima: list[int] | None = None) -> Image.Image:
+def read_image(path: str | Path, maxima: list[int] | None = None, min_side: int = 0) -> Image.Image:
     """Return an image file as RGB, 8 bits per channel.
 
     Grayscale images get three equal channels. An alpha channel is dropped, as in torchvision, and reveals the colour
@@ -37,20 +39,88 @@ def read_image(path: str | Path, maxima: list[int] | None = None) -> Image.Image
     Args:
         path: of the file.
         maxima: list to which the largest value (after conversion to 8 bits) of a 16-bit image is appended.
+        min_side: an image whose shorter side is at least twice as long is reduced by a whole number, to a shorter side
+            of at least ``min_side`` pixels. 0 for the full size.
 
     Raises:
         ValueError: the file is not an image, is damaged, has more than 179 million pixels, or holds floating-point
             values or integers beyond 16 bits, whose range is unknown.
 
     """
+    try:
+        with open(path, "rb") as file:
+            return _decode(file, maxima, min_side)
+    except Exception as error:  # Pillow's decoders raise arbitrary exceptions on damaged files
+        raise UserError(f"{str(path)!r} cannot be read as an image ({_reason(error)}): remove or repair it") from error
+
+
+def rgb_image(image: Any, min_side: int = 0) -> Image.Image:
+    """Return an image of any kind as RGB, 8 bits per channel; see :func:`read_image` for the conversion.
+
+    Args:
+        image: PIL image; uint8 or uint16 tensor (c, h, w) or NumPy array (h, w, c) with 1 to 4 channels or without that
+            axis; path of a file; or the content of a file as ``bytes``.
+        min_side: size to which files are reduced, see :func:`read_image`.
+
+    Raises:
+        ValueError: not an image, or pixels whose range is unknown.
+
+    """
+    import numpy as np
     from PIL import Image
 
+    if isinstance(image, str | Path):
+        return read_image(image, min_side=min_side)
     try:
-        with open(path, "rb") as file, Image.open(file, formats=image_formats()[1]) as image:
-            return _to_rgb(image, maxima)
-    except Exception as error:  # Pillow's decoders raise arbitrary exceptions on damaged files
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(f"{str(path)!r} cannot be read as an image ({reason}): remove or repair it") from error
+        if isinstance(image, bytes):
+            return _decode(BytesIO(image), None, min_side)
+        if isinstance(image, Tensor | np.ndarray):
+            image = Image.fromarray(_eight_bit_array(image))
+        if isinstance(image, Image.Image):
+            return _to_rgb(image, None)
+    except Exception as error:
+        raise UserError(f"an image of the data cannot be used: {_reason(error)}") from error
+    raise UserError(
+        f"an image of the data has the type {type(image).__name__}: expected a PIL image, a uint8 tensor, a NumPy "
+        "array, a path, or the bytes of a file"
+    )
+
+
+def _reason(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _decode(file: BinaryIO, maxima: list[int] | None, min_side: int) -> Image.Image:
+    from PIL import Image
+
+    with Image.open(file, formats=image_formats()[1]) as image:
+        if min_side:
+            image.draft(
+                image.mode, (min_side, min_side)
+            )  # decodes a JPEG at a half, a quarter or an eighth of its size
+        rgb = _to_rgb(image, maxima)
+    factor = min(rgb.size) // min_side if min_side else 1
+    return rgb.reduce(factor) if factor > 1 else rgb
+
+
+def _eight_bit_array(image: Tensor | np.ndarray) -> np.ndarray:
+    """Return an image as uint8 (h, w) or (h, w, 3 or 4)."""
+    import numpy as np
+
+    array = (
+        np.moveaxis(image.cpu().numpy(), 0, -1) if isinstance(image, Tensor) and image.ndim == 3 else np.asarray(image)
+    )
+    shape = array.shape
+    if array.ndim == 3 and array.shape[2] <= 2:
+        array = array[..., 0]  # without alpha
+    if array.dtype == np.uint16:
+        array = (array >> 8).astype(np.uint8)
+    if array.dtype != np.uint8 or not (array.ndim == 2 or (array.ndim == 3 and array.shape[2] in (3, 4))):
+        raise UserError(
+            f"values of type {array.dtype} and shape {shape}, expected uint8 or uint16, (3, h, w) in a tensor and "
+            "(h, w, 3) in a NumPy array; remove transforms to floats, such as ToTensor"
+        )
+    return np.ascontiguousarray(array)
 
 
 def read_images(paths: list[str], maxima: list[int] | None = None) -> Iterator[Tensor]:

@@ -19,8 +19,9 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
 from stepwise_lightning.data.folders import format_counts, list_images, split_folder
-from stepwise_lightning.data.image_files import pixels, read_image, read_images, warn_of_unused_bits
+from stepwise_lightning.data.image_files import pixels, read_image, read_images, rgb_image, warn_of_unused_bits
 from stepwise_lightning.data.photographs import HELD_OUT, PHOTOGRAPHS, TRAIN, cut_photos
+from stepwise_lightning.data.statistics import NUM_FOR_STATISTICS, channel_statistics, level_statistics, picture_levels
 from stepwise_lightning.data.stl10 import JoinedImages, load_stl10
 from stepwise_lightning.errors import NotFoundError, UserError
 
@@ -29,9 +30,8 @@ if TYPE_CHECKING:  # importing this package needs only torch and lightning
 
 DATA_SETS = ("photos", "cifar10", "stl10")
 SPLITS = ("train", "val", "test")
-_MAX_SIDE_IN_MEMORY = 128
+MAX_SIDE_IN_MEMORY = 128
 _MAX_BYTES_IN_MEMORY = 4 * 2**30
-_NUM_FOR_STATISTICS = 1000  # images read for the channel statistics of a set that is not held in memory
 
 
 @dataclass(frozen=True)
@@ -52,24 +52,35 @@ class ImageSet:
     def __len__(self) -> int:
         return len(self.labels)
 
+    @property
+    def in_memory(self) -> bool:
+        """Whether ``images`` is indexed as a tensor."""
+        return isinstance(self.images, Tensor | JoinedImages)
+
     def picture(self, index: int) -> Image.Image:
         """Return one image as RGB; ValueError with the file's name if it cannot be read."""
-        if isinstance(self.images, list):
-            return read_image(self.images[index])
-        from PIL import Image
+        return self.sample(index)[0]
 
-        pixels = self.images[torch.tensor([index])][0]
-        return Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
+    def sample(self, index: int, seed: int = 0, min_side: int = 0) -> tuple[Image.Image, int]:
+        """Return one image as RGB, and its label.
+
+        Args:
+            index: of the image.
+            seed: of random transforms of a data set.
+            min_side: size to which files are reduced, see :func:`stepwise_lightning.data.image_files.read_image`.
+
+        """
+        image = self.images[index] if isinstance(self.images, list) else self.images[torch.tensor([index])][0]
+        return rgb_image(image, min_side), int(self.labels[index])
 
     def statistics(self) -> tuple[Tensor, Tensor]:
         """Return :func:`channel_statistics`, of 1000 evenly spaced images unless they are held in memory."""
         if not isinstance(self.images, list):
             return channel_statistics(self.images)
-        paths, maxima = self.images[:: -(-len(self.images) // _NUM_FOR_STATISTICS)], list[int]()
-        images = (pixels(read_image(path, maxima)) for path in paths)
-        counts = sum((_histogram(image[None]) for image in images), torch.zeros(3, 256))
+        paths, maxima = self.images[:: -(-len(self.images) // NUM_FOR_STATISTICS)], list[int]()
+        counts = picture_levels(read_image(path, maxima) for path in paths)
         warn_of_unused_bits(maxima, os.path.commonpath([os.path.dirname(path) for path in paths]))
-        return _statistics(counts)
+        return level_statistics(counts)
 
 
 def load_images(data: str, root: str = "data", download: bool = False, image_size: int = 32) -> Tensor:
@@ -155,36 +166,6 @@ def download_images(data: str, root: str = "data") -> None:
         load_image_set(data, "test", root, download=True)
 
 
-def channel_statistics(images: Tensor | JoinedImages) -> tuple[Tensor, Tensor]:
-    """Return mean and standard deviation of each channel of uint8 images (N, 3, h, w), in [0, 1]: float64, (3,) each.
-
-    Raises:
-        ValueError: a channel is constant and cannot be normalised.
-
-    """
-    return _statistics(_histogram(images))
-
-
-def _histogram(images: Tensor | JoinedImages) -> Tensor:
-    # In chunks, because bincount converts to int64 and STL-10 has 2.9 GB.
-    chunks = (chunk.transpose(0, 1).flatten(1) for chunk in images.split(4096))
-    return sum(
-        (torch.stack([c.bincount(minlength=256) for c in chunk]) for chunk in chunks), torch.zeros(3, 256).long()
-    )
-
-
-def _statistics(counts: Tensor) -> tuple[Tensor, Tensor]:
-    levels = torch.arange(256, dtype=torch.float64) / 255
-    share = counts.double() / counts.sum(1, keepdim=True)
-    mean = share @ levels
-    std = (share @ levels.square() - mean.square()).clamp(min=0).sqrt()
-    if (std < 1e-6).any():
-        raise UserError(
-            "a colour channel is constant over the whole data set and cannot be normalised: use other images"
-        )
-    return mean, std
-
-
 def _torchvision_set(data: str, root: str, download: bool, **options: bool) -> Any:
     from torchvision.datasets import CIFAR10
 
@@ -238,7 +219,7 @@ def _log_left_out(folder: Path, left_out: Counter[str]) -> None:
 def _in_memory(paths: list[str], maxima: list[int]) -> Tensor | list[str]:
     """Return the images as uint8 (N, 3, h, w) if they are small and of one size, otherwise their paths."""
     shape = pixels(read_image(paths[0])).shape
-    if max(shape) > _MAX_SIDE_IN_MEMORY or len(paths) * shape.numel() > _MAX_BYTES_IN_MEMORY:
+    if max(shape) > MAX_SIDE_IN_MEMORY or len(paths) * shape.numel() > _MAX_BYTES_IN_MEMORY:
         return paths
     images = torch.empty(len(paths), *shape, dtype=torch.uint8)
     for index, image in enumerate(read_images(paths, maxima)):

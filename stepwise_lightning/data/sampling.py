@@ -1,8 +1,9 @@
-"""Sampler and loader whose global batches depend neither on the number of processes nor on resuming."""
+"""Samplers and loader whose global batches depend neither on the number of processes nor on resuming."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sized
+from collections.abc import Callable, Iterator, Sized
+from itertools import count
 from typing import Any
 
 import torch
@@ -68,6 +69,24 @@ class GlobalBatchSampler(DistributedSampler[Any]):
         return iter([(self.epoch, index) for index in share.flatten().tolist()])
 
 
+class BatchNumbers(GlobalBatchSampler):
+    """Yield the keys (epoch, 0), (epoch, 1), … of the batches of a stream, whose number is unknown.
+
+    Args:
+        epoch: first epoch. Lightning reads the first batch of a stream before it sets the epoch.
+
+    """
+
+    def __init__(self, epoch: int) -> None:
+        self.epoch, self.skip = epoch, 0
+
+    def __len__(self) -> int:
+        raise TypeError("a stream has no length")
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        return ((self.epoch, number) for number in count(self.skip))
+
+
 def local_batch_size(global_batch_size: int, num_replicas: int) -> int:
     """Return the number of samples per rank and step; ValueError if the ranks do not divide the batch."""
     if global_batch_size < 2:
@@ -83,32 +102,47 @@ def local_batch_size(global_batch_size: int, num_replicas: int) -> int:
     return global_batch_size // num_replicas
 
 
+def unchanged(batch: Any) -> Any:
+    """Return a batch unchanged."""
+    return batch
+
+
 class ResumableLoader(DataLoader[Any]):
     """DataLoader over a :class:`GlobalBatchSampler` that resumes within an epoch.
 
     Lightning stores ``state_dict()`` in its checkpoints. It counts the batches yielded, without those that workers have
-    prefetched.
+    prefetched. A batch ``None`` ends the epoch.
+
+    Attributes:
+        finish: function that is applied to each batch in the training process.
+
     """
 
     sampler: GlobalBatchSampler
-    _done = 0
+    finish: Callable[[Any], Any] = staticmethod(unchanged)
+    _state: dict[str, int] | None = None
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]  # promises its own iterator class
         # A generator starts at the first next(). Lightning requests the iterator before it sets the epoch of a resumed
         # run, and workers would prefetch batches of the wrong epoch.
-        done = self.sampler.skip
+        done, epoch = self.sampler.skip, self.sampler.epoch
+        ahead = isinstance(self.sampler, BatchNumbers)  # Lightning reads one batch ahead if the length is unknown
         for batch in super().__iter__():
             self.sampler.skip = 0
+            if batch is None:
+                self._state = {"epoch": epoch + 1, "batches": 0}
+                return
             done += 1
-            self._done = done
-            yield batch
+            self._state = {"epoch": epoch, "batches": done - ahead}
+            yield self.finish(batch)
 
     def state_dict(self) -> dict[str, int]:
-        """Return the epoch and the number of its batches yielded."""
-        return {"epoch": self.sampler.epoch, "batches": self._done}
+        """Return the epoch and the number of its batches yielded, for a stream without the last one."""
+        return self._state or {"epoch": self.sampler.epoch, "batches": 0}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Resume after the last batch that ``state`` counts."""
-        finished = state["batches"] >= len(self)
+        finished = not isinstance(self.sampler, BatchNumbers) and state["batches"] >= len(self)
         self.sampler.set_epoch(state["epoch"] + finished)
-        self._done = self.sampler.skip = 0 if finished else state["batches"]
+        self.sampler.skip = 0 if finished else state["batches"]
+        self._state = {"epoch": self.sampler.epoch, "batches": self.sampler.skip}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -10,11 +10,20 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 
 from stepwise_lightning.data.augmentation import AugmentationParameters
-from stepwise_lightning.data.batch_views import BatchTwoViews, BatchViews
-from stepwise_lightning.data.image_sets import ImageSet, download_images, load_image_set
-from stepwise_lightning.data.sampling import GlobalBatchSampler, ResumableLoader, local_batch_size
+from stepwise_lightning.data.batch_views import PROBE_EPOCH, BatchTwoViews, BatchViews
+from stepwise_lightning.data.image_sets import ImageSet, download_images
+from stepwise_lightning.data.own_images import ImageStream, any_image_set, imported_data
+from stepwise_lightning.data.sampling import (
+    BatchNumbers,
+    GlobalBatchSampler,
+    ResumableLoader,
+    local_batch_size,
+    unchanged,
+)
 from stepwise_lightning.data.seeded_datamodule import SeededDataModule
-from stepwise_lightning.data.views import PROBE_EPOCH, PlainImages, TwoViews, plain_view, random_views
+from stepwise_lightning.data.stl10 import JoinedImages
+from stepwise_lightning.data.streams import StreamTwoViews
+from stepwise_lightning.data.views import PlainImages, plain_view
 from stepwise_lightning.data.workers import prepare_worker
 from stepwise_lightning.errors import UserError
 from stepwise_lightning.seeding import hashed_seed
@@ -29,22 +38,26 @@ class TwoViewDataModule(SeededDataModule):
     images. For the splits see :func:`stepwise_lightning.data.image_sets.load_image_set`.
 
     A view is a function of (seed, epoch, image, view), and the global batch at step k of (seed, k). Neither the number
-    of workers or processes nor resuming changes them; see :mod:`stepwise_lightning.data.sampling`. Views of images held
-    in memory are computed per batch, on the GPU if it trains (:class:`stepwise_lightning.data.batch_views.BatchViews`);
-    views of other images are computed one at a time.
+    of workers or processes nor resuming changes them; see :mod:`stepwise_lightning.data.sampling`. Views are computed
+    per batch, on the GPU if it trains (:class:`stepwise_lightning.data.batch_views.BatchViews`).
+
+    A stream is an iterable of (image, id) or (image, id, label). Its views depend on the id, an integer or a string,
+    and an epoch is a pass over the stream (:class:`stepwise_lightning.data.streams.StreamTwoViews`).
 
     Under DDP, Lightning repeats some validation and test images to get equal shares; for exact numbers, evaluate on
     one device.
 
     Args:
-        data: ``photos``, ``cifar10``, ``stl10``, or the path of a folder of images.
+        data: ``photos``, ``cifar10``, ``stl10``, or the path of a folder of images; a data set of images, see
+            :class:`stepwise_lightning.data.own_images.OwnImages`; ``{"train": …, "val": …, "test": …}`` with data sets,
+            where ``train`` can be a stream; or the dotted path of a function that returns such data.
         augmentation: ``standard``, ``weak``, ``barlow_twins`` or ``simclr``, see :class:`.AugmentationParameters`.
         image_size: side of the views in pixels; None for the shorter side of the images.
         global_batch_size: pairs per step over all processes.
         num_probe_pairs: number of held-out pairs of :meth:`probe_pairs`.
         probe_seed: seed of these pairs, independent of ``seed``: runs with different seeds use the same pairs.
-        num_workers: processes per training process that prepare batches. 0 is fast enough for images held in memory,
-            which always use 0 on a GPU.
+        num_workers: processes per training process that read images and, without a GPU, compute views. 0 is fast enough
+            for images held in memory, which always use 0 on a GPU.
         seed: seed of order and views; None for the global seed (``seed_everything``).
         root: folder of ``cifar10`` and ``stl10``.
         download: download ``cifar10`` or ``stl10`` if missing.
@@ -67,7 +80,7 @@ class TwoViewDataModule(SeededDataModule):
 
     def __init__(
         self,
-        data: str = "photos",
+        data: str | Dataset | dict[str, Dataset] | Iterable = "photos",
         augmentation: Literal["standard", "weak", "barlow_twins", "simclr"] = "standard",
         image_size: int | None = None,
         global_batch_size: int = 64,
@@ -79,8 +92,9 @@ class TwoViewDataModule(SeededDataModule):
         download: bool = False,
     ) -> None:
         super().__init__()
-        self.save_hyperparameters()
+        self.save_hyperparameters(ignore=() if isinstance(data, str) else "data")
         self._set_seed(seed)
+        self._data: Any = data
         AugmentationParameters.of(augmentation)  # raises for an unknown name
         for name, value, least in (("image_size", image_size, 1), ("num_probe_pairs", num_probe_pairs, 2)):
             if value is not None and value < least:
@@ -93,8 +107,8 @@ class TwoViewDataModule(SeededDataModule):
 
     def prepare_data(self) -> None:
         """Download the data set if ``download`` is set (in one process per machine)."""
-        if self.hparams["download"]:
-            download_images(self.hparams["data"], self.hparams["root"])
+        if self.hparams["download"] and isinstance(self._data, str):
+            download_images(self._data, self.hparams["root"])
 
     def setup(self, stage: str | None = None) -> None:
         """Load the images that ``stage`` needs and compute the channel statistics of the training images."""
@@ -105,7 +119,7 @@ class TwoViewDataModule(SeededDataModule):
             train = self.images("train")
             mean, std = train.statistics()
             self.mean, self.std, self.class_names = tuple(mean.tolist()), tuple(std.tolist()), train.class_names
-            self._image_size(train)  # raises here rather than at the first batch
+            self._image_size()  # raises here rather than at the first batch
         if stage in (None, "fit", "validate"):
             self.images("val")
         if stage in (None, "test"):
@@ -114,12 +128,13 @@ class TwoViewDataModule(SeededDataModule):
     def check(self, num_processes: int) -> None:
         """Load the images, and raise a ValueError for a batch size that does not fit them or the processes."""
         super().check(num_processes)
-        GlobalBatchSampler(self._two_views("train", 0), self.hparams["global_batch_size"], num_processes)
+        if not isinstance(images := self.images("train"), ImageStream):
+            dataset = BatchTwoViews(images, self._batch_views(0))
+            GlobalBatchSampler(dataset, self.hparams["global_batch_size"], num_processes)
 
     def state_dict(self) -> dict[str, Any]:
         """Return seed, and the input settings of the trained model: size, normalisation, class names."""
-        size = self._image_size(self.images("train"))
-        inputs = {"image_size": size, "mean": self.mean, "std": self.std, "class_names": self.class_names}
+        inputs = {"image_size": self._image_size(), "mean": self.mean, "std": self.std, "class_names": self.class_names}
         return super().state_dict() | inputs
 
     def train_dataloader(self) -> ResumableLoader:
@@ -127,14 +142,25 @@ class TwoViewDataModule(SeededDataModule):
         h = self.hparams
         if getattr(self.trainer, "overfit_batches", 0):
             raise UserError("overfit_batches would replace the sampler: set limit_train_batches instead")
-        dataset, loading = self._two_views("train", self.seed, self._device), self._loading()
-        if isinstance(dataset, BatchTwoViews):
-            loading["collate_fn"] = BatchTwoViews.keep
-            if dataset.device.type != "cpu":  # batches are already on the training device
-                loading |= {"num_workers": 0, "persistent_workers": False, "pin_memory": False}
-        rank = self.trainer.global_rank if self.trainer else 0
-        sampler = GlobalBatchSampler(dataset, h["global_batch_size"], self._num_processes, rank, self.seed)
-        return ResumableLoader(dataset, sampler.local_batch_size, sampler=sampler, **loading)
+        number, rank, loading = self._num_processes, self.trainer.global_rank if self.trainer else 0, self._loading()
+        dataset: BatchTwoViews | StreamTwoViews
+        sampler: GlobalBatchSampler
+        images, views = self.images("train"), self._batch_views(self.seed)
+        if isinstance(images, ImageStream):
+            dataset = StreamTwoViews(images, views, self._device, h["global_batch_size"], number, rank)
+            progress = self.trainer.fit_loop.epoch_progress.current if self.trainer else None
+            sampler, batch_size = BatchNumbers(getattr(progress, "processed", 0)), None
+        else:
+            dataset = BatchTwoViews(images, views, self._device)
+            sampler = GlobalBatchSampler(dataset, h["global_batch_size"], number, rank, self.seed)
+            batch_size = sampler.local_batch_size
+        on_cpu = dataset.device.type == "cpu"
+        if images.in_memory and not on_cpu:
+            loading |= {"num_workers": 0, "persistent_workers": False}
+        loading["collate_fn"] = dataset.views_of if on_cpu else unchanged
+        loader = ResumableLoader(dataset, batch_size, sampler=sampler, **loading)
+        loader.finish = unchanged if on_cpu else dataset.views_of
+        return loader
 
     def val_dataloader(self) -> DataLoader[Any]:
         """Return a loader of batches (x, label) of the held-out images, not augmented, in order."""
@@ -151,6 +177,8 @@ class TwoViewDataModule(SeededDataModule):
         ``len(loader.dataset)`` is the number of labelled images.
         """
         images = self.images("train")
+        if isinstance(images, ImageStream):
+            raise UserError("a stream has no labelled images for k-NN: remove OnlineKNN, or give a data set")
         labelled = (images.labels >= 0).nonzero().flatten().tolist()
         count, rank = self._num_processes, self.trainer.global_rank if self.trainer else 0
         share = [position % len(labelled) for position in range(rank, len(labelled) + -len(labelled) % count, count)]
@@ -180,15 +208,10 @@ class TwoViewDataModule(SeededDataModule):
             if number > len(held_out):
                 remedy = f"choose 2 to {len(held_out)}" if len(held_out) > 1 else "hold out at least 2"
                 raise UserError(f"num_probe_pairs {number} is more than the {len(held_out)} held-out images: {remedy}")
-            views = self._two_views("val", seed)
+            views = BatchTwoViews(held_out, self._batch_views(seed))
             generator = torch.Generator().manual_seed(hashed_seed(seed, PROBE_EPOCH, "order"))
             chosen = torch.randperm(len(held_out), generator=generator)[:number].tolist()
-            keys = [(PROBE_EPOCH, index) for index in chosen]
-            if isinstance(views, BatchTwoViews):
-                self._probe = views.__getitems__(keys)
-            else:
-                x1, x2, labels = zip(*(views[key] for key in keys), strict=True)
-                self._probe = torch.stack(x1), torch.stack(x2), torch.tensor(labels)
+            self._probe = views.views_of(views.__getitems__([(PROBE_EPOCH, index) for index in chosen]))
         return self._probe
 
     @property
@@ -201,15 +224,18 @@ class TwoViewDataModule(SeededDataModule):
             # Without download, which prepare_data does: here all processes would download at once.
             # One process per machine verifies the files.
             verify = self.trainer is None or self.trainer.local_rank == 0
-            self._sets[split] = load_image_set(self.hparams["data"], split, self.hparams["root"], verify=verify)
+            self._data = imported_data(self._data)
+            self._sets[split] = any_image_set(self._data, split, self.hparams["root"], verify)
         return self._sets[split]
 
-    def _image_size(self, train: ImageSet) -> int:
+    def _image_size(self) -> int:
         if self.hparams["image_size"] is not None:
             return self.hparams["image_size"]
-        if not isinstance(train.images, list):
-            return min(train.images.shape[2:])
-        raise UserError(f"image_size must be given: the images in {self.hparams['data']!r} are large or differ in size")
+        images = self.images("train").images
+        if isinstance(images, Tensor | JoinedImages):
+            return min(images.shape[2:])
+        data = f"the images in {self._data!r}" if isinstance(self._data, str) else "images of a data set"
+        raise UserError(f"image_size must be given: {data} are large or may differ in size")
 
     @property
     def _device(self) -> torch.device:
@@ -217,16 +243,11 @@ class TwoViewDataModule(SeededDataModule):
         device = self.trainer.strategy.root_device if self.trainer else torch.device("cpu")
         return device if device.type == "cuda" else torch.device("cpu")
 
-    def _two_views(self, split: str, seed: int, device: torch.device | str = "cpu") -> TwoViews | BatchTwoViews:
-        images, augmentation = self.images(split), self.hparams["augmentation"]
-        size = self._image_size(self.images("train"))
-        if not isinstance(images.images, list):
-            return BatchTwoViews(images, BatchViews(augmentation, size, self.mean, self.std, seed), device)
-        return TwoViews(images, random_views(augmentation, size, self.mean, self.std), seed)
+    def _batch_views(self, seed: int) -> BatchViews:
+        return BatchViews(self.hparams["augmentation"], self._image_size(), self.mean, self.std, seed)
 
     def _plain_images(self, split: str) -> PlainImages:
-        transform = plain_view(self._image_size(self.images("train")), self.mean, self.std)
-        return PlainImages(self.images(split), transform)
+        return PlainImages(self.images(split), plain_view(self._image_size(), self.mean, self.std))
 
     def _plain_dataloader(self, dataset: Dataset[Any], sampler: Sequence[int] | None = None) -> DataLoader[Any]:
         batch_size = local_batch_size(self.hparams["global_batch_size"], self._num_processes)

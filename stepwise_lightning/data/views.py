@@ -1,4 +1,4 @@
-"""Two views of an image: fixed random crops, or a random augmentation for every sample and epoch."""
+"""Fixed random crops of images, and views without augmentation."""
 
 from __future__ import annotations
 
@@ -9,16 +9,13 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from stepwise_lightning.data.augmentation import AugmentationParameters
-from stepwise_lightning.data.image_sets import ImageSet, channel_statistics
+from stepwise_lightning.data.image_sets import ImageSet
+from stepwise_lightning.data.statistics import channel_statistics
 from stepwise_lightning.errors import UserError
-from stepwise_lightning.seeding import hashed_seed, isolated_rng
 
 if TYPE_CHECKING:  # importing this package needs only torch and lightning
     from PIL import Image
     from torchvision.transforms import v2
-
-PROBE_EPOCH = -1  # not a training epoch: probe pairs share no random numbers with training
 
 
 def crop_pairs(images: Tensor, num_pairs: int, crop_size: int, seed: int) -> tuple[Tensor, Tensor]:
@@ -59,54 +56,11 @@ def crop_pairs(images: Tensor, num_pairs: int, crop_size: int, seed: int) -> tup
     return views[0], views[1]
 
 
-def random_views(
-    augmentation: str, image_size: int, mean: Sequence[float], std: Sequence[float]
-) -> tuple[v2.Transform, v2.Transform]:
-    """Return transforms from one PIL image to its first and second view, float32, (3, image_size, image_size).
-
-    Random resized crop, flip, and the other steps of :class:`.AugmentationParameters`, then normalisation. Call a
-    transform on one image at a time: a batch would get one crop.
-
-    Raises:
-        ValueError: unknown augmentation.
-
-    """
-    from torchvision.transforms import v2
-
-    parameters = AugmentationParameters.of(augmentation)
-    crop = v2.RandomResizedCrop(image_size, scale=parameters.crop_scale, ratio=parameters.crop_ratio)
-    steps: list[Any] = [crop, v2.RandomHorizontalFlip()]
-    if not parameters.jitter:
-        return (v2.Compose([*steps, _Normalise(mean, std)]),) * 2
-    jitter = v2.RandomApply([v2.ColorJitter(*parameters.jitter)], p=parameters.jitter_probability)
-    steps += [jitter, v2.RandomGrayscale(parameters.gray_probability)]
-    views = []
-    for blur, solarize in zip(parameters.blur_probability, parameters.solarize_probability, strict=True):
-        last: list[Any] = [v2.RandomApply([_Blur(*parameters.blur_sigma)], p=blur)]
-        last += [v2.RandomSolarize(128, solarize)] if solarize else []
-        views.append(v2.Compose([*steps, *last, _Normalise(mean, std)]))
-    return views[0], views[1]
-
-
 def plain_view(image_size: int, mean: Sequence[float], std: Sequence[float]) -> v2.Transform:
     """Return a transform from one PIL image to its normalised centre crop, float32, (3, image_size, image_size)."""
     from torchvision.transforms import v2
 
     return v2.Compose([v2.Resize(image_size), v2.CenterCrop(image_size), _Normalise(mean, std)])
-
-
-# At 32 and 96 pixels Pillow crops and jitters up to twice as fast as tensors, and blurs 2 to 8 times as fast as
-# v2.GaussianBlur (the authors of Barlow Twins use it too); _Normalise takes a third of the time of v2's three steps.
-
-
-class _Blur:
-    def __init__(self, low: float, high: float) -> None:
-        self.low, self.high = low, high
-
-    def __call__(self, image: Image.Image) -> Image.Image:
-        from PIL import ImageFilter
-
-        return image.filter(ImageFilter.GaussianBlur(torch.empty(()).uniform_(self.low, self.high).item()))
 
 
 class _Normalise:
@@ -128,29 +82,5 @@ class PlainImages(Dataset[tuple[Tensor, int]]):
         return len(self.images)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        return self.transform(self.images.picture(index)), int(self.images.labels[index])
-
-
-class TwoViews(Dataset[tuple[Tensor, Tensor, int]]):
-    """Triples (x1, x2, label), indexed by (epoch, index); x1 and x2 are float32, (3, image_size, image_size).
-
-    A view is a function of (seed, epoch, index, view), independent of process and order. The epoch is part of the key
-    because persistent workers cannot obtain it otherwise.
-    """
-
-    def __init__(self, images: ImageSet, transforms: tuple[v2.Transform, v2.Transform], seed: int) -> None:
-        self.images, self.transforms, self.seed = images, transforms, seed
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, Tensor, int]:
-        epoch, index = key
-        picture = self.images.picture(index)
-        views = []
-        for view, transform in enumerate(self.transforms, 1):
-            # torchvision uses the global generator, which keeps 32 bits of its seed: two samples may, rarely and
-            # without harm, share random numbers.
-            with isolated_rng(hashed_seed(self.seed, epoch, index, view)):
-                views.append(transform(picture))
-        return views[0], views[1], int(self.images.labels[index])
+        picture, label = self.images.sample(index)
+        return self.transform(picture), label

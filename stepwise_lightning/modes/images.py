@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 from stepwise_lightning.data.augmentation import AugmentationParameters
 from stepwise_lightning.data.batch_views import BatchViews
 from stepwise_lightning.data.image_files import pixels
-from stepwise_lightning.data.image_sets import load_image_set
+from stepwise_lightning.data.own_images import any_image_set, imported_data
 from stepwise_lightning.data.views import plain_view
 from stepwise_lightning.data.workers import prepare_worker
 from stepwise_lightning.errors import UserError
@@ -37,7 +37,9 @@ def choose_images(
     if data is None:
         settings = (configuration_of(checkpoint).get("data") or {}).get("init_args") or {}
         data = settings.get("data", "photos")
-        held_out = load_image_set(data, "val", root or settings.get("root", "data"))
+        if not isinstance(data, str):
+            raise UserError("the data of this run are a data set that cannot be loaded again: give images with --data")
+        held_out = any_image_set(imported_data(data), "val", root or settings.get("root", "data"))
         names = [f"{data}/val/{index}" for index in range(len(held_out))]
         sets, paths = [held_out], held_out.images if isinstance(held_out.images, list) else names
     else:
@@ -48,7 +50,8 @@ def choose_images(
     chosen = torch.linspace(0, len(places) - 1, min(num_images, len(places))).round().long().unique().tolist()
     readers: list[Callable[[], Any]] = [partial(places[number][0].picture, places[number][1]) for number in chosen]
     labels = torch.cat([images.labels for images in sets])[chosen]
-    return readers, labels, sets[0].class_names, [paths[number] for number in chosen]
+    names = sets[0].class_names + [str(label) for label in range(len(sets[0].class_names), int(labels.max()) + 1)]
+    return readers, labels, names, [paths[number] for number in chosen]
 
 
 class _Views(Dataset[tuple[Tensor, dict[str, Tensor]]]):

@@ -15,8 +15,7 @@ from stepwise_lightning.data import load_images
 from stepwise_lightning.data.augmentation import AugmentationParameters
 from stepwise_lightning.data.batch_views import BatchTwoViews, BatchViews, crop_boxes
 from stepwise_lightning.data.counter_rng import uniform
-from stepwise_lightning.data.image_sets import ImageSet, load_image_set
-from stepwise_lightning.data.views import TwoViews, random_views
+from stepwise_lightning.data.image_sets import load_image_set
 
 STATISTICS = ((0.5, 0.45, 0.4), (0.25, 0.24, 0.26))
 NUM_DRAWS = 10_000
@@ -143,8 +142,7 @@ def test_colour_changes_follow_torchvisions_distribution() -> None:
     assert ks_2samp(ours[:, 0].numpy() * 1.05, theirs[:, 0].numpy()).pvalue < 1e-3  # control: a jitter 5 % brighter
 
 
-@pytest.mark.parametrize("batched", [True, False])
-def test_blur_and_solarisation_have_the_published_probabilities_in_each_view(batched: bool, monkeypatch) -> None:
+def test_blur_and_solarisation_have_the_published_probabilities_in_each_view(monkeypatch: pytest.MonkeyPatch) -> None:
     """Barlow Twins blurs the first view always and the second rarely, and solarises a fifth of the second views."""
     number = 400
     # One bright pixel: blur spreads it, solarisation makes it dark. Without crop, flip and jitter it stays in place.
@@ -156,12 +154,7 @@ def test_blur_and_solarisation_have_the_published_probabilities_in_each_view(bat
     image = torch.zeros(3, 9, 9, dtype=torch.uint8)
     image[:, 4, 4] = 255
     arguments = ("barlow_twins", 9, (0.0,) * 3, (1.0,) * 3)
-    if batched:
-        views = BatchViews(*arguments, 0)(image.expand(number, -1, -1, -1), [0] * number, range(number))
-    else:
-        sets = ImageSet(image.expand(number, -1, -1, -1), torch.zeros(number, dtype=torch.int64), ["a"])
-        pairs = TwoViews(sets, random_views(*arguments), seed=0)
-        views = tuple(torch.stack(view) for view in list(zip(*(pairs[0, i] for i in range(number)), strict=True))[:2])
+    views = BatchViews(*arguments, 0)(image.expand(number, -1, -1, -1), [0] * number, range(number))
     blurred = [float(((view[:, 0, 4, 5] - view[:, 0, 0, 0]).abs() > 0.01).double().mean()) for view in views]
     solarized = [float((view[:, 0, 4, 4] < 0.01).double().mean()) for view in views]
     assert blurred[0] == 1 and abs(blurred[1] - 0.1) < 0.05
@@ -172,7 +165,7 @@ def test_batch_equals_single_samples() -> None:
     images = load_image_set("photos", "val")
     dataset = BatchTwoViews(images, new_views(seed=5))
     keys = [(2, index) for index in (7, 3, 100)]
-    x1, x2, labels = dataset.__getitems__(keys)
+    x1, x2, labels = dataset.views_of(dataset.__getitems__(keys))
     for number, key in enumerate(keys):
         first, second, label = dataset[key]
         assert torch.equal(first, x1[number]) and torch.equal(second, x2[number])
