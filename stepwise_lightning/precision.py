@@ -21,6 +21,7 @@ __all__ = [
     "at_least_float32",
     "check_finite",
     "check_real",
+    "float64_device",
     "float64_pair",
     "in_full_precision",
     "on_float64_device",
@@ -82,12 +83,18 @@ def as_tensor(values: TensorLike, name: str = "the input") -> Tensor:
         raise UserError(f"{name} must be a tensor, an array or rows of numbers of one length, got {kind}") from None
 
 
+def float64_device(device: torch.device | str) -> torch.device:
+    """Return the device if it supports float64, else the CPU (for Apple GPUs)."""
+    device = torch.device(device)
+    return torch.device("cpu") if device.type in _WITHOUT_FLOAT64 else device
+
+
 def on_float64_device(tensor: Tensor) -> Tensor:
-    """Return the tensor on its device if that supports float64, else on the CPU (Apple GPUs).
+    """Return the tensor on :func:`float64_device` of its device.
 
     Cast in a separate call afterwards: a combined call would cast before the move.
     """
-    return tensor.cpu() if tensor.device.type in _WITHOUT_FLOAT64 else tensor
+    return tensor.to(float64_device(tensor.device))
 
 
 def as_float64(values: TensorLike, name: str = "the input") -> Tensor:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from stepwise_lightning.errors import UserError
-from stepwise_lightning.precision import TensorLike, as_float64, as_tensor, check_finite, check_real, on_float64_device
+from stepwise_lightning.precision import TensorLike, as_float64, as_tensor, check_finite, check_real, float64_device
 from stepwise_lightning.theory.block_lanczos import KernelOperator, top_eigenpairs
 from stepwise_lightning.theory.estimator import Estimator, function_name
 from stepwise_lightning.theory.linear import LinearBarlowTwins
@@ -225,8 +225,10 @@ class ContrastiveKernelPCA(Estimator):
         torch.save({name: getattr(self, attribute) for name, attribute in _FITTED.items()}, path)
 
     @classmethod
-    def load(cls, path: str | Path, kernel: Kernel) -> Self:
-        """Load a fitted model from the file of :meth:`save`. Pass the kernel with which it was fitted.
+    def load(cls, path: str | Path, kernel: Kernel, device: torch.device | str = "cpu") -> Self:
+        """Load a fitted model from the file of :meth:`save`, saved on any device. Pass the kernel of the fit.
+
+        ``device`` is the device of the loaded model; the CPU if that device has no float64.
 
         Raises:
             FileNotFoundError: the file does not exist.
@@ -234,7 +236,7 @@ class ContrastiveKernelPCA(Estimator):
 
         """
         try:
-            saved = torch.load(path, weights_only=True)
+            saved = torch.load(path, map_location=float64_device(device), weights_only=True)
         except OSError:
             raise
         except Exception as error:  # torch and its unpickler raise many types
@@ -267,7 +269,7 @@ class ContrastiveKernelPCA(Estimator):
     def _kernel(self, x: TensorLike, views: Tensor) -> Tensor:
         x = as_tensor(x, "the points")
         check_real(x, "the points")
-        x, views = _common_dtype(on_float64_device(x).to(views.device), views)
+        x, views = _common_dtype(x.to(views.device), views)
         return as_float64(self.kernel(x, views), "the kernel").to(self.coefficients_.device)
 
 
@@ -277,8 +279,8 @@ def _validated_views(x1: TensorLike, x2: TensorLike) -> tuple[Tensor, Tensor]:
     for name, x in (("first", x1), ("second", x2)):
         check_real(x, f"the {name} views")
         check_finite(x, f"the {name} views")
-    x1 = on_float64_device(x1)
-    return _common_dtype(x1, on_float64_device(x2).to(x1.device))
+    device = float64_device(x1.device)
+    return _common_dtype(x1.to(device), x2.to(device))
 
 
 def _common_dtype(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
