@@ -210,7 +210,7 @@ class TwoViewDataModule(SeededDataModule):
                 raise UserError(f"num_probe_pairs {number} is more than the {len(held_out)} held-out images: {remedy}")
             views = BatchTwoViews(held_out, self._batch_views(seed))
             generator = torch.Generator().manual_seed(hashed_seed(seed, PROBE_EPOCH, "order"))
-            chosen = torch.randperm(len(held_out), generator=generator)[:number].tolist()
+            chosen = torch.randperm(len(held_out), generator=generator, device="cpu")[:number].tolist()
             self._probe = views.views_of(views.__getitems__([(PROBE_EPOCH, index) for index in chosen]))
         return self._probe
 
@@ -258,7 +258,7 @@ class TwoViewDataModule(SeededDataModule):
         return {
             "num_workers": workers,
             "persistent_workers": workers > 0,
-            "pin_memory": torch.cuda.is_available(),
+            "pin_memory": self._device.type == "cuda",  # pinning initialises CUDA
             # Otherwise each new iterator consumes a number of the global generator, and validation would change the
             # training of a model with dropout.
             "generator": torch.Generator(),

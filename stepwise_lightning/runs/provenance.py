@@ -14,7 +14,7 @@ import torch
 
 
 def provenance() -> dict[str, Any]:
-    """Return versions, commits, machine and date of this run.
+    """Return versions, commits, machine and date of this run; a GPU only if this process uses it.
 
     ``commit`` is the commit of this package, None for an installed copy, whose files no repository tracks.
     ``working_directory_commit`` is the commit of the repository that contains the working directory, None outside of
@@ -30,7 +30,7 @@ def provenance() -> dict[str, Any]:
             "platform": platform.platform(),
             "cores": os.cpu_count(),
             "threads": torch.get_num_threads(),
-            "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+            "gpu": torch.cuda.get_device_name() if torch.cuda.is_initialized() else None,
         },
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }

@@ -18,7 +18,8 @@ from stepwise_lightning.seeding import hashed_seed
 
 def random_state() -> dict[str, Any]:
     """Return the state of this process's random number generators, as tensors, numbers and tuples."""
-    cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
+    # Reading the state would initialise CUDA in a process that trains on the CPU.
+    cuda = torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None
     numpy = tuple(part.tolist() if isinstance(part, np.ndarray) else part for part in np.random.get_state())
     state = {"torch": torch.get_rng_state(), "cuda": cuda, "python": random.getstate(), "numpy": numpy}
     return state | ({"mps": torch.mps.get_rng_state()} if torch.backends.mps.is_available() else {})
@@ -27,7 +28,7 @@ def random_state() -> dict[str, Any]:
 def set_random_state(state: dict[str, Any]) -> None:
     """Restore the state returned by :func:`random_state`."""
     torch.set_rng_state(state["torch"])
-    if state["cuda"] is not None and torch.cuda.is_available():
+    if state["cuda"] is not None and torch.cuda.is_initialized():
         torch.cuda.set_rng_state(state["cuda"])
     if "mps" in state and torch.backends.mps.is_available():
         torch.mps.set_rng_state(state["mps"])
