@@ -1,7 +1,7 @@
 """Encoders: modules from a batch of images or vectors to embeddings (n, d).
 
-Each encoder draws its initial weights from a separate generator. Its seed is ``seed``, or for None the global seed of
-``seed_everything`` or ``torch.manual_seed``; the weights depend on nothing else.
+Initial weights depend on the seed only: ``seed``, or for None the global seed of ``seed_everything`` or
+``torch.manual_seed``. They are drawn on the CPU, and moved to torch's default device (``with torch.device("cuda"):``).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from stepwise_lightning.errors import UserError
 from stepwise_lightning.precision import without_autocast
-from stepwise_lightning.seeding import checked_seed, isolated_rng
+from stepwise_lightning.seeding import checked_seed, seeded_on_cpu
 from stepwise_lightning.small_resnet import small_resnet
 
 __all__ = ["Encoder", "LinearEncoder", "MLP", "Projector", "ResNet", "scale_last_layer"]
@@ -43,14 +43,10 @@ class LinearEncoder(nn.Module):
             raise UserError(f"a linear encoder needs in_features, out_features ≥ 1, got {in_features}, {out_features}")
         if init_std is not None and not 0 <= init_std < float("inf"):
             raise UserError(f"init_std must be finite and ≥ 0, got {init_std}")
-        generator = torch.Generator().manual_seed(checked_seed(seed))
-        weight = torch.empty(out_features, in_features)
-        if init_std is None:
-            bound = in_features**-0.5
-            weight.uniform_(-bound, bound, generator=generator)
-        else:
-            weight.normal_(0, init_std, generator=generator)
-        self.weight = nn.Parameter(weight)
+        with seeded_on_cpu(seed):
+            weight, bound = torch.empty(out_features, in_features), in_features**-0.5
+            weight = weight.uniform_(-bound, bound) if init_std is None else weight.normal_(0, init_std)
+        self.weight = nn.Parameter(weight.to(torch.get_default_device()))
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the embeddings (n, d) of inputs (n, …) with m elements each."""
@@ -81,10 +77,11 @@ class MLP(nn.Sequential):
         if min(widths) < 1:
             raise UserError(f"in_features, hidden and out_features need a width of at least 1, got {widths}")
         layers: list[nn.Module] = [nn.Flatten()]
-        with isolated_rng(checked_seed(seed)):
+        with seeded_on_cpu(seed):
             for width_in, width_out in pairwise(widths):
                 layers += [nn.Linear(width_in, width_out, bias=bias), nn.ReLU()]
         super().__init__(*layers[:-1])
+        self.to(torch.get_default_device())
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the embeddings (n, out_features) of inputs (n, …) with in_features elements each."""
@@ -117,7 +114,7 @@ class ResNet(nn.Module):
         super().__init__()
         if name not in self.NAMES:
             raise UserError(f"unknown ResNet {name!r}; choose from: {', '.join(self.NAMES)}")
-        with isolated_rng(checked_seed(seed)):
+        with seeded_on_cpu(seed):
             network: Any = small_resnet() if name == "resnet_small" else getattr(models, name)(weights=None)
             if small_images:
                 channels = network.conv1.out_channels
@@ -128,7 +125,7 @@ class ResNet(nn.Module):
         self.name, self.small_images = name, small_images
         network.fc = nn.Identity()
         # Saves a quarter of a step of the small network on a CPU, a tenth of a step of ResNet-50.
-        self.network = network.to(memory_format=torch.channels_last)
+        self.network = network.to(torch.get_default_device(), memory_format=torch.channels_last)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the features (n, out_features) of images (n, 3, h, w)."""
@@ -171,13 +168,14 @@ class Projector(nn.Sequential):
         if norm not in ("batch", "none"):
             raise UserError(f"norm must be 'batch' or 'none', got {norm!r}")
         layers: list[nn.Module] = []
-        with isolated_rng(checked_seed(seed)):
+        with seeded_on_cpu(seed):
             for index in range(depth - 1):
                 layers.append(nn.Linear(in_features if index == 0 else hidden_features, hidden_features))
                 layers += [nn.BatchNorm1d(hidden_features)] if norm == "batch" else []
                 layers.append(nn.ReLU())
             layers.append(nn.Linear(in_features if depth == 1 else hidden_features, out_features))
         super().__init__(*layers)
+        self.to(torch.get_default_device())
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the embeddings (n, out_features) of features (n, in_features)."""
@@ -272,7 +270,8 @@ def scale_last_layer(
         raise UserError(f"bias_norm={bias_norm} needs a last layer with a bias, and a finite norm of at least 0")
     last.weight.mul_(alpha)
     if bias is not None and bias_norm is not None:
-        direction = torch.randn(bias.shape, generator=torch.Generator().manual_seed(checked_seed(seed)))
+        with seeded_on_cpu(seed):
+            direction = torch.randn(bias.shape)
         bias.copy_(direction * bias_norm / direction.norm())
     elif bias is not None:
         bias.mul_(alpha)

@@ -10,7 +10,7 @@ import torch
 
 from stepwise_lightning.errors import UserError
 
-__all__ = ["checked_seed", "hashed_seed", "isolated_rng"]
+__all__ = ["checked_seed", "hashed_seed", "isolated_rng", "seeded_on_cpu"]
 
 # Leaves room for seeds derived by adding a number.
 _MAX_GLOBAL_SEED = 2**62
@@ -40,4 +40,14 @@ def isolated_rng(seed: int) -> Iterator[None]:
     with torch.random.fork_rng(devices=[]):
         # torch.manual_seed would also seed accelerators, which takes 0.2 ms.
         torch.default_generator.manual_seed(seed)
+        yield
+
+
+@contextmanager
+def seeded_on_cpu(seed: int | None) -> Iterator[None]:
+    """Create tensors on the CPU from :func:`checked_seed`, whatever torch's default device is.
+
+    :func:`isolated_rng` does not seed the generators of other devices.
+    """
+    with isolated_rng(checked_seed(seed)), torch.device("cpu"):
         yield

@@ -64,7 +64,8 @@ class GlobalBatchSampler(DistributedSampler[Any]):
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
         generator = torch.Generator().manual_seed(hashed_seed(self.seed, self.epoch, "order"))
-        order = torch.randperm(self.num_images, generator=generator)[: self.num_batches * self.global_batch_size]
+        order = torch.randperm(self.num_images, generator=generator, device="cpu")
+        order = order[: self.num_batches * self.global_batch_size]
         share = order.view(self.num_batches, self.num_replicas, self.local_batch_size)[self.skip :, self.rank]
         return iter([(self.epoch, index) for index in share.flatten().tolist()])
 

@@ -21,7 +21,9 @@ NUM_FOR_STATISTICS = 1000  # images read for the statistics of a set that is not
 
 
 def channel_statistics(images: Tensor | JoinedImages) -> tuple[Tensor, Tensor]:
-    """Return mean and standard deviation of each channel of uint8 images (N, 3, h, w), in [0, 1]: float64, (3,) each.
+    """Return mean and standard deviation of each channel of uint8 images (N, 3, h, w) in [0, 1].
+
+    They are float64, (3,) each, on the CPU.
 
     Raises:
         ValueError: a channel is constant and cannot be normalised.
@@ -33,19 +35,18 @@ def channel_statistics(images: Tensor | JoinedImages) -> tuple[Tensor, Tensor]:
 def _histogram(images: Tensor | JoinedImages) -> Tensor:
     # In chunks, because bincount converts to int64 and STL-10 has 2.9 GB.
     chunks = (chunk.transpose(0, 1).flatten(1) for chunk in images.split(4096))
-    return sum(
-        (torch.stack([c.bincount(minlength=256) for c in chunk]) for chunk in chunks), torch.zeros(3, 256).long()
-    )
+    counts = (torch.stack([c.bincount(minlength=256) for c in chunk]).cpu() for chunk in chunks)
+    return sum(counts, torch.zeros(3, 256, dtype=torch.int64, device="cpu"))
 
 
 def picture_levels(pictures: Iterable[Image.Image]) -> Tensor:
     """Return how often RGB images of any sizes have each level, (3, 256)."""
-    return sum((_histogram(pixels(picture)[None]) for picture in pictures), torch.zeros(3, 256))
+    return sum((_histogram(pixels(picture)[None]) for picture in pictures), torch.zeros(3, 256, device="cpu"))
 
 
 def level_statistics(counts: Tensor) -> tuple[Tensor, Tensor]:
     """Return :func:`channel_statistics` for the number of pixels at each level, (3, 256)."""
-    levels = torch.arange(256, dtype=torch.float64) / 255
+    levels = torch.arange(256, dtype=torch.float64, device="cpu") / 255
     share = counts.double() / counts.sum(1, keepdim=True)
     mean = share @ levels
     std = (share @ levels.square() - mean.square()).clamp(min=0).sqrt()

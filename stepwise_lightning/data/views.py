@@ -12,6 +12,7 @@ from torch.utils.data import Dataset
 from stepwise_lightning.data.image_sets import ImageSet
 from stepwise_lightning.data.statistics import channel_statistics
 from stepwise_lightning.errors import UserError
+from stepwise_lightning.precision import on_float64_device
 
 if TYPE_CHECKING:  # importing this package needs only torch and lightning
     from PIL import Image
@@ -30,7 +31,7 @@ def crop_pairs(images: Tensor, num_pairs: int, crop_size: int, seed: int) -> tup
         seed: seed of the images and crop positions.
 
     Returns:
-        First and second views, float32, (n, 3, crop_size, crop_size) each.
+        First and second views, float32, (n, 3, crop_size, crop_size) each, on the device of ``images``.
 
     Raises:
         ValueError: ``num_pairs`` or ``crop_size`` out of range.
@@ -43,16 +44,18 @@ def crop_pairs(images: Tensor, num_pairs: int, crop_size: int, seed: int) -> tup
         raise UserError(
             f"crop_size {crop_size} does not fit images of {height}×{width} pixels: choose 1 to {min(height, width)}"
         )
-    mean, std = channel_statistics(images)
     generator = torch.Generator().manual_seed(seed)
-    chosen = images[torch.randperm(total, generator=generator)[:num_pairs]]
-    rows = torch.randint(height - crop_size + 1, (2, num_pairs), generator=generator)
-    columns = torch.randint(width - crop_size + 1, (2, num_pairs), generator=generator)
+    with torch.device("cpu"):
+        order = torch.randperm(total, generator=generator)[:num_pairs]
+        rows = torch.randint(height - crop_size + 1, (2, num_pairs), generator=generator)
+        columns = torch.randint(width - crop_size + 1, (2, num_pairs), generator=generator)
+    chosen = on_float64_device(images[order.to(images.device)])
+    mean, std = (value.to(chosen.device) for value in channel_statistics(images))
     views = []
     for top, left in zip(rows.tolist(), columns.tolist(), strict=True):
         crops = [image[:, i : i + crop_size, j : j + crop_size] for image, i, j in zip(chosen, top, left, strict=True)]
         normalised = (torch.stack(crops) / 255.0 - mean[:, None, None]) / std[:, None, None]
-        views.append(normalised.float())
+        views.append(normalised.float().to(images.device))
     return views[0], views[1]
 
 

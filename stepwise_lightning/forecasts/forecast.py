@@ -10,6 +10,7 @@ from torch import Tensor
 
 from stepwise_lightning.forecasts.learning_rates import StableRates
 from stepwise_lightning.losses import LOSSES
+from stepwise_lightning.precision import as_float64
 from stepwise_lightning.spectrum.record import SpectrumRecord
 
 __all__ = ["Forecast", "correct_for_feature_learning", "crossings"]
@@ -111,7 +112,7 @@ class Forecast:
         first, later = _ERRORS.get(self.loss, (math.nan, math.nan))
         if self.start:
             first, later = _LIVE_ERRORS.get(self.loss, math.nan), math.nan
-        errors = torch.full((len(self.step_times),), later, dtype=torch.float64)
+        errors = self.step_times.new_full((len(self.step_times),), later)
         errors[self.num_learned : self.num_learned + 1] = first
         return errors
 
@@ -119,7 +120,8 @@ class Forecast:
         """Return the eigenvalues at steps (T,), interpolated in their logarithm, (T, d); NaN outside the trajectory."""
         tiny = torch.finfo(torch.float64).tiny
         known, logs = self.steps.double(), self.eigenvalues.clamp(min=tiny).log()
-        after = torch.searchsorted(known, steps.double()).clamp(1, len(known) - 1)
+        steps = as_float64(steps, "steps").cpu()
+        after = torch.searchsorted(known, steps).clamp(1, len(known) - 1)
         share = ((steps - known[after - 1]) / (known[after] - known[after - 1]))[:, None]
         values = (logs[after - 1] + share * (logs[after] - logs[after - 1])).exp()
         outside = (steps < known[0]) | (steps > known[-1])
@@ -130,7 +132,7 @@ class Forecast:
 
         They are NaN from the expected step of the first mode that is not reliable.
         """
-        count = int(self.errors.isfinite().sum())
+        count, steps = int(self.errors.isfinite().sum()), as_float64(steps, "steps").cpu()
         later = self.step_times[count : count + 1]
         past = (steps[:, None] > later.nan_to_num(nan=-1.0, posinf=math.inf)).any(1)
         return self.at(steps)[:, :count].masked_fill(past[:, None], math.nan)
@@ -193,7 +195,7 @@ def crossings(steps: Tensor, eigenvalues: Tensor, threshold: float) -> Tensor:
     above = torch.nn.functional.pad(eigenvalues > threshold, (0, 0, 0, 2), value=True)
     sustained = above[:-2] & above[1:-1] & above[2:]
     logs = eigenvalues.clamp(min=torch.finfo(torch.float64).tiny).log() - math.log(threshold)
-    times = torch.full((eigenvalues.shape[1],), math.inf, dtype=torch.float64)
+    times = eigenvalues.new_full((eigenvalues.shape[1],), math.inf, dtype=torch.float64)
     for mode in range(eigenvalues.shape[1]):
         if bool(eigenvalues[0, mode] > threshold):
             times[mode] = math.nan

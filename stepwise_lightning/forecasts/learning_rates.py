@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from stepwise_lightning.forecasts.sgd import SGDSettings
-from stepwise_lightning.precision import single_threaded
+from stepwise_lightning.precision import float64_pair, single_threaded
 from stepwise_lightning.theory.last_layer import LastLayer
 from stepwise_lightning.theory.stability import stability_limits
 
@@ -89,7 +89,9 @@ def stable_rates(
 @single_threaded()
 def largest_gammas(h1: Tensor, h2: Tensor, center: bool) -> list[float]:
     """Return the largest eigenvalue of Γ for each batch, by 100 power iterations."""
-    h1, h2 = (h.double() - (h.double().mean(1, keepdim=True) if center else 0.0) for h in (h1, h2))
+    h1, h2 = float64_pair(h1, h2, "views' features")
+    if center:
+        h1, h2 = (h - h.mean(1, keepdim=True) for h in (h1, h2))
     vector = h1.new_ones(len(h1), h1.shape[2], 1)
     value = h1.new_zeros(len(h1))
     for _ in range(100):

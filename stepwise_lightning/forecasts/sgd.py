@@ -15,6 +15,7 @@ from stepwise_lightning.errors import UserError
 from stepwise_lightning.features import Views, capture, on_device, views_in
 from stepwise_lightning.losses import LOSSES, loss_settings
 from stepwise_lightning.modules import JointEmbedding
+from stepwise_lightning.precision import as_float64
 from stepwise_lightning.rate_schedule import rate_factor
 
 __all__ = ["SGDSettings", "last_features", "last_layer", "loss_of", "velocity_of"]
@@ -64,7 +65,7 @@ class SGDSettings:
             raise UserError(f"learning_rate must be given: {type(module).__name__} is not a module of this package")
         if isinstance(rates, (int, float)):
             rates = [rates] * (max_steps - start)
-        rates = torch.as_tensor(rates, dtype=torch.float64)
+        rates = as_float64(rates, "learning_rate").cpu()
         if rates.shape != (max_steps - start,):
             raise UserError(
                 f"learning_rate must be a number, or one for each of the {max_steps - start} steps to come, got "

@@ -106,7 +106,8 @@ def forecast_of_features(
     Without rates, whose search takes most of the time, stable learning rates are NaN. The trajectory has at most
     ``num_points`` log-spaced samples.
     """
-    weight, bias = weight.detach().cpu(), None if bias is None else bias.detach().cpu()
+    h1, h2, weight = (values.detach().cpu() for values in (h1, h2, weight))
+    bias = None if bias is None else bias.detach().cpu()
     d, m = weight.shape
     x1, x2 = (_smaller_batches(h) if sgd.loss == "simclr" else h for h in (h1, h2))
     components = min(m, max(_COMPONENTS, 2 * d)) if m > _MAX_FEATURES else None
@@ -140,7 +141,7 @@ def _smaller_batches(h: Tensor) -> Tensor:
 def _growth_rates(sgd: SGDSettings, h1: Tensor, h2: Tensor, d: int, bias_norm: float) -> Tensor:
     """Return ρ of each mode, (d,); NaN for SimCLR without a bias."""
     if sgd.loss == "simclr" and bias_norm == 0:
-        return torch.full((d,), math.nan, dtype=torch.float64)
+        return h1.new_full((d,), math.nan, dtype=torch.float64)
     matrix = growth_matrix(sgd.loss, h1, h2, d, bias_norm or 1.0, **sgd.settings)
     rates = torch.linalg.eigvalsh(matrix).flip(0)[:d].cpu()
     return torch.nn.functional.pad(rates, (0, d - len(rates)))
@@ -148,7 +149,7 @@ def _growth_rates(sgd: SGDSettings, h1: Tensor, h2: Tensor, d: int, bias_norm: f
 
 def _step_times(trajectory: LayerTrajectory, threshold: float, start: int) -> Tensor:
     if threshold <= 0 or trajectory.eigenvalues.isinf().any():
-        return torch.full((trajectory.eigenvalues.shape[1],), math.inf, dtype=torch.float64)
+        return trajectory.eigenvalues.new_full((trajectory.eigenvalues.shape[1],), math.inf)
     times = crossings(trajectory.steps + start, trajectory.eigenvalues, threshold)
     return times if start else torch.where(trajectory.eigenvalues[0] > threshold / 10, math.nan, times)
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from stepwise_lightning.precision import as_float64, float64_pair
+
 __all__ = ["ATTRIBUTES", "class_share", "correlations", "explained_share", "image_attributes"]
 
 _GRAY = (0.2989, 0.587, 0.114)  # weights of red, green and blue, as in torchvision
@@ -23,13 +25,14 @@ ATTRIBUTES = {
 
 def image_attributes(images: Tensor) -> dict[str, Tensor]:
     """Return :data:`ATTRIBUTES` of images (n, 3, h, w) with values in [0, 1]: (n,) each, float64."""
-    images = images.double()
+    images = as_float64(images, "the images")
     red, green, blue = images.unbind(1)
-    gray = torch.einsum("c,ncij->nij", torch.tensor(_GRAY, dtype=torch.float64), images)
+    gray = torch.einsum("c,ncij->nij", images.new_tensor(_GRAY), images)
     centred = gray - gray.mean((1, 2), keepdim=True)
     power = torch.fft.fft2(centred).abs().square()
     height, width = gray.shape[1:]
-    frequency = torch.hypot(torch.fft.fftfreq(height)[:, None], torch.fft.fftfreq(width)[None])
+    rows, columns = (torch.fft.fftfreq(extent, device=images.device) for extent in (height, width))
+    frequency = torch.hypot(rows[:, None], columns)
     total = power.sum((1, 2))
     fine = (power * (frequency > _FINE)).sum((1, 2))
     values = (
@@ -45,9 +48,10 @@ def image_attributes(images: Tensor) -> dict[str, Tensor]:
 
 def correlations(coordinates: Tensor, attribute: Tensor) -> Tensor:
     """Return Pearson's r of each mode, (n, k), with an attribute, (n,): (k,), NaN where either is constant."""
+    coordinates, attribute = float64_pair(coordinates, attribute, "values")
     c, a = coordinates - coordinates.mean(0), attribute - attribute.mean()
     if a.abs().max() < _CONSTANT:  # for example colour of grayscale images
-        return torch.full((c.shape[1],), torch.nan, dtype=torch.float64)
+        return c.new_full((c.shape[1],), torch.nan)
     return (a @ c) / (a.norm() * c.norm(dim=0))
 
 
@@ -57,6 +61,8 @@ def explained_share(coordinates: Tensor, attributes: dict[str, Tensor]) -> Tenso
     It is 1 − Σ(leave-one-out residual)² / Σ(c − c̄)²: unrelated attributes explain nothing, even with few images, and
     chance may make it negative.
     """
+    coordinates = as_float64(coordinates, "the coordinates")
+    attributes = {name: as_float64(values, name).to(coordinates.device) for name, values in attributes.items()}
     varying = [values for values in attributes.values() if values.std() > _CONSTANT]
     centred = coordinates - coordinates.mean(0)
     x = torch.stack([torch.ones_like(coordinates[:, 0]), *((v - v.mean()) / v.std() for v in varying)], 1)
@@ -71,11 +77,13 @@ def class_share(coordinates: Tensor, labels: Tensor) -> Tensor | None:
     ε² = 1 − (1 − η²)(n − 1)/(n − classes), where η² is the variance of class means over the total variance. Without a
     relation its mean is 0, and it may be negative. Labels below 0 are unknown.
     """
+    coordinates = as_float64(coordinates, "the coordinates")
+    labels = labels.to(coordinates.device)
     known = labels >= 0
     c = coordinates[known] - coordinates[known].mean(0)
     names, groups, counts = labels[known].unique(return_inverse=True, return_counts=True)
     if len(names) < 2 or len(c) <= len(names):
         return None
-    means = torch.zeros(len(names), c.shape[1], dtype=c.dtype).index_add_(0, groups, c) / counts[:, None]
+    means = c.new_zeros(len(names), c.shape[1]).index_add_(0, groups, c) / counts[:, None]
     between = (counts[:, None] * means.square()).sum(0) / c.square().sum(0)
     return 1 - (1 - between) * (len(c) - 1) / (len(c) - len(names))

@@ -82,8 +82,13 @@ class Modes:
         return len(self.eigenvalues)
 
     def coordinates(self, z: Tensor) -> Tensor:
-        """Return the coordinates of embeddings (n, d) along the modes, (n, k), float64; gradients pass through."""
-        return (TABLE[self.matrix].transform(z.double(), self.axis) - self.origin) @ self.directions
+        """Return the coordinates of embeddings (n, d) along the modes, (n, k), float64; gradients pass through.
+
+        They are on the device of the modes, which is that of the embeddings of :meth:`of`, or the CPU if that device
+        has no float64.
+        """
+        z = as_float64(z, "the embeddings").to(self.origin.device)
+        return (TABLE[self.matrix].transform(z, self.axis) - self.origin) @ self.directions
 
 
 def _check(z: list[Tensor], matrix: str) -> None:

@@ -27,13 +27,13 @@ def mean_gradients(encoder: nn.Module, modes: Modes, inputs: Tensor) -> Tensor:
         inputs: (n, …), float32.
 
     """
-    total = torch.zeros(len(modes), *inputs.shape[1:], dtype=torch.float64)
+    total = modes.directions.new_zeros(len(modes), *inputs.shape[1:])
     for part in inputs.split(_BATCH):
         x = part.clone().requires_grad_()
         with torch.enable_grad():
             sums = modes.coordinates(encoder(x)).sum(0)
             for mode, value in enumerate(sums):
-                total[mode] += torch.autograd.grad(value, x, retain_graph=True)[0].sum(0)
+                total[mode] += torch.autograd.grad(value, x, retain_graph=True)[0].sum(0).to(total.device)
     return total / len(inputs)
 
 
@@ -58,7 +58,7 @@ def occlusion_maps(
     side = max(1, round(min(height, width) / 4))
     tops, lefts = (sorted({*range(0, extent - side, max(1, side // 2)), extent - side}) for extent in (height, width))
     whole = torch.cat([modes.coordinates(encoder(part)) for part in images.split(_BATCH)])
-    lost, covers = torch.zeros(*whole.shape, height, width, dtype=torch.float64), torch.zeros(height, width)
+    lost, covers = (whole.new_zeros(*shape, height, width) for shape in (whole.shape, ()))
     for top, left in progress([(top, left) for top in tops for left in lefts]):
         place = slice(top, top + side), slice(left, left + side)
         covered = images.clone()

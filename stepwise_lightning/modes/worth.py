@@ -56,8 +56,8 @@ def mode_worth(
         neighbours: of k-NN, ≥ 1.
 
     Returns:
-        Accuracies with the first k = 0, 1, … modes, (modes + 1,), float64. With k = 0 the most frequent class is
-        predicted, which is chance level.
+        Accuracies with the first k = 0, 1, … modes, (modes + 1,), float64, on the device of ``views`` or, if it has no
+        float64, on the CPU. With k = 0 the most frequent class is predicted, which is chance level.
 
     Example:
         Two classes that differ in a direction of little variance, the second mode:
@@ -80,16 +80,20 @@ def mode_worth(
             f"classifier must be one of {', '.join(get_args(Classifier))}, penalty > 0 and neighbours ≥ 1, got "
             f"{classifier!r}, {penalty}, {neighbours}"
         )
-    modes, known = Modes.of(views, matrix), labels >= 0
+    modes = Modes.of(views, matrix)
+    device = modes.origin.device
+    labels = labels.to(device)
+    known = labels >= 0
     classes, targets = labels[known].unique(return_inverse=True)
     coordinates = torch.cat([modes.coordinates(view.detach()) for view in views])
     scale = coordinates.square().mean(0).sqrt()
     x, y = (coordinates / scale)[known.repeat(len(views))], one_hot(targets).double().repeat(len(views), 1)
-    inputs = torch.arange(len(targets)).repeat(len(views))
+    inputs = torch.arange(len(targets), device=device).repeat(len(views))
     queries, expected = None, labels[known].repeat(len(views))
     if held_out is not None:
-        known = held_out[1] >= 0
-        queries, expected = modes.coordinates(held_out[0].detach())[known] / scale, held_out[1][known]
+        expected = held_out[1].to(device)
+        known = expected >= 0
+        queries, expected = modes.coordinates(held_out[0].detach())[known] / scale, expected[known]
     most = len(modes) if num_modes is None else min(num_modes, len(modes))
     accuracies = [(expected == classes[y.sum(0).argmax()]).double().mean()]
     for k in range(1, most + 1):
@@ -106,7 +110,7 @@ def _ridge_scores(x: Tensor, y: Tensor, inputs: Tensor, penalty: float, queries:
     """Return the outputs for ``queries``, (m, classes), or the leave-one-out outputs for ``x``."""
     centre = x.mean(0)
     centred = x - centre
-    inverse = torch.linalg.inv(centred.T @ centred + penalty * len(x) * torch.eye(x.shape[1], dtype=x.dtype))
+    inverse = torch.linalg.inv(centred.T @ centred + penalty * len(x) * torch.eye(x.shape[1]).to(x))
     weights = inverse @ (centred.T @ y)
     if queries is not None:
         return y.mean(0) + (queries - centre) @ weights
@@ -125,7 +129,7 @@ def _neighbour_scores(x: Tensor, y: Tensor, inputs: Tensor, neighbours: int, que
     count = max(1, min(neighbours, len(x) - num_left_out))
     votes = 1 + torch.arange(count, 0, -1).to(x)[:, None] / (2 * count * count)  # nearer neighbours decide ties
     scores = []
-    for part in torch.arange(len(points)).split(max(1, _MAX_DISTANCES // len(x))):
+    for part in torch.arange(len(points), device=x.device).split(max(1, _MAX_DISTANCES // len(x))):
         distances = torch.cdist(points[part], x)
         if queries is None:
             distances[inputs[part][:, None] == inputs] = torch.inf

@@ -132,7 +132,7 @@ class SpectrumRecord:
     def from_arrays(cls, arrays: Mapping[str, Any]) -> Self:
         """Return the record of :meth:`arrays`, given as NumPy arrays or tensors."""
         record = cls()
-        tensors = {name: torch.as_tensor(values) for name, values in arrays.items()}
+        tensors = {name: torch.as_tensor(values).detach().cpu() for name, values in arrays.items()}
         steps, times, losses = (tensors.pop(name).tolist() for name in ("step", "time", "loss"))
         record._measurements = [Measurement(*values) for values in zip(steps, times, losses, strict=True)]
         embeddings, predicted = tensors.pop("embeddings", None), tensors.pop(_PREDICTED, None)
@@ -160,17 +160,17 @@ class SpectrumRecord:
     @property
     def steps(self) -> Tensor:
         """Number of optimiser steps before each measurement, (T,)."""
-        return torch.tensor([m.step for m in self._measurements], dtype=torch.int64)
+        return torch.tensor([m.step for m in self._measurements], dtype=torch.int64, device="cpu")
 
     @property
     def times(self) -> Tensor:
         """Learning rate × steps, (T,)."""
-        return torch.tensor([m.time for m in self._measurements], dtype=torch.float64)
+        return torch.tensor([m.time for m in self._measurements], dtype=torch.float64, device="cpu")
 
     @property
     def losses(self) -> Tensor:
         """Training loss of the step after each measurement, (T,); NaN if unknown, as at the end of training."""
-        return torch.tensor([m.loss for m in self._measurements], dtype=torch.float64)
+        return torch.tensor([m.loss for m in self._measurements], dtype=torch.float64, device="cpu")
 
     @property
     def matrices(self) -> list[str]:
@@ -208,7 +208,7 @@ class SpectrumRecord:
             choice = ", ".join(self.measures(matrix))
             raise UserError(f"no measure {measure!r} of {matrix!r} in this record; choose from: {choice}")
         values = [s.measures.get(measure, math.nan) if s else math.nan for s in self._spectra(matrix)]
-        return torch.tensor(values, dtype=torch.float64)
+        return torch.tensor(values, dtype=torch.float64, device="cpu")
 
     def embeddings(self, index: int) -> Tensor:
         """Return the embeddings of the module at one measurement, (views, n, d); ValueError if they were not kept."""
@@ -228,7 +228,7 @@ class SpectrumRecord:
 
         """
         times, values = self.times, self.eigenvalues(matrix)
-        known = values.isfinite().any(1) if values.shape[1] else torch.ones(len(values), dtype=torch.bool)
+        known = values.isfinite().any(1) if values.shape[1] else values.new_ones(len(values), dtype=torch.bool)
         times, values = times[known], values[known]
         moves = torch.cat([times.diff() > 0, times.new_ones(min(1, len(times)), dtype=torch.bool)])
         times, values = times[moves], values[moves]
@@ -252,7 +252,7 @@ class SpectrumRecord:
 
     def predict(self, predicted: Tensor) -> None:
         """Set the predicted eigenvalues of C of all measurements, (T, d)."""
-        for measurement, values in zip(self._measurements, predicted, strict=True):
+        for measurement, values in zip(self._measurements, predicted.detach().cpu(), strict=True):
             measurement.predicted = values
 
     def keep(self, count: int) -> None:

@@ -70,7 +70,7 @@ def detect_steps(times: Tensor, eigenvalues: Tensor) -> Steps:
     times, values = _filtered(times, eigenvalues)
     tail = values[-max(1, math.ceil(len(values) / 10)) :, 0]
     threshold = 0.1 * tail.median().clamp(min=0)
-    nan = torch.full((values.shape[1],), math.nan, dtype=torch.float64)
+    nan = values.new_full((values.shape[1],), math.nan)
     step_times, widths = nan.clone(), nan.clone()
     for mode, path in enumerate(values.T):
         if threshold > 0 and path[0] <= threshold / 10:
@@ -83,7 +83,7 @@ def detect_steps(times: Tensor, eigenvalues: Tensor) -> Steps:
     return Steps(
         step_times=step_times,
         rise_widths=widths,
-        num_learned=(values > threshold).sum(1) if threshold > 0 else torch.zeros(len(values), dtype=torch.int64),
+        num_learned=(values > threshold).sum(1) if threshold > 0 else values.new_zeros(len(values), dtype=torch.int64),
         num_distinct=num_distinct,
         stepwiseness=stepwiseness,
         threshold=float(threshold),
@@ -119,7 +119,7 @@ def detect_rises(times: Tensor, eigenvalues: Tensor) -> Rises:
     """
     times, values = _filtered(times, eigenvalues)
     ends = values[-max(1, math.ceil(len(values) / 10)) :].median(0).values
-    halves, widths = torch.full((2, values.shape[1]), math.nan, dtype=torch.float64)
+    halves, widths = values.new_full((2, values.shape[1]), math.nan)
     for mode, (path, end) in enumerate(zip(values.T, ends, strict=True)):
         lowest = int(path.argmin())
         tenth, half = (path[lowest] + share * (end - path[lowest]) for share in (0.1, 0.5))
@@ -183,7 +183,7 @@ def crossing_times(times: Tensor, eigenvalues: Tensor, level: float = 0.5) -> Te
     _check_trajectory(times, values)
     if not 0 < level < 1:
         raise UserError(f"level must lie between 0 and 1, got {level}")
-    crossings = torch.full((values.shape[1],), math.nan, dtype=torch.float64)
+    crossings = values.new_full((values.shape[1],), math.nan)
     target = math.log(level / (1 - level))
     for mode, path in enumerate(values.T):
         above = (path >= level).nonzero()

@@ -175,7 +175,7 @@ def _block_lanczos(operator: KernelOperator, count: int, tolerance: float) -> tu
     generator = torch.Generator().manual_seed(0)
     # A few extra vectors speed up convergence, and products are fastest at multiples of eight.
     width = min(-(-(count + 8) // 8) * 8, operator.size)
-    start = torch.randn(operator.size, width, dtype=torch.float64, generator=generator)
+    start = torch.randn(operator.size, width, dtype=torch.float64, generator=generator, device="cpu")
     block = start.to(operator.points.device)
     block, images, _ = _orthonormalize(group, block, operator.matmul(block), 0.0)
     if block.shape[1] == 0:  # K̃ is zero

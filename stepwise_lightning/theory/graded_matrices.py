@@ -65,7 +65,7 @@ def pencil_eigenvalues(rows: Tensor, pivots: Tensor, weights: Tensor, log_square
     """
     # Zero rows do not grow; the pivot of one would overflow at late times, and 0 × ∞ is NaN.
     pivot_squares = torch.where(rows.any(1), log_squares[:, pivots], 0.0)  # (T, d)
-    leading = weights[pivots] * rows[torch.arange(len(rows)), pivots].square()
+    leading = weights[pivots] * rows[torch.arange(len(rows), device=rows.device), pivots].square()
     log_b = -torch.nn.functional.softplus(pivot_squares + leading.clamp(min=0).log()) / 2
     grown = log_squares.new_empty(len(log_squares), len(rows), len(rows))
     for k in range(len(rows)):

@@ -174,7 +174,8 @@ class LastLayer:
         eigenvalues = pad(eigenvalues, (0, 0, 0, len(steps) - len(weights)), value=math.inf)
         weight = w[:, :-1] if self._has_bias else w
         weight = weight if self._basis is None else weight @ self._basis.T
-        return LayerTrajectory(torch.tensor(steps), eigenvalues, weight, w[:, -1] if self._has_bias else None)
+        steps_tensor = torch.tensor(steps, device=w.device)
+        return LayerTrajectory(steps_tensor, eigenvalues, weight, w[:, -1] if self._has_bias else None)
 
     def _inputs(self, h: Tensor) -> Tensor:
         """Return features (…, m), projected, and extended by a constant feature 1 for the bias."""

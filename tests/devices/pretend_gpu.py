@@ -18,7 +18,8 @@ from unittest import mock
 import torch
 from lightning.fabric.accelerators import MPSAccelerator
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
+from torch.utils._device import DeviceContext
 from torch.utils._python_dispatch import TorchDispatchMode
 
 BASE, PACKAGE = torch._C.TensorBase, "/stepwise_lightning/"
@@ -79,9 +80,10 @@ class PretendGPU(TorchDispatchMode):
             self._count_wait(name, args, operands, on)
         result = func(*args, **kwargs)
         for t in tensors_in(result) if on or creates or (self.in_device_function and not operands) else ():
-            if self.kind == "mps" and t.dtype == torch.float64:
+            if self.kind == "cuda" or t.dtype != torch.float64:
+                t.untyped_storage().on_pretend_gpu = True
+            elif on or creates:  # otherwise an allocation in the backward pass of the CPU's part of a graph
                 raise TypeError(NO_FLOAT64)
-            t.untyped_storage().on_pretend_gpu = True
         return result
 
     def _check_devices(self, name, args, operands, on):
@@ -140,7 +142,7 @@ class PretendGPU(TorchDispatchMode):
             return BASE.to(t, *args, **kwargs)
         to_device = (t.device if device is None else device).type == self.kind
         if to_device != is_on_device(t):
-            return _Move.apply(t, self, to_device, dtype, not (non_blocking or True in args))
+            t = _Move.apply(t, self, to_device, dtype, not (non_blocking or True in args))
         rest = {k: v for k, v in kwargs.items() if k in ("copy", "memory_format")}
         return BASE.to(t, dtype or t.dtype, **rest)
 
@@ -177,6 +179,7 @@ class PretendGPU(TorchDispatchMode):
             device=property(device), is_cuda=property(lambda t: cuda and is_on_device(t)), numpy=numpy, tolist=tolist,
             to=lambda t, *args, **kwargs: self.to(t, *args, **kwargs), cpu=lambda t, *args, **kwargs: self.to(t, "cpu"),
             cuda=lambda t, *args, **kwargs: self.to(t, self.device), pin_memory=lambda t, *args: t,
+            new_tensor=lambda t, data, dtype=None: torch.tensor(data, dtype=dtype or t.dtype, device=t.device),
         )  # fmt: skip
         machine = dict(
             is_available=lambda: True, device_count=lambda: 1, is_initialized=lambda: True, _lazy_init=lambda: None,
@@ -196,7 +199,9 @@ class PretendGPU(TorchDispatchMode):
 
     def _with_device(self, create):
         def created(data, *args, device=None, **kwargs):
-            t = create(data, *args, **kwargs)
+            modes = reversed(_get_current_function_mode_stack())  # of ``with torch.device``
+            device = device or next((mode.device for mode in modes if isinstance(mode, DeviceContext)), None)
+            t = create(data, *args, device="cpu", **kwargs)
             return t if device is None else t.to(device)
 
         return created
