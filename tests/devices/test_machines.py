@@ -1,4 +1,4 @@
-"""CPU runs beside a GPU that cannot be used, files saved on a GPU, and torch's default device."""
+"""CPU runs on a machine whose GPU cannot be used, files saved on a GPU, and torch's default device."""
 
 from contextlib import contextmanager
 from functools import partial
