@@ -79,6 +79,8 @@ class PretendGPU(TorchDispatchMode):
             self._check_kernel(func)
             self._count_wait(name, args, operands, on)
         result = func(*args, **kwargs)
+        if name == "aten::copy_":  # into a tensor that stays on its device
+            return result
         for t in tensors_in(result) if on or creates or (self.in_device_function and not operands) else ():
             if self.kind == "cuda" or t.dtype != torch.float64:
                 t.untyped_storage().on_pretend_gpu = True
@@ -186,7 +188,7 @@ class PretendGPU(TorchDispatchMode):
             set_device=lambda d: None, current_device=lambda: 0, empty_cache=lambda: None,
             get_device_capability=lambda d=None: (9, 0), get_device_name=lambda d=None: "pretend GPU",
             get_rng_state=lambda d=0: rng_state[0].clone(), set_rng_state=lambda s, d=0: rng_state.__setitem__(0, s),
-            is_bf16_supported=lambda *args: True,
+            is_bf16_supported=lambda *args: True, current_stream=lambda d=None: None, Event=lambda: _Event(self),
         )  # fmt: skip
         creation = {name: self._with_device(getattr(torch, name)) for name in ("tensor", "as_tensor")}
         return [
@@ -205,6 +207,19 @@ class PretendGPU(TorchDispatchMode):
             return t if device is None else t.to(device)
 
         return created
+
+
+class _Event:
+    """CUDA event, for which the CPU may wait."""
+
+    def __init__(self, gpu):
+        self.gpu = gpu
+
+    def record(self, stream=None):
+        """Do nothing: the pretend GPU has completed all operations."""
+
+    def synchronize(self):
+        self.gpu.count("event")
 
 
 class _Move(torch.autograd.Function):
