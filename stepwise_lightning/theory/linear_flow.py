@@ -50,15 +50,15 @@ def growth_modes(
         bias: b, (d,), None for 0.
 
     Returns:
-        Rates (k,) and directions (k, d, m), float64, or complex128 for a loss with a stop-gradient and oscillating
-        modes.
+        Rates (k,) and directions (k, d, m) on the CPU, float64, or complex128 for a loss with a stop-gradient and
+        oscillating modes.
 
     Raises:
         ValueError: as :func:`loss_signature`; a loss that depends on the order of the pairs, or whose gradient does not
             vanish at equal embeddings.
 
     """
-    h1, h2 = validated_features(h1, h2)
+    h1, h2 = (h.cpu() for h in validated_features(h1, h2))
     signature = checked_signature(loss, dim, h1.shape[1], bias)
     largest = h1.shape[2] * (1 if signature.isotropic else dim)
     if not 1 <= num_modes <= largest:
@@ -68,10 +68,10 @@ def growth_modes(
         rates, vectors = _eigenpairs(signature, moments, num_modes)
         return GrowthModes(rates, vectors.T.reshape(num_modes, dim, -1))
     rates, vectors = _top(isotropic_growth_matrix(signature, h1, h2), signature.is_gradient, num_modes)
-    units = torch.eye(dim, dtype=torch.float64)
+    units = torch.eye(dim).to(h1)
     if signature.normal is not None:
         units = torch.linalg.qr(torch.cat([signature.normal[:, None], units], 1)).Q[:, 1:].T
-    units = units[torch.arange(num_modes) % len(units)]
+    units = torch.stack([units[mode % len(units)] for mode in range(num_modes)])
     return GrowthModes(rates, units[:, :, None] * vectors.T[:, None])
 
 
@@ -97,10 +97,9 @@ def checked_signature(loss: str | PairLoss, dim: int, num_pairs: int, bias: Tens
 def isotropic_growth_matrix(signature: LossSignature, h1: Tensor, h2: Tensor) -> Tensor:
     """Return H for validated features (batches, n, m) and an isotropic loss."""
     moments = FlowMoments.of(h1, h2)
-    total = signature.alpha + signature.beta
-    growth = -torch.einsum("ac,acmk->mk", signature.alpha, moments.centred) - torch.einsum(
-        "ac,acmk->mk", total, moments.means
-    )
+    alpha, beta = (coefficients.to(h1.device) for coefficients in (signature.alpha, signature.beta))
+    total = alpha + beta
+    growth = -torch.einsum("ac,acmk->mk", alpha, moments.centred) - torch.einsum("ac,acmk->mk", total, moments.means)
     return (growth + growth.T) / 2 if signature.is_gradient else growth
 
 
@@ -160,7 +159,8 @@ def _eigenpairs(signature: LossSignature, moments: FlowMoments, count: int) -> t
     from scipy.sparse.linalg import LinearOperator, eigs, eigsh
 
     operator = LinearOperator((d * m, d * m), matvec=flow, dtype=float)
-    start = torch.randn(d * m, generator=torch.Generator().manual_seed(0), dtype=torch.float64).numpy()
+    generator = torch.Generator().manual_seed(0)
+    start = torch.randn(d * m, generator=generator, dtype=torch.float64, device="cpu").numpy()
     solver, order = (eigsh, "LA") if signature.is_gradient else (eigs, "LR")
     values, vectors = solver(operator, count, which=order, v0=start, tol=1e-12)
     return _sorted(torch.from_numpy(values), torch.from_numpy(vectors), count)

@@ -90,8 +90,8 @@ class LossDerivatives:
         """Return whether F(Pz) = P F(z) for a permutation P of the pairs; raise a UserError for a random loss."""
         z = self.point + self._scale * self._random()
         n = z.shape[1]
-        order = torch.randperm(n, generator=self._generator)
-        order = order.flip(0) if torch.equal(order, torch.arange(n)) else order
+        order = torch.randperm(n, generator=self._generator, device="cpu")
+        order = order.flip(0) if torch.equal(order, torch.arange(n, device="cpu")) else order
         values, again, permuted = self(z), self(z), self(z[:, order])
         size = TOLERANCE * values.norm()
         if not (again - values).norm() <= size:
@@ -111,14 +111,14 @@ class LossDerivatives:
         return torch.stack(a, 2), torch.stack(total, 2)
 
     def _random(self) -> Tensor:
-        return torch.randn(self.point.shape, generator=self._generator, dtype=torch.float64)
+        return torch.randn(self.point.shape, generator=self._generator, dtype=torch.float64, device="cpu")
 
 
 def equal_embeddings(num_pairs: int, dim: int, bias: TensorLike | None) -> Tensor:
     """Return both views' embeddings, (2, n, d), all equal to the bias."""
     if num_pairs < 1 or dim < 1:
         raise UserError(f"num_pairs and dim must be at least 1, got {num_pairs} and {dim}")
-    b = torch.zeros(dim, dtype=torch.float64) if bias is None else as_float64(bias, "bias").detach().cpu()
+    b = as_float64([0.0] * dim if bias is None else bias, "bias").detach().cpu()
     if b.shape != (dim,) or not b.isfinite().all():
         raise UserError(f"bias must be {dim} finite numbers, got shape {tuple(b.shape)}")
     return b.expand(2, num_pairs, dim).clone()

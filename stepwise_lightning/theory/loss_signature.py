@@ -75,7 +75,7 @@ class LossSignature:
         return self._expand(self.beta) if self.blocks is None else self.blocks[1]
 
     def _expand(self, coefficients: Tensor) -> Tensor:
-        projector = torch.eye(self.gradient.shape[1], dtype=torch.float64)
+        projector = torch.eye(self.gradient.shape[1]).to(self.gradient)
         if self.normal is not None:
             projector -= self.normal.outer(self.normal)
         return torch.einsum("ac,de->adce", coefficients, projector)

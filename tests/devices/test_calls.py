@@ -41,6 +41,20 @@ def growth(loss, *features):
     return [theory.growth_matrix(loss, *features, dim=2)]
 
 
+def anisotropic_loss(z1, z2):
+    return (z1 - z2).square().sum() / len(z1) - z1.var(0)[0]
+
+
+def signature(h1, h2, bias):
+    features = theory.two_tower_features(h1, h2)
+    modes = theory.growth_modes(anisotropic_loss, *features, 2, 3)
+    cosine = theory.growth_modes("simclr", h1, h2, 2, 3, bias)
+    found = theory.loss_signature("simclr", 2, 6, bias)
+    value = torch.tensor(theory.saddle_value("simclr", 6, 2, bias))
+    matrix = theory.growth_matrix(stepwise_lightning.simclr_loss, h1, h2, 2, bias_norm=1.0)
+    return [*features, modes.rates, cosine.rates, cosine.directions, found.a, found.b, value, matrix]
+
+
 def simulation(loss, h1, h2, weight, bias):
     layer = theory.LastLayer(loss, h1, h2, weight, bias)
     end = layer.simulate([1e-2] * 3, 0.9, velocity=[weight, bias], measured_on=(h1[0], h2[0]))
@@ -135,6 +149,7 @@ FURTHER_CALLS = {
     "losses": (losses(lambda loss, a, b: [LOSSES[loss].function(a, b)]), *pairs()),
     "simclr_loss": (lambda a, b: stepwise_lightning.simclr_loss(a, b, 0.01), *pairs()),
     "growth_matrix": (losses(growth), *pairs()),
+    "loss_signature": (signature, *FEATURES, BIAS),
     "FeatureMoments": (
         lambda a, b: [v for v in vars(theory.FeatureMoments.of(a, b)).values() if isinstance(v, Tensor)],
         *pairs(),
@@ -166,9 +181,10 @@ ALL_CALLS = CALLS | FURTHER_CALLS
 
 # Public names that a case with another name covers, that tests/devices/test_training.py covers, or without tensors.
 IN_OTHER_CASES = {
-    "AcceleratedBarlowTwins", "BarlowTwins", "Encoder", "Forecast", "LinearEncoder", "MLP", "Projector", "ResNet",
-    "SimCLR", "VICReg", "alpha_req", "barlow_twins_loss", "crossing_times", "effective_rank", "participation_ratio",
-    "scale_last_layer", "vicreg_loss",
+    "AcceleratedBarlowTwins", "BarlowTwins", "Encoder", "Forecast", "GrowthModes", "LinearEncoder", "LossSignature",
+    "MLP", "Projector", "ResNet", "SimCLR", "SpectralContrastive", "VICReg", "alpha_req", "barlow_twins_loss",
+    "crossing_times", "effective_rank", "growth_modes", "participation_ratio", "saddle_value", "scale_last_layer",
+    "spectral_contrastive_loss", "two_tower_features", "vicreg_loss",
 }  # fmt: skip
 IN_TRAINING = {"LastCheckpoint", "OnlineKNN", "OnlineLinearProbe", "SpectrumLogger", "TwoViewDataModule"}
 WITHOUT_DEVICE_TENSORS = {
