@@ -111,7 +111,8 @@ def _growth_matrix_of_function(
     h1, h2 = validated_features(h1, h2)
     bias = None
     if bias_norm is not None:
-        bias = torch.randn(dim, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        generator = torch.Generator().manual_seed(0)
+        bias = torch.randn(dim, generator=generator, dtype=torch.float64, device="cpu")
         bias *= bias_norm / bias.norm()
     signature = checked_signature(loss, dim, h1.shape[1], bias)
     if not signature.isotropic:

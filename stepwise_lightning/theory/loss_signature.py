@@ -108,7 +108,8 @@ def loss_signature(loss: str | PairLoss, dim: int, num_pairs: int, bias: TensorL
     field = LossDerivatives(bound_loss(loss, {}), dim, num_pairs, bias)
     permutation_invariant, is_gradient = field.is_permutation_invariant(), field.check_derivatives()
     product = field.second_derivatives if is_gradient else field.differences
-    random = torch.randn(dim, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    generator = torch.Generator().manual_seed(1)
+    random = torch.randn(dim, generator=generator, dtype=torch.float64, device="cpu")
     normal = None if bias is None or not field.bias.any() else field.bias / field.bias.norm()
     if normal is not None:
         random -= (random @ normal) * normal
