@@ -135,8 +135,8 @@ class ResNet(nn.Module):
 class Projector(nn.Sequential):
     """Linear layers with optional batch normalisation and ReLU between them.
 
-    Under autocast the last layer computes in the dtype of its weights: in half precision small differences between
-    embeddings would be rounded off beside a large bias, which SimCLR needs (:func:`scale_last_layer`).
+    Under autocast the last layer computes in the dtype of its weights: half precision would round off small differences
+    between embeddings that have a large bias, as SimCLR needs (:func:`scale_last_layer`).
 
     Args:
         in_features: width of the representation.

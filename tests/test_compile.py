@@ -75,10 +75,9 @@ def test_compiled_encoder_records_training_batches_for_forecasts(tmp_path, monke
     monkeypatch.setattr(
         ForecastLogger, "on_train_end", lambda self, *_: recorded.append([view.clone() for view in self._trained])
     )
-    monkeypatch.setattr(torch._dynamo.config, "fail_on_recompile_limit_hit", True)
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 2)
     stepwise("fit", config=config)
-    stepwise("fit", "--model.compile=aot_eager", config=config)
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True, recompile_limit=2):
+        stepwise("fit", "--model.compile=aot_eager", config=config)
     assert counters["stats"]["unique_graphs"] >= 1
     assert [len(views) for views in recorded] == [8, 8]
     assert all(torch.equal(*pair) for pair in zip(*recorded, strict=True))
