@@ -27,7 +27,7 @@ COLUMNS = (
     "configuration", "learning rate", "diverges above", "safe below", "suggested", "mode 1", "mode 2", "mode 3",
     "modes within max_steps", "pairs",
 )  # fmt: skip
-NAMES = [f"{loss}_{data}" for data in ("cifar10", "stl10") for loss in LOSS_SETTINGS]
+NAMES = [f"{loss}_{data}" for data in ("cifar10", "stl10", "imagenet") for loss in LOSS_SETTINGS]
 
 
 def main(arguments: list[str] | None = None) -> None:

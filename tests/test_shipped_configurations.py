@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from fresh_processes import stepwise
 from lightning.pytorch.cli import LightningCLI
-from tiny_sets import write_cifar10, write_stl10
+from tiny_sets import fill, write_cifar10, write_stl10
 
 from stepwise_lightning import SpectrumLogger, TwoViewDataModule
 from stepwise_lightning.__main__ import main
@@ -23,16 +24,21 @@ from stepwise_lightning.features import capture
 from stepwise_lightning.spectrum import cross_correlation_eigenvalues
 
 CONFIGS = Path(__file__).parent.parent / "configs"
-LOSSES, DATA_SETS = ("barlow_twins", "vicreg", "simclr"), ("photos", "cifar10", "cifar10_cpu", "stl10")
+LOSSES, DATA_SETS = ("barlow_twins", "vicreg", "simclr"), ("photos", "cifar10", "cifar10_cpu", "stl10", "imagenet")
 NETWORKS = [f"{loss}_{data}" for loss in LOSSES for data in DATA_SETS]
 COMPLETE = [*NETWORKS, "spectral_contrastive_photos", "linear_photos"]
 # Every loss, data set and encoder once; the slow suite tests all.
-USUAL = {"barlow_twins_photos", "simclr_cifar10_cpu", "vicreg_stl10", "linear_photos"}
+USUAL = {"barlow_twins_photos", "simclr_cifar10_cpu", "vicreg_stl10", "barlow_twins_imagenet", "linear_photos"}
 # The linear model has no last layer whose initialization could be ordinary.
 OVERLAYS = {"ordinary": NETWORKS, "two_nodes": COMPLETE}
 ENCODER, LOGGER = "model.init_args.encoder.init_args", "trainer.logger.init_args"
 START = {f"{ENCODER}.alpha": 1.0, f"{LOGGER}.save_dir": "runs/ordinary"}
-NODES = {"trainer.num_nodes": 2, "trainer.devices": 4, "trainer.strategy": "ddp"}
+DDP = {
+    "trainer.strategy.class_path": "lightning.pytorch.strategies.DDPStrategy",
+    "trainer.strategy.init_args.gradient_as_bucket_view": True,
+    "trainer.strategy.init_args.broadcast_buffers": False,
+}
+NODES = {"trainer.num_nodes": 2, "trainer.devices": 4} | DDP
 COMPOSED = [(name, overlay) for overlay, names in OVERLAYS.items() for name in names]
 
 
@@ -45,8 +51,8 @@ def usual(cases: list[Any], name: Callable[[Any], str]) -> list[Any]:
 TINY = [
     "--trainer.accelerator=cpu",
     "--trainer.devices=1",
+    "--trainer.strategy=auto",
     "--trainer.check_val_every_n_epoch=1",
-    "--data.init_args.root=data",
     "--data.init_args.global_batch_size=4",
     "--data.init_args.num_probe_pairs=2",
     "--data.init_args.num_workers=0",
@@ -85,6 +91,7 @@ def test_every_loss_and_data_set_has_a_configuration():
 @pytest.mark.parametrize("name", usual(COMPLETE, str))
 def test_configuration_trains_two_steps(name, tmp_path, monkeypatch):
     smaller = NARROW if "photos" not in name else []
+    smaller = [*smaller, "--data.init_args.image_size=64"] if "imagenet" in name else smaller
     run = two_steps(name, [name], tmp_path / "runs", tmp_path, monkeypatch, *smaller)
     with (run / "spectrum.csv").open(newline="") as file:
         assert {int(row["step"]) for row in csv.DictReader(file)} == {0, 1, 2}
@@ -113,8 +120,12 @@ def two_steps(
     options = ["--trainer.max_steps=2", "--trainer.log_every_n_steps=1", *others]
     if "photos" not in name:
         options += TINY
-        write_cifar10(Path("data"), monkeypatch)
-        write_stl10(Path("data"), monkeypatch, train=8)
+        if "imagenet" in name:
+            for seed, folder in enumerate(("train/a", "train/b", "val/a", "val/b")):
+                fill(Path("data/imagenet", folder), 3, seed, size=(64, 64))
+        else:
+            write_cifar10(Path("data"), monkeypatch)
+            write_stl10(Path("data"), monkeypatch, train=8)
     monkeypatch.setattr(sys, "argv", ["stepwise", "fit", *given(*configs), *options])
     main()
     (run,) = logs.glob("*/version_*")
@@ -167,7 +178,8 @@ def test_overlay_changes_only_its_settings(names, monkeypatch, capsys):
         assert before[f"{ENCODER}.alpha"] < 0.01
         assert changes == START | ({f"{ENCODER}.bias_norm": None} if "simclr" in name else {})
     else:
-        assert changes == NODES
+        others = {key: value for key, value in changes.items() if not key.startswith("trainer.strategy")}
+        assert others == {"trainer.num_nodes": 2, "trainer.devices": 4} and after.items() >= NODES.items()
 
 
 def test_overlays_combine(monkeypatch, capsys):
@@ -176,6 +188,26 @@ def test_overlays_combine(monkeypatch, capsys):
         for names in (["barlow_twins_stl10"], ["barlow_twins_stl10", "ordinary", "two_nodes"])
     )
     assert after == before | START | NODES
+
+
+def test_gpu_configurations_share_precision_and_strategy():
+    shared = {"trainer.precision": "bf16-mixed", "trainer.benchmark": True, "trainer.sync_batchnorm": True} | DDP
+    for name in COMPLETE:
+        settings = flat(load(name))
+        assert (settings.items() >= shared.items()) == (settings["trainer.accelerator"] == "gpu"), name
+
+
+def test_strategy_of_gpu_configurations_trains_on_one_device(processes, tmp_path, monkeypatch):
+    """In a process group of one process."""
+    monkeypatch.chdir(tmp_path)
+    for seed, folder in enumerate(("images/a", "images/b")):
+        fill(Path(folder), 10, seed)
+    config = {"trainer": {"strategy": load("vicreg_stl10")["trainer"]["strategy"], "devices": 1, "max_steps": 2}}
+    config["trainer"]["log_every_n_steps"] = 1
+    config["data"] = {"init_args": {"data": "images", "global_batch_size": 4, "num_probe_pairs": 2}}
+    options = [f"--{name}={value}" for name, value in flat(config).items()]
+    processes.run(stepwise, "fit", *given("vicreg_photos"), *options)
+    assert torch.load("runs/vicreg_photos/version_0/checkpoints/last.ckpt", weights_only=True)["global_step"] == 2
 
 
 def complete(

@@ -9,9 +9,10 @@ import sys
 import warnings
 from contextlib import nullcontext, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import lightning as L
+import torch
 import yaml
 from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch.callbacks import Checkpoint, ProgressBar, TQDMProgressBar
@@ -47,6 +48,10 @@ _ADVERTISEMENTS = re.compile(
 _DEPRECATIONS = (
     # Lightning 2.6 with torch 2.15.
     r"`isinstance\(treespec, LeafSpec\)` is deprecated",
+    # The name of this option of DDP in earlier versions of torch, which the configurations use.
+    r"`broadcast_buffers` is deprecated",
+    # FLOPs, which need an attribute of the module.
+    "When using the `ThroughputMonitor`, you need to define a `flops_per_batch` attribute",
     # On machines with many cores, also for images in memory.
     "The '(train|val|test)_dataloader' does not have many workers which may be a bottleneck",
 )
@@ -77,7 +82,8 @@ class _CLI(LightningCLI):
         )
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Add the arguments of the Trainer's method, such as ``ckpt_path``."""
+        """Add the arguments of the Trainer's method, such as ``ckpt_path``, and the precision of float32 products."""
+        parser.add_argument("--float32_matmul_precision", type=Literal["highest", "high", "medium"] | None)
         skip = self.subcommands().get(self.command, {"model", "datamodule"})
         self._method_arguments = parser.add_method_arguments(ForecastingTrainer, self.command, skip=set(skip))
 
@@ -91,8 +97,10 @@ class _CLI(LightningCLI):
             self.config_dump = yaml.safe_load(self.config_text)
 
     def before_instantiate_classes(self) -> None:
-        """Find the checkpoint of ``--ckpt_path last``, and check the given one."""
+        """Set the precision of float32 products, and find and check the checkpoint to resume from."""
         config = self.config
+        if config.float32_matmul_precision:
+            torch.set_float32_matmul_precision(config.float32_matmul_precision)
         if self.command == "fit":
             self._pointer = pointer_file(config)
             step = resume_latest(config) if config.ckpt_path == "last" else None

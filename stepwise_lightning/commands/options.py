@@ -53,6 +53,7 @@ _TRAINER = {
 }
 _CKPT_PATH = "a checkpoint, or 'last' for the latest run of this name; without a checkpoint, fit starts a run"
 _SEED = "seed of weights, order of images and augmentations; seeds of components have priority (0)"
+_MATMUL = "high for TF32 in float32 matrix products on GPUs; highest, high or medium"
 _INDENT, _WIDTH = " " * 30, 110
 
 
@@ -86,6 +87,7 @@ options:
   --config CONFIG
 {_line("ckpt_path", _CKPT_PATH)}
 {forecast}{_line("seed_everything", _SEED)}
+{_line("float32_matmul_precision", _MATMUL)}
   --print_config              print the complete configuration, with every default, and exit
   --model, --data CLASS       a class of this package, or the dotted path of another
   --model.help, --data.help CLASS

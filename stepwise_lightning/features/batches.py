@@ -48,6 +48,11 @@ def views_in(batch: Any, views: Views | None = None) -> list[Tensor]:
     )
 
 
+def num_pairs(batch: Any) -> int:
+    """Return the number of pairs in a batch, for instance as ``batch_size_fn`` of Lightning's ``ThroughputMonitor``."""
+    return len(views_in(batch)[0])
+
+
 def _first_views(item: Any, accepted: Callable[[Any], bool]) -> list[Tensor]:
     """Return the views in the first container that has any."""
     if accepted(item):
