@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from stepwise_lightning import BarlowTwins, LinearEncoder
+
 ROOT = Path(__file__).parent.parent
 
 
@@ -50,3 +52,30 @@ def test_folders():
 def test_startup():
     printed = run("startup.py", "--rounds", "1")
     assert printed.count("(limit ") == 3 and "a run of two steps, forked / new interpreter: 0." in printed
+
+
+@pytest.mark.parametrize("num_gpus", [1, 2])
+def test_step_costs_of_a_linear_model_follow_from_its_sizes(num_gpus, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    from step_costs import step_costs
+
+    n, d, sizes = 32, 4, (300, 600)
+    small, large = (
+        step_costs(BarlowTwins(LinearEncoder(m, d), 0.1, momentum=0.9), (n, m), num_gpus, "32-true") for m in sizes
+    )
+    difference = sizes[1] - sizes[0]
+    # Each view: W x, and the gradient of W.
+    assert large["FLOPs"] - small["FLOPs"] == 2 * 2 * (2 * n * d * difference)
+    assert small["weights"] == 3 * 4 * d * sizes[0]
+    assert small["weights"] + 2 * 4 * n * sizes[0] <= small["peak"] < 1.5 * (small["weights"] + 2 * 4 * n * sizes[0])
+    assert small["traffic"] > small["peak"]
+
+
+@pytest.mark.slow
+def test_step_costs_prints_a_row_for_each_precision():
+    assert run("step_costs.py", "simclr_stl10").count("| simclr_stl10 | 1 | 512 |") == 2
+
+
+@pytest.mark.slow
+def test_mixed_precision():
+    assert "| simclr | 0, 0 | 0, 0 | 0 |" in run("mixed_precision.py", "simclr", "--steps", "2", "--modes", "2")
