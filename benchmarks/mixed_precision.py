@@ -1,8 +1,8 @@
 """Compare training in ``bf16-mixed`` with float32, on photographs and a CPU, from the same initial weights.
 
 For each loss: the step at which each of the first modes rises above a tenth of the largest eigenvalue at the end; and
-the largest relative difference between the first eigenvalues in the record of the ``bf16-mixed`` run and those of its
-last weights in float32, and with embeddings computed under autocast.
+the largest relative difference of the first eigenvalues of the last weights from float32: in the record of the
+``bf16-mixed`` run, and with embeddings computed under autocast.
 """
 
 from __future__ import annotations

@@ -77,7 +77,7 @@ class ByteCounter(TorchDispatchMode):
 
 
 def step_costs(module: JointEmbedding, view_shape: tuple[int, ...], num_gpus: int, precision: str) -> dict[str, int]:
-    """Return the costs of one training step on one of ``num_gpus`` GPUs, for views of shape (n, …).
+    """Return the costs of one training step on a GPU, out of ``num_gpus``, for views of shape (n, …).
 
     The second of two steps is counted, after the momentum exists.
     """
@@ -90,7 +90,7 @@ def step_costs(module: JointEmbedding, view_shape: tuple[int, ...], num_gpus: in
         def step() -> None:
             optimizer.zero_grad()
             with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16-mixed"):
-                # Gathered embeddings have the size of those of all GPUs.
+                # As many rows as the embeddings gathered from all GPUs.
                 z1, z2 = (torch.cat([module(view)] * num_gpus).float() for view in views)
                 with torch.autocast("cpu", enabled=False):
                     loss = module.loss(z1, z2)
