@@ -15,6 +15,8 @@ from stepwise_lightning.errors import DivergedError
 
 __all__ = ["LossCheck", "check_weights"]
 
+_REMEDY = "add an eps under its roots and in its denominators, or start from larger weights or with a bias"
+
 
 class LossCheck:
     """Raise a DivergedError for a loss that is not finite: at once, or on a CUDA device in the next call.
@@ -49,16 +51,20 @@ def check_weights(module: L.LightningModule) -> None:
     if any(isinstance(weights, DTensor) for weights in parameters):
         finite = module.trainer.strategy.reduce_boolean_decision(finite)
     if not finite:
-        raise _diverged(module, f"the weights at step {module.global_step} are not finite", ())
+        raise _diverged(module, f"the weights at step {module.global_step} are not finite", (), module.global_step)
 
 
 def _check_loss(module: L.LightningModule, loss: Tensor, step: int, batch: Sequence[Tensor]) -> None:
     if not math.isfinite(value := loss.item()):
-        raise _diverged(module, f"the loss at step {step} is {value}", batch)
+        raise _diverged(module, f"the loss at step {step} is {value}", batch, step)
 
 
-def _diverged(module: L.LightningModule, event: str, batch: Sequence[Tensor]) -> DivergedError:
+def _diverged(module: L.LightningModule, event: str, batch: Sequence[Tensor], step: int) -> DivergedError:
     cause = f"training has most likely diverged: lower learning_rate (now {module.hparams['learning_rate']})"
+    if step == 0:
+        cause = f"the loss is not finite for the embeddings of the initial weights: {_REMEDY}"
+    elif step == 1:
+        cause += f", or the gradient of the loss was not finite at step 0: {_REMEDY}"
     if not batch:  # of the failed step
         cause += ", or check the data"
     elif not all(view.isfinite().all() for view in batch[:2]):

@@ -203,4 +203,5 @@ def condensed(message: str) -> str:
     lines = [line.strip().removeprefix("- ") for line in message.splitlines()]
     text = ": ".join(line.rstrip(":") for line in lines if not _NOISE.match(line))
     text = re.sub(r"(?<=[^\"]): Not a valid subclass of \w+\.?", "", text)  # the reason stands before it
+    text = re.sub(r"Type [\w.]*Callable\[.*?\] expects", "expects", text)
     return re.sub(r'(": Not a valid subclass of \w+)', r"\1 (class_path and, if any, init_args)", text, count=1)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from stepwise_lightning import BarlowTwins, modules
+from stepwise_lightning import BarlowTwins, joint_embedding
 from stepwise_lightning.divergence import LossCheck
 from stepwise_lightning.errors import DivergedError
 
@@ -66,7 +66,7 @@ def test_copies_of_a_check_have_no_events(events):
 
 def test_half_precision_embeddings_are_gathered_in_float32(monkeypatch):
     gathered = []
-    monkeypatch.setattr(modules, "all_gather_with_grad", lambda z: gathered.append(z.dtype) or z)
+    monkeypatch.setattr(joint_embedding, "all_gather_with_grad", lambda z: gathered.append(z.dtype) or z)
     module = BarlowTwins(nn.Linear(6, 3).bfloat16(), learning_rate=0.1)
     module.trainer = L.Trainer(logger=False, enable_checkpointing=False, accelerator="cpu", log_every_n_steps=0)
     loss = module.training_step(torch.randn(2, 4, 6, dtype=torch.bfloat16), 0)

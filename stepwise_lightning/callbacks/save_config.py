@@ -14,6 +14,7 @@ from stepwise_lightning.files import atomic_write_text, reserve
 from stepwise_lightning.runs.folders import free_name, run_folder
 from stepwise_lightning.runs.latest import write_pointer
 from stepwise_lightning.runs.provenance import provenance
+from stepwise_lightning.user_loss import saved_name
 
 _SHOWN = ("alpha", "encoder", "init_std", "learning_rate", "loss", "momentum", "seed", "weight_decay")
 
@@ -76,7 +77,9 @@ def _settings(config: dict[str, Any]) -> dict[str, bool | float | str]:
     model = dict(config["model"].get("init_args") or {})
     encoder = model.pop("encoder", None)
     parts = dict((encoder.get("init_args") if isinstance(encoder, dict) else None) or {})
-    settings = {"loss": _name(config["model"])} | parts | model
+    loss = model.pop("loss", None) or config["model"]
+    name = loss if isinstance(loss, str) else saved_name(loss) if callable(loss) else _name(loss)
+    settings = {"loss": name} | parts | model
     if settings.get("seed") is None:
         settings["seed"] = config["seed_everything"]
     if isinstance(encoder, dict) and "class_path" in encoder:

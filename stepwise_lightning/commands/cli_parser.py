@@ -94,6 +94,8 @@ def _with_suggestion(message: str) -> str:
     if option := re.search(r"[Oo]ption '([\w.]+)'|[Uu]nrecognized arguments: --([\w.]+)", text):
         return text + _suggestion(option[1] or option[2])
     keys = re.findall(r'key "(\w+)"', text)
+    if keys and keys[-1] == "loss":
+        return f"{text}; give the dotted path of a function loss(z1, z2), or class_path and init_args"
     name = re.search(r"Expected a dot import path string: (\S+)", text)
     if name and keys and keys[-1] in EXAMPLES:
         return f"unknown {keys[-1]} {name[1]!r}; choose from: {EXAMPLES[keys[-1]]}, or give the dotted path of a class"

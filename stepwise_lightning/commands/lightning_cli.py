@@ -112,7 +112,8 @@ class _CLI(LightningCLI):
             if not Path(config.ckpt_path).is_file():
                 raise NotFoundError(f"checkpoint file not found: {config.ckpt_path}")
             if self.command == "fit":
-                _check_checkpoint(config.ckpt_path, config.model, config.seed_everything)
+                self._dump_config()
+                _check_checkpoint(config.ckpt_path, self.config_dump)
         if self.command == "forecast":
             configure_for_forecast(config)
 
@@ -248,7 +249,7 @@ def _silence_libraries() -> None:
         warnings.filterwarnings("ignore", message)
 
 
-def _check_checkpoint(path: str, model: Any, seed: int) -> None:
+def _check_checkpoint(path: str, config: dict[str, Any]) -> None:
     """Refuse to resume with another seed or other settings of the model: those of the checkpoint would be used.
 
     Raises:
@@ -256,8 +257,8 @@ def _check_checkpoint(path: str, model: Any, seed: int) -> None:
 
     """
     checkpoint = saved_checkpoint(path)
-    settings = getattr(model, "init_args", None)  # absent for a class without arguments
-    configured = {} if settings is None else settings.as_dict()
+    configured = config["model"].get("init_args", {})  # absent for a class without arguments
+    seed = config["seed_everything"]
     trained = checkpoint.get("hyper_parameters")
     trained = trained if isinstance(trained, dict) else {}
     with suppress(UserError):  # no config.yaml: a run from Python

@@ -24,7 +24,7 @@ __all__ = ["options_of_classes", "short_help"]
 
 _MODEL, _ENCODER, _DATA = "model", "model.encoder", "data"
 _PLACES: list[tuple[str, str, type, tuple[Any, ...]]] = [  # heading, option, class, others that document its arguments
-    ("Every model", _MODEL, JointEmbedding, ()),
+    ("Every model (loss, driven_matrix: JointEmbedding only)", _MODEL, JointEmbedding, ()),
     ("--model BarlowTwins", _MODEL, BarlowTwins, (barlow_twins_loss,)),
     ("--model AcceleratedBarlowTwins", _MODEL, AcceleratedBarlowTwins, ()),
     ("--model VICReg", _MODEL, VICReg, (vicreg_loss,)),

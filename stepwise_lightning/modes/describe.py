@@ -136,7 +136,7 @@ def _learned(checkpoint: Path) -> tuple[str, int | None]:
         model_class = getattr(importlib.import_module(module or "stepwise_lightning"), name, None)
     except ImportError:
         model_class = None
-    driven = getattr(model_class, "driven_matrix", None)
+    driven = (model.get("init_args") or {}).get("driven_matrix") or getattr(model_class, "driven_matrix", None)
     file = checkpoint.parent.parent / "spectrum.npz"
     if not file.is_file():
         return driven or "covariance", None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,15 @@ from stepwise_lightning.runs.folders import CHECKPOINTS, checkpoints_in
 from stepwise_lightning.runs.moved_classes import with_current_classes
 from stepwise_lightning.seeding import checked_seed, isolated_rng
 
-__all__ = ["checkpoint_of", "configuration_of", "configured_encoder", "instantiate", "load_weights", "saved_checkpoint"]
+__all__ = [
+    "checkpoint_of",
+    "configuration_of",
+    "configured_encoder",
+    "configured_loss",
+    "instantiate",
+    "load_weights",
+    "saved_checkpoint",
+]
 
 _PREFIX = "encoder."
 
@@ -38,6 +47,22 @@ def configured_encoder(checkpoint: str | Path) -> nn.Module:
         return instantiate(nn.Module, settings["encoder"])
     with isolated_rng(checked_seed(seed)):  # of the initial weights
         return instantiate(nn.Module, settings["encoder"])
+
+
+def configured_loss(checkpoint: str | Path) -> Callable[..., Any] | None:
+    """Return the loss in the configuration of a checkpoint's run, None without a configuration or a loss.
+
+    Raises:
+        ValueError: the configuration cannot be read, or names a loss that cannot be imported.
+
+    """
+    try:
+        model = configuration_of(Path(checkpoint)).get("model")
+    except NotFoundError:
+        return None
+    settings = model.get("init_args") if isinstance(model, dict) else None
+    loss = settings.get("loss") if isinstance(settings, dict) else None
+    return None if loss is None else instantiate(Callable[..., Any], loss)
 
 
 def load_weights(encoder: nn.Module, checkpoint: Path) -> None:
@@ -111,12 +136,12 @@ def configuration_of(checkpoint: Path) -> dict[str, Any]:
     return configuration
 
 
-def instantiate(kind: type, settings: Any) -> Any:
-    """Return an instance of ``kind`` or a subclass, as a part of a configuration describes it."""
+def instantiate(kind: Any, settings: Any) -> Any:
+    """Return an object of a type, as a part of a configuration describes it."""
     from jsonargparse import ArgumentError, ArgumentParser
 
     parser = ArgumentParser(exit_on_error=False)
-    parser.add_subclass_arguments(kind, "part", required=True)
+    parser.add_argument("--part", type=kind, required=True)
     try:
         return parser.instantiate_classes(parser.parse_object({"part": settings})).part
     except ArgumentError as error:
