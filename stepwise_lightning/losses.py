@@ -225,7 +225,7 @@ def spectral_contrastive_terms(z1: Tensor, z2: Tensor) -> dict[str, Tensor]:
 
 @dataclass(frozen=True)
 class Loss:
-    """Name, title, function and driven matrix of a loss."""
+    """Name, title, function and properties of a loss."""
 
     name: str
     """Name in configurations and in the arguments of the theory."""
@@ -235,6 +235,10 @@ class Loss:
     """``function(z1, z2, **settings)`` returns a scalar."""
     driven_matrix: str
     """The matrix of ``stepwise_lightning.spectrum.MATRICES`` whose eigenvalues the loss drives."""
+    scale_invariant: bool = False
+    """True if the loss does not depend on the length of the embeddings."""
+    uses_moments: bool = True
+    """True if gradients of a last layer are computed from moments of the features, for all batches at once."""
 
 
 LOSSES = {
@@ -243,7 +247,7 @@ LOSSES = {
         Loss("barlow_twins", "Barlow Twins", barlow_twins_loss, "cross_correlation"),
         Loss("vicreg", "VICReg", vicreg_loss, "covariance"),
         # In the covariance of normalised embeddings the arc of the first mode has two eigenvalues; here it has one.
-        Loss("simclr", "SimCLR", simclr_loss, "tangent_covariance"),
+        Loss("simclr", "SimCLR", simclr_loss, "tangent_covariance", scale_invariant=True, uses_moments=False),
         Loss("spectral_contrastive", "Spectral contrastive", spectral_contrastive_loss, "cross_correlation"),
     )
 }

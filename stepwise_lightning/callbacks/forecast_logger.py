@@ -5,28 +5,29 @@ from __future__ import annotations
 import math
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import ProgressBar, RichProgressBar, TQDMProgressBar
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from stepwise_lightning.callbacks.progress import LineProgress
+from stepwise_lightning.callbacks.progress import LineProgress, describe_bar
 from stepwise_lightning.callbacks.spectrum_logger import SpectrumLogger
 from stepwise_lightning.callbacks.tensorboard import overview_tag
 from stepwise_lightning.encoders import bias_of
-from stepwise_lightning.errors import UserError
+from stepwise_lightning.errors import UserError, reason
 from stepwise_lightning.features import views_in
-from stepwise_lightning.features.module_state import is_compiled
+from stepwise_lightning.features.module_state import is_compiled, restored_state
 from stepwise_lightning.forecasts.forecast import Forecast
-from stepwise_lightning.forecasts.sgd import SGDSettings, last_layer, loss_of, velocity_of
+from stepwise_lightning.forecasts.sgd import SGDSettings, batched_features, last_layer, loss_of, velocity_of
 from stepwise_lightning.forecasts.simulate import NUM_PAIRS, forecast_of_features
 from stepwise_lightning.losses import LOSSES
 from stepwise_lightning.modules import JointEmbedding
+from stepwise_lightning.theory.loss_signature import loss_properties
 
 __all__ = ["ForecastLogger", "LiveForecast"]
 
@@ -49,26 +50,26 @@ class ForecastLogger(L.Callback):
 
     Requires a :class:`stepwise_lightning.SpectrumLogger` in the Trainer. The last linear layer is simulated to the end
     of training (:func:`stepwise_lightning.forecasts.simulate.forecast_of_features`) from its current weights and
-    momentum, on its inputs during the measurements of the SpectrumLogger; for SimCLR, which a few pairs would bias, on
-    its inputs for the last 4096 training pairs. There are no additional forward passes. Forecasts are made at the
-    start, whenever a mode has been learned, and each time half of the remaining steps have passed. Feature learning is
-    corrected for (:meth:`stepwise_lightning.Forecast.with_plateau_correction`). Training is bit-identical with and
-    without this callback.
+    momentum, on its inputs during the measurements of the SpectrumLogger; for SimCLR and losses given as functions,
+    which a few pairs would bias, on its inputs for the last 4096 training pairs. There are no additional forward
+    passes. Forecasts are made at the start, whenever a mode has been learned, and each time half of the remaining steps
+    have passed. Feature learning is corrected for (:meth:`stepwise_lightning.Forecast.with_plateau_correction`).
+    Training is bit-identical with and without this callback.
 
     Logged, to every logger: ``forecast/next_mode_step`` at the step of the forecast, if a mode is expected before
     training ends, and ``At a glance/num_learned`` at each measurement. Progress shows "4 of 10 modes learned, next at
     about step 3200"; modes above the threshold of the last forecast count as learned. The first forecast is printed as
     a line. Figures of trajectories mark the first forecast of each mode. There is no forecast without SGD on the
-    gradient of the loss.
+    gradient of the loss, or if the loss cannot be simulated; one line reports why.
 
     Typical errors of the remaining time, for small networks: 8 to 43 % for Barlow Twins and SimCLR; up to twofold too
-    long for VICReg.
+    long for VICReg. Errors of other losses were not measured.
 
     Args:
         cost: maximal share of training time spent on forecasts; forecasts that would exceed it are postponed.
-        loss: name of the loss, for a module of another package whose ``forward`` returns the output of its last linear
-            layer, in ``stepwise_lightning.losses.LOSSES``.
-        settings: arguments of that loss.
+        loss: loss of a module of another package whose ``forward`` returns the output of its last linear layer: a name
+            in ``stepwise_lightning.losses.LOSSES``, or a function of both views' embeddings.
+        settings: arguments of a named loss.
 
     Raises:
         UserError: when training starts, an unknown loss, or no SpectrumLogger that measures the driven matrix.
@@ -79,7 +80,12 @@ class ForecastLogger(L.Callback):
 
     """
 
-    def __init__(self, cost: float = 0.01, loss: str | None = None, settings: Mapping[str, Any] | None = None) -> None:
+    def __init__(
+        self,
+        cost: float = 0.01,
+        loss: str | Callable[[Tensor, Tensor], Tensor] | None = None,
+        settings: Mapping[str, Any] | None = None,
+    ) -> None:
         if not 0 < cost <= 1:
             raise UserError(f"cost must be above 0 and at most 1, got {cost}")
         self.cost, self.loss, self.settings = cost, loss, settings
@@ -103,14 +109,17 @@ class ForecastLogger(L.Callback):
         """Register a hook on the last layer."""
         self.forecasts, self._text, self._marks, self.threshold = [], "", {}, math.inf
         self._remove_hook()
-        if self.loss is None and not _has_known_loss(pl_module):
+        if self.loss is None and not isinstance(pl_module, JointEmbedding):
             rank_zero_info(
                 f"no forecast of the next mode: {type(pl_module).__name__} has no loss of this package; if its loss is "
                 f"one of {', '.join(LOSSES)}, give --forecast.loss, or ForecastLogger(loss=…)"
             )
             return
-        loss = self.loss or loss_of(pl_module)
-        self._matrix = LOSSES[loss].driven_matrix
+        loss = loss_of(pl_module) if self.loss is None else self.loss
+        properties = loss_properties(loss)
+        self._matrix = (
+            not isinstance(loss, str) and getattr(pl_module, "driven_matrix", None)
+        ) or properties.driven_matrix
         self._marks, self._restored = dict(self._restored.get(self._matrix, {})), {}
         self._spectrum = _find_spectrum_logger(trainer, self._matrix)
         if not _trains_with_sgd(trainer, pl_module):
@@ -125,7 +134,7 @@ class ForecastLogger(L.Callback):
             rank_zero_info("no forecast of the next mode: the weights of the last layer are sharded")
             return
         # Other modules may pass both views in one call, so their training batches are not used.
-        batches = loss == "simclr" and isinstance(pl_module, JointEmbedding)
+        batches = not properties.uses_moments and isinstance(pl_module, JointEmbedding)
 
         def record(_: Any, args: tuple[Tensor, ...]) -> None:
             if layer.training:
@@ -149,7 +158,7 @@ class ForecastLogger(L.Callback):
         if isinstance(progress, LineProgress):
             progress.note = self._text
         elif self._text:
-            _describe(progress, f"Epoch {trainer.current_epoch}, {self._text}")
+            describe_bar(progress, f"Epoch {trainer.current_epoch}, {self._text}")
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -166,7 +175,15 @@ class ForecastLogger(L.Callback):
         if self._is_scheduled(step) and step < end < math.inf and len(self._measured) >= 2:
             started = time.perf_counter()
             size = len(views_in(batch, self._spectrum.views)[0]) * trainer.world_size
-            self._log(trainer, *self._forecast(pl_module, trainer.optimizers[0], size, step, int(end)))
+            try:
+                result = self._forecast(pl_module, trainer.optimizers[0], size, step, int(end))
+            except Exception as error:  # a user's loss may raise any error on float64 embeddings on a CPU
+                if isinstance(self.loss or loss_of(pl_module), str):
+                    raise
+                rank_zero_info(f"no forecast of the next mode: the loss cannot be simulated ({reason(error)})")
+                self._remove_hook()
+                return
+            self._log(trainer, *result)
             self._spent += time.perf_counter() - started
         self._measured.clear()
         self._text = self._summary(step)
@@ -214,24 +231,18 @@ class ForecastLogger(L.Callback):
         options = [group.get(name) for name in ("lr", "momentum", "weight_decay")]
         sgd = SGDSettings.of(module, start, end, self.loss, self.settings, *options)
         layer = last_layer(module)
-        h1, h2 = self._features(size if sgd.loss == "simclr" else None)
+        is_named = isinstance(sgd.loss, str)
+        h1, h2 = self._features(None if loss_properties(sgd.loss).uses_moments else size, of_rank=is_named)
         velocity = velocity_of(layer, optimizer)
         # To the end, even if the next mode is near: the last plateau defines the threshold.
-        result = forecast_of_features(
-            sgd, h1, h2, layer.weight, bias_of(layer), start, velocity, with_rates=False, num_points=_NUM_POINTS
-        )
+        with nullcontext() if is_named else restored_state(module):
+            result = forecast_of_features(
+                sgd, h1, h2, layer.weight, bias_of(layer), start, velocity, with_rates=False, num_points=_NUM_POINTS
+            )
         return result, sgd.rates
 
-    def _features(self, size: int | None) -> tuple[Tensor, Tensor]:
-        """Return the features of both views, (batches, n, m) each; measured pairs in batches of ``size`` if given."""
-        views = list(self._trained)
-        if len(views) >= 4 and len(views) % 2 == 0 and len({view.shape for view in views}) == 1:
-            stacked = torch.stack(views).flatten(2).cpu()
-            return stacked[::2], stacked[1::2]
-        h1, h2 = (h.flatten(1).cpu() for h in self._measured[:2])
-        size = min(size or len(h1), len(h1))
-        h1, h2 = (h[: len(h) // size * size].unflatten(0, (-1, size)) for h in (h1, h2))
-        return h1, h2
+    def _features(self, size: int | None, of_rank: bool = False) -> tuple[Tensor, Tensor]:
+        return batched_features(list(self._trained), self._measured, size, of_rank)
 
     def _summary(self, step: int) -> str:
         """Return the text for the progress bar; without a forecast if a mode was learned since the last one."""
@@ -281,21 +292,6 @@ def _find_spectrum_logger(trainer: L.Trainer, matrix: str) -> SpectrumLogger:
         if isinstance(callback, SpectrumLogger) and matrix in callback.matrices and callback.output:
             return callback
     raise UserError(f"ForecastLogger needs a SpectrumLogger in the Trainer that measures {matrix}: add it to matrices")
-
-
-def _has_known_loss(module: L.LightningModule) -> bool:
-    return isinstance(module, JointEmbedding) and module.loss_name is not None
-
-
-def _describe(progress: ProgressBar | None, text: str) -> None:
-    """Set the description of the training bar of tqdm or rich; other progress bars have none."""
-    if isinstance(progress, RichProgressBar):
-        if progress.progress is not None and progress.train_progress_bar_id is not None:
-            progress.progress.update(progress.train_progress_bar_id, description=text)
-    elif isinstance(progress, TQDMProgressBar):
-        bar = progress.train_progress_bar
-        if getattr(bar, "desc", text) != text:  # a disabled bar has no description
-            bar.set_description(text, refresh=False)
 
 
 def _trains_with_sgd(trainer: L.Trainer, module: L.LightningModule) -> bool:

@@ -11,7 +11,7 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import ProgressBar
+from lightning.pytorch.callbacks import ProgressBar, RichProgressBar, TQDMProgressBar
 
 from stepwise_lightning.callbacks.clock import expected_end
 from stepwise_lightning.runs.folders import run_folder
@@ -19,7 +19,7 @@ from stepwise_lightning.runs.loggers import logger_kind
 from stepwise_lightning.spectrum.matrices import phrase
 from stepwise_lightning.spectrum.record import SpectrumRecord
 
-__all__ = ["LineProgress", "Plan", "outcome", "seeds_in_use"]
+__all__ = ["LineProgress", "Plan", "describe_bar", "outcome", "seeds_in_use"]
 
 _MIN_SECONDS = 10.0  # between two lines of progress
 _MIN_SHARE = 0.05  # of the elapsed time, between two lines of progress
@@ -195,3 +195,14 @@ def _found(record: SpectrumRecord, driven: str | None, threshold: float) -> str:
 
 def _number(value: float) -> str:
     return f"{value:.4g}" if math.isfinite(value) else "–"
+
+
+def describe_bar(progress: ProgressBar | None, text: str) -> None:
+    """Set the description of the training bar of tqdm or rich; other progress bars have none."""
+    if isinstance(progress, RichProgressBar):
+        if progress.progress is not None and progress.train_progress_bar_id is not None:
+            progress.progress.update(progress.train_progress_bar_id, description=text)
+    elif isinstance(progress, TQDMProgressBar):
+        bar = progress.train_progress_bar
+        if getattr(bar, "desc", text) != text:  # a disabled bar has no description
+            bar.set_description(text, refresh=False)

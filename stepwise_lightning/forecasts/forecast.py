@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from stepwise_lightning.forecasts.learning_rates import StableRates
-from stepwise_lightning.losses import LOSSES
 from stepwise_lightning.precision import as_float64
 from stepwise_lightning.spectrum.record import SpectrumRecord
+from stepwise_lightning.theory.loss_derivatives import PairLoss
+from stepwise_lightning.theory.loss_signature import loss_properties
 
 __all__ = ["Forecast", "correct_for_feature_learning", "crossings"]
 
+T = TypeVar("T")
 # Typical relative errors of the step of the first mode and of later modes, before training; NaN: not reliable. Those of
 # other losses were not measured.
 _ERRORS = {"barlow_twins": (0.06, 0.15), "simclr": (0.06, 0.2), "vicreg": (0.07, math.nan)}
@@ -32,8 +35,10 @@ class Forecast:
     ``str()`` returns a table. Steps are optimiser steps since the beginning of training.
     """
 
-    loss: str
-    """Name in ``stepwise_lightning.losses.LOSSES``."""
+    loss: str | PairLoss
+    """Name in ``stepwise_lightning.losses.LOSSES``, or a function of both views' embeddings."""
+    matrix: str
+    """Matrix whose eigenvalues the loss drives."""
     start: int
     """Step of the forecast; 0 before training."""
     max_steps: int
@@ -60,13 +65,8 @@ class Forecast:
     """Reasons why the forecast may be wrong or training may fail."""
 
     @property
-    def matrix(self) -> str:
-        """Matrix whose eigenvalues the loss drives."""
-        return LOSSES[self.loss].driven_matrix
-
-    @property
     def largest_learning_rate(self) -> float:
-        """Learning rate above which training diverges; NaN if no limit is known (SimCLR has none)."""
+        """Learning rate above which training diverges; NaN if no limit is known (cosine similarities have none)."""
         return self.rates.limit
 
     @property
@@ -109,9 +109,9 @@ class Forecast:
         It is NaN for modes that are not forecast reliably, and for losses whose errors were not measured. Medians
         over runs of small networks: see ``reproduce/figures/forecast.py``.
         """
-        first, later = _ERRORS.get(self.loss, (math.nan, math.nan))
+        first, later = _measured(_ERRORS, self.loss, (math.nan, math.nan))
         if self.start:
-            first, later = _LIVE_ERRORS.get(self.loss, math.nan), math.nan
+            first, later = _measured(_LIVE_ERRORS, self.loss, math.nan), math.nan
         errors = self.step_times.new_full((len(self.step_times),), later)
         errors[self.num_learned : self.num_learned + 1] = first
         return errors
@@ -139,7 +139,7 @@ class Forecast:
 
     def __str__(self) -> str:
         lines = [
-            f"{LOSSES[self.loss].title}, learning rate {self.learning_rate:.3g}, momentum {self.momentum:g}, "
+            f"{loss_properties(self.loss).title}, learning rate {self.learning_rate:.3g}, momentum {self.momentum:g}, "
             f"{self.num_pairs} pairs, from step {self.start} to {self.max_steps}",
             "mode  learned at step       typical range   share of the steps",
         ]
@@ -164,7 +164,7 @@ class Forecast:
         if math.isnan(self.rates.suggested):
             return "learning rate: no limit known, because no mode grows from a small start"
         if math.isnan(self.rates.limit):
-            limit = "no limit: cosine similarity does not depend on the length of embeddings"
+            limit = "no limit: the loss does not depend on the length of embeddings"
         elif math.isinf(self.rates.limit):
             limit = "no limit found"
         else:
@@ -172,7 +172,7 @@ class Forecast:
         return f"learning rate: {limit}; suggested {self.rates.suggested:.2g}"
 
 
-def correct_for_feature_learning(loss: str, learned_at: float, step: float, expected: float) -> float:
+def correct_for_feature_learning(loss: str | PairLoss, learned_at: float, step: float, expected: float) -> float:
     """Return the expected step of the next mode, corrected for feature learning.
 
     While a mode rises, features move towards it, and it grows faster than with frozen features. For Barlow Twins the
@@ -183,7 +183,12 @@ def correct_for_feature_learning(loss: str, learned_at: float, step: float, expe
     passed, remaining = max(step - learned_at, 0.0), expected - step
     if not 0 < remaining < math.inf:
         return expected
-    return step + remaining * (1 - _FEATURE_LEARNING_CORRECTION.get(loss, 0.0) * passed / (passed + remaining))
+    correction = _measured(_FEATURE_LEARNING_CORRECTION, loss, 0.0)
+    return step + remaining * (1 - correction * passed / (passed + remaining))
+
+
+def _measured(table: dict[str, T], loss: str | PairLoss, default: T) -> T:
+    return table.get(loss, default) if isinstance(loss, str) else default
 
 
 def crossings(steps: Tensor, eigenvalues: Tensor, threshold: float) -> Tensor:

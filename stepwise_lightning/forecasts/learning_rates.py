@@ -11,7 +11,6 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from stepwise_lightning.forecasts.sgd import SGDSettings
@@ -27,6 +26,9 @@ _FEATURE_LEARNING = 0.5
 _SHARE, _DRIVE, _COSINE_DRIVE = 0.5, 0.4, 0.1
 # Simulations: number of starts, which reach the limit at different phases, of batches, and of steps.
 _STARTS, _BATCHES, _STEPS = 8, 16, 100
+_STARTS_OF_FUNCTION = 2  # a step takes ten times as long
+# Modes still grow by this factor in the last steps if training diverges without an overflow.
+_LATE_STEPS, _LATE_GROWTH = 20, 1e3
 _LEAST, _MOST, _FACTOR = 0.5, 100.0, 1.15  # smallest and largest x tried, and their ratio
 
 
@@ -48,16 +50,16 @@ def stable_rates(
     bias: Tensor | None,
     components: int | None,
     fastest: float,
+    scale_invariant: bool,
 ) -> StableRates:
     """Return the stable learning rates of a last layer, computed with frozen features.
 
     - Analytical Barlow Twins: closed form (:func:`stepwise_lightning.theory.stability.stability_limits`). Half of all
       small starts diverge at the limit for γ_1 of all pairs; none diverges below the limit for the largest γ_1 of a
       batch.
-    - VICReg, normalised Barlow Twins and the spectral contrastive loss: simulated, one batch a step, from eight starts,
-      at rates that increase by 15 % until half of the starts diverge; no start diverges below the first rate at which
-      one does.
-    - SimCLR: no limit, because the loss does not depend on the length of embeddings.
+    - SimCLR and other scale-invariant losses: no limit, because the loss does not depend on the length of embeddings.
+    - Other losses: simulated, one batch a step, from eight starts (two for a function), at rates that increase by 15 %
+      until half of the starts diverge; no start diverges below the first rate at which one does.
 
     With feature learning, networks diverge from a third of the limit on. Hence ``safe`` is half of the rate at which no
     start diverges: small ResNets train at 0.8 times the safe rate and mostly diverge at 1.25 times the limit
@@ -65,21 +67,23 @@ def stable_rates(
 
     ``h1`` and ``h2`` are the features of both views, (batches, n, m) each; ``components`` is the number of components
     of a projection, see :class:`stepwise_lightning.theory.LastLayer`; ``fastest`` is ρ_1.
+    ``scale_invariant`` is a property of the loss.
     """
     nan = math.nan
     if not fastest > 0:
         return StableRates(nan, nan, nan)
-    if sgd.loss == "simclr":
+    if scale_invariant:
         return StableRates(nan, nan, _COSINE_DRIVE / fastest)
-    if sgd.loss == "barlow_twins" and not sgd.settings["normalize"]:
+    if sgd.settings.get("normalize") is False:  # analytical Barlow Twins
         limits = stability_limits(sgd.momentum)
         worst = 4 * max(largest_gammas(h1, h2, sgd.settings["center"]))
         safe = _FEATURE_LEARNING * min(limits.local, limits.safe) / max(worst, fastest)
         return StableRates(limits.even / fastest, safe, _SHARE * safe)
     layers = []
-    for start in range(_STARTS):
+    num_starts = _STARTS if isinstance(sgd.loss, str) else _STARTS_OF_FUNCTION
+    for start in range(num_starts):
         x1, x2 = (h.roll(2 * start, 0)[:_BATCHES] for h in (h1, h2))
-        scaled = weight * math.e ** (start / _STARTS / 2)
+        scaled = weight * math.e ** (start / num_starts / 2)
         layers.append(LastLayer(sgd.loss, x1, x2, scaled, bias, components, in_turn=True, **sgd.settings))
     limit, stable = _simulated_limits(layers, sgd.momentum, fastest)
     safe = _FEATURE_LEARNING * stable
@@ -105,8 +109,9 @@ def _simulated_limits(layers: list[LastLayer], momentum: float, fastest: float) 
     """Return the rates at which half of the layers, and the first layer, diverge; infinite if they do not."""
 
     def diverged(rate: float) -> int:
-        ends = [layer.simulate([rate] * _STEPS, momentum, measured_at=[_STEPS]).eigenvalues for layer in layers]
-        return sum(not torch.isfinite(end).all() for end in ends)
+        late = [_STEPS - _LATE_STEPS, _STEPS]
+        ends = [layer.simulate([rate] * _STEPS, momentum, measured_at=late).eigenvalues[:, 0] for layer in layers]
+        return sum(not end.isfinite().all() or bool(end[1] > _LATE_GROWTH * end[0]) for end in ends)
 
     bound = _LEAST / fastest
     while 2 * diverged(bound) < len(layers):

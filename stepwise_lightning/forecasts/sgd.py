@@ -8,31 +8,41 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from lightning import LightningModule
 from torch import Tensor, nn
 
 from stepwise_lightning.encoders import LinearEncoder, bias_of, last_linear
 from stepwise_lightning.errors import UserError
 from stepwise_lightning.features import Views, capture, on_device, views_in
-from stepwise_lightning.losses import LOSSES, loss_settings
+from stepwise_lightning.losses import LOSSES
 from stepwise_lightning.modules import JointEmbedding
 from stepwise_lightning.precision import as_float64
 from stepwise_lightning.rate_schedule import rate_factor
+from stepwise_lightning.theory.loss_derivatives import PairLoss
+from stepwise_lightning.theory.loss_signature import checked_settings, loss_properties
 
-__all__ = ["SGDSettings", "last_features", "last_layer", "loss_of", "velocity_of"]
+__all__ = ["SGDSettings", "batched_features", "last_features", "last_layer", "loss_of", "velocity_of"]
 
 
 @dataclass(frozen=True)
 class SGDSettings:
     """Loss and SGD settings of a training run."""
 
-    loss: str
-    """Name of the loss in :data:`stepwise_lightning.losses.LOSSES`."""
+    loss: str | PairLoss
+    """Name of the loss in :data:`stepwise_lightning.losses.LOSSES`, or a function of both views' embeddings."""
     settings: dict[str, Any]
-    """All settings of the loss."""
+    """All settings of a loss given by its name."""
     rates: Tensor
     """Learning rate of each remaining step, (T,)."""
     momentum: float
     weight_decay: float
+    driven_matrix: str | None = None
+    """Matrix whose eigenvalues the loss drives; None for that of the named loss, or the covariance."""
+
+    @property
+    def matrix(self) -> str:
+        """Matrix whose eigenvalues the loss drives."""
+        return self.driven_matrix or loss_properties(self.loss).driven_matrix
 
     @classmethod
     def of(
@@ -40,7 +50,7 @@ class SGDSettings:
         module: nn.Module,
         start: int,
         max_steps: int,
-        loss: str | None = None,
+        loss: str | PairLoss | None = None,
         settings: Mapping[str, Any] | None = None,
         learning_rate: float | Sequence[float] | Tensor | None = None,
         momentum: float | None = None,
@@ -57,12 +67,17 @@ class SGDSettings:
                     f"forecasts assume SGD on the gradient of the loss, which this {type(module).__name__} does not "
                     "use: forecast a module without another optimizer or acceleration"
                 )
-        loss = loss or loss_of(module)
+        loss = loss_of(module) if loss is None else loss
         if settings is None:
-            settings = {name: hparams[name] for name in loss_settings(loss, {}) if name in hparams}
+            settings = {name: hparams[name] for name in checked_settings(loss, {}) if name in hparams}
+        if learning_rate is None and isinstance(module, LightningModule) and not hparams:
+            hparams = _configured(module)
         rates = _rates(hparams, start, max_steps) if learning_rate is None else learning_rate
         if rates is None:
-            raise UserError(f"learning_rate must be given: {type(module).__name__} is not a module of this package")
+            raise UserError(
+                f"learning_rate must be given: configure_optimizers of {type(module).__name__} does not return one "
+                "torch.optim.SGD without a schedule"
+            )
         if isinstance(rates, (int, float)):
             rates = [rates] * (max_steps - start)
         rates = as_float64(rates, "learning_rate").cpu()
@@ -73,7 +88,8 @@ class SGDSettings:
             )
         momentum = hparams.get("momentum", 0.0) if momentum is None else momentum
         weight_decay = hparams.get("weight_decay", 0.0) if weight_decay is None else weight_decay
-        return cls(loss, loss_settings(loss, settings), rates, momentum, weight_decay)
+        matrix = None if isinstance(loss, str) else getattr(module, "driven_matrix", None)
+        return cls(loss, checked_settings(loss, dict(settings)), rates, momentum, weight_decay, matrix)
 
 
 def _rates(hparams: Mapping[str, Any], start: int, max_steps: int) -> list[float] | None:
@@ -84,13 +100,26 @@ def _rates(hparams: Mapping[str, Any], start: int, max_steps: int) -> list[float
     return [hparams["learning_rate"] * rate_factor(step, warmup, end) for step in range(start, max_steps)]
 
 
-def loss_of(module: nn.Module) -> str:
-    """Return the name of the loss of a module of this package; raise UserError for another module."""
-    if isinstance(module, JointEmbedding) and module.loss_name is not None:
-        return module.loss_name
+def _configured(module: LightningModule) -> dict[str, Any]:
+    """Return rate, momentum and weight decay of plain SGD in ``configure_optimizers``, or nothing."""
+    try:
+        optimizer = module.configure_optimizers()
+    except RuntimeError:  # it reads the Trainer, which is not attached
+        return {}
+    options = optimizer.defaults if isinstance(optimizer, torch.optim.SGD) and len(optimizer.param_groups) == 1 else {}
+    if options.get("dampening") or options.get("nesterov") or options.get("maximize"):
+        return {}
+    names = {"learning_rate": "lr", "momentum": "momentum", "weight_decay": "weight_decay"}
+    return {name: options[option] for name, option in names.items() if option in options}
+
+
+def loss_of(module: nn.Module) -> str | PairLoss:
+    """Return the loss of a module of this package, its name if it has one; raise UserError for another module."""
+    if isinstance(module, JointEmbedding):
+        return module.loss if module.loss_name is None else module.loss_name
     raise UserError(
         f"{type(module).__name__} is not a module of this package: give loss={', '.join(map(repr, LOSSES))}, with its "
-        "settings and a learning_rate"
+        "settings, or a function of both views' embeddings, and a learning_rate"
     )
 
 
@@ -134,6 +163,30 @@ def last_features(
     if not inputs:
         raise UserError("a forecast needs at least one batch of two views, got none")
     h1, h2 = (torch.stack(features_of_view).cpu() for features_of_view in zip(*inputs, strict=True))
+    return h1, h2
+
+
+def batched_features(
+    trained: Sequence[Tensor], measured: Sequence[Tensor], size: int | None, of_rank: bool
+) -> tuple[Tensor, Tensor]:
+    """Return recorded inputs of the last layer for both views, (batches, n, m) each.
+
+    Args:
+        trained: inputs for the first and second views of training batches by turns, possibly empty.
+        measured: inputs for both views of other pairs, used if there are less than two training batches.
+        size: size of a batch for ``measured``; None for one batch.
+        of_rank: False to join training batches of one rank to global batches of ``size`` pairs.
+
+    """
+    if len(trained) >= 4 and len(trained) % 2 == 0 and len({view.shape for view in trained}) == 1:
+        stacked = torch.stack(list(trained)).flatten(2).cpu()
+        h1, h2 = stacked[::2], stacked[1::2]
+        count = 1 if of_rank or size is None else min(max(size // h1.shape[1], 1), len(h1))
+        h1, h2 = (h[: len(h) // count * count].unflatten(0, (-1, count)).flatten(1, 2) for h in (h1, h2))
+        return h1, h2
+    h1, h2 = (h.flatten(1).cpu() for h in measured[:2])
+    size = min(size or len(h1), len(h1))
+    h1, h2 = (h[: len(h) // size * size].unflatten(0, (-1, size)) for h in (h1, h2))
     return h1, h2
 
 

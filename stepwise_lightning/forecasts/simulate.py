@@ -4,20 +4,26 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from stepwise_lightning.encoders import LinearEncoder, bias_of
 from stepwise_lightning.errors import UserError
 from stepwise_lightning.features import Views
+from stepwise_lightning.features.module_state import restored_state
 from stepwise_lightning.forecasts.forecast import Forecast, crossings
 from stepwise_lightning.forecasts.learning_rates import StableRates, stable_rates
 from stepwise_lightning.forecasts.sgd import SGDSettings, last_features, last_layer
 from stepwise_lightning.spectrum.schedule import log_spaced_steps
 from stepwise_lightning.theory.growth import growth_matrix, heavy_ball_growth
 from stepwise_lightning.theory.last_layer import LastLayer, LayerTrajectory
+from stepwise_lightning.theory.linear_flow import growth_modes, start_signature
+from stepwise_lightning.theory.loss_derivatives import PairLoss, is_scale_invariant
+from stepwise_lightning.theory.loss_signature import loss_properties
 
 __all__ = ["NUM_PAIRS", "forecast", "forecast_of_features", "unseen_batches"]
 
@@ -37,7 +43,7 @@ def forecast(
     max_steps: int,
     *,
     start: int = 0,
-    loss: str | None = None,
+    loss: str | PairLoss | None = None,
     settings: Mapping[str, Any] | None = None,
     layer: nn.Linear | LinearEncoder | None = None,
     learning_rate: float | Sequence[float] | Tensor | None = None,
@@ -52,24 +58,30 @@ def forecast(
     The last linear layer is simulated (:class:`stepwise_lightning.theory.LastLayer`) from its current weights on its
     current inputs, that is, with frozen features. Features of a network move during training, so the forecast is
     accurate for the first mode, approximate for later modes of Barlow Twins and SimCLR, and not reliable for later
-    modes of VICReg: :attr:`Forecast.errors`. The errors of the spectral contrastive loss were not measured. More modes
-    may be learned than forecast, because features grow. During training, :meth:`Forecast.with_plateau_correction` uses
-    the record of the run.
+    modes of VICReg: :attr:`Forecast.errors`. The errors of other losses were not measured. More modes may be learned
+    than forecast, because features grow. During training, :meth:`Forecast.with_plateau_correction` uses the record of
+    the run.
+
+    The last layer of a loss given as a function is simulated by automatic differentiation, one batch a step, in
+    float64, with constant parameters of the loss; a loss that draws random numbers raises an error. Eigenvalues are of
+    ``module.driven_matrix``, by default the covariance. A loss that is not centred may learn the mean embedding first,
+    which has no eigenvalue in the covariance: set ``driven_matrix = "cross_correlation"``.
 
     The state of the module and of all random number generators does not change. Batch normalisation uses the statistics
     of each view of a batch, as in training. SimCLR is simulated with at most 128 pairs a step. Features of more than
     512 dimensions are projected onto max(128, 2d), see :class:`stepwise_lightning.theory.LastLayer`.
 
     Args:
-        module: a :class:`BarlowTwins`, :class:`VICReg`, :class:`SimCLR` or :class:`SpectralContrastive`, which defines
-            the arguments below; or any module from views (n, …) to embeddings (n, d) that ends in a linear layer, with
-            ``loss``, ``settings`` and ``learning_rate``.
+        module: a :class:`JointEmbedding` such as :class:`BarlowTwins`, which defines the arguments below; or any module
+            from views (n, …) to embeddings (n, d) that ends in a linear layer, with ``loss`` and ``settings``, and
+            ``learning_rate`` unless its ``configure_optimizers`` returns plain SGD.
         batches: batches of two views, as in training and of the same size, but separate draws. Used until they contain
             ``num_pairs`` pairs.
         max_steps: optimiser steps of training, from its beginning.
         start: current step; 0 before training.
-        loss: name in ``stepwise_lightning.losses.LOSSES``; None for the loss of the module.
-        settings: arguments of the loss; None for those of the module, or the defaults.
+        loss: name in ``stepwise_lightning.losses.LOSSES``, or a function ``loss(z1, z2)`` of both views' embeddings
+            (n, d) that returns a scalar; None for the loss of the module.
+        settings: arguments of a named loss; None for those of the module, or the defaults.
         layer: last layer; None for the linear layer registered last.
         learning_rate: a number, or one for each remaining step, (max_steps − start,). None for the learning rate of the
             module, with its warm-up and cosine.
@@ -81,13 +93,15 @@ def forecast(
 
     Raises:
         ValueError: a module that does not end in a linear layer, or whose loss is unknown; settings out of range;
-            batches without two views; features or weights that are not finite.
+            batches without two views; features or weights that are not finite; a loss that is random, or does not
+            return a float64 scalar for float64 embeddings.
 
     """
     sgd = SGDSettings.of(module, start, max_steps, loss, settings, learning_rate, momentum, weight_decay)
     layer = layer or last_layer(module)
     h1, h2 = last_features(module, layer, batches, num_pairs, views)
-    return forecast_of_features(sgd, h1, h2, layer.weight, bias_of(layer), start, velocity)
+    with restored_state(module):  # also of a loss that the module contains
+        return forecast_of_features(sgd, h1, h2, layer.weight, bias_of(layer), start, velocity)
 
 
 def forecast_of_features(
@@ -109,11 +123,12 @@ def forecast_of_features(
     h1, h2, weight = (values.detach().cpu() for values in (h1, h2, weight))
     bias = None if bias is None else bias.detach().cpu()
     d, m = weight.shape
+    scale_invariant = _is_scale_invariant(sgd.loss, h1.shape[1], d)
     x1, x2 = (_smaller_batches(h) if sgd.loss == "simclr" else h for h in (h1, h2))
     components = min(m, max(_COMPONENTS, 2 * d)) if m > _MAX_FEATURES else None
-    layer = LastLayer(sgd.loss, x1, x2, weight, bias, components, **sgd.settings)
+    layer = LastLayer(sgd.loss, x1, x2, weight, bias, components, driven_matrix=sgd.matrix, **sgd.settings)
     norm = 0.0 if bias is None else float(bias.norm())
-    growth = _growth_rates(sgd, h1, h2, d, norm)
+    growth, problem = _growth_rates(sgd, h1, h2, d, bias, scale_invariant)
     num_steps = len(sgd.rates)
     points = log_spaced_steps(num_steps, num_points)
     trajectory = layer.simulate(sgd.rates, sgd.momentum, sgd.weight_decay, velocity, points)
@@ -121,14 +136,22 @@ def forecast_of_features(
     times = _step_times(trajectory, threshold, start)
     stable = StableRates(math.nan, math.nan, math.nan)
     if with_rates:
-        stable = stable_rates(sgd, h1, h2, weight, bias, components, float(growth[0]))
+        stable = stable_rates(sgd, h1, h2, weight, bias, components, float(growth[0]), scale_invariant)
     spread = float((h1.flatten(0, 1).double() @ weight.double().T).std(0).norm())
     result = Forecast(
-        sgd.loss, start, start + num_steps, float(sgd.rates.max()), sgd.momentum, h1.shape[0] * h1.shape[1], times,
-        trajectory.steps + start, trajectory.eigenvalues, threshold, growth, stable, (),
+        sgd.loss, sgd.matrix, start, start + num_steps, float(sgd.rates.max()), sgd.momentum,
+        h1.shape[0] * h1.shape[1], times, trajectory.steps + start, trajectory.eigenvalues, threshold, growth, stable,
+        (),
     )  # fmt: skip
     warnings = _warnings(result, m, sgd.weight_decay, spread / norm if norm else math.inf)
-    return Forecast(**(vars(result) | {"warnings": tuple(warnings)}))
+    if scale_invariant and not start and spread > 0.1 * norm:
+        warnings.append(
+            f"{loss_properties(sgd.loss).title} has no small start, because the bias is not large compared with the "
+            "other part of the embedding: set bias_norm, or a smaller alpha"
+        )
+    elif problem:
+        warnings.append(f"growth rates and stable learning rates are unknown: {problem}")
+    return replace(result, warnings=tuple(warnings))
 
 
 def _smaller_batches(h: Tensor) -> Tensor:
@@ -138,13 +161,32 @@ def _smaller_batches(h: Tensor) -> Tensor:
     return h[:, : parts * size].reshape(-1, size, h.shape[2])
 
 
-def _growth_rates(sgd: SGDSettings, h1: Tensor, h2: Tensor, d: int, bias_norm: float) -> Tensor:
-    """Return ρ of each mode, (d,); NaN for SimCLR without a bias."""
-    if sgd.loss == "simclr" and bias_norm == 0:
-        return h1.new_full((d,), math.nan, dtype=torch.float64)
-    matrix = growth_matrix(sgd.loss, h1, h2, d, bias_norm or 1.0, **sgd.settings)
-    rates = torch.linalg.eigvalsh(matrix).flip(0)[:d].cpu()
-    return torch.nn.functional.pad(rates, (0, d - len(rates)))
+def _is_scale_invariant(loss: str | PairLoss, num_pairs: int, dim: int) -> bool:
+    if isinstance(loss, str):
+        return loss_properties(loss).scale_invariant
+    return is_scale_invariant(loss, num_pairs, dim)
+
+
+def _growth_rates(
+    sgd: SGDSettings, h1: Tensor, h2: Tensor, d: int, bias: Tensor | None, scale_invariant: bool
+) -> tuple[Tensor, str]:
+    """Return ρ of each mode, (d,), or NaN and the reason why it is undefined."""
+    unknown = h1.new_full((d,), math.nan, dtype=torch.float64)
+    norm = 0.0 if bias is None else float(bias.norm())
+    if scale_invariant and norm == 0:
+        return unknown, "a loss of normalised embeddings needs a bias"
+    if isinstance(sgd.loss, str):
+        matrix = growth_matrix(sgd.loss, h1, h2, d, norm or 1.0, **sgd.settings)
+        rates = torch.linalg.eigvalsh(matrix).flip(0)[:d].cpu()
+    else:
+        try:
+            point = start_signature(sgd.loss, d, h1.shape[1], bias)[1]
+            if bias is not None and point is None:
+                h1, h2 = (pad(h, (0, 1), value=1.0) for h in (h1, h2))
+            rates = growth_modes(sgd.loss, h1, h2, d, min(d, h1.shape[2]), point).rates.real
+        except UserError as error:
+            return unknown, str(error)
+    return pad(rates, (0, d - len(rates))), ""
 
 
 def _step_times(trajectory: LayerTrajectory, threshold: float, start: int) -> Tensor:
@@ -194,11 +236,6 @@ def _warnings(result: Forecast, num_features: int, decay: float, share_of_bias: 
         warnings.append(
             f"weight decay {decay:g} is not small compared with the growth of mode {int(starved[0]) + 1} and later "
             "modes, which may never be learned"
-        )
-    if not result.start and result.loss == "simclr" and share_of_bias > 0.1:
-        warnings.append(
-            "SimCLR has no small start, because the bias is not large compared with the other part of the embedding: "
-            "set bias_norm, or a smaller alpha"
         )
     return warnings
 

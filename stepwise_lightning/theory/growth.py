@@ -15,6 +15,7 @@ Legend
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -89,20 +90,52 @@ def growth_matrix(
         raise UserError(f"dim must be at least 1 and bias_norm above 0, got {dim} and {bias_norm}")
     if not isinstance(loss, str):
         return _growth_matrix_of_function(bound_loss(loss, settings), h1, h2, dim, bias_norm)
-    values, bias_norm = loss_settings(loss, settings), bias_norm or 1.0
-    divisor = "temperature" if loss == "simclr" else "eps"
-    if not values.get(divisor, 1) > 0 and (loss != "barlow_twins" or values["normalize"]):
-        raise UserError(f"{divisor} must be above 0 for a growth matrix, got {values[divisor]}")
-    moments = FeatureMoments.of(h1, h2)
-    if loss == "barlow_twins":
-        return 4 * (moments.gamma() / values["eps"] if values["normalize"] else moments.gamma(values["center"]))
-    if loss == "spectral_contrastive":
-        return 4 * moments.gamma(center=False)
-    if loss == "vicreg":
-        variance = values["variance_weight"] / (2 * dim * values["eps"] ** 0.5)
-        spread = moments.covariance1 + moments.covariance2
-        return variance * spread - 2 * values["invariance_weight"] / dim * moments.difference
-    return 2 / values["temperature"] / bias_norm**2 * (moments.covariance - moments.difference / 2)
+    values = loss_settings(loss, settings)
+    return _GROWTH[loss](FeatureMoments.of(h1, h2), dim, bias_norm or 1.0, **values)
+
+
+def _barlow_twins(
+    moments: FeatureMoments, dim: int, bias_norm: float, normalize: bool, center: bool, eps: float, **_: Any
+) -> Tensor:
+    return 4 * (moments.gamma() / _positive(eps=eps) if normalize else moments.gamma(center))
+
+
+def _spectral_contrastive(moments: FeatureMoments, dim: int, bias_norm: float) -> Tensor:
+    return 4 * moments.gamma(center=False)
+
+
+def _vicreg(
+    moments: FeatureMoments,
+    dim: int,
+    bias_norm: float,
+    invariance_weight: float,
+    variance_weight: float,
+    eps: float,
+    **_: Any,
+) -> Tensor:
+    variance = variance_weight / (2 * dim * _positive(eps=eps) ** 0.5)
+    spread = moments.covariance1 + moments.covariance2
+    return variance * spread - 2 * invariance_weight / dim * moments.difference
+
+
+def _simclr(moments: FeatureMoments, dim: int, bias_norm: float, temperature: float) -> Tensor:
+    factor = 2 / _positive(temperature=temperature) / bias_norm**2
+    return factor * (moments.covariance - moments.difference / 2)
+
+
+def _positive(**setting: float) -> float:
+    ((name, value),) = setting.items()
+    if not value > 0:
+        raise UserError(f"{name} must be above 0 for a growth matrix, got {value}")
+    return value
+
+
+_GROWTH: dict[str, Callable[..., Tensor]] = {
+    "barlow_twins": _barlow_twins,
+    "vicreg": _vicreg,
+    "simclr": _simclr,
+    "spectral_contrastive": _spectral_contrastive,
+}
 
 
 def _growth_matrix_of_function(

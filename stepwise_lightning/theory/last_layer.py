@@ -21,11 +21,13 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from stepwise_lightning.errors import UserError
-from stepwise_lightning.losses import loss_settings
 from stepwise_lightning.precision import TensorLike, as_float64, as_tensor, single_threaded
-from stepwise_lightning.spectrum.measures import tangent_coordinates
+from stepwise_lightning.spectrum.matrices import TABLE
 from stepwise_lightning.theory.growth import check_momentum, growth_matrix
 from stepwise_lightning.theory.layer_gradients import layer_gradient
+from stepwise_lightning.theory.linear_flow import isotropic_growth_matrix, start_signature
+from stepwise_lightning.theory.loss_derivatives import PairLoss
+from stepwise_lightning.theory.loss_signature import checked_settings, loss_properties
 from stepwise_lightning.theory.moments import FeatureMoments, validated_features
 
 
@@ -49,16 +51,18 @@ class LastLayer:
     :meth:`simulate` reproduces ``torch.optim.SGD`` to round-off, with the gradients of
     :mod:`stepwise_lightning.theory.layer_gradients`. Barlow Twins and VICReg depend on moments of the features only: a
     step takes O(d m²) for any number of pairs. The spectral contrastive loss of more than 1024 pairs is also computed
-    from moments, with an error of order d/n. A step of SimCLR takes O(n² d).
+    from moments, with an error of order d/n. A step of SimCLR takes O(n² d). Functions are differentiated
+    automatically.
 
     The features of a network change during training. From an untrained network, the simulation is accurate for the
     first mode, and for Barlow Twins and SimCLR approximate for later modes.
 
     Args:
-        loss: name in ``stepwise_lightning.losses.LOSSES``.
+        loss: name in ``stepwise_lightning.losses.LOSSES``, or a function of both views' embeddings, float64, (n, d)
+            each, that returns a scalar.
         h1: features of the first views, (n, m), or in batches, (batches, n, m). Barlow Twins and VICReg descend the
-            loss of the mean moments of the batches, the spectral contrastive loss the loss of all pairs; SimCLR uses
-            one batch per step, cyclically.
+            loss of the mean moments of the batches, the spectral contrastive loss the loss of all pairs; SimCLR and
+            functions use one batch per step, cyclically.
         h2: features of the second views.
         weight: initial W, (d, m).
         bias: initial b, (d,), or None for a layer without bias.
@@ -69,7 +73,9 @@ class LastLayer:
             by 16 %), and λ_1 to λ_3 of VICReg by at most 16 % over 1200 steps (alone: λ_2 by a factor of seven). For
             SimCLR only the first step is accurate (0.3 %). To check another case, double the number.
         in_turn: use one batch per step, cyclically, for all losses.
-        settings: arguments of the loss, with the loss's defaults.
+        driven_matrix: matrix of ``stepwise_lightning.spectrum.MATRICES`` whose eigenvalues are computed; None for the
+            matrix that a named loss drives, and for the covariance of a function.
+        settings: arguments of a loss given by its name, with the loss's defaults.
 
     Attributes:
         variance_left_out: fraction of the features' variance outside the directions; 0 without a projection.
@@ -83,16 +89,20 @@ class LastLayer:
 
     def __init__(
         self,
-        loss: str,
+        loss: str | PairLoss,
         h1: TensorLike,
         h2: TensorLike,
         weight: TensorLike,
         bias: TensorLike | None = None,
         num_components: int | None = None,
         in_turn: bool = False,
+        driven_matrix: str | None = None,
         **settings: Any,
     ) -> None:
-        self.loss, self.settings = loss, loss_settings(loss, settings)
+        self.loss, self.settings, properties = loss, checked_settings(loss, settings), loss_properties(loss)
+        self.driven_matrix = driven_matrix or properties.driven_matrix
+        if self.driven_matrix not in TABLE:
+            raise UserError(f"driven_matrix must be one of {', '.join(TABLE)}, got {driven_matrix!r}")
         self._features = h1, h2 = validated_features(h1, h2)
         weight, bias = as_tensor(weight, "weight"), None if bias is None else as_tensor(bias, "bias")
         m = h1.shape[-1]
@@ -106,7 +116,7 @@ class LastLayer:
         self._has_bias = bias is not None
         self._basis, self.variance_left_out, self.rate_left_out = None, 0.0, 0.0
         if num_components is not None:
-            growth = growth_matrix(loss, h1, h2, len(weight), **self.settings)
+            growth = _growth(loss, h1, h2, len(weight), bias, self.settings)
             h = torch.cat([h1.flatten(0, 1), h2.flatten(0, 1)])
             self._basis, self.rate_left_out = _components(growth, h, num_components)
             total, kept = (float(x.var(0, correction=0).sum()) for x in (h, h @ self._basis))
@@ -115,14 +125,14 @@ class LastLayer:
         if not self._weight0.isfinite().all():
             raise UserError("weight and bias must be finite, got NaN or infinite values: check the checkpoint")
         x1, x2 = self._inputs(h1), self._inputs(h2)
-        in_turn = in_turn or loss == "simclr"
+        in_turn = in_turn or not properties.uses_moments
         batches = zip(x1.split(1), x2.split(1), strict=True) if in_turn else [(x1, x2)]
         self._gradients = [layer_gradient(loss, a, b, len(weight), self.settings) for a, b in batches]
 
     def __repr__(self) -> str:
         batches, n, m = self._features[0].shape
         shapes = f"features=({batches}, {n}, {m}), weight=({len(self._weight0)}, {m}), bias={self._has_bias}"
-        return f"LastLayer({self.loss!r}, {shapes})"
+        return f"LastLayer({loss_properties(self.loss).name!r}, {shapes})"
 
     @torch.no_grad()
     @single_threaded()
@@ -137,9 +147,8 @@ class LastLayer:
     ) -> LayerTrajectory:
         r"""Simulate the steps v ← βv + ∇L + ωW, W ← W − ηv of ``torch.optim.SGD`` for weights and bias.
 
-        The eigenvalues over all pairs are of the matrix that the loss drives: C for Barlow Twins (centred if the loss
-        is centred or normalised) and the spectral contrastive loss, the covariance for VICReg, the tangent covariance
-        for SimCLR
+        The eigenvalues over all pairs are of the driven matrix: C for Barlow Twins (centred if the loss is centred or
+        normalised) and the spectral contrastive loss, the covariance for VICReg, the tangent covariance for SimCLR
         (:func:`stepwise_lightning.spectrum.measures.tangent_coordinates`).
 
         Args:
@@ -148,8 +157,8 @@ class LastLayer:
             weight_decay: ω ≥ 0.
             velocity: initial v, the ``momentum_buffer`` of the weights, (d, m), and of the bias, if any, (d,); None for
                 zero.
-            measured_at: steps between 0 and T after which eigenvalues are computed; None for all. For SimCLR, each
-                measurement passes all pairs through the layer.
+            measured_at: steps between 0 and T after which eigenvalues are computed; None for all. For normalised
+                embeddings, each measurement passes all pairs through the layer.
             measured_on: features (n, m) of both views of other pairs for the eigenvalues, for example held-out pairs;
                 None for the training pairs.
 
@@ -205,14 +214,15 @@ class LastLayer:
         if not weights:
             return self._weight0.new_zeros(0, len(self._weight0))
         w = torch.stack(weights)
-        if self.loss == "simclr":
-            z = (tangent_coordinates(torch.cat([h1, h2]) @ each.T) for each in w)
-            matrices = torch.stack([each.T @ each / len(each) for each in (each - each.mean(0) for each in z)])
-        else:
+        if self.driven_matrix in ("cross_correlation", "covariance"):
             moments = FeatureMoments.of(h1, h2)
             centred = bool(self.settings.get("center") or self.settings.get("normalize"))
-            features = moments.pooled if self.loss == "vicreg" else moments.gamma(centred)
+            features = moments.pooled if self.driven_matrix == "covariance" else moments.gamma(centred)
             matrices = w @ features @ w.mT
+        else:
+            transform = TABLE[self.driven_matrix].transform
+            z = (transform(torch.cat([h1, h2]) @ each.T, None) for each in w)
+            matrices = torch.stack([each.T @ each / len(each) for each in (each - each.mean(0) for each in z)])
         finite = matrices.isfinite().all(2).all(1)  # squares of finite weights may overflow
         eigenvalues = torch.linalg.eigvalsh(torch.where(finite[:, None, None], matrices, 0.0)).flip(1)
         return torch.where(finite[:, None], eigenvalues, math.inf)
@@ -236,6 +246,19 @@ def _validated_schedule(
             f"measured_at must be steps between 0 and {len(rates)}, the number of learning rates, got {bounds}"
         )
     return rates.tolist(), steps
+
+
+def _growth(
+    loss: str | PairLoss, h1: Tensor, h2: Tensor, dim: int, bias: Tensor | None, settings: dict[str, Any]
+) -> Tensor:
+    """Return the growth matrix (m, m) that selects directions, zero for a function without growth rates."""
+    if isinstance(loss, str):
+        return growth_matrix(loss, h1, h2, dim, **settings)
+    try:
+        growth = isotropic_growth_matrix(start_signature(loss, dim, h1.shape[1], bias)[0], h1, h2)
+    except UserError:
+        return h1.new_zeros(h1.shape[-1], h1.shape[-1])
+    return (growth + growth.T) / 2
 
 
 def _components(growth: Tensor, h: Tensor, count: int) -> tuple[Tensor, float]:

@@ -1,4 +1,4 @@
-r"""Gradients of the shipped losses with respect to the weights W of a last linear layer z = W h on fixed features.
+r"""Gradients of losses with respect to the weights W of a last linear layer z = W h on fixed features.
 
 ============================  ===========================================================================
 loss                          gradient
@@ -8,6 +8,7 @@ Barlow Twins                  2 G W Γ
 VICReg                        (2λ/d) W D + Σ_v [(4ν/d) off(C_v) − diag(μ 1[σ_v < 1] / 2dσ_v)] W Σ_v
 spectral contrastive          −4 W Γ + 2n/(n − 1) (Z_2 W M_1 + Z_1 W M_2 − Σ_i s_i (z'_i h_iᵀ + z_i h'_iᵀ)/n²)
 SimCLR                        Σ_i (du_i − u_i u_i·du_i)/‖z_i‖ h_iᵀ, du = (E + Eᵀ) u / 2nτ
+any function                  Σ_i (∂L/∂z_i h_iᵀ + ∂L/∂z'_i h'_iᵀ), by automatic differentiation
 ============================  ===========================================================================
 
 Legend
@@ -33,6 +34,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from stepwise_lightning.theory.loss_derivatives import PairLoss, loss_value
 from stepwise_lightning.theory.moments import FeatureMoments
 
 # Spectral contrastive: number of pairs above which the squared similarities s_i² of pairs are not subtracted from the
@@ -42,30 +44,39 @@ _EXACT_PAIRS = 1024
 Gradient = Callable[[Tensor], Tensor]
 
 
-def layer_gradient(loss: str, h1: Tensor, h2: Tensor, dim: int, settings: Mapping[str, Any]) -> Gradient:
+def layer_gradient(loss: str | PairLoss, h1: Tensor, h2: Tensor, dim: int, settings: Mapping[str, Any]) -> Gradient:
     """Return the gradient of a loss as a function of W (d, m).
 
     Args:
-        loss: name in ``stepwise_lightning.losses.LOSSES``.
+        loss: name in ``stepwise_lightning.losses.LOSSES``, or a function of both views' embeddings.
         h1: features of the first views, float64, (batches, n, m). Barlow Twins and VICReg use the mean moments of the
-            batches; the spectral contrastive loss one batch of all pairs; SimCLR the first batch only.
+            batches; the spectral contrastive loss one batch of all pairs; SimCLR and functions the first batch only.
         h2: features of the second views.
         dim: d.
-        settings: all arguments of the loss.
+        settings: all arguments of a loss given by its name.
 
     """
-    if loss == "simclr":
-        return _simclr(h1[0], h2[0], **settings)
-    if loss == "spectral_contrastive":
-        return _spectral_contrastive(h1.flatten(0, 1), h2.flatten(0, 1))
-    moments = FeatureMoments.of(h1, h2)
-    if loss == "vicreg":
-        return _vicreg(moments, dim, **settings)
-    barlow_twins = _normalized_barlow_twins if settings["normalize"] else _barlow_twins
-    return barlow_twins(moments, **settings)
+    if not isinstance(loss, str):
+        return _differentiated(loss, h1[0], h2[0])
+    return _GRADIENTS[loss](h1, h2, dim, **settings)
 
 
-def _barlow_twins(moments: FeatureMoments, off_diagonal_weight: float, center: bool, **_: Any) -> Gradient:
+def _differentiated(loss: PairLoss, h1: Tensor, h2: Tensor) -> Gradient:
+    def gradient(w: Tensor) -> Tensor:
+        with torch.enable_grad():
+            z1, z2 = ((h @ w.T).requires_grad_() for h in (h1, h2))
+            dz1, dz2 = torch.autograd.grad(loss_value(loss, z1, z2), (z1, z2), materialize_grads=True)
+        return dz1.T @ h1 + dz2.T @ h2
+
+    return gradient
+
+
+def _barlow_twins(h1: Tensor, h2: Tensor, dim: int, normalize: bool, **settings: Any) -> Gradient:
+    barlow_twins = _normalized_barlow_twins if normalize else _analytical_barlow_twins
+    return barlow_twins(FeatureMoments.of(h1, h2), **settings)
+
+
+def _analytical_barlow_twins(moments: FeatureMoments, off_diagonal_weight: float, center: bool, **_: Any) -> Gradient:
     gamma = moments.gamma(center)
 
     def gradient(w: Tensor) -> Tensor:
@@ -96,13 +107,15 @@ def _normalized_barlow_twins(moments: FeatureMoments, off_diagonal_weight: float
 
 
 def _vicreg(
-    moments: FeatureMoments,
+    h1: Tensor,
+    h2: Tensor,
     dim: int,
     invariance_weight: float,
     variance_weight: float,
     covariance_weight: float,
     eps: float,
 ) -> Gradient:
+    moments = FeatureMoments.of(h1, h2)
     features = torch.stack([moments.covariance1, moments.covariance2, moments.difference])
     invariance, variance, covariance = 2 * invariance_weight / dim, variance_weight / 2 / dim, covariance_weight / dim
 
@@ -118,7 +131,8 @@ def _vicreg(
     return gradient
 
 
-def _spectral_contrastive(h1: Tensor, h2: Tensor) -> Gradient:
+def _spectral_contrastive(h1: Tensor, h2: Tensor, dim: int) -> Gradient:
+    h1, h2 = h1.flatten(0, 1), h2.flatten(0, 1)
     n = len(h1)
     cross = h1.T @ h2 / n
     features = torch.stack([h1.T @ h1 / n, h2.T @ h2 / n, cross + cross.T])
@@ -135,8 +149,8 @@ def _spectral_contrastive(h1: Tensor, h2: Tensor) -> Gradient:
     return gradient
 
 
-def _simclr(h1: Tensor, h2: Tensor, temperature: float) -> Gradient:
-    h, n = torch.cat([h1, h2]), len(h1)
+def _simclr(h1: Tensor, h2: Tensor, dim: int, temperature: float) -> Gradient:
+    h, n = torch.cat([h1[0], h2[0]]), h1.shape[1]
     scale = 1 / (2 * n * temperature)
 
     def gradient(w: Tensor) -> Tensor:
@@ -153,3 +167,11 @@ def _simclr(h1: Tensor, h2: Tensor, temperature: float) -> Gradient:
         return dz.T @ h
 
     return gradient
+
+
+_GRADIENTS: dict[str, Callable[..., Gradient]] = {
+    "barlow_twins": _barlow_twins,
+    "vicreg": _vicreg,
+    "simclr": _simclr,
+    "spectral_contrastive": _spectral_contrastive,
+}

@@ -94,8 +94,23 @@ def checked_signature(loss: str | PairLoss, dim: int, num_pairs: int, bias: Tens
     return signature
 
 
+def start_signature(
+    loss: str | PairLoss, dim: int, num_pairs: int, bias: Tensor | None
+) -> tuple[LossSignature, Tensor | None]:
+    """Return the signature of a loss at b = 0, or at a bias if the loss has none there, and this point b.
+
+    At b = 0 a bias is the weight of an additional constant feature.
+    """
+    try:
+        return checked_signature(loss, dim, num_pairs, None), None
+    except UserError:
+        if bias is None or not bias.any():
+            raise
+    return checked_signature(loss, dim, num_pairs, bias), bias
+
+
 def isotropic_growth_matrix(signature: LossSignature, h1: Tensor, h2: Tensor) -> Tensor:
-    """Return H for validated features (batches, n, m) and an isotropic loss."""
+    """Return H for validated features (batches, n, m), of an anisotropic loss for its mean α and β."""
     moments = FlowMoments.of(h1, h2)
     alpha, beta = (coefficients.to(h1.device) for coefficients in (signature.alpha, signature.beta))
     total = alpha + beta

@@ -16,6 +16,9 @@ PairLoss = Callable[[Tensor, Tensor], Tensor]
 TOLERANCE = 1e-6  # relative, of all tests of a property
 # Steps of central differences, relative to the norm of the bias; the second is for an eps below 1e-7 under a root.
 _STEP, _SMALL_STEP = 1e-5, 1e-7
+# Cosine between gradient and embeddings; an eps under the root of a norm or variance gives more.
+_ORTHOGONAL = 1e-9
+_RANDOM = "the loss is random: draw its random numbers once, or from a generator seeded in each call"
 
 
 class LossDerivatives:
@@ -45,13 +48,7 @@ class LossDerivatives:
             return torch.autograd.grad(self._value(z), z)[0]
 
     def _value(self, z: Tensor) -> Tensor:
-        value = self.loss(z[0], z[1])
-        if not isinstance(value, Tensor) or value.shape != () or value.dtype != torch.float64:
-            got = f"{value.dtype} of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
-            raise UserError(f"the loss must return a float64 scalar for float64 embeddings, got {got}: remove casts")
-        if not value.requires_grad:
-            raise UserError("the loss has no gradient: it must be computed from the embeddings by torch operations")
-        return value
+        return loss_value(self.loss, z[0], z[1])
 
     def second_derivatives(self, direction: Tensor) -> Tensor:
         """Return the derivative of F along a direction (2, n, d), by automatic differentiation."""
@@ -95,7 +92,7 @@ class LossDerivatives:
         values, again, permuted = self(z), self(z), self(z[:, order])
         size = TOLERANCE * values.norm()
         if not (again - values).norm() <= size:
-            raise UserError("the loss is random: draw its random numbers once, or from a generator seeded in each call")
+            raise UserError(_RANDOM)
         return bool((permuted - values[:, order]).norm() <= size)
 
     def block_products(self, unit: Tensor, product: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
@@ -112,6 +109,35 @@ class LossDerivatives:
 
     def _random(self) -> Tensor:
         return torch.randn(self.point.shape, generator=self._generator, dtype=torch.float64, device="cpu")
+
+
+def loss_value(loss: PairLoss, z1: Tensor, z2: Tensor) -> Tensor:
+    """Return the loss of float64 embeddings; raise a UserError if it is not a float64 scalar with a gradient."""
+    value = loss(z1, z2)
+    if not isinstance(value, Tensor) or value.shape != () or value.dtype != torch.float64:
+        got = f"{value.dtype} of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+        raise UserError(f"the loss must return a float64 scalar for float64 embeddings, got {got}: remove casts")
+    if not value.requires_grad:
+        raise UserError("the loss has no gradient: it must be computed from the embeddings by torch operations")
+    return value
+
+
+def is_scale_invariant(loss: PairLoss, num_pairs: int, dim: int) -> bool:
+    """Return whether a loss does not depend on the common length of both views' embeddings (n, d), as of cosines.
+
+    Its gradient is then orthogonal to the embeddings. Raises a UserError for a loss that draws random numbers.
+    """
+    generator = torch.Generator().manual_seed(0)
+    z = torch.randn(2, num_pairs, dim, generator=generator, dtype=torch.float64, device="cpu")
+    gradients = []
+    for _ in range(2):
+        with torch.enable_grad():
+            views = z.clone().requires_grad_()
+            gradients.append(torch.autograd.grad(loss_value(loss, views[0], views[1]), views)[0])
+    size = gradients[0].norm()
+    if not (gradients[1] - gradients[0]).norm() <= TOLERANCE * size:
+        raise UserError(_RANDOM)
+    return bool((z * gradients[0]).sum().abs() <= _ORTHOGONAL * z.norm() * size)
 
 
 def equal_embeddings(num_pairs: int, dim: int, bias: TensorLike | None) -> Tensor:

@@ -34,7 +34,7 @@ import torch
 from torch import Tensor
 
 from stepwise_lightning.errors import UserError
-from stepwise_lightning.losses import LOSSES, loss_settings
+from stepwise_lightning.losses import LOSSES, Loss, loss_settings
 from stepwise_lightning.precision import TensorLike
 from stepwise_lightning.theory.loss_derivatives import TOLERANCE, LossDerivatives, PairLoss, equal_embeddings
 
@@ -160,6 +160,26 @@ def saddle_value(
     z = equal_embeddings(num_pairs, dim, bias)
     with torch.no_grad():
         return float(bound_loss(loss, settings)(*z))
+
+
+def loss_properties(loss: str | PairLoss) -> Loss:
+    """Return the properties of a loss. A function is assumed to drive the covariance, and may depend on any lengths."""
+    if isinstance(loss, str):
+        loss_settings(loss, {})  # raises a UserError for an unknown name
+        return LOSSES[loss]
+    owner = getattr(loss, "__self__", None)  # of a method, such as JointEmbedding.loss
+    named: Any = loss if owner is None else getattr(owner, "loss_function", None) or type(owner)
+    named = getattr(named, "func", named)  # of functools.partial
+    name = getattr(named, "__name__", type(named).__name__)
+    return Loss(name, name, loss, "covariance", uses_moments=False)
+
+
+def checked_settings(loss: str | PairLoss, settings: dict[str, Any]) -> dict[str, Any]:
+    """Return all settings of a loss given by its name, none for a function; raise a UserError for unknown settings."""
+    if isinstance(loss, str):
+        return loss_settings(loss, settings)
+    bound_loss(loss, settings)
+    return {}
 
 
 def bound_loss(loss: str | PairLoss, settings: dict[str, Any]) -> PairLoss:

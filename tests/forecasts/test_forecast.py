@@ -1,5 +1,6 @@
 """Forecasts compared with training of the last layer and of small networks."""
 
+import logging
 import math
 from functools import partial
 
@@ -9,6 +10,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
+from reproduce.losses import dcl_loss, lejepa_loss
 from stepwise_lightning import (
     AcceleratedBarlowTwins,
     BarlowTwins,
@@ -20,15 +22,17 @@ from stepwise_lightning import (
     TwoViewDataModule,
     VICReg,
     forecast,
+    spectral_contrastive_loss,
 )
 from stepwise_lightning.callbacks.progress import LineProgress
 from stepwise_lightning.forecasts.forecast import Forecast, correct_for_feature_learning
 from stepwise_lightning.forecasts.learning_rates import StableRates
 from stepwise_lightning.forecasts.sgd import SGDSettings, last_layer
 from stepwise_lightning.forecasts.simulate import forecast_of_features, unseen_batches
+from stepwise_lightning.modules import JointEmbedding
 from stepwise_lightning.plots import run_figure
 from stepwise_lightning.spectrum import detect_steps
-from stepwise_lightning.theory import stability_limits
+from stepwise_lightning.theory import heavy_ball_growth, stability_limits
 
 ANALYTICAL = {"off_diagonal_weight": 1.0, "normalize": False, "center": True}
 PIXELS, DIM = 20, 4
@@ -110,6 +114,104 @@ def test_forecast_of_the_spectral_contrastive_loss_has_no_measured_errors():
     assert 0 < result.rates.suggested < result.rates.safe < result.rates.limit
     assert "not measured" in str(result) and "not reliable" not in str(result)
     assert result.reliable_eigenvalues(torch.arange(5)).shape == (5, 0)
+
+
+class WithAnyLoss(JointEmbedding):
+    """Module with the loss and the driven matrix in attributes."""
+
+    function = staticmethod(spectral_contrastive_loss)
+
+    def loss_terms(self, z1, z2):
+        return {"value": self.function(z1, z2)}
+
+
+def with_bias(alpha=1e-4):
+    """Return an encoder with a last bias of norm one."""
+    network = encoder(alpha)
+    with torch.no_grad():
+        network[-1].bias.copy_(normal(DIM) / normal(DIM).norm())
+    return network
+
+
+def test_forecast_of_a_function_agrees_with_the_named_loss():
+    """All batches at once or one a step: up to the difference between the batches."""
+    models = [module(cls) for cls in (SpectralContrastive, WithAnyLoss)]
+    models[1].driven_matrix = "cross_correlation"
+    for model in models:
+        model.encoder[-1].bias = None
+    named, function = (forecast(model, batches(4), 200) for model in models)
+    assert function.matrix == named.matrix and str(function).startswith("WithAnyLoss, ")
+    torch.testing.assert_close(function.growth_rates, named.growth_rates, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(function.step_times[:2], named.step_times[:2], rtol=0.05, atol=0)
+    assert function.errors.isnan().all() and "not measured" in str(function)
+    assert function.rates.limit == pytest.approx(named.rates.limit, rel=0.3)
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_scale_invariant_function_has_the_growth_rates_of_its_signature(momentum):
+    network = with_bias()
+    options = {"loss": dcl_loss, "learning_rate": 0.02, "momentum": momentum}
+    result = forecast(network, batches(8), 600, **options)
+    assert result.matrix == "covariance" and math.isnan(result.rates.limit)
+    assert result.rates.suggested == pytest.approx(0.1 / float(result.growth_rates[0]))
+    assert "no limit: the loss does not depend on the length" in str(result) and not result.warnings
+    root, _ = heavy_ball_growth(0.02 * result.growth_rates[:1], momentum)
+    values = result.at(torch.tensor([20, 40]))[:, 0]  # of the exponential growth
+    expected = 20 * 2 * float(root.log())
+    assert float((values[1] / values[0]).log()) == pytest.approx(expected, rel=0.1)
+    nn.init.zeros_(network[-1].bias)
+    no_start = forecast(network, batches(2), 50, **options)
+    assert no_start.growth_rates.isnan().all() and no_start.rates.suggested != no_start.rates.suggested
+    assert "dcl_loss has no small start, because the bias" in no_start.warnings[-1]
+
+
+def test_anisotropic_function_has_the_rates_of_the_whole_operator():
+    loss = partial(lejepa_loss, sigreg_weight=0.3, num_directions=8)
+    result = forecast(encoder(), batches(2), 200, loss=loss, learning_rate=0.01)
+    assert result.growth_rates[0] > 0 and result.growth_rates.diff().max() <= 0
+    assert result.step_times[0] < 200 and str(result).startswith("lejepa_loss, ")
+    assert 0 < result.rates.suggested < result.rates.limit
+
+
+def test_random_or_changing_losses_are_refused_or_restored():
+    with pytest.raises(ValueError, match="the loss is random"):
+        forecast(encoder(), batches(1), 10, learning_rate=0.1, loss=lambda z1, z2: (z1 * torch.rand(DIM) * z2).sum())
+    model = module(WithAnyLoss)
+    model.register_buffer("calls", torch.zeros(()))
+
+    def counted(z1, z2):
+        model.calls += 1
+        return spectral_contrastive_loss(z1, z2)
+
+    model.function = counted
+    forecast(model, batches(1), 10)
+    assert model.calls == 0
+
+
+class OwnOptimizer(L.LightningModule):
+    """A LightningModule of another package."""
+
+    def __init__(self, schedule=False):
+        super().__init__()
+        self.network, self.schedule = encoder(), schedule
+
+    def forward(self, x):
+        return self.network(x)
+
+    def configure_optimizers(self):
+        sgd = torch.optim.SGD(self.parameters(), 0.02, 0.5, weight_decay=1e-3)
+        return ([sgd], [torch.optim.lr_scheduler.ConstantLR(sgd)]) if self.schedule else sgd
+
+
+def test_settings_of_plain_sgd_are_taken_from_configure_optimizers():
+    result = forecast(OwnOptimizer(), batches(4), 100, loss="barlow_twins", settings=ANALYTICAL)
+    given = forecast(
+        encoder(), batches(4), 100, loss="barlow_twins", settings=ANALYTICAL, learning_rate=0.02, momentum=0.5,
+        weight_decay=1e-3,
+    )  # fmt: skip
+    assert torch.equal(result.step_times, given.step_times) and (result.learning_rate, result.momentum) == (0.02, 0.5)
+    with pytest.raises(ValueError, match="does not return one torch.optim.SGD without a schedule"):
+        forecast(OwnOptimizer(schedule=True), batches(2), 10, loss="vicreg")
 
 
 def test_forecast_follows_warm_up_and_cosine():
@@ -228,7 +330,8 @@ def test_feature_learning_correction_grows_along_a_plateau():
 def test_plateau_correction_uses_the_step_of_the_last_learned_mode():
     steps = torch.tensor([0, 50, 100, 101, 102, 150])
     result = Forecast(
-        "barlow_twins", 150, 1000, 0.1, 0.0, 64, torch.tensor([math.nan, 200.0, math.inf], dtype=torch.float64),
+        "barlow_twins", "cross_correlation", 150, 1000, 0.1, 0.0, 64,
+        torch.tensor([math.nan, 200.0, math.inf], dtype=torch.float64),
         torch.tensor([150, 1000]), torch.tensor([[1.0, 1e-4, 1e-6], [1.0, 1.0, 1e-5]], dtype=torch.float64), 0.1,
         torch.zeros(3), StableRates(1.0, 1.0, 1.0), (),
     )  # fmt: skip
@@ -331,6 +434,32 @@ def test_training_is_bit_identical_with_live_forecasts(tmp_path, cls):
         # The simulation runs to the end of training, even if the next mode is expected earlier.
         result, rates = live._forecast(model, torch.optim.SGD(model.parameters(), 0.02), 64, 20, 80)
         assert (result.start, result.max_steps, len(rates)) == (20, 80, 60) and result.steps[-1] == 80
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_live_forecast_of_a_loss_without_a_name(tmp_path):
+    live = ForecastLogger(cost=1.0)
+    model, record = trained(tmp_path, WithAnyLoss, live, steps=60, rate=0.004)
+    first = live.forecasts[0]
+    measured = record.detect_steps("covariance").step_times[0] / 0.004
+    assert first.num_learned == 0 and first.expected_step == pytest.approx(float(measured), rel=0.3)
+    h1, _ = live._features(64)
+    assert h1.shape[1:] == (64, 16)
+    assert live._features(128)[0].shape == (len(h1) // 2, 128, 16)  # as on two ranks
+    result, _ = live._forecast(model, torch.optim.SGD(model.parameters(), 0.02), 128, 20, 60)
+    assert result.matrix == "covariance" and result.num_pairs == h1.shape[0] * 64
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_training_goes_on_if_the_loss_cannot_be_simulated(tmp_path, caplog):
+    class InFloat32(WithAnyLoss):
+        def loss_terms(self, z1, z2):
+            return {"value": spectral_contrastive_loss(z1.float(), z2.float())}
+
+    live = ForecastLogger(cost=1.0)
+    with caplog.at_level(logging.INFO):
+        trained(tmp_path, InFloat32, live, steps=5)
+    assert not live.forecasts and "the loss cannot be simulated (" in caplog.text and "remove casts" in caplog.text
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")

@@ -15,7 +15,7 @@ from tiny_runs import changed, stepwise, write_images
 from torch.utils.data import DataLoader, TensorDataset
 
 from stepwise_lightning import BarlowTwins, ForecastLogger, LinearEncoder, SpectrumLogger
-from stepwise_lightning.callbacks.forecast_logger import _describe
+from stepwise_lightning.callbacks.progress import describe_bar
 from stepwise_lightning.features import check_watched
 
 OWN_MODULES = """
@@ -97,10 +97,10 @@ def test_description_of_a_rich_bar():
     updates = []
     bar = RichProgressBar.__new__(RichProgressBar)  # rich may not be installed
     bar.progress, bar.train_progress_bar_id = None, None
-    _describe(bar, "before training")
+    describe_bar(bar, "before training")
     bar.progress = SimpleNamespace(update=lambda *task, description: updates.append((*task, description)))
     bar.train_progress_bar_id = 3
-    _describe(bar, "Epoch 1, 2 of 10 modes learned")
+    describe_bar(bar, "Epoch 1, 2 of 10 modes learned")
     assert updates == [(3, "Epoch 1, 2 of 10 modes learned")]
 
 

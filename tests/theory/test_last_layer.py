@@ -1,12 +1,15 @@
 """Simulation of a last layer against torch.optim.SGD on the losses of the package."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
 from torch import nn
 
+from reproduce.losses import dcl_loss, lejepa_loss
 from stepwise_lightning import barlow_twins_loss, simclr_loss, spectral_contrastive_loss, vicreg_loss
+from stepwise_lightning.losses import LOSSES as TABLE_OF_LOSSES
 from stepwise_lightning.spectrum import cross_correlation_eigenvalues, embedding_eigenvalues, measure
 from stepwise_lightning.theory import LastLayer, layer_gradients
 
@@ -99,6 +102,50 @@ def test_simulation_matches_sgd(name):
         "simclr": measure("tangent_covariance", [z1, z2])[0],
     }
     torch.testing.assert_close(simulated.eigenvalues[-1], expected[loss], rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_automatic_differentiation_agrees_with_moments(name):
+    loss, settings, rate, batches = CASES[name]
+    h1, h2 = features(batches, 24)
+    layer = linear_layer(1e-2)
+    matrix = TABLE_OF_LOSSES[loss].driven_matrix
+    function = partial(LOSSES[loss], **settings)
+    simulations = [
+        LastLayer(loss, h1, h2, layer.weight, layer.bias, **settings),
+        LastLayer(function, h1, h2, layer.weight, layer.bias, driven_matrix=matrix),
+    ]
+    expected, actual = (each.simulate([rate] * 100, 0.9, weight_decay=1e-3) for each in simulations)
+    assert error(actual.weight, expected.weight) < 1e-10 and error(actual.bias, expected.bias) < 1e-10
+    if loss != "barlow_twins":  # a function has no setting for the centre of C
+        torch.testing.assert_close(actual.eigenvalues, expected.eigenvalues, rtol=1e-9, atol=1e-14)
+
+
+@pytest.mark.parametrize("loss", [dcl_loss, lejepa_loss])
+def test_simulation_of_a_function_matches_sgd(loss):
+    h1, h2 = features(3, 24)
+    layer, rates = linear_layer(1e-2), [0.05] * 60
+    simulated = LastLayer(loss, h1, h2, layer.weight, layer.bias).simulate(rates, 0.9, weight_decay=1e-3)
+    optimizer = torch.optim.SGD(layer.parameters(), 0.05, 0.9, weight_decay=1e-3)
+    for step in range(60):
+        optimizer.zero_grad()
+        loss(layer(h1[step % 3]), layer(h2[step % 3])).backward()
+        optimizer.step()
+    assert error(simulated.weight, layer.weight) < 1e-12 and error(simulated.bias, layer.bias) < 1e-12
+    z = layer(torch.cat([*h1, *h2])).detach()
+    torch.testing.assert_close(simulated.eigenvalues[-1], embedding_eigenvalues(z), rtol=1e-9, atol=1e-12)
+
+
+def test_projection_for_a_function_equals_projection_for_its_name():
+    h1, h2 = wide_features(300)
+    weight = 1e-4 * normal(3, 60, seed=7)
+    named, function = (
+        LastLayer(loss, h1, h2, weight, num_components=12, driven_matrix="covariance")
+        for loss in ("spectral_contrastive", spectral_contrastive_loss)
+    )
+    assert function.rate_left_out == pytest.approx(named.rate_left_out, rel=1e-9)
+    projected = [each.simulate([1e-3], measured_at=[0]).eigenvalues for each in (named, function)]
+    torch.testing.assert_close(projected[1], projected[0], rtol=1e-9, atol=1e-20)
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -210,6 +257,12 @@ def test_invalid_arguments_raise():
         LastLayer("vicreg", h1, h2, weight, num_components=17)
     with pytest.raises(ValueError, match="weight and bias must be finite"):
         LastLayer("vicreg", h1, h2, weight * math.nan)
+    with pytest.raises(ValueError, match="driven_matrix must be one of cross_correlation, covariance"):
+        LastLayer("vicreg", h1, h2, weight, driven_matrix="C")
+    with pytest.raises(ValueError, match="settings are for losses given by name, got temperature"):
+        LastLayer(simclr_loss, h1, h2, weight, temperature=0.1)
+    with pytest.raises(ValueError, match="must return a float64 scalar for float64 embeddings, got torch.float32"):
+        LastLayer(lambda z1, z2: (z1 * z2).sum().float(), h1, h2, weight).simulate([0.1])
     layer = LastLayer("vicreg", h1, h2, weight, torch.zeros(DIM))
     with pytest.raises(ValueError, match=r"one for each step \(T,\), .* got rates of shape \(\)"):
         layer.simulate(0.1)
