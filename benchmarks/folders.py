@@ -1,9 +1,12 @@
-"""Processor time of reading a folder of many small images, relative to torchvision's ImageFolder.
+"""Processor time of folders of images, relative to torchvision and lightly.
 
 1. Listing files and classes and splitting them, with a count of ignored files and a check for links (limit 4), and the
    exponent in the number of images (limit 1.15).
 2. Reading all images into one tensor, relative to a loop over an ImageFolder (limit 1.5), and peak memory relative to
    the size of the images (limit 1.5).
+3. Views per second of one worker from JPEG files of 500×375 pixels, relative to lightly and to torchvision's transforms
+   of single PIL images: with views computed by the worker, as for training on a CPU, and with images decoded only, as
+   for training on a GPU (at least 2, for views of 96 and 224 pixels, ``standard``).
 
 The files are written to a temporary folder. Competitors alternate; the median ratio over rounds is printed.
 """
@@ -11,18 +14,22 @@ The files are written to a temporary folder. Competitors alternate; the median r
 from __future__ import annotations
 
 import io
+import itertools
 import math
 import statistics
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import numpy as np
 import torch
 from PIL import Image
+from skimage import data as photographs
 from timing import (
     alternate,
     argument_parser,
+    check,
     check_all,
     machine,
     peak_bytes,
@@ -32,7 +39,9 @@ from timing import (
 )
 from torchvision.datasets import ImageFolder
 from torchvision.transforms.functional import pil_to_tensor
+from views import batches_of, lightly_view, torchvision_view
 
+from stepwise_lightning import TwoViewDataModule
 from stepwise_lightning.data import load_image_set
 from stepwise_lightning.data.folders import split_folder
 
@@ -64,6 +73,45 @@ def read_image_folder(folder: Path) -> torch.Tensor:
     return images
 
 
+def make_photographs(folder: Path, count: int) -> Path:
+    """Write ``count`` parts of photographs of 500×375 or 375×500 pixels as JPEG files."""
+    folder.mkdir()
+    originals = [Image.fromarray(pixels) for pixels in (photographs.astronaut(), photographs.coffee())]
+    for number in range(count):
+        width, height = (500, 375) if number % 3 else (375, 500)
+        enlarged = originals[number % 2].resize((700, 600))
+        part = enlarged.crop((number, number // 2, number + width, number // 2 + height))
+        part.save(folder / f"{number:03d}.jpg", quality=90)
+    return folder
+
+
+def compare_views(folder: Path, size: int, rounds: int, batch: int = 32) -> bool:
+    """Check the rate of views of one size, ``standard``."""
+    data = TwoViewDataModule(str(folder), image_size=size, global_batch_size=batch, num_probe_pairs=2, seed=0)
+    data.setup("fit")
+    loader = data.train_dataloader()
+    dataset, numbers = loader.dataset, itertools.count()
+    images, view = data.images("train"), torchvision_view(data, "standard", size, on_tensors=False)
+    peers = {"torchvision": batches_of(images, view, batch, "picture")}
+    if find_spec("lightly"):
+        peers["lightly"] = batches_of(images, lightly_view(data, "standard", size), batch, "picture")
+
+    def read() -> None:
+        dataset.__getitems__([(next(numbers), index) for index in range(batch)])
+
+    timed = {name: lambda views=views: processor_seconds(lambda: next(views)) for name, views in peers.items()}
+    timed["views"] = lambda: processor_seconds(lambda: next(iter(loader)))
+    timed["images"] = lambda: processor_seconds(read)
+    seconds = alternate(timed, rounds)
+    rates = {name: 2 * batch / statistics.median(values) for name, values in seconds.items()}
+    print(f"{size} pixels, views/s: {', '.join(f'{name} {rate:.0f}' for name, rate in rates.items())}")
+    ok = True
+    for name in peers:
+        check(f"views in the worker / {name}", ratio(seconds[name], seconds["views"]))
+        ok &= check(f"decoding in the worker / {name}", ratio(seconds[name], seconds["images"]), 2.0, minimum=True)
+    return ok
+
+
 def main() -> int:
     """Print the ratios; return 1 if one exceeds its limit."""
     parser = argument_parser(__doc__)
@@ -92,6 +140,8 @@ def main() -> int:
         images = load_image_set(str(folder)).images
         assert isinstance(images, torch.Tensor)
         memory = (peak_bytes() - before) / images.numel()
+        large = make_photographs(Path(directory, "photographs"), 180)
+        ok = all([compare_views(large, size, 2 * options.rounds) for size in (96, 224)])
     print(f"{machine()}, {options.images} images; listing "
           f"{statistics.median(listing['ours']):.2f} s, reading {reading['ours'][0]:.1f} s")  # fmt: skip
     ratios = {
@@ -100,7 +150,7 @@ def main() -> int:
         "reading / ImageFolder": (ratio(reading["ours"], reading["theirs"]), 1.5),
         "peak memory / images": (memory, 1.5),
     }
-    return 0 if check_all(ratios) else 1
+    return 0 if check_all(ratios) and ok else 1
 
 
 if __name__ == "__main__":

@@ -21,8 +21,10 @@ from torchvision.datasets import CIFAR10, FakeData, ImageFolder
 from torchvision.transforms import v2
 
 from stepwise_lightning import TwoViewDataModule
-from stepwise_lightning.data.batch_views import BatchViews
+from stepwise_lightning.data import batch_views
+from stepwise_lightning.data.batch_views import BatchTwoViews, BatchViews
 from stepwise_lightning.data.image_files import pixels, read_image, rgb_image
+from stepwise_lightning.data.sampling import GlobalBatchSampler, ResumableLoader, unchanged
 from stepwise_lightning.data.streams import StreamTwoViews
 
 SIDE = 20
@@ -103,7 +105,9 @@ def test_views_of_files_data_sets_streams_and_tensors_are_equal(augmentation: st
         assert torch.equal(next(iter(data.val_dataloader()))[0], next(iter(modules[0].val_dataloader()))[0])
 
 
-def test_view_is_independent_of_the_sizes_of_other_images() -> None:
+@pytest.mark.parametrize("max_floats", [1, 10**9])  # alone, or padded to one size as on a GPU
+def test_view_is_independent_of_the_sizes_of_other_images(max_floats: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(batch_views, "_MAX_FLOATS", max_floats)
     views = BatchViews("standard", 32, (0.5,) * 3, (0.2,) * 3, seed=3)
     images = [
         pixels(Image.fromarray(noise(height, width, 3))) for height, width in ((30, 90), (200, 40), (1, 1), (64, 64))
@@ -196,6 +200,16 @@ def test_data_sets_of_many_kinds(name: str, tmp_path: Path, monkeypatch: pytest.
     assert "data" not in alone.hparams
 
 
+def test_images_read_by_workers_for_the_training_process_give_the_same_views() -> None:
+    """On a GPU, workers only read images, and the training process computes the views."""
+    data = module(Table())
+    dataset = BatchTwoViews(data.images("train"), data.train_dataloader().dataset.views)
+    sampler = GlobalBatchSampler(dataset, 8, seed=0)
+    loader = ResumableLoader(dataset, 8, sampler=sampler, collate_fn=unchanged, num_workers=1)
+    loader.finish = dataset.views_of
+    assert torch.equal(torch.stack([torch.stack(batch[:2]) for batch in loader]), epoch(data))
+
+
 def test_samples_without_listed_labels_are_read_for_them() -> None:
     labels = torch.cat([labels for _, labels in module(Transformed()).labelled_train_dataloader()])
     assert torch.equal(labels, torch.tensor([number % 2 for number in range(30) if number % 10 != 9]))
@@ -204,6 +218,9 @@ def test_samples_without_listed_labels_are_read_for_them() -> None:
 def test_random_transforms_of_a_data_set_are_reproducible_in_workers() -> None:
     alone, helped = (module(Transformed(), num_workers=workers) for workers in (0, 2))
     assert torch.equal(epoch(alone, 3), epoch(helped, 3))
+    dataset = alone.train_dataloader().dataset
+    read = {bytes(dataset.__getitems__([(number, 0)]).pixels.tolist()) for number in range(9)}
+    assert len(read) == 2  # flipped in some epochs
 
 
 def test_stream_equals_a_data_set_with_the_same_ids() -> None:
