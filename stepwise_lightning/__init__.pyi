@@ -16,6 +16,8 @@ from .encoders import scale_last_layer as scale_last_layer
 from .forecasts.forecast import Forecast as Forecast
 from .forecasts.simulate import forecast as forecast
 from .joint_embedding import JointEmbedding as JointEmbedding
+from .loss_checks import check_loss as check_loss
+from .loss_report import LossReport as LossReport
 from .losses import barlow_twins_loss as barlow_twins_loss
 from .losses import simclr_loss as simclr_loss
 from .losses import spectral_contrastive_loss as spectral_contrastive_loss

@@ -12,7 +12,7 @@ import stepwise_lightning
 PUBLIC = """
 from stepwise_lightning import (BarlowTwins, SimCLR, VICReg, SpectralContrastive, SpectrumLogger,
                                 barlow_twins_loss, simclr_loss, vicreg_loss, spectral_contrastive_loss)
-from stepwise_lightning import SpectrumRecord, LastCheckpoint
+from stepwise_lightning import SpectrumRecord, LastCheckpoint, LossReport, check_loss
 from stepwise_lightning.spectrum import (embedding_eigenvalues, cross_correlation_eigenvalues,
                                          effective_rank, rankme, participation_ratio, alpha_req, detect_steps)
 from stepwise_lightning.theory import (feature_cross_correlation, LinearBarlowTwins, ContrastiveKernelPCA,
@@ -40,7 +40,7 @@ def test_import_needs_only_torch_and_lightning(processes):
 WITHOUT_LIGHTNING = """
 import sys
 import stepwise_lightning, stepwise_lightning.plots
-from stepwise_lightning import SpectrumRecord, barlow_twins_loss, simclr_loss, vicreg_loss
+from stepwise_lightning import SpectrumRecord, barlow_twins_loss, check_loss, simclr_loss, vicreg_loss
 from stepwise_lightning.spectrum import detect_steps, embedding_eigenvalues
 from stepwise_lightning.theory import ContrastiveKernelPCA, EmpiricalNTK, LinearBarlowTwins
 assert not {"lightning", "pytorch_lightning", "torchmetrics", "torchvision"} & set(sys.modules), sorted(sys.modules)

@@ -9,9 +9,9 @@ The definitions differ in defaults and options only:
 
 import pytest
 import torch
-from lightly.loss import BarlowTwinsLoss, NTXentLoss, VICRegLoss
+from lightly.loss import BarlowTwinsLoss, DCLLoss, NTXentLoss, VICRegLoss
 
-from stepwise_lightning import barlow_twins_loss, simclr_loss, vicreg_loss
+from stepwise_lightning import barlow_twins_loss, check_loss, simclr_loss, vicreg_loss
 
 PAIRS = {
     "barlow_twins": (barlow_twins_loss, BarlowTwinsLoss(lambda_param=0.0051)),
@@ -41,3 +41,20 @@ def test_default_barlow_twins_of_lightly_differs_in_the_off_diagonal_weight():
     without = barlow_twins_loss(z1, z2, off_diagonal_weight=0.0)
     ratio = (barlow_twins_loss(z1, z2) - without) / (BarlowTwinsLoss()(z1, z2) - without)
     assert ratio.item() == pytest.approx(0.0051 / 5e-3, rel=1e-10)
+
+
+@pytest.mark.parametrize(
+    ("loss", "result"),
+    [
+        (NTXentLoss(gather_distributed=True), "pass"),
+        (DCLLoss(gather_distributed=True), "pass"),
+        (VICRegLoss(gather_distributed=True), "pass"),
+        (BarlowTwinsLoss(gather_distributed=True), "fail"),
+        (BarlowTwinsLoss(), "note"),
+    ],
+)
+def test_check_loss_finds_statistics_of_each_shard_in_barlow_twins_of_lightly(loss, result):
+    rows = {row.check: row for row in check_loss(loss, dim=5, num_pairs=12).rows}
+    assert rows["two ranks"].result == result
+    assert result != "fail" or rows["two ranks"].value.endswith("statistics of each shard")
+    assert rows["two ranks in JointEmbedding"].result in (("note", "pass") if loss.gather_distributed else ("pass",))
