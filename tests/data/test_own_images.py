@@ -109,10 +109,9 @@ def test_views_of_files_data_sets_streams_and_tensors_are_equal(augmentation: st
 def test_view_is_independent_of_the_sizes_of_other_images(max_floats: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(batch_views, "_MAX_FLOATS", max_floats)
     views = BatchViews("standard", 32, (0.5,) * 3, (0.2,) * 3, seed=3)
-    images = [
-        pixels(Image.fromarray(noise(height, width, 3))) for height, width in ((30, 90), (200, 40), (1, 1), (64, 64))
-    ]
-    whole = torch.stack(views(images, [2] * 4, range(4)))
+    sizes = ((30, 90), (200, 40), (1, 1), *((300, width) for width in range(200, 440, 20)))
+    images = [pixels(Image.fromarray(noise(*size, 3))) for size in sizes]
+    whole = torch.stack(views(images, [2] * len(images), range(len(images))))
     for number, image in enumerate(images):
         for alone in ([image], image[None]):
             assert torch.equal(torch.stack(views(alone, [2], [number]))[:, 0], whole[:, number])
