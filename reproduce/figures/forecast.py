@@ -238,7 +238,7 @@ def _figure(rows: list[list[Any]], options: argparse.Namespace) -> Figure:
     for column, (loss, settings) in enumerate(LOSS_SETTINGS.items()):
         upper, lower = axes[0, column], axes[1, column]
         loss_rows = [row for row in rows if row[0] == loss]
-        predicted_modes = 1 if loss == "vicreg" else math.inf
+        predicted_modes = math.inf if loss in MAX_LATER_ERROR else 1
         for _, seed, name, _, mode, measured, expected in loss_rows:
             if name == "start" and math.isfinite(expected):
                 alpha = 0.9 if mode <= predicted_modes else 0.3

@@ -82,7 +82,7 @@ class Run(TrainingRun):
     def embedded(self, index: int) -> Tensor:
         """Return the embeddings of both views at measurement ``index``, (2n, d), centred; SimCLR's are normalised."""
         z = self.record.embeddings(index).double().flatten(0, 1)
-        z = nn.functional.normalize(z) if self.loss == "simclr" else z
+        z = nn.functional.normalize(z) if self.loss_settings.loss.scale_invariant else z
         return z - z.mean(0)
 
     @property

@@ -83,7 +83,7 @@ class ForecastLogger(L.Callback):
     def __init__(
         self,
         cost: float = 0.01,
-        loss: str | Callable[[Tensor, Tensor], Tensor] | None = None,
+        loss: Callable[[Tensor, Tensor], Tensor] | str | None = None,
         settings: Mapping[str, Any] | None = None,
     ) -> None:
         if not 0 < cost <= 1:
@@ -111,8 +111,8 @@ class ForecastLogger(L.Callback):
         self._remove_hook()
         if self.loss is None and not isinstance(pl_module, JointEmbedding):
             rank_zero_info(
-                f"no forecast of the next mode: {type(pl_module).__name__} has no loss of this package; if its loss is "
-                f"one of {', '.join(LOSSES)}, give --forecast.loss, or ForecastLogger(loss=…)"
+                f"no forecast of the next mode: {type(pl_module).__name__} has no loss of this package; set "
+                f"ForecastLogger(loss=…) or --forecast.loss to a function, or one of {', '.join(LOSSES)}"
             )
             return
         loss = loss_of(pl_module) if self.loss is None else self.loss

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
+from torch import Tensor
 
 from stepwise_lightning.callbacks.spectrum_logger import records_in
 from stepwise_lightning.encoders import bias_of
@@ -15,6 +17,7 @@ from stepwise_lightning.files import atomic_write
 from stepwise_lightning.forecasts.forecast import Forecast
 from stepwise_lightning.forecasts.sgd import last_layer
 from stepwise_lightning.forecasts.simulate import NUM_PAIRS, forecast, unseen_batches
+from stepwise_lightning.losses import LOSSES
 from stepwise_lightning.modules import JointEmbedding
 from stepwise_lightning.runs.saved import saved_checkpoint
 
@@ -31,22 +34,33 @@ class ForecastingTrainer(L.Trainer):
         ckpt_path: str | None = None,
         pairs: int = NUM_PAIRS,
         picture: str = "forecast.png",
+        loss: Callable[[Tensor, Tensor], Tensor] | str | None = None,
     ) -> Forecast:
         """Predict when each mode is learned, and the largest stable learning rate, without training.
 
         Args:
-            model: a ``BarlowTwins``, ``VICReg``, ``SimCLR`` or ``SpectralContrastive``.
+            model: a ``JointEmbedding`` such as ``BarlowTwins``, or any module that ends in a linear layer and whose
+                ``configure_optimizers`` returns plain SGD.
             datamodule: the training data.
             ckpt_path: forecast from this checkpoint instead of from the initial weights.
             pairs: number of pairs of views to measure features on; at least eight times the number of features.
             picture: file of the figure.
+            loss: loss of a model of another package: a name in ``stepwise_lightning.losses.LOSSES``, or the dotted path
+                of a function of both views' embeddings.
 
         Raises:
-            ValueError: the model is of another class, or ``max_steps`` is missing or not above the checkpoint's step.
+            ValueError: the model has no known loss, or ``max_steps`` is missing or not above the checkpoint's step.
 
         """
         max_steps = self.max_steps
-        _check_model(model, max_steps)
+        if not isinstance(model, JointEmbedding) and loss is None:
+            raise UserError(
+                f"the model must be a JointEmbedding such as BarlowTwins, got {type(model).__name__}: for another "
+                f"module that ends in a linear layer give --loss, one of {', '.join(LOSSES)}, or the dotted path of a "
+                "function"
+            )
+        if max_steps <= 0:
+            raise UserError("a forecast needs the number of training steps: set trainer.max_steps")
         if datamodule is None:
             raise UserError("data is missing: a forecast needs --data")
         checkpoint = _read(ckpt_path, model) if ckpt_path else {}
@@ -57,7 +71,7 @@ class ForecastingTrainer(L.Trainer):
         datamodule.setup("fit")
         model.to(self.strategy.root_device)
         batches, velocity = unseen_batches(datamodule), _velocity(model, checkpoint)
-        result = forecast(model, batches, max_steps, start=start, num_pairs=pairs, velocity=velocity)
+        result = forecast(model, batches, max_steps, start=start, loss=loss, num_pairs=pairs, velocity=velocity)
         if records := [record for record in records_in(checkpoint) if result.matrix in record.matrices]:
             result = result.with_plateau_correction(records[0])
         print(result)
@@ -65,17 +79,6 @@ class ForecastingTrainer(L.Trainer):
             print("mode {} is due at step {:.0f}".format(*result.next_mode))
         _draw(result, picture)
         return result
-
-
-def _check_model(model: L.LightningModule, max_steps: int) -> None:
-    if not isinstance(model, JointEmbedding) or model.loss_name is None:
-        raise UserError(
-            "the model must be BarlowTwins, VICReg, SimCLR or SpectralContrastive, got "
-            f"{type(model).__name__}: for another module that ends in a linear layer call stepwise_lightning.forecast "
-            "in Python, and pass its loss"
-        )
-    if max_steps <= 0:
-        raise UserError("a forecast needs the number of training steps: set trainer.max_steps")
 
 
 def _draw(result: Forecast, path: str) -> None:

@@ -75,6 +75,9 @@ def short_help(command: str) -> str:
             f"{_line('pairs', 'number of pairs to measure features on; at least 8 times the number of features')}\n"
         )
         forecast += f"{_line('picture', 'file of the figure (forecast.png)')}\n"
+        forecast += (
+            f"{_line('loss', 'loss of a module of another package: a name, or the dotted path of a function')}\n"
+        )
     description = COMMANDS[command][1]
     text = f"""usage: stepwise {command} --config CONFIG [--config CONFIG …] [options]
 

@@ -124,7 +124,9 @@ def forecast_of_features(
     bias = None if bias is None else bias.detach().cpu()
     d, m = weight.shape
     scale_invariant = _is_scale_invariant(sgd.loss, h1.shape[1], d)
-    x1, x2 = (_smaller_batches(h) if sgd.loss == "simclr" else h for h in (h1, h2))
+    # A function may depend on the size of batches.
+    as_trained = loss_properties(sgd.loss).uses_moments or not isinstance(sgd.loss, str)
+    x1, x2 = (h if as_trained else _smaller_batches(h) for h in (h1, h2))
     components = min(m, max(_COMPONENTS, 2 * d)) if m > _MAX_FEATURES else None
     layer = LastLayer(sgd.loss, x1, x2, weight, bias, components, driven_matrix=sgd.matrix, **sgd.settings)
     norm = 0.0 if bias is None else float(bias.norm())

@@ -1,6 +1,7 @@
 """``stepwise forecast``: table, figure, and mistakes reported in one line."""
 
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ from tiny_runs import changed, refusal, stepwise, write_images
 NO_CHECKPOINT = "no checkpoint in runs/lightning_logs yet: train first, or leave --ckpt_path out"
 MISTAKES = {
     "another model": ({"model.class_path": "lightning.pytorch.demos.boring_classes.BoringModel", "model.init_args": {}},
-                      [], "the model must be BarlowTwins, VICReg, SimCLR or SpectralContrastive, got BoringModel"),
+                      [], "the model must be a JointEmbedding such as BarlowTwins, got BoringModel"),
     "no data": ({"data": None}, [], "data is missing"),
     "no end": ({"trainer.max_steps": -1}, [], "set trainer.max_steps"),
     "no run": ({}, ["--ckpt_path=last"], NO_CHECKPOINT),
@@ -36,6 +37,44 @@ def test_forecast_prints_table_and_writes_figure(capsys, rendered_figures):
     assert "16 pairs are few for 48 features" in table and "suggested" in table
     assert Path("forecast.png").stat().st_size > 5000
     assert not Path("runs").exists()  # no other output
+
+
+OWN_MODULE = """
+import lightning as L
+import torch
+from torch import nn
+
+class Mine(L.LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Sequential(nn.Flatten(), nn.Linear(48, 3))
+
+    def forward(self, x):
+        return self.net(x)
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), 0.07, 0.5)
+"""
+
+
+@pytest.mark.parametrize(
+    ("model", "options", "title"),
+    [
+        ("stepwise_lightning.JointEmbedding", [], "dcl_loss, learning rate 0.001, momentum 0"),
+        ("own_module.Mine", ["--loss=simclr"], "SimCLR, learning rate 0.07, momentum 0.5"),
+        ("own_module.Mine", ["--loss=reproduce.losses.dcl_loss"], "dcl_loss, learning rate 0.07, momentum 0.5"),
+    ],
+)
+def test_forecast_of_another_loss_or_module(model, options, title, capsys, tmp_path, monkeypatch, rendered_figures):
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "own_module.py").write_text(OWN_MODULE)
+    sys.modules.pop("own_module", None)
+    config = changed({"model.class_path": model, "model.init_args.loss": "reproduce.losses.dcl_loss"})
+    if options:
+        config["model"].pop("init_args")
+    stepwise("forecast", "--pairs=16", *options, config=config)
+    table = capsys.readouterr().out
+    assert title in table and "no small start" in table
 
 
 @pytest.mark.slow

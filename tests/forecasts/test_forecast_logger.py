@@ -12,9 +12,17 @@ import torch
 from lightning.pytorch.callbacks import ProgressBar, RichProgressBar, TQDMProgressBar
 from lightning.pytorch.loggers import CSVLogger
 from tiny_runs import changed, stepwise, write_images
+from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from stepwise_lightning import BarlowTwins, ForecastLogger, LinearEncoder, SpectrumLogger
+from stepwise_lightning import (
+    BarlowTwins,
+    ForecastLogger,
+    LinearEncoder,
+    SpectrumLogger,
+    scale_last_layer,
+    spectral_contrastive_loss,
+)
 from stepwise_lightning.callbacks.progress import describe_bar
 from stepwise_lightning.features import check_watched
 
@@ -144,6 +152,37 @@ def test_module_without_forward_is_refused_by_the_spectrum_logger():
     ):
         check_watched(L.LightningModule(), ("",))
     check_watched(L.LightningModule(), ())
+
+
+class OwnLoop(L.LightningModule):
+    """A module of another package, trained with the spectral contrastive loss."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = scale_last_layer(nn.Linear(6, 3), 1e-2)
+
+    def forward(self, x):
+        return self.net(x)
+
+    def training_step(self, batch, batch_idx):
+        return spectral_contrastive_loss(self(batch[0]), self(batch[1]))
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), 1e-2)
+
+
+@pytest.mark.filterwarnings("ignore:The number of training batches")
+def test_module_of_another_package_with_a_function_as_its_loss(tmp_path):
+    torch.manual_seed(0)
+    x = torch.randn(64, 6) * torch.tensor([2.0, 1.0, 0.5, 0.3, 0.2, 0.1])
+    live, spectra = ForecastLogger(cost=1.0, loss=spectral_contrastive_loss), SpectrumLogger()
+    trainer = L.Trainer(
+        max_steps=150, accelerator="cpu", logger=False, enable_checkpointing=False, enable_model_summary=False,
+        enable_progress_bar=False, default_root_dir=tmp_path, callbacks=[spectra, live],
+    )  # fmt: skip
+    trainer.fit(OwnLoop(), DataLoader(TensorDataset(x, x), 64))
+    measured = spectra.record.detect_steps("covariance").step_times / 1e-2
+    assert live.forecasts[0].expected_step == pytest.approx(float(measured[0]), rel=0.03)
 
 
 @pytest.mark.filterwarnings("ignore:You defined a `validation_step`", "ignore:.*your dataloader is not resumable")
