@@ -14,15 +14,18 @@ from torch import Tensor, nn
 
 from stepwise_lightning.errors import UserError, reason
 from stepwise_lightning.loss_report import LossReport, ReportRow
+from stepwise_lightning.losses import sum_terms
 from stepwise_lightning.precision import TensorLike
 from stepwise_lightning.theory.linear_flow import growth_modes
 from stepwise_lightning.theory.loss_derivatives import TOLERANCE, PairLoss
 from stepwise_lightning.theory.loss_signature import LossSignature, bound_loss, loss_signature
 from stepwise_lightning.two_ranks import Evaluation, deviation, evaluate_on_two_ranks, tolerance, value_and_gradient
+from stepwise_lightning.user_loss import checked_loss, named_terms
 
 _DIFFERENT = 1e-3  # relative deviation of float32 gradients of a different function
 _EPS = 1e-2  # relative effect of an eps on embeddings of order one
 _HALF_TOLERANCE = 0.1  # relative error of a gradient from half precision
+_CONTRACT = "accept two float32 tensors of shape (n, d)"
 _NOT_FINITE = "value or gradient is not finite"
 
 # Result, value and remedy of a check.
@@ -37,7 +40,7 @@ def check_loss(
     ===========================  =====================================================================================
     check                        fails if
     ===========================  =====================================================================================
-    value                        the loss raises, is not a finite scalar with finite gradients, or changes its inputs
+    value                        the loss raises, returns no scalar or terms, is not finite, or changes its inputs
     repeated call                gradients of two calls with equal random seeds differ
     order of pairs               gradients depend on the order of the pairs
     rotation                     never: a note if the loss prefers directions of the embedding
@@ -57,8 +60,8 @@ def check_loss(
     ``if __name__ == "__main__":``.
 
     Args:
-        loss: a function of the embeddings of both views, (n, d) each, that returns a scalar; or a name in
-            ``stepwise_lightning.losses.LOSSES``.
+        loss: a function of the embeddings of both views, (n, d) each, that returns a scalar or a dictionary of
+            scalars, its terms; or a name in ``stepwise_lightning.losses.LOSSES``.
         dim: d.
         num_pairs: n ≥ 2, the global batch size. Smaller n and d than in training take less time, and find the same
             faults except overflow in half precision.
@@ -105,7 +108,7 @@ def check_loss(
 
 
 class _Seeded:
-    """A loss with equal random numbers in each call, without an effect on the global random state."""
+    """The sum of the terms of a loss, with equal random numbers in each call; keeps the global random state."""
 
     def __init__(self, loss: PairLoss, seed: int = 0) -> None:
         self.loss, self.seed = loss, seed
@@ -114,7 +117,7 @@ class _Seeded:
         state = torch.get_rng_state()
         try:
             torch.default_generator.manual_seed(self.seed)  # of the CPU: torch.manual_seed takes milliseconds
-            return self.loss(z1, z2)
+            return sum_terms(named_terms(self.loss(z1, z2)))
         finally:
             torch.set_rng_state(state)
 
@@ -148,18 +151,14 @@ def _value(loss: PairLoss, z: Tensor) -> Outcome:
     leaf = z.clone().requires_grad_()
     views = leaf[0].clone(), leaf[1].clone()
     try:
-        value = _Seeded(loss)(*views)
+        value = _Seeded(checked_loss(loss))(*views)
+    except UserError as error:
+        text, _, remedy = str(error).rpartition(": ")
+        return "fail", text, remedy
     except Exception as error:
-        remedies = {
-            "argument": "bind other arguments, as in lambda z1, z2: loss(z1, z2, labels)",
-            "process group": "communicate only if torch.distributed.is_initialized()",
-        }
-        remedy = next((remedy for word, remedy in remedies.items() if word in str(error)), "")
-        return "fail", reason(error), remedy or "accept two float32 tensors of shape (n, d)"
-    if not isinstance(value, Tensor):
-        return "fail", f"returns {type(value).__name__}", "return one scalar tensor, the total loss"
-    if value.shape != ():
-        return "fail", f"returns shape {tuple(value.shape)}", "return a scalar, such as the mean over pairs"
+        without_group = "process group" in str(error)
+        remedy = "communicate only if torch.distributed.is_initialized()" if without_group else _CONTRACT
+        return "fail", reason(error), remedy
     if not value.requires_grad:
         return "fail", "has no gradient", "compute it by torch operations, without .item() or .detach()"
     if not all(torch.equal(view, before) for view, before in zip(views, z, strict=True)):

@@ -143,12 +143,12 @@ def communicates_always(z1, z2):
 @pytest.mark.parametrize(
     ("loss", "check", "value"),
     [
-        (lambda z1, z2: (z1 - z2).square().mean(1), "value", "returns shape (12,)"),
-        (lambda z1, z2: {"loss": (z1 - z2).square().mean()}, "value", "returns dict"),
+        (lambda z1, z2: (z1 - z2).square().mean(1), "value", "the loss must return a scalar tensor"),
+        (lambda z1, z2: {"loss": (z1 - z2).square().mean(), "extra": z1.sum()}, "value", "the loss is the sum of its "),
         (lambda z1, z2: z1.detach().square().mean(), "value", "has no gradient"),
         (lambda z1, z2: (z1 - z1).norm(dim=1).mean() / (z2 - z2).norm(), "value", "nan or its gradient is not finite"),
         (in_place, "value", "changes its inputs"),
-        (nn.CosineEmbeddingLoss(), "value", "TypeError: "),
+        (nn.CosineEmbeddingLoss(), "value", "the loss is called with two arguments"),
         (communicates_always, "value", "ValueError: Default process group has not been initialized"),
         (Queue(), "repeated call", "gradients differ at equal random seeds"),
         (lambda z1, z2: ((z1 - z2).square().mean(1) * torch.arange(len(z1))).mean(), "order of pairs", "gradients dev"),
@@ -181,6 +181,14 @@ def test_losses_with_restrictions_get_notes():
     assert overflowing.result == "note" and "not finite" in overflowing.value
     one_pair = rows(check_loss(lambda z1, z2: (z1.var(0) - z2.var(0)).square().sum(), DIM, NUM_PAIRS))["one pair"]
     assert one_pair.result == "note" and "drop_last" in one_pair.remedy
+
+
+def test_loss_that_returns_terms_is_their_sum():
+    def terms(z1, z2):
+        return {"first": barlow_twins_loss(z1, z2), "second": vicreg_loss(z1, z2)}
+
+    found = check_loss(terms, DIM, NUM_PAIRS), check_loss(lambda z1, z2: sum(terms(z1, z2).values()), DIM, NUM_PAIRS)
+    assert found[0].passed and found[0].rows == found[1].rows
 
 
 def test_attraction_alone_has_no_growing_modes():
