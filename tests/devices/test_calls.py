@@ -33,8 +33,9 @@ TIMES, CURVES = torch.arange(1, 12).float(), torch.arange(1, 12).float()[:, None
 
 
 def losses(function):
-    """Return the values of a function of a loss's name for all three losses."""
-    return lambda *tensors: [value for loss in LOSSES for value in function(loss, *tensors)]
+    """Return the values of a function of a loss for all names and for a loss given as a function."""
+    cases = [*LOSSES, stepwise_lightning.spectral_contrastive_loss]
+    return lambda *tensors: [value for loss in cases for value in function(loss, *tensors)]
 
 
 def growth(loss, *features):
@@ -65,8 +66,8 @@ def rates(loss, h1, h2, weight, bias):
     values = []
     for settings in ({}, {"normalize": False, "center": True}) if loss == "barlow_twins" else ({},):
         sgd = SGDSettings.of(network(), 0, 5, loss, settings, 1e-2)
-        with mock.patch.multiple(learning_rates, _STARTS=2, _STEPS=3):
-            limits = learning_rates.stable_rates(sgd, h1, h2, weight, bias, None, fastest=1e-3)
+        with mock.patch.multiple(learning_rates, _STARTS=2, _STEPS=3, _LATE_STEPS=1):
+            limits = learning_rates.stable_rates(sgd, h1, h2, weight, bias, None, 1e-3, scale_invariant=False)
         values.append(torch.tensor(limits))
     return values
 
@@ -146,7 +147,7 @@ def steered(a, b):
 
 
 FURTHER_CALLS = {
-    "losses": (losses(lambda loss, a, b: [LOSSES[loss].function(a, b)]), *pairs()),
+    "losses": (lambda a, b: [loss.function(a, b) for loss in LOSSES.values()], *pairs()),
     "simclr_loss": (lambda a, b: stepwise_lightning.simclr_loss(a, b, 0.01), *pairs()),
     "growth_matrix": (losses(growth), *pairs()),
     "loss_signature": (signature, *FEATURES, BIAS),
@@ -181,10 +182,10 @@ ALL_CALLS = CALLS | FURTHER_CALLS
 
 # Public names that a case with another name covers, that tests/devices/test_training.py covers, or without tensors.
 IN_OTHER_CASES = {
-    "AcceleratedBarlowTwins", "BarlowTwins", "Encoder", "Forecast", "GrowthModes", "LinearEncoder", "LossSignature",
-    "MLP", "Projector", "ResNet", "SimCLR", "SpectralContrastive", "VICReg", "alpha_req", "barlow_twins_loss",
-    "crossing_times", "effective_rank", "growth_modes", "participation_ratio", "saddle_value", "scale_last_layer",
-    "spectral_contrastive_loss", "two_tower_features", "vicreg_loss",
+    "AcceleratedBarlowTwins", "BarlowTwins", "Encoder", "Forecast", "GrowthModes", "JointEmbedding",
+    "LinearEncoder", "LossSignature", "MLP", "Projector", "ResNet", "SimCLR", "SpectralContrastive", "VICReg",
+    "alpha_req", "barlow_twins_loss", "crossing_times", "effective_rank", "growth_modes", "participation_ratio",
+    "saddle_value", "scale_last_layer", "spectral_contrastive_loss", "two_tower_features", "vicreg_loss",
 }  # fmt: skip
 IN_TRAINING = {"LastCheckpoint", "OnlineKNN", "OnlineLinearProbe", "SpectrumLogger", "TwoViewDataModule"}
 WITHOUT_DEVICE_TENSORS = {

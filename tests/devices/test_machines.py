@@ -27,6 +27,7 @@ def visible_gpu():
         raise RuntimeError("CUDA error: CUDA-capable device(s) is/are busy or unavailable")
 
     cuda = dict(is_available=lambda: True, device_count=lambda: 1, is_initialized=lambda: False, _lazy_init=fail)
+    cuda |= dict(get_rng_state=fail, get_device_name=fail)
     # Lightning's sanity check and torch's Adam use a visible GPU themselves, on every accelerator.
     sanity_check = mock.patch.object(torch.cuda, "get_rng_state_all", lambda: [])
     adam = mock.patch.object(torch.optim.Optimizer, "_accelerator_graph_capture_health_check", lambda optimizer: None)

@@ -13,7 +13,10 @@ PACKAGE = DEVICES.parents[1] / "stepwise_lightning"
 WEIGHTS, CPU_RUN = "barlow_twins-cuda", "cpu_run"
 # By mistake: the test that notices it, a file, its line, and the line with the mistake.
 MISTAKES = {
-    "no device in zeros": ("attributes-cuda", "modes/attributes.py", "c.new_zeros(", "torch.zeros("),
+    "no device in zeros": (
+        "attributes-cuda", "modes/attributes.py", "c.new_zeros(len(names), c.shape[1])",
+        "torch.zeros(len(names), c.shape[1], dtype=c.dtype)",
+    ),
     "no map_location": ("kernel_model", "theory/contrastive.py", "map_location=float64_device(device), ", ""),
     "numpy": ("measure-cuda", "spectrum/measures.py", "eigenvalues.cpu()", "torch.from_numpy(eigenvalues.numpy())"),
     "CPU generator": ("crop_pairs-cuda", "data/views.py", 'with torch.device("cpu"):', "with images.device:"),
