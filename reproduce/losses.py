@@ -69,6 +69,17 @@ def whitening_loss(z1: Tensor, z2: Tensor, eps: float = 0.1) -> Tensor:
     return z1.shape[1] - (whitened[0] * whitened[1]).sum() / len(z1)
 
 
+def isoloss(z1: Tensor, z2: Tensor) -> Tensor:
+    """Return the Euclidean IsoLoss in both directions, with the second moment C_z of all embeddings as predictor.
+
+    Source: Halvagal et al., NeurIPS 2023 (arXiv 2212.04858), and ``isoloss_func_l2`` in their code. The loss of BYOL,
+    ‖C_z z − sg(z')‖², has the gradient 2 C_z (C_z z − z'); IsoLoss removes the first factor.
+    """
+    moment = (z1.T @ z1 + z2.T @ z2).detach() / (2 * len(z1))
+    errors = [z - (z + other - z @ moment).detach() for z, other in ((z1, z2), (z2, z1))]
+    return torch.cat(errors).square().sum() / len(z1)
+
+
 def _cosines(z1: Tensor, z2: Tensor) -> Tensor:
     return F.normalize(z1, dim=1) @ F.normalize(z2, dim=1).T
 
