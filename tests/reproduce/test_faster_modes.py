@@ -8,6 +8,7 @@ import torch
 
 from reproduce.figures import faster_modes
 from reproduce.figures.acceleration.descent import (
+    ISOLOSS,
     SCALED_FEATURES,
     ConvergenceMonitor,
     Descent,
@@ -15,6 +16,7 @@ from reproduce.figures.acceleration.descent import (
     Setting,
     fastest_descent,
 )
+from reproduce.losses import isoloss
 from stepwise_lightning import AcceleratedBarlowTwins, BarlowTwins, FixedCropPairs, LinearEncoder
 from stepwise_lightning.theory import feature_cross_correlation
 
@@ -51,6 +53,30 @@ def test_descent_in_the_eigenbasis_matches_training_on_the_pairs(setting):
         module.loss(z1, z2).backward()
         optimizer.step()
     assert path[25][0] > 100 * path[0][0]  # the first mode has grown
+
+
+def test_isoloss_in_the_eigenbasis_matches_training_on_the_pairs():
+    x1, x2 = pairs()
+    problem = LinearProblem.from_features(x1, x2, (3, 3), 1e-3, seed=0)
+    descent = problem.descend(Setting(ISOLOSS, 0.5), 25)
+    basis = torch.linalg.eigh(feature_cross_correlation(x1, x2)).eigenvectors.flip(1)
+    weights, rate = problem.weights0 @ basis.T, 0.5 / (4 * float(problem.gamma[0]))
+    for step in range(25):
+        z1, z2 = x1 @ weights.T, x2 @ weights.T
+        c, moment = (z1.T @ z2 + z2.T @ z1) / (2 * len(z1)), (z1.T @ z1 + z2.T @ z2) / (2 * len(z1))
+        shares = torch.linalg.eigvals(torch.linalg.solve(c, moment @ moment)).real.sort(descending=True).values
+        torch.testing.assert_close(descent.path[step], shares, rtol=1e-5, atol=1e-9)
+        weights.requires_grad_()
+        gradient = torch.autograd.grad(isoloss(x1 @ weights.T, x2 @ weights.T), weights)[0]
+        weights = (weights - rate * gradient).detach()
+    torch.testing.assert_close(descent.final @ basis.T, weights, rtol=1e-9, atol=1e-12)
+    assert descent.path[25][0] > 100 * descent.path[0][0]
+
+
+def test_isoloss_learns_the_second_mode_as_late_as_gradient_descent():
+    problem = LinearProblem.from_features(*pairs(), (2, 2), 1e-8, seed=0)
+    plain, iso, gate = (problem.descend(Setting(rule, 0.9), 1000).steps for rule in ("plain", ISOLOSS, "gate"))
+    assert iso == pytest.approx(plain, rel=0.1) and 4 * gate < iso
 
 
 def test_monitor_requires_modes_to_remain_learned():

@@ -21,6 +21,8 @@ from stepwise_lightning.theory import feature_cross_correlation
 # All modes are learned when all eigenvalues are in this range, and remain there for half as many steps again.
 LEARNED, OVERSHOOT = 0.5, 1.5
 RULES = ("plain", "momentum", "gate", "lyapunov")
+# Baseline: IsoLoss, with a predictor.
+ISOLOSS = "isoloss"
 # Control: features divided by |Γ|, which makes all modes equally fast.
 SCALED_FEATURES = "features"
 
@@ -41,7 +43,7 @@ class Descent:
     steps: float = math.nan
     """Step after which all modes are learned, or NaN."""
     path: dict[int, Tensor] = field(default_factory=dict)
-    """Eigenvalues of C by step, (d,) each."""
+    """Eigenvalues of C by step, (d,) each; of C_z C⁻¹ C_z for IsoLoss."""
     final: Tensor = field(default_factory=lambda: torch.zeros(0))
     """Weights, or embeddings of both views, at the end."""
 
@@ -124,6 +126,8 @@ class LinearProblem:
 
     def descend(self, setting: Setting, max_steps: int) -> Descent:
         """Train with all pairs at every step."""
+        if setting.rule == ISOLOSS:
+            return self._descend_isoloss(setting, max_steps)
         return self._descend(
             setting, max_steps, lambda weights: (weights * self.gamma @ weights.T, weights * self.gamma)
         )
@@ -139,6 +143,24 @@ class LinearProblem:
             return (f1.T @ f2 + f2.T @ f1) / (2 * batch_size), (f1.T @ h2 + f2.T @ h1) / (2 * batch_size)
 
         return self._descend(setting, max_steps, batch_moments)
+
+    def _descend_isoloss(self, setting: Setting, max_steps: int) -> Descent:
+        """Train with the Euclidean IsoLoss and the predictor C_z = WΣWᵀ: ΔW = 4η (WΓ − C_z WΣ).
+
+        Σ is the second moment of both views. C does not reach I: training ends at C = C_z², and the eigenvalues of
+        C_z C⁻¹ C_z are recorded, which are 1 there. They are computed from W = L Q with orthonormal rows of Q, because
+        the eigenvalues of C differ by more than the precision.
+        """
+        monitor = ConvergenceMonitor(Descent(setting), max_steps)
+        sigma = sum(h.T @ h for h in self.views) / (2 * len(self.views[0]))
+        rate, weights = setting.rate / (4 * float(self.gamma[0])), self.weights0
+        while True:
+            q, r = torch.linalg.qr(weights.T)
+            moment, c = q.T @ (drive := sigma @ q), q.T @ (self.gamma[:, None] * q)
+            if not monitor.update(r.T @ moment @ torch.linalg.solve(c, moment) @ r):
+                monitor.descent.final = weights
+                return monitor.descent
+            weights = weights + 4 * rate * (weights * self.gamma - r.T @ moment @ r @ (drive @ r).T)
 
     def _descend(self, setting: Setting, max_steps: int, moments: Callable[[Tensor], tuple[Tensor, Tensor]]) -> Descent:
         """Iterate ΔW = η P G; ``moments`` returns C and G = W Γ for the current weights."""

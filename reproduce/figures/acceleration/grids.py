@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from reproduce.figures.acceleration.descent import SCALED_FEATURES, Setting
+from reproduce.figures.acceleration.descent import ISOLOSS, SCALED_FEATURES, Setting
 
 LYAPUNOV = [Setting("lyapunov", rate) for rate in (0.9, 0.75, 0.5, 0.25)]
 LINEAR_GRIDS = {
@@ -14,6 +14,7 @@ LINEAR_GRIDS = {
     ],
     "gate": [Setting("gate", rate) for rate in (0.95, 0.8, 0.5, 0.2)],
     "lyapunov": LYAPUNOV,
+    ISOLOSS: [Setting(ISOLOSS, 0.95)],
     SCALED_FEATURES: [Setting(SCALED_FEATURES, 0.25)],
 }
 # Lower rates: γ_1 increases as features change.
