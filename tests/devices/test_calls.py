@@ -184,14 +184,15 @@ ALL_CALLS = CALLS | FURTHER_CALLS
 IN_OTHER_CASES = {
     "AcceleratedBarlowTwins", "BarlowTwins", "Encoder", "Forecast", "GrowthModes", "JointEmbedding",
     "LinearEncoder", "LossSignature", "MLP", "Projector", "ResNet", "SimCLR", "SpectralContrastive", "VICReg",
-    "alpha_req", "barlow_twins_loss", "crossing_times", "effective_rank", "growth_modes", "participation_ratio",
-    "saddle_value", "scale_last_layer", "spectral_contrastive_loss", "two_tower_features", "vicreg_loss",
+    "alpha_req", "barlow_twins_loss", "check_loss", "crossing_times", "effective_rank", "growth_modes",
+    "participation_ratio", "saddle_value", "scale_last_layer", "spectral_contrastive_loss", "two_tower_features",
+    "vicreg_loss",
 }  # fmt: skip
 IN_TRAINING = {"LastCheckpoint", "OnlineKNN", "OnlineLinearProbe", "SpectrumLogger", "TwoViewDataModule"}
 WITHOUT_DEVICE_TENSORS = {
-    "CollapseMonitor", "CollapseWatch", "FixedCropPairs", "ForecastLogger", "ImageSet", "MATRICES", "ModeDescription",
-    "Rises", "Steps", "chance_alignment", "describe_modes", "download_images", "load_encoder", "load_image_set",
-    "load_images", "stability_limits", "write_projector",
+    "CollapseMonitor", "CollapseWatch", "FixedCropPairs", "ForecastLogger", "ImageSet", "LossReport", "MATRICES",
+    "ModeDescription", "Rises", "Steps", "chance_alignment", "describe_modes", "download_images", "load_encoder",
+    "load_image_set", "load_images", "stability_limits", "write_projector",
 }  # fmt: skip
 
 
