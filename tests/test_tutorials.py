@@ -33,7 +33,13 @@ def test_code_cells_are_found(tmp_path):
     page = tmp_path / "page.md"
     page.write_text("```{code-cell} ipython3\n:tags: [hide-input]\n\na = 1\n```\n```python\nb = 1\n```\n")
     assert cells(page) == ["\na = 1\n"]
-    assert [page.stem for page in NOTEBOOKS] == ["read_a_run", "own_module", "predict_train_overlay", "word_vectors"]
+    assert [page.stem for page in NOTEBOOKS] == [
+        "read_a_run",
+        "own_loss",
+        "own_module",
+        "predict_train_overlay",
+        "word_vectors",
+    ]
 
 
 def test_python_code_in_pages_compiles():
