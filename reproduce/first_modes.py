@@ -41,7 +41,7 @@ SETTINGS = {
     "spectral_contrastive": Setting(spectral_contrastive_loss, 0.001, "cross_correlation"),
     "dcl": Setting(dcl_loss, 0.0015, "tangent_covariance", bias_norm=1.0),
     "lejepa": Setting(
-        partial(lejepa_loss, sigreg_weight=0.3, num_directions=256), 0.02, "cross_correlation"
+        partial(lejepa_loss, sigreg_weight=0.3, num_directions=256), 0.0004, "cross_correlation"
     ),
 }  # fmt: skip
 COLUMNS = ["loss", "data", "seed", "learning_rate", "drive", "forecast", "measured", "error"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -68,6 +69,7 @@ class SGDSettings:
                     "use: forecast a module without another optimizer or acceleration"
                 )
         loss = loss_of(module) if loss is None else loss
+        loss = _in_float64(loss) if isinstance(loss, nn.Module) else loss
         if settings is None:
             settings = {name: hparams[name] for name in checked_settings(loss, {}) if name in hparams}
         if learning_rate is None and isinstance(module, LightningModule) and not hparams:
@@ -116,11 +118,21 @@ def _configured(module: LightningModule) -> dict[str, Any]:
 def loss_of(module: nn.Module) -> str | PairLoss:
     """Return the loss of a module of this package, its name if it has one; raise UserError for another module."""
     if isinstance(module, JointEmbedding):
-        return module.loss if module.loss_name is None else module.loss_name
+        if module.loss_name is not None:
+            return module.loss_name
+        if isinstance(function := module.loss_function, nn.Module):
+            module = copy.copy(module)
+            module._modules = module._modules | {"loss_function": _in_float64(function)}
+        return module.loss
     raise UserError(
         f"{type(module).__name__} is not a module of this package: give loss={', '.join(map(repr, LOSSES))}, with its "
         "settings, or a function of both views' embeddings, and a learning_rate"
     )
+
+
+def _in_float64(loss: nn.Module) -> nn.Module:
+    """Return a copy of a loss with parameters for float64 embeddings on the CPU."""
+    return copy.deepcopy(loss).double().cpu()
 
 
 def last_layer(module: nn.Module) -> nn.Linear | LinearEncoder:

@@ -34,6 +34,7 @@ _MAX_FEATURES, _COMPONENTS = 512, 128
 # Pairs in a simulated step of SimCLR: the growth of modes does not depend on their number, the cost does.
 _SIMCLR_PAIRS = 128
 _PAIRS_PER_FEATURE = 8
+_CENTRED = 0.01  # bound on the growth of the mean embedding, relative to the coefficients of the loss
 _MODERATE_DRIVE, _PLATEAU_STEPS = 0.1, 600  # x = ηρ_1, and the number of steps that lead beyond the first mode
 
 
@@ -130,7 +131,7 @@ def forecast_of_features(
     components = min(m, max(_COMPONENTS, 2 * d)) if m > _MAX_FEATURES else None
     layer = LastLayer(sgd.loss, x1, x2, weight, bias, components, driven_matrix=sgd.matrix, **sgd.settings)
     norm = 0.0 if bias is None else float(bias.norm())
-    growth, problem = _growth_rates(sgd, h1, h2, d, bias, scale_invariant)
+    growth, warning = _growth_rates(sgd, h1, h2, d, bias, scale_invariant)
     num_steps = len(sgd.rates)
     points = log_spaced_steps(num_steps, num_points)
     trajectory = layer.simulate(sgd.rates, sgd.momentum, sgd.weight_decay, velocity, points)
@@ -151,8 +152,8 @@ def forecast_of_features(
             f"{loss_properties(sgd.loss).title} has no small start, because the bias is not large compared with the "
             "other part of the embedding: set bias_norm, or a smaller alpha"
         )
-    elif problem:
-        warnings.append(f"growth rates and stable learning rates are unknown: {problem}")
+    elif warning:
+        warnings.append(warning)
     return replace(result, warnings=tuple(warnings))
 
 
@@ -172,23 +173,30 @@ def _is_scale_invariant(loss: str | PairLoss, num_pairs: int, dim: int) -> bool:
 def _growth_rates(
     sgd: SGDSettings, h1: Tensor, h2: Tensor, d: int, bias: Tensor | None, scale_invariant: bool
 ) -> tuple[Tensor, str]:
-    """Return ρ of each mode, (d,), or NaN and the reason why it is undefined."""
+    """Return ρ of each mode, (d,), NaN if it is undefined, and a warning or an empty string."""
     unknown = h1.new_full((d,), math.nan, dtype=torch.float64)
     norm = 0.0 if bias is None else float(bias.norm())
     if scale_invariant and norm == 0:
-        return unknown, "a loss of normalised embeddings needs a bias"
+        return unknown, ""
+    warning = ""
     if isinstance(sgd.loss, str):
         matrix = growth_matrix(sgd.loss, h1, h2, d, norm or 1.0, **sgd.settings)
         rates = torch.linalg.eigvalsh(matrix).flip(0)[:d].cpu()
     else:
         try:
-            point = start_signature(sgd.loss, d, h1.shape[1], bias)[1]
+            signature, point = start_signature(sgd.loss, d, h1.shape[1], bias)
             if bias is not None and point is None:
                 h1, h2 = (pad(h, (0, 1), value=1.0) for h in (h1, h2))
             rates = growth_modes(sgd.loss, h1, h2, d, min(d, h1.shape[2]), point).rates.real
         except UserError as error:
-            return unknown, str(error)
-    return pad(rates, (0, d - len(rates))), ""
+            return unknown, f"growth rates and stable learning rates are unknown: {error}"
+        total = signature.alpha + signature.beta
+        if sgd.matrix == "covariance" and total.sum() < -_CENTRED * signature.alpha.norm():
+            warning = (
+                "the mean embedding grows as a mode, because the loss is not centred, but has no eigenvalue in the "
+                "covariance: set driven_matrix to 'cross_correlation'"
+            )
+    return pad(rates, (0, d - len(rates))), warning
 
 
 def _step_times(trajectory: LayerTrajectory, threshold: float, start: int) -> Tensor:

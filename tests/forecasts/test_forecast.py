@@ -23,6 +23,7 @@ from stepwise_lightning import (
     VICReg,
     forecast,
     spectral_contrastive_loss,
+    vicreg_loss,
 )
 from stepwise_lightning.callbacks.progress import LineProgress
 from stepwise_lightning.forecasts.forecast import Forecast, correct_for_feature_learning
@@ -173,6 +174,21 @@ def test_anisotropic_function_has_the_rates_of_the_whole_operator():
     assert 0 < result.rates.suggested < result.rates.limit
 
 
+def test_function_that_is_not_centred_or_has_no_growth_rates_is_reported():
+    h1, h2 = (h[None] for h in pairs(64))
+
+    def warnings(loss, matrix=None):
+        sgd = SGDSettings(loss, {}, torch.full((20,), 0.01), 0.0, 0.0, matrix)
+        return forecast_of_features(sgd, h1, h2, 1e-3 * normal(DIM, PIXELS), None, with_rates=False).warnings
+
+    (warning,) = (text for text in warnings(spectral_contrastive_loss) if "centred" in text)
+    assert "set driven_matrix to 'cross_correlation'" in warning
+    assert not any("centred" in text for text in warnings(spectral_contrastive_loss, "cross_correlation"))
+    assert not any("centred" in text for text in warnings(vicreg_loss))
+    kink = warnings(lambda z1, z2: z1.var(0).sqrt().sum() + (z1 - z2).square().sum())
+    assert any("growth rates and stable learning rates are unknown: the loss is not differ" in text for text in kink)
+
+
 def test_random_or_changing_losses_are_refused_or_restored():
     with pytest.raises(ValueError, match="the loss is random"):
         forecast(encoder(), batches(1), 10, learning_rate=0.1, loss=lambda z1, z2: (z1 * torch.rand(DIM) * z2).sum())
@@ -186,6 +202,37 @@ def test_random_or_changing_losses_are_refused_or_restored():
     model.function = counted
     forecast(model, batches(1), 10)
     assert model.calls == 0
+
+
+class Predicted(nn.Module):
+    """Spectral contrastive loss of predicted embeddings, with a counter of calls."""
+
+    def __init__(self):
+        super().__init__()
+        self.predictor = nn.Linear(DIM, DIM, bias=False)
+        nn.init.eye_(self.predictor.weight)
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, z1, z2):
+        self.calls += 1
+        return spectral_contrastive_loss(self.predictor(z1), z2)
+
+
+def test_loss_with_parameters_is_simulated_with_constant_parameters():
+    loss = Predicted()
+    model = JointEmbedding(encoder(), 0.02, loss=loss)
+    h1, h2 = (h[None] for h in pairs(64))
+    weight = 1e-3 * normal(DIM, PIXELS)
+    settings = [
+        SGDSettings.of(model, 0, 60),
+        SGDSettings.of(encoder(), 0, 60, loss=loss, learning_rate=0.02),
+        SGDSettings.of(encoder(), 0, 60, loss=spectral_contrastive_loss, learning_rate=0.02),
+    ]
+    *results, expected = (forecast_of_features(sgd, h1, h2, weight, None, with_rates=False) for sgd in settings)
+    for result in results:
+        torch.testing.assert_close(result.eigenvalues, expected.eigenvalues)
+        assert str(result).startswith("Predicted, learning rate 0.02")
+    assert loss.calls == 0 and loss.predictor.weight.dtype == torch.float32 and model.loss_function is loss
 
 
 class OwnOptimizer(L.LightningModule):
