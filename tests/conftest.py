@@ -2,6 +2,7 @@
 
 import logging
 import signal
+import sys
 from collections.abc import Iterator
 from importlib import import_module
 from importlib.util import find_spec
@@ -35,6 +36,9 @@ def pytest_configure(config: pytest.Config) -> None:
     if hasattr(config, "workerinput"):  # a worker of pytest-xdist imports these in any case, the server shares them
         for name in PRELOAD:
             import_module(name)
+    elif "lightning" in sys.modules:
+        # Its log would go to a stream that pytest captures and the server closes.
+        raise pytest.UsageError("a conftest.py imports Lightning: import it in the fixture that needs it")
     start_server()
 
 
