@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
@@ -18,9 +19,14 @@ from stepwise_lightning.theory.loss_signature import loss_properties
 __all__ = ["Forecast", "correct_for_feature_learning", "crossings"]
 
 T = TypeVar("T")
-# Typical relative errors of the step of the first mode and of later modes, before training; NaN: not reliable. Those of
-# other losses were not measured.
-_ERRORS = {"barlow_twins": (0.06, 0.15), "simclr": (0.06, 0.2), "vicreg": (0.07, math.nan)}
+# Typical relative errors of the step of the first mode and of later modes, before training; NaN: not reliable;
+# None: not measured. Those of other losses were not measured.
+_ERRORS: dict[str, tuple[float, float | None]] = {
+    "barlow_twins": (0.06, 0.15),
+    "simclr": (0.06, 0.2),
+    "vicreg": (0.07, math.nan),
+    "spectral_contrastive": (0.06, None),
+}
 # Typical relative errors of the time until the next mode, during training.
 _LIVE_ERRORS = {"barlow_twins": 0.2, "simclr": 0.3, "vicreg": math.nan}
 # Share by which feature learning shortens the remaining time at the end of a plateau. SimCLR and VICReg showed no
@@ -109,12 +115,19 @@ class Forecast:
         It is NaN for modes that are not forecast reliably, and for losses whose errors were not measured. Medians
         over runs of small networks: see ``reproduce/figures/forecast.py``.
         """
-        first, later = _measured(_ERRORS, self.loss, (math.nan, math.nan))
-        if self.start:
-            first, later = _measured(_LIVE_ERRORS, self.loss, math.nan), math.nan
+        first, later = self._typical_errors
+        first, later = (math.nan if error is None else error for error in (first, later))
         errors = self.step_times.new_full((len(self.step_times),), later)
         errors[self.num_learned : self.num_learned + 1] = first
         return errors
+
+    @property
+    def _typical_errors(self) -> tuple[float | None, float | None]:
+        """Typical errors of the next and of later modes; NaN if not reliable, None if not measured."""
+        if not self.start:
+            return _measured(_ERRORS, self.loss, (None, None))
+        live = _measured(_LIVE_ERRORS, self.loss, None)
+        return live, None if live is None else math.nan
 
     def at(self, steps: Tensor) -> Tensor:
         """Return the eigenvalues at steps (T,), interpolated in their logarithm, (T, d); NaN outside the trajectory."""
@@ -156,8 +169,10 @@ class Forecast:
         if math.isinf(step):
             return f"after step {self.max_steps}, or never: the network may learn more modes"
         low, high = (self.start + (step - self.start) * (1 + sign * error) for sign in (-1, 1))
-        unknown = "not reliable" if self.loss in _ERRORS else "not measured"
-        span = unknown if math.isnan(error) else f"{low:.0f} to {high:.0f}"
+        typical = self._typical_errors[mode > self.num_learned]
+        span = (
+            "not measured" if typical is None else "not reliable" if math.isnan(error) else f"{low:.0f} to {high:.0f}"
+        )
         return f"{step:15.0f}  {span:>18}   {step / self.max_steps:18.1%}"
 
     def _rates_line(self) -> str:
@@ -187,7 +202,7 @@ def correct_for_feature_learning(loss: str | PairLoss, learned_at: float, step: 
     return step + remaining * (1 - correction * passed / (passed + remaining))
 
 
-def _measured(table: dict[str, T], loss: str | PairLoss, default: T) -> T:
+def _measured(table: Mapping[str, T], loss: str | PairLoss, default: T) -> T:
     return table.get(loss, default) if isinstance(loss, str) else default
 
 

@@ -59,9 +59,9 @@ def forecast(
     The last linear layer is simulated (:class:`stepwise_lightning.theory.LastLayer`) from its current weights on its
     current inputs, that is, with frozen features. Features of a network move during training, so the forecast is
     accurate for the first mode, approximate for later modes of Barlow Twins and SimCLR, and not reliable for later
-    modes of VICReg: :attr:`Forecast.errors`. The errors of other losses were not measured. More modes may be learned
-    than forecast, because features grow. During training, :meth:`Forecast.with_plateau_correction` uses the record of
-    the run.
+    modes of VICReg: :attr:`Forecast.errors`. Other errors were not measured, except for the first mode of the spectral
+    contrastive loss; for functions see ``reproduce/first_modes.py``. More modes may be learned than forecast, because
+    features grow. During training, :meth:`Forecast.with_plateau_correction` uses the record of the run.
 
     The last layer of a loss given as a function is simulated by automatic differentiation, one batch a step, in
     float64, with constant parameters of the loss; a loss that draws random numbers raises an error. Eigenvalues are of

@@ -108,13 +108,13 @@ def test_step_times_match_training_of_the_last_layer(momentum):
     torch.testing.assert_close(result.step_times[learned], expected[learned], rtol=0.03, atol=0.5)
 
 
-def test_forecast_of_the_spectral_contrastive_loss_has_no_measured_errors():
+def test_only_the_first_mode_of_the_spectral_contrastive_loss_has_a_measured_error():
     result = forecast(module(SpectralContrastive), batches(8), 400)
     assert result.matrix == "cross_correlation"
-    assert result.step_times.isfinite().sum() >= 2 and result.errors.isnan().all()
+    assert result.step_times.isfinite().sum() >= 2 and result.errors.isnan().tolist() == [False, True, True, True]
     assert 0 < result.rates.suggested < result.rates.safe < result.rates.limit
     assert "not measured" in str(result) and "not reliable" not in str(result)
-    assert result.reliable_eigenvalues(torch.arange(5)).shape == (5, 0)
+    assert result.reliable_eigenvalues(torch.arange(5)).shape == (5, 1)
 
 
 class WithAnyLoss(JointEmbedding):
