@@ -10,6 +10,7 @@ COMMANDS = {
     "validate": ("lightning_cli", "evaluate a trained model on its held-out images"),
     "test": ("lightning_cli", "evaluate a trained model on its test images"),
     "forecast": ("lightning_cli", "predict when each mode is learned, and the largest stable learning rate"),
+    "diagnose": ("diagnose", "compare a loss that does not decrease with the plateaus of its loss function"),
     "summary": ("summary", "print a table of the modes that finished runs have learned"),
     "plot": ("plot", "plot the eigenvalues of one finished run, or of several in one figure"),
     "embed": ("embed", "compute the embeddings of a folder of images with a trained encoder"),

@@ -10,6 +10,7 @@ from stepwise_lightning.theory.linear_flow import GrowthModes, growth_modes, two
 from stepwise_lightning.theory.loss_signature import LossSignature, loss_signature, saddle_value
 from stepwise_lightning.theory.moments import FeatureMoments, feature_cross_correlation
 from stepwise_lightning.theory.ntk.empirical_ntk import EmpiricalNTK
+from stepwise_lightning.theory.plateaus import Plateau, find_plateau, plateaus
 from stepwise_lightning.theory.stability import stability_limits
 
 __all__ = [
@@ -20,8 +21,10 @@ __all__ = [
     "LastLayer",
     "LinearBarlowTwins",
     "LossSignature",
+    "Plateau",
     "chance_alignment",
     "feature_cross_correlation",
+    "find_plateau",
     "growth_matrix",
     "growth_modes",
     "heavy_ball_growth",
@@ -29,6 +32,7 @@ __all__ = [
     "linear_kernel",
     "rbf_kernel",
     "loss_signature",
+    "plateaus",
     "relu_ntk",
     "saddle_value",
     "stability_limits",

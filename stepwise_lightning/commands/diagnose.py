@@ -1,0 +1,83 @@
+"""``stepwise diagnose --loss NAME --value VALUE``."""
+
+from __future__ import annotations
+
+import argparse
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from stepwise_lightning.commands.parser import Parser
+
+if TYPE_CHECKING:
+    from stepwise_lightning.theory.plateaus import Plateau
+
+__all__ = ["main"]
+
+_MAX_LINES = 8
+_OPTIONS = ("loss", "num_pairs", "dim", "num_prototypes", "temperature", "scale")  # not in --settings
+_EXAMPLE = "example: stepwise diagnose --loss simclr --batch-size 512 --value 6.9287"
+
+
+def main(arguments: list[str]) -> None:
+    """Print the plateaus of a loss, and the plateau that a value is on."""
+    parser = Parser("diagnose", "Print the values at which a loss stands still, and which of them a reported loss is "
+                    "on: no mode is learned, or some are. docs/plateaus.md lists causes and remedies.")  # fmt: skip
+    parser.epilog = _EXAMPLE
+    parser.add_argument("--loss", required=True, metavar="NAME",
+                        help="barlow_twins, vicreg, simclr, spectral_contrastive, supcon, clip, siglip, swav, dino, or "
+                             "the dotted path of a function loss(z1, z2)")  # fmt: skip
+    parser.add_argument("--value", metavar="NUMBER", help="the reported loss, with all digits that are known")
+    parser.add_argument("--batch-size", "--batch_size", type=int, metavar="N",
+                        help="pairs in the global batch, over all devices")  # fmt: skip
+    parser.add_argument("--dim", type=int, metavar="D", help="dimensions of the embedding, for barlow_twins and a path")
+    parser.add_argument("--prototypes", type=int, metavar="K", help="number of prototypes of swav and dino")
+    parser.add_argument("--temperature", type=float, metavar="T", help="temperature (supcon: 0.07)")
+    parser.add_argument("--scale", type=float, default=1.0, metavar="S", help="weight of the loss (%(default)s)")
+    parser.add_argument("--settings", nargs="+", type=_setting, default=[], metavar="NAME=VALUE",
+                        help="other arguments of a loss, such as normalize=false off_diagonal_weight=1")  # fmt: skip
+    options = parser.parse_args(arguments)
+
+    from stepwise_lightning.theory.plateaus import find_plateau, plateaus
+
+    loss = _imported(options.loss) if "." in options.loss else options.loss
+    sizes = options.batch_size, options.dim, options.prototypes
+    known = plateaus(loss, *sizes, options.temperature, options.scale, **dict(options.settings))
+    found = None if options.value is None else find_plateau(known, options.value)
+    lines = [f"{each.value:<10.6g} {each.description}" for each in known]
+    shortened = len(lines) > _MAX_LINES
+    print("\n".join([*lines[: _MAX_LINES - 2], "…", lines[-1]] if shortened else lines))
+    if options.value is not None:
+        print(f"\n{options.value} is {_verdict(options.loss, float(options.value), known, found)}")
+
+
+def _verdict(loss: str, value: float, known: list[Plateau], found: Plateau | None) -> str:
+    if found is not None:
+        kind = "plateau" if found.num_learned else "saddle value"
+        return f"on the {kind} {found.value:#.4g} of {loss}: {found.description}"
+    nearest = min(known, key=lambda plateau: abs(plateau.value - value))
+    side = "below" if value < nearest.value else "above"
+    return f"not on a known plateau of {loss}: {abs(value - nearest.value):.2g} {side} {nearest.value:#.4g}"
+
+
+def _setting(text: str) -> tuple[str, Any]:
+    import yaml
+
+    name, equals, value = text.partition("=")
+    if not equals or not name.isidentifier() or name in _OPTIONS:
+        raise argparse.ArgumentTypeError(f"must be NAME=VALUE, without {', '.join(_OPTIONS)}, got {text}")
+    return name, yaml.safe_load(value)
+
+
+def _imported(path: str) -> Any:
+    """Return a function by its dotted path, or an object of a class that needs no arguments."""
+    from stepwise_lightning.errors import UserError, reason
+    from stepwise_lightning.user_loss import checked_loss
+
+    module, _, name = path.rpartition(".")
+    try:
+        loss = getattr(import_module(module), name)
+        loss = loss() if isinstance(loss, type) else loss
+    except (ImportError, AttributeError, TypeError, ValueError) as error:
+        text = f"loss {path} cannot be imported ({reason(error)})"
+        raise UserError(f"{text}: give the dotted path of a function, or of a class without arguments") from error
+    return checked_loss(loss)
