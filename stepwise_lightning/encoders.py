@@ -98,7 +98,7 @@ class ResNet(nn.Module):
 
     Args:
         name: ``resnet_small``, ``resnet18``, ``resnet34`` or ``resnet50``.
-        small_images: use a 3×3 stem without stride or pooling, for images up to about 64 pixels.
+        small_images: use a 3×3 stem without stride or pooling, for images up to 64 pixels.
         seed: seed of the initial weights; None for the global seed (``seed_everything``).
 
     Attributes:
@@ -192,7 +192,7 @@ class Encoder(nn.Module):
     Args:
         out_features: d, the embedding dimension.
         backbone: ``resnet_small``, ``resnet18``, ``resnet34`` or ``resnet50``.
-        small_images: use a 3×3 stem without stride or pooling, for images up to about 64 pixels.
+        small_images: use a 3×3 stem without stride or pooling, for images up to 64 pixels.
         projector_depth: number of linear layers of the projector; 1 is a linear projector.
         hidden_features: width of the hidden layers of the projector.
         norm: ``batch`` or ``none``, before each ReLU of the projector.

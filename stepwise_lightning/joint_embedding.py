@@ -53,14 +53,14 @@ class JointEmbedding(L.LightningModule):
         learning_rate: learning rate of SGD or ``optimizer``.
         momentum: momentum of SGD.
         weight_decay: weight decay of SGD; it can prevent small modes from growing.
-        warmup_steps: number of steps over which the learning rate increases linearly to ``learning_rate``.
+        warmup_steps: number of steps in which the learning rate increases linearly from 0.
         cosine: decay the learning rate to 0 along a half cosine after the warm-up.
         optimizer: an optimiser of ``torch.optim`` instead of SGD, called with the parameters, for instance
             ``partial(AdamW, weight_decay=0.01)``, or ``--model.optimizer AdamW``. Its learning rate is
             ``learning_rate``. The theory of this package holds for SGD only.
         compile: train with the encoder compiled by ``torch.compile``; True, or the name of a backend.
         loss: function of both views' embeddings, (n, d) each; a dotted path, or ``class_path`` and ``init_args``.
-        driven_matrix: matrix whose eigenvalues the loss drives, shown first; one of ``spectrum.MATRICES``.
+        driven_matrix: matrix whose eigenvalues the loss drives; one of ``spectrum.MATRICES``.
 
     Raises:
         ValueError: a setting (also of a subclass) that is negative or not finite, a momentum of 1 or more, or

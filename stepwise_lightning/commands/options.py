@@ -51,7 +51,7 @@ _TRAINER = {
     "log_every_n_steps": "interval between logged losses",
     "default_root_dir": "folder of runs without a logger",
 }
-_CKPT_PATH = "a checkpoint, or 'last' for the latest run of this name; without a checkpoint, fit starts a run"
+_CKPT_PATH = "a checkpoint, or 'last': the latest run of this name, or a new run if there is none"
 _SEED = "seed of weights, order of images and augmentations; seeds of components have priority (0)"
 _MATMUL = "high for TF32 in float32 matrix products on GPUs; highest, high or medium"
 _INDENT, _WIDTH = " " * 30, 110
@@ -99,7 +99,7 @@ options:
 """
     for heading, option, cls, others in _PLACES:
         if command in ("fit", "forecast") or option in (_MODEL, _ENCODER, _DATA):
-            text += f"\n{heading}:\n" + _arguments(option, cls, (cls, *others))
+            text += f"\n{heading}:" + (_arguments(option, cls, (cls, *others)) or " no other arguments\n")
     text += "\nLightning's Trainer (every argument is an option):\n"
     return text + "".join(f"{_line(f'trainer.{name}', meaning)}\n" for name, meaning in _TRAINER.items())
 
@@ -116,7 +116,7 @@ def _arguments(option: str, cls: type, described_by: tuple[Any, ...]) -> str:
             continue
         text = re.sub(r":\w+:`(?:.*\.)?(\w+)`", r"\1", texts.get(name, "")).replace("``", "")
         lines.append(_line(f"{option}.{name}", f"{text.removesuffix('.')} ({_shown(parameter)})"))
-    return "\n".join(lines) + "\n"
+    return "".join(f"\n{line}" for line in lines) + "\n" * bool(lines)
 
 
 def _shown(parameter: Parameter) -> str:
