@@ -12,7 +12,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, Dataset
 
-from stepwise_lightning import BarlowTwins, ForecastLogger, LastCheckpoint, SpectrumLogger
+from stepwise_lightning import BarlowTwins, ForecastLogger, LastCheckpoint, OnlineLinearProbe, SpectrumLogger
 from stepwise_lightning.divergence import check_weights
 from stepwise_lightning.runs import AtomicCheckpointIO
 from stepwise_lightning.runs.strategies import check_strategy
@@ -98,6 +98,42 @@ def test_resumed_sharded_run_equals_a_run_in_one_process(kind, tmp_path, process
         assert "tensor_parallel_size 2: use ModelParallelStrategy(data_parallel_size=2" in messages[0]
         assert "use ModelParallelStrategy(save_distributed_checkpoint=False)" in messages[1]
         assert f"the weights at step {STEPS} are not finite" in messages[2]  # only the shard of rank 1 has NaN
+
+
+class Labelled(Shards):
+    """Batches in which only the first rank has labels, for training (two views) or evaluation (one view)."""
+
+    def __init__(self, trainer, views=2):
+        super().__init__(trainer)
+        self.views = views
+        self.labels = torch.where(torch.arange(PAIRS) < 4, torch.arange(PAIRS) % 2, -1)
+
+    def __getitem__(self, index):
+        return *super().__getitem__(index)[: self.views], self.labels[self.rows]
+
+
+def evaluate(strategy):
+    """Return the accuracy of a probe and its weights."""
+    torch.manual_seed(0)
+    module = Sharded(nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 3)), 0.1, normalize=False)
+    probe = OnlineLinearProbe("encoder.0", num_classes=2, learning_rate=0.1)
+    trainer = L.Trainer(
+        max_steps=4, accelerator="cpu", devices=1 if strategy == "auto" else 2, strategy=strategy, callbacks=[probe],
+        logger=False, enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False,
+        use_distributed_sampler=False,
+    )  # fmt: skip
+    trainer.fit(module, *(DataLoader(Labelled(trainer, views), batch_size=None) for views in (2, 1)))
+    return trainer.callback_metrics["val/probe_top1"], probe.state_dict()["probe"]
+
+
+def evaluate_sharded():
+    return evaluate(ModelParallelStrategy(2, 1, save_distributed_checkpoint=False))
+
+
+def test_evaluation_of_a_sharded_module_with_labels_on_one_rank(processes):
+    expected = evaluate("auto")
+    for found in processes.run_ranks(2, evaluate_sharded, timeout=60):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("strategy", [FSDPStrategy, DeepSpeedStrategy])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -60,9 +61,11 @@ class Evaluation(L.Callback):
 
     def _update(self, pl_module: L.LightningModule, batch: Sequence[Tensor]) -> None:
         known = self._known(batch[1])
+        # Without labels one image, because the ranks of a sharded module must run it equally often.
+        features = self._features(pl_module, batch[0][known] if known.any() else batch[0][:1])
         if known.any():
             self._num_labels += int(known.sum())
-            scores = self._scores(self._features(pl_module, batch[0][known]))
+            scores = self._scores(features)
             for accuracy in self._accuracies.values():
                 accuracy.update(scores, batch[1][known])
 
@@ -74,8 +77,11 @@ class Evaluation(L.Callback):
                 "labelled data"
             )
         for name, accuracy in self._accuracies.items():
+            with warnings.catch_warnings():  # of a rank without labels
+                warnings.filterwarnings("ignore", "The ``compute`` method of metric MulticlassAccuracy was called befo")
+                value = accuracy.compute()
             # already computed over all ranks; sync_dist avoids a warning of Lightning
-            pl_module.log(f"{stage}/{name}", accuracy.compute(), prog_bar=name.endswith("1"), sync_dist=True)
+            pl_module.log(f"{stage}/{name}", value, prog_bar=name.endswith("1"), sync_dist=True)
 
     def _known(self, labels: Tensor) -> Tensor:
         if len(labels) and labels.max() >= (self.num_classes or 0):

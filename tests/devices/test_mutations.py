@@ -22,12 +22,14 @@ MISTAKES = {
     "CPU generator": ("crop_pairs-cuda", "data/views.py", 'with torch.device("cpu"):', "with images.device:"),
     "float64 on mps": ("Modes-mps", "modes/directions.py", 'as_float64(z, "the embeddings")', "z.double()"),
     "weights drawn on the device": ("weights_do_not_depend", "seeding.py", ', torch.device("cpu"):', ":"),
-    "blocking copy in a step": (WEIGHTS, "modules.py", "(self(view)))", "(self(view.cpu().to(view.device))))"),
+    "blocking copy in a step": (WEIGHTS, "joint_embedding.py", "(self(view)))", "(self(view.cpu().to(view.device))))"),
     "mask in a step": (
         WEIGHTS, "losses.py", "return matrix - matrix.diagonal().diag_embed()",
         "return matrix[~torch.eye(len(matrix), dtype=torch.bool, device=matrix.device)]",
     ),
-    "item in a step": (WEIGHTS, "modules.py", "batch, now=writing)", "batch, now=writing or loss.item() > 1e9)"),
+    "item in a step": (
+        WEIGHTS, "joint_embedding.py", "batch, now=writing)", "batch, now=writing or loss.item() > 1e9)",
+    ),
     "constructor in capture": (
         WEIGHTS, "features/capture.py", "return output.detach().reshape(len(output), -1).clone()",
         "return torch.empty(len(output), output[0].numel()).copy_(output.detach().flatten(1))",
@@ -45,6 +47,12 @@ def status_of_tests(folder, words):
     return subprocess.run(command, cwd=folder, env=os.environ | {"PYTHONPATH": str(folder)}).returncode
 
 
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_mistake_replaces_one_line(mistake):
+    _, name, line, _ = MISTAKES[mistake]
+    assert (PACKAGE / name).read_text("utf-8").count(line) == 1
+
+
 @pytest.mark.slow
 def test_unchanged_copy_of_the_package_passes(tmp_path):
     shutil.copytree(PACKAGE, tmp_path / PACKAGE.name)
@@ -56,7 +64,5 @@ def test_unchanged_copy_of_the_package_passes(tmp_path):
 def test_device_mistake_is_noticed(mistake, tmp_path):
     test, name, line, wrong = MISTAKES[mistake]
     file = shutil.copytree(PACKAGE, tmp_path / PACKAGE.name) / name
-    source = file.read_text("utf-8")
-    assert source.count(line) == 1
-    file.write_text(source.replace(line, wrong), "utf-8")
+    file.write_text(file.read_text("utf-8").replace(line, wrong), "utf-8")
     assert status_of_tests(tmp_path, test) == 1
