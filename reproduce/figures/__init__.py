@@ -5,6 +5,7 @@
 
 from reproduce.figure import PaperFigure
 from reproduce.figures import (
+    any_loss,
     conditions,
     cross_loss_alignment,
     embedding_growth,
@@ -44,6 +45,7 @@ FIGURES: dict[str, PaperFigure] = {
         kernel_pca,
         kernel_mlp,
         faster_modes,
+        any_loss,
         forecast,
         stable_rates,
         conditions,

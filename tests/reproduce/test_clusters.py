@@ -16,7 +16,7 @@ from reproduce.options import new_parser
 
 ROOT = Path(__file__).parents[2]
 SCRIPTS = sorted((ROOT / "reproduce" / "slurm").glob("*.sbatch"))
-NO_NETWORKS = ("linear_model", "start_scale", "kernel_pca", "kernel_mlp", "faster_modes")
+NO_NETWORKS = ("linear_model", "start_scale", "kernel_pca", "kernel_mlp", "faster_modes", "any_loss")
 
 
 def directives(script: Path) -> dict[str, str]:

@@ -13,8 +13,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from reproduce import mode_rates
 from reproduce.__main__ import main
-from reproduce.figures import kernel_mlp, kernel_pca, linear_model, start_scale
+from reproduce.figures import any_loss, kernel_mlp, kernel_pca, linear_model, start_scale
 from stepwise_lightning import BarlowTwins, FixedCropPairs, losses
 from stepwise_lightning.callbacks.clock import Clock
 from stepwise_lightning.encoders import LinearEncoder
@@ -146,6 +147,12 @@ def theory_without_pairs(patch):
     patch.setattr(ContrastiveKernelPCA, "fit", fit)
 
 
+def signature_of_vicreg(patch):
+    """Use the signature of VICReg in the theory of every loss."""
+    modes, vicreg = mode_rates.growth_modes, mode_rates.LOSSES["VICReg"].function
+    patch.setattr(mode_rates, "growth_modes", lambda loss, *arguments: modes(vicreg, *arguments))
+
+
 def without_finite_steps(patch):
     """Omit the learning rate in the theory."""
     for figure in (linear_model, kernel_pca, start_scale):
@@ -191,6 +198,12 @@ def kernel_after_as_before(patch):
 def time_without_rate(patch):
     """Omit the learning rate in the effective time."""
     patch.setattr(Clock, "time", property(lambda clock: float(clock.steps)))
+
+
+def rates_of_gradient_flow(patch):
+    """Omit the finite step in the measured growth rates."""
+    change_source(patch, mode_rates, "measured_rates", "slopes.expm1() / rate", "slopes / rate")
+    patch.setattr(any_loss, "measured_rates", mode_rates.measured_rates)
 
 
 def float32_spectra(patch):
@@ -239,8 +252,11 @@ MUTATIONS = [
     ("kernel_mlp", kernel_after_as_before, "moved"),
     ("kernel_mlp", half_rate, "step_times"),
     ("kernel_mlp", time_without_rate, "step_times"),
+    ("any_loss", signature_of_vicreg, "linear_order"),
+    ("any_loss", wrong_pairs, "linear_median"),
+    ("any_loss", rates_of_gradient_flow, "linear_rates"),
 ]
-MODULES = {"linear_model": linear_model, "start_scale": start_scale, "kernel_pca": kernel_pca, "kernel_mlp": kernel_mlp}
+MODULES = {module.FIGURE.name: module for module in (linear_model, start_scale, kernel_pca, kernel_mlp, any_loss)}
 SMALLER = {"linear_model": ["--dim", "2"]}
 
 
