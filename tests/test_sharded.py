@@ -1,6 +1,7 @@
-"""Fully sharded data parallelism (``fully_shard``) with two processes, and strategies that are not supported."""
+"""Fully sharded data parallelism (``fully_shard``) with two processes, and settings that are not supported."""
 
 import math
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import lightning as L
@@ -16,6 +17,7 @@ from stepwise_lightning import BarlowTwins, ForecastLogger, LastCheckpoint, Onli
 from stepwise_lightning.divergence import check_weights
 from stepwise_lightning.runs import AtomicCheckpointIO
 from stepwise_lightning.runs.strategies import check_strategy
+from stepwise_lightning.sync_batchnorm import SyncBatchNorm
 
 PAIRS, STEPS = 12, 6
 
@@ -141,3 +143,12 @@ def test_unsupported_strategies_raise(strategy):
     # DeepSpeed is not installed, and Lightning's FSDPStrategy needs a GPU.
     with pytest.raises(ValueError, match=f"{strategy.__name__} is not supported, .*: use strategy='ddp', or ModelPar"):
         check_strategy(SimpleNamespace(strategy=object.__new__(strategy)))
+
+
+@pytest.mark.parametrize("settings", [{"sync_batchnorm": True}, {"plugins": [SyncBatchNorm()]}])
+def test_batch_normalisation_for_gpus_raises_on_cpus(settings):
+    trainer = L.Trainer(accelerator="cpu", devices=2, strategy="ddp", logger=False, **settings)
+    for encoder, fails in ((nn.Linear(3, 2), False), (nn.BatchNorm1d(3), "plugins" not in settings)):
+        trainer.strategy.connect(BarlowTwins(encoder, 0.1))
+        with pytest.raises(ValueError, match="set sync_batchnorm=False and plugins") if fails else nullcontext():
+            check_strategy(trainer)

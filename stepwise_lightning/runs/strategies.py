@@ -1,9 +1,11 @@
-"""Check of the Trainer's strategy: which ones measurements and checkpoints support."""
+"""Check of the Trainer's strategy: which ones training, measurements and checkpoints support."""
 
 from __future__ import annotations
 
 import lightning as L
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.plugins.layer_sync import TorchSyncBatchNorm
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from stepwise_lightning.errors import UserError
 
@@ -20,6 +22,16 @@ def check_strategy(trainer: L.Trainer, saves: bool = False) -> None:
         raise UserError(
             f"{type(strategy).__name__} is not supported, because a sharded module cannot be called outside of its "
             "training step: use strategy='ddp', or ModelParallelStrategy with fully_shard in configure_model"
+        )
+    if (
+        isinstance(strategy, DDPStrategy)
+        and strategy.root_device.type == "cpu"
+        and type(strategy._layer_sync) is TorchSyncBatchNorm
+        and any(isinstance(layer, _BatchNorm) for layer in trainer.lightning_module.modules())
+    ):
+        raise UserError(
+            "sync_batchnorm=True needs GPUs: on CPUs set sync_batchnorm=False and "
+            "plugins=stepwise_lightning.sync_batchnorm.SyncBatchNorm"
         )
     if not isinstance(strategy, ModelParallelStrategy):
         return
