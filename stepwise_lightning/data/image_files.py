@@ -180,6 +180,8 @@ def image_formats() -> tuple[frozenset[str], tuple[str, ...]]:
 
 
 def _to_rgb(image: Image.Image, maxima: list[int] | None) -> Image.Image:
+    if 0 in image.size:
+        raise UserError(f"{image.width}×{image.height} pixels, at least 1×1 are needed")
     tags = getattr(image, "tag_v2", {})
     if tags.get(_TIFF_PLANES) == 2 and max(tags.get(_TIFF_BITS, (8,))) > 8:
         raise UserError("16-bit colours in separate planes, which Pillow decodes wrongly: save them interleaved")

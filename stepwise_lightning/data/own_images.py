@@ -107,7 +107,9 @@ class ImageStream(ImageSet):
         if callable(set_epoch := getattr(self.images, "set_epoch", None)):
             set_epoch(epoch)
         for sample in self.images:
-            is_valid = isinstance(sample, tuple | list) and len(sample) in (2, 3) and isinstance(sample[1], int | str)
+            is_valid = (
+                isinstance(sample, tuple | list) and len(sample) in (2, 3) and isinstance(sample[1], Integral | str)
+            )
             if not is_valid:
                 raise UserError(
                     f"the stream yields {type(sample).__name__} objects that are not (image, id) or (image, id, label) "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import islice
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -70,13 +71,19 @@ class StreamTwoViews(Dataset[ReadBatch | None]):
             return None
         self._next = number + 1
         images, names, labels = zip(*samples, strict=True)
-        indices = [name if isinstance(name, int) else hashed_seed(name) >> 1 for name in names]
+        indices = [_index(name) for name in names]
         pictures = [rgb_image(image, self.views.min_side) for image in images]
         return ReadBatch.of(pictures, labels, [epoch] * len(indices), indices)
 
     def views_of(self, batch: ReadBatch | None) -> tuple[Tensor, Tensor, Tensor] | None:
         """Return the views and labels of a batch, on ``device``."""
         return None if batch is None else self.views.of_batch(batch, self.device)
+
+
+def _index(name: int | str) -> int:
+    """Return an integer id of up to 64 bits unchanged, and 63 bits of the hash of another one."""
+    name = int(name) if isinstance(name, Integral) else name
+    return name if isinstance(name, int) and -(2**63) <= name < 2**63 else hashed_seed(name) >> 1
 
 
 def _skip(samples: Iterator[Any], count: int) -> int:

@@ -235,6 +235,25 @@ def test_stream_equals_a_data_set_with_the_same_ids() -> None:
     assert not torch.equal(others[0, 0], x1) and len(others) == 3
 
 
+class OneId:
+    """A stream of one image with one id."""
+
+    def __init__(self, id: int) -> None:
+        self.id = id
+
+    def __iter__(self) -> Iterator[tuple[Image.Image, int]]:
+        return iter([(VAL[0], self.id)] * 8)
+
+
+def test_ids_of_a_stream_may_be_numpy_integers_and_hashes() -> None:
+    x1 = [
+        next(iter(module({"train": OneId(kind(id)), "val": VAL}).train_dataloader()))[0]
+        for kind, id in ((int, 3), (np.int64, 3), (np.uint64, 2**63), (int, 2**63), (int, 2**127))
+    ]
+    assert torch.equal(x1[0], x1[1]) and torch.equal(x1[2], x1[3])
+    assert not torch.equal(x1[0], x1[3]) and not torch.equal(x1[3], x1[4])
+
+
 @pytest.mark.parametrize(("count", "num_workers"), [(30, 2), (24, 0), (33, 2)])
 def test_batches_of_a_tar_stream_are_independent_of_workers_and_ranks(
     count: int, num_workers: int, tmp_path: Path
@@ -326,6 +345,7 @@ REFUSALS: dict[str, tuple[Any, str]] = {
     "dictionary": ([{"pixels": VAL[0]}] * 10, "a sample has the keys 'pixels': expected 'image' or 'img'"),
     "objects": ([object()] * 10, "an image of the data has the type object: expected a PIL image"),
     "damaged": ([b"damaged"] * 10, "an image of the data cannot be used: cannot identify image file"),
+    "no pixels": ([np.zeros((0, 8, 3), np.uint8)] * 10, "8×0 pixels, at least 1×1 are needed"),
     "no id": ({"train": NoIds(), "val": VAL}, r"the stream yields Image objects that are not \(image, id\)"),
 }  # fmt: skip
 
