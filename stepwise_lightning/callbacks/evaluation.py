@@ -61,10 +61,11 @@ class Evaluation(L.Callback):
 
     def _update(self, pl_module: L.LightningModule, batch: Sequence[Tensor]) -> None:
         known = self._known(batch[1])
+        number = int(known.sum())
         # Without labels one image, because the ranks of a sharded module must run it equally often.
-        features = self._features(pl_module, batch[0][known] if known.any() else batch[0][:1])
-        if known.any():
-            self._num_labels += int(known.sum())
+        features = self._features(pl_module, batch[0][known] if number else batch[0][:1])
+        if number:
+            self._num_labels += number
             scores = self._scores(features)
             for accuracy in self._accuracies.values():
                 accuracy.update(scores, batch[1][known])
