@@ -191,8 +191,8 @@ IN_OTHER_CASES = {
 IN_TRAINING = {"LastCheckpoint", "OnlineKNN", "OnlineLinearProbe", "SpectrumLogger", "TwoViewDataModule"}
 WITHOUT_DEVICE_TENSORS = {
     "CollapseMonitor", "CollapseWatch", "FixedCropPairs", "ForecastLogger", "ImageSet", "LossReport", "MATRICES",
-    "ModeDescription", "Rises", "Steps", "chance_alignment", "describe_modes", "download_images", "load_encoder",
-    "load_image_set", "load_images", "stability_limits", "write_projector",
+    "ModeDescription", "Plateau", "Rises", "Steps", "chance_alignment", "describe_modes", "download_images",
+    "find_plateau", "load_encoder", "load_image_set", "load_images", "plateaus", "stability_limits", "write_projector",
 }  # fmt: skip
 
 
