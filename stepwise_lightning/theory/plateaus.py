@@ -190,7 +190,7 @@ def _of_function(loss: str | PairLoss, num_pairs: int, dim: int, settings: dict[
     def total(z1: Tensor, z2: Tensor) -> Tensor:
         return sum_terms(named_terms(function(z1, z2)))
 
-    unit = torch.eye(dim, dtype=torch.float64)[0]  # for a loss that is not finite at 0, as of cosines
+    unit = torch.eye(dim, dtype=torch.float64, device="cpu")[0]  # for a loss that is not finite at 0, as of cosines
     try:
         value = saddle_value(total, num_pairs, dim)
         value = value if math.isfinite(value) else saddle_value(total, num_pairs, dim, unit)
