@@ -38,7 +38,7 @@ def output_in(encoding, monkeypatch, function, *arguments, **options):
     return output.buffer.getvalue().decode(encoding)
 
 
-@NARROW
+@pytest.mark.parametrize("encoding", ["ascii", pytest.param("cp1252", marks=pytest.mark.slow)])
 def test_training_prints_in_a_narrow_encoding(encoding, folder, monkeypatch):
     analytical = {"normalize": False, "center": True, "off_diagonal_weight": 1.0, "learning_rate": 0.005}
     config = changed({f"model.init_args.{name}": value for name, value in analytical.items()})

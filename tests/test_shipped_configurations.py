@@ -197,6 +197,7 @@ def test_gpu_configurations_share_precision_and_strategy():
         assert (settings.items() >= shared.items()) == (settings["trainer.accelerator"] == "gpu"), name
 
 
+@pytest.mark.slow
 def test_strategy_of_gpu_configurations_trains_on_one_device(processes, tmp_path, monkeypatch):
     """In a process group of one process."""
     monkeypatch.chdir(tmp_path)

@@ -180,7 +180,7 @@ FURTHER_CALLS = {
 }
 ALL_CALLS = CALLS | FURTHER_CALLS
 
-# Public names that a case with another name covers, that tests/devices/test_training.py covers, or without tensors.
+# Public names that a case with another name covers, that test_device_training.py covers, or without tensors.
 IN_OTHER_CASES = {
     "AcceleratedBarlowTwins", "BarlowTwins", "Encoder", "Forecast", "GrowthModes", "JointEmbedding",
     "LinearEncoder", "LossSignature", "MLP", "Projector", "ResNet", "SimCLR", "SpectralContrastive", "VICReg",
