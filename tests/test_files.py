@@ -124,7 +124,9 @@ def test_files_of_killed_writes_are_removed_after_an_hour(tmp_path):
     assert set(tmp_path.iterdir()) == {tmp_path / "a.csv", recent, other}
 
 
-@pytest.mark.parametrize("file", ["config.yaml", "spectrum.csv", "last.ckpt"])
+@pytest.mark.parametrize(
+    "file", [*(pytest.param(name, marks=pytest.mark.slow) for name in ("config.yaml", "spectrum.csv")), "last.ckpt"]
+)
 def test_two_runs_that_start_at_one_moment_write_separate_files(file, monkeypatch, tmp_path):
     """Train a second run in the same folder at the moment at which the first one has found that a file is missing."""
     write_images(tmp_path)

@@ -55,6 +55,7 @@ def run_forked(name, *arguments, path):
         return ForkedProcess(name, arguments, file).wait()
 
 
+@pytest.mark.slow
 def test_forked_process_matches_a_fresh_interpreter(module, tmp_path, monkeypatch):
     name = module(STATE)
     (tmp_path / "elsewhere").mkdir()

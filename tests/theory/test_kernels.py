@@ -63,7 +63,7 @@ def test_relu_ntk_is_accurate_for_nearly_parallel_inputs():
     assert 2 - relu_ntk(x, y).item() == pytest.approx(angle / math.pi, rel=1e-6)
 
 
-@pytest.mark.parametrize("depth", [1, 2, 3])
+@pytest.mark.parametrize("depth", [1, 2, pytest.param(3, marks=pytest.mark.slow)])
 def test_relu_ntk_matches_wide_random_networks(depth):
     """The mean over random networks in the NTK parametrisation of their tangent kernels."""
     generator = torch.Generator().manual_seed(depth)
