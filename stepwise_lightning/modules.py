@@ -16,7 +16,7 @@ __all__ = ["BarlowTwins", "JointEmbedding", "SimCLR", "SpectralContrastive", "VI
 
 
 class _NamedLoss(JointEmbedding):
-    """A module with a loss of its own, and without the arguments ``loss`` and ``driven_matrix``."""
+    """Base class of the shipped losses, without the arguments ``loss`` and ``driven_matrix``."""
 
     def __init__(self, encoder: nn.Module, learning_rate: float, **optimization: Any) -> None:
         super().__init__(encoder, learning_rate, loss=None, driven_matrix=None, **optimization)

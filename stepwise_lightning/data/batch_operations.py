@@ -119,7 +119,7 @@ def resized_crops(images: Tensor, rows: Taps, columns: Taps) -> Tensor:
 
 
 def resized_regions(regions: Sequence[Tensor], rows: Taps, columns: Taps, max_floats: int) -> Tensor:
-    """Return regions of different sizes, uint8, (3, h, w) each, as planes, equal to those of :func:`resized_crops`.
+    """Resize regions of different sizes, uint8, (3, h, w) each, to planes, as :func:`resized_crops` does for one size.
 
     Args:
         regions: the crops of the images, on one device.

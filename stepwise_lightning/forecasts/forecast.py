@@ -20,7 +20,7 @@ __all__ = ["Forecast", "correct_for_feature_learning", "crossings"]
 
 T = TypeVar("T")
 # Typical relative errors of the step of the first mode and of later modes, before training; NaN: not reliable;
-# None: not measured. Those of other losses were not measured.
+# None, or a loss that is not listed: not measured.
 _ERRORS: dict[str, tuple[float, float | None]] = {
     "barlow_twins": (0.06, 0.15),
     "simclr": (0.06, 0.2),
