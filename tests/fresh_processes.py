@@ -199,6 +199,10 @@ def _run(state: bytes, rank: int, ranks: int, folder: str) -> NoReturn:
     sys.stdout = sys.__stdout__ = open(1, "w", buffering=1)  # noqa: SIM115
     sys.stderr = sys.__stderr__ = open(2, "w", buffering=1)  # noqa: SIM115
     status = 1
+    # The first use of torch's thread pool after a fork replaces it, and two threads that do so at once abort ("Invalid
+    # thread pool!"): do it before autograd starts a thread.
+    torch = sys.modules["torch"]
+    torch.set_num_threads(torch.get_num_threads())
     try:
         directory, variables, path, filters, call = pickle.loads(state)
         os.chdir(directory)
