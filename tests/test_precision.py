@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 
 from stepwise_lightning.errors import UserError
-from stepwise_lightning.features import capture
 from stepwise_lightning.precision import as_float64, single_threaded
 from stepwise_lightning.spectrum import (
     alpha_req,
@@ -105,8 +104,6 @@ def curves(times: Tensor, values: Tensor) -> list[Tensor]:
 
 
 GAMMA = torch.tensor([2.0, 1, 0.5, -0.1], dtype=torch.float64).diag()
-
-
 TIMES, CURVES = torch.arange(1, 12).float(), torch.arange(1, 12).float()[:, None] ** torch.tensor([2.0, 1, 0])
 # Functions of two real tensors that compute in float64, with two tensors of integers.
 CALLS = {
@@ -257,62 +254,3 @@ def test_single_threaded_restores_the_number_of_threads():
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(before)
-
-
-MATMUL, CONV = torch.backends.cuda.matmul, torch.backends.cudnn.conv
-OPERATIONS = (MATMUL, CONV, torch.backends.cudnn.rnn, torch.backends.mkldnn.matmul, torch.backends.mkldnn.conv)
-
-
-def float32_precisions() -> list[str]:
-    return [operation.fp32_precision for operation in OPERATIONS]
-
-
-def allow_tf32_by_operation():
-    MATMUL.fp32_precision = CONV.fp32_precision = "tf32"
-
-
-ALLOW = {
-    "default": lambda: None,
-    "high": partial(torch.set_float32_matmul_precision, "high"),
-    "medium": partial(torch.set_float32_matmul_precision, "medium"),
-    "by operation": allow_tf32_by_operation,
-}
-
-
-class RecordsPrecision(nn.Module):
-    """Network that passes the precision of float32 operations to a function."""
-
-    def __init__(self, record):
-        super().__init__()
-        self.layer, self.record = nn.Linear(3, 2), record
-
-    def forward(self, x):
-        self.record(float32_precisions())
-        with torch.backends.cudnn.flags(enabled=False, allow_tf32=False):
-            return self.layer(x)
-
-
-@pytest.fixture
-def restored_tf32():
-    before = float32_precisions()
-    yield
-    torch.set_float32_matmul_precision("highest")
-    for operation, precision in zip(OPERATIONS, before, strict=True):
-        operation.fp32_precision = precision
-
-
-@pytest.mark.parametrize("allow", ALLOW.values(), ids=ALLOW)
-def test_measurements_do_not_use_tf32_and_restore_the_setting(allow, restored_tf32):
-    allow()
-    before, seen, x = float32_precisions(), [], torch.ones(2, 3)
-    capture(RecordsPrecision(lambda values: seen.append(values)), [x], [""])
-    EmpiricalNTK(RecordsPrecision(lambda values: seen.append(values[:1])), dtype=torch.float32)(x, x)
-    assert seen[0] == ["ieee"] * len(OPERATIONS) and len(seen) > 1 and all(each == ["ieee"] for each in seen[1:])
-    assert float32_precisions() == before
-    with pytest.raises(ZeroDivisionError):
-        capture(RecordsPrecision(lambda values: 1 / 0), [x], [""])
-    assert float32_precisions() == before
-    if (
-        allow is not allow_tf32_by_operation
-    ):  # the older setting cannot be read after the settings of operations changed
-        assert torch.backends.cudnn.allow_tf32 and MATMUL.allow_tf32 == ("tf32" in before[0])

@@ -198,9 +198,8 @@ def test_probe_pairs_are_fixed_and_held_out(folder: str) -> None:
     assert not torch.equal(module("photos", num_probe_pairs=20, probe_seed=1).probe_pairs()[0], x1)
     # No training image of a folder is held out.
     plain = module(folder, image_size=None)
-    train, val = (
-        torch.cat([x for x, _ in loader]) for loader in (plain.labelled_train_dataloader(), plain.val_dataloader())
-    )
+    loaders = plain.labelled_train_dataloader(), plain.val_dataloader()
+    train, val = (torch.cat([x for x, _ in loader]) for loader in loaders)
     assert len(train) == 45 and len(val) == 5 and len(torch.cat([train, val]).unique(dim=0)) == 50
     with pytest.raises(ValueError, match="num_probe_pairs 6 is more than the 5 held-out images: choose 2 to 5"):
         module(folder, num_probe_pairs=6).probe_pairs()

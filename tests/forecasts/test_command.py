@@ -1,7 +1,6 @@
 """``stepwise forecast``: table, figure, and mistakes reported in one line."""
 
 import re
-import sys
 from pathlib import Path
 
 import pytest
@@ -39,36 +38,15 @@ def test_forecast_prints_table_and_writes_figure(capsys, rendered_figures):
     assert not Path("runs").exists()  # no other output
 
 
-OWN_MODULE = """
-import lightning as L
-import torch
-from torch import nn
-
-class Mine(L.LightningModule):
-    def __init__(self):
-        super().__init__()
-        self.net = nn.Sequential(nn.Flatten(), nn.Linear(48, 3))
-
-    def forward(self, x):
-        return self.net(x)
-
-    def configure_optimizers(self):
-        return torch.optim.SGD(self.parameters(), 0.07, 0.5)
-"""
-
-
 @pytest.mark.parametrize(
     ("model", "options", "title"),
     [
         ("stepwise_lightning.JointEmbedding", [], "dcl_loss, learning rate 0.001, momentum 0"),
-        ("own_module.Mine", ["--loss=simclr"], "SimCLR, learning rate 0.07, momentum 0.5"),
-        ("own_module.Mine", ["--loss=reproduce.losses.dcl_loss"], "dcl_loss, learning rate 0.07, momentum 0.5"),
+        ("own_modules.Mine", ["--loss=simclr"], "SimCLR, learning rate 0.07, momentum 0.5"),
+        ("own_modules.Mine", ["--loss=reproduce.losses.dcl_loss"], "dcl_loss, learning rate 0.07, momentum 0.5"),
     ],
 )
-def test_forecast_of_another_loss_or_module(model, options, title, capsys, tmp_path, monkeypatch, rendered_figures):
-    monkeypatch.syspath_prepend(tmp_path)
-    (tmp_path / "own_module.py").write_text(OWN_MODULE)
-    sys.modules.pop("own_module", None)
+def test_forecast_of_another_loss_or_module(model, options, title, capsys):
     config = changed({"model.class_path": model, "model.init_args.loss": "reproduce.losses.dcl_loss"})
     if options:
         config["model"].pop("init_args")

@@ -1,7 +1,6 @@
 """``ForecastLogger`` with any progress bar and any module."""
 
 import csv
-import sys
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,52 +24,6 @@ from stepwise_lightning import (
 )
 from stepwise_lightning.callbacks.progress import describe_bar
 from stepwise_lightning.features import check_watched
-
-OWN_MODULES = """
-import lightning as L
-import torch
-from torch import nn
-
-class Mine(L.LightningModule):
-    def __init__(self):
-        super().__init__()
-        self.net = nn.Sequential(nn.Flatten(), nn.Linear(48, 3))
-
-    def forward(self, x):
-        return self.net(x)
-
-    def training_step(self, batch, batch_idx):
-        z1, z2 = self(batch[0]), self(batch[1])
-        return (z1 - z2).square().mean()
-
-    def configure_optimizers(self):
-        return torch.optim.SGD(self.parameters(), 0.1)
-
-class WithEncoder(Mine):
-    def __init__(self):
-        super().__init__()
-        self.encoder = self.net
-
-class WithBackbone(Mine):
-    def __init__(self):
-        super().__init__()
-        del self.net
-        self.encoder = nn.Sequential(nn.Flatten())
-        self.encoder.add_module("backbone", nn.Linear(48, 3))
-
-    def forward(self, x):
-        return self.encoder(x)
-
-class WithoutForward(L.LightningModule):
-    configure_optimizers = Mine.configure_optimizers
-
-    def __init__(self):
-        super().__init__()
-        self.net = nn.Sequential(nn.Flatten(), nn.Linear(48, 3))
-
-    def training_step(self, batch, batch_idx):
-        return (self.net(batch[0]) - self.net(batch[1])).square().mean()
-"""
 
 
 class OtherBar(ProgressBar):
@@ -115,10 +68,7 @@ def test_description_of_a_rich_bar():
 def own_module(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Train a module with the callbacks of the configurations of the package, which watch ``encoder.backbone``."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(tmp_path)
     write_images(tmp_path)
-    Path("own_modules.py").write_text(OWN_MODULES)
-    sys.modules.pop("own_modules", None)
     callbacks = [
         {"class_path": "stepwise_lightning.SpectrumLogger", "init_args": {"watch": ["encoder.backbone"]}},
         *({"class_path": f"stepwise_lightning.{each}"} for each in ("ForecastLogger", "CollapseMonitor", "OnlineKNN")),

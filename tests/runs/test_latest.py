@@ -49,8 +49,7 @@ def home(tmp_path, monkeypatch):
     """Set the home, a scratch folder and the working directory, which has a module of loggers."""
     for name in ("HOME", "SCRATCH"):
         monkeypatch.setenv(name, str(tmp_path / name.lower()))
-    work = tmp_path / "work"
-    work.mkdir()
+    (work := tmp_path / "work").mkdir()
     (work / "own_loggers.py").write_text(OWN)
     monkeypatch.chdir(work)
     monkeypatch.syspath_prepend(work)
@@ -60,8 +59,8 @@ def home(tmp_path, monkeypatch):
 
 def spec(path, **arguments):
     """Return a configured logger as the parser returns it, with the default of each argument."""
-    defaults = {TENSORBOARD: {"name": "lightning_logs", "version": None, "sub_dir": None}, CSV: {"version": None}}
-    defaults[CSV]["name"] = "lightning_logs"
+    default = {"name": "lightning_logs", "version": None}
+    defaults = {TENSORBOARD: {**default, "sub_dir": None}, CSV: default}
     return Namespace(class_path=path, init_args=Namespace(defaults.get(path, {}) | arguments))
 
 
@@ -83,7 +82,7 @@ def save(run, step=5, name="last"):
 
 def start_run(config, step=5):
     """Create the pointer file of a run, and a checkpoint if ``step`` is given; return the folders of its loggers."""
-    instances = [instance(logger) for logger in config.trainer.logger]
+    instances = list(map(instance, config.trainer.logger))
     folders = [folder_of(each, ".") for each in instances] or [Path("stepwise_runs/version_0")]
     for folder in folders:
         (folder / "checkpoints").mkdir(parents=True)
@@ -166,9 +165,8 @@ def test_pointer_is_relative_to_the_folder_of_the_runs():
     shutil.copytree("runs", "copy")
     shutil.rmtree("runs")
     config = configuration([spec(CSV, save_dir="copy")])
-    assert resume_latest(config) == 5 and config.ckpt_path.endswith(
-        "copy/lightning_logs/version_0/checkpoints/last.ckpt"
-    )
+    assert resume_latest(config) == 5
+    assert config.ckpt_path.endswith("copy/lightning_logs/version_0/checkpoints/last.ckpt")
 
 
 @pytest.mark.parametrize("damage", ["delete", "damage"])
@@ -204,9 +202,8 @@ def test_runs_of_earlier_versions_are_resumed(home):
 
 def test_runs_of_earlier_versions_with_another_logger_are_refused():
     save("runs/mine/run-7")
-    with pytest.raises(
-        ValueError, match=r"give --ckpt_path runs/mine/run-7/checkpoints/last.ckpt \(its run is run-7\)"
-    ):
+    message = r"give --ckpt_path runs/mine/run-7/checkpoints/last.ckpt \(its run is run-7\)"
+    with pytest.raises(ValueError, match=message):
         resume_latest(configuration([spec("own_loggers.Named", save_dir="runs", name="mine", version=None)]))
 
 
@@ -244,9 +241,6 @@ def test_logger_kind_of_instances_and_classes():
     assert logger_kind(derived) == "TensorBoardLogger" and logger_kind(object()) == ""
 
 
-# Runs of the command line.
-
-
 def train(steps, logger, *options, **trainer):
     """Train for ``steps`` steps with ``--ckpt_path last``; without a configured logger if ``logger`` is None."""
     config = changed({"trainer.max_steps": steps} | {f"trainer.{name}": value for name, value in trainer.items()})
@@ -272,9 +266,8 @@ def test_the_same_command_continues_in_the_folders_of_its_run(home):
     Path("b/lightning_logs/version_1").mkdir()
     train(4, both)
     assert saved_steps(home) == {"work/a/lightning_logs/version_0": 4}
-    assert {"config.yaml", "config_step_2.yaml", "provenance_step_2.json"} <= set(
-        os.listdir("a/lightning_logs/version_0")
-    )
+    files = set(os.listdir("a/lightning_logs/version_0"))
+    assert {"config.yaml", "config_step_2.yaml", "provenance_step_2.json"} <= files
     assert sorted(os.listdir("b/lightning_logs")) == ["version_0", "version_1"]
     for name, last in (("metrics_to_step_2", 1), ("metrics", 3)):
         with Path(f"b/lightning_logs/version_0/{name}.csv").open(newline="") as file:
@@ -293,8 +286,7 @@ def test_the_same_command_continues_with_other_loggers(loggers, home):
         stepwise("validate", config=changed({"trainer.logger": False}))  # leaves nothing that could be resumed
     ((folder, step),) = saved_steps(home).items()
     assert step == 5
-    kept = yaml.safe_load((home / folder / "config_step_4.yaml").read_text())["trainer"]["logger"]
-    assert kept is not None
+    assert yaml.safe_load((home / folder / "config_step_4.yaml").read_text())["trainer"]["logger"] is not None
 
 
 @pytest.mark.slow
