@@ -142,7 +142,7 @@ def peers(data: TwoViewDataModule, augmentation: str, size: int, batch: int) -> 
     if find_spec("lightly"):
         pipelines["lightly's"] = batches_of(images, lightly_view(data, augmentation, size), batch, "picture")
     if missing := [name for name in ("kornia", "lightly") if not find_spec(name)]:
-        print(f"  no comparison with {' and '.join(missing)}, not installed: pip install -e '.[peers]'")
+        print(f"  no comparison with {' and '.join(missing)}, not installed: pip install --group peers")
     return pipelines
 
 

@@ -1,5 +1,6 @@
 """Sphinx configuration of ``make docs``. The source directory is the root of the repository, as for links on GitHub."""
 
+import importlib
 import importlib.metadata
 import os
 import re
@@ -7,8 +8,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from sphinx.util.logging import getLogger
+
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "docs")]
 os.environ["PYTHONPATH"] = str(ROOT)  # for the processes that execute the tutorials
 
 project = "stepwise_lightning"
@@ -23,11 +26,19 @@ include_patterns = [
     "reproduce/README.md",
     "reproduce/gpu_configurations.md",
     "CHANGELOG.md",
+    "CODE_OF_CONDUCT.md",
     "CONTRIBUTING.md",
     "SECURITY.md",
 ]
 exclude_patterns = [".*", "runs", "results", "data", "build", "tests", "stepwise_lightning"]
-extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode", "sphinx_copybutton"]
+extensions = [
+    "myst_nb",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.napoleon",
+    "sphinx.ext.viewcode",
+    "sphinx_copybutton",
+    "notebooks",
+]
 
 html_theme = "furo"
 html_title = "stepwise_lightning"
@@ -36,6 +47,13 @@ templates_path = ["templates"]
 html_static_path = ["static"]
 html_css_files = ["site.css"]
 html_show_sphinx = False
+html_sidebars = {
+    "**": ["sidebar/brand.html", "sidebar/search.html", "sidebar/scroll-start.html", "sidebar/navigation.html"]
+    + ["versions.html", "sidebar/scroll-end.html"]
+}
+linkcheck_anchors = False
+linkcheck_timeout = 20
+linkcheck_ignore = [r"http://localhost", r"https://colab\."]
 
 autodoc_type_aliases = {"TensorLike": "TensorLike"}
 autodoc_typehints = "description"
@@ -80,7 +98,17 @@ def _as_plain_text(app: Any, kind: str, name: str, obj: object, options: object,
             lines[index] = "".join(word if word.startswith("``") else word.replace("|", "\\|") for word in words)
 
 
+def _check_api(app: Any, env: Any) -> None:
+    """Warn of exported names without an entry in the API reference; ``make docs`` then fails."""
+    documented = {name.rpartition(".")[2] for name in env.get_domain("py").objects}
+    for module in ("", ".data", ".modes", ".plots", ".runs", ".spectrum", ".theory"):
+        exported = importlib.import_module(f"stepwise_lightning{module}").__all__
+        for name in sorted(set(exported) - documented - {"__version__"}):
+            getLogger(__name__).warning("docs/api has no entry for stepwise_lightning%s.%s", module, name)
+
+
 def setup(app: Any) -> None:
     """Connect the event handlers."""
+    app.connect("env-check-consistency", _check_api)
     app.connect("source-read", _with_targets)
     app.connect("autodoc-process-docstring", _as_plain_text, priority=400)  # before napoleon

@@ -10,7 +10,9 @@ import errno
 import os
 import pickle
 import re
+from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 __all__ = [
     "SHARED_MEMORY",
@@ -25,6 +27,7 @@ __all__ = [
     "full_disk",
     "lost_process",
     "one_line",
+    "optional_import",
     "reason",
 ]
 
@@ -205,3 +208,12 @@ def condensed(message: str) -> str:
     text = re.sub(r"(?<=[^\"]): Not a valid subclass of \w+\.?", "", text)  # the reason stands before it
     text = re.sub(r"Type [\w.]*Callable\[.*?\] expects", "expects", text)
     return re.sub(r'(": Not a valid subclass of \w+)', r"\1 (class_path and, if any, init_args)", text, count=1)
+
+
+def optional_import(name: str) -> Any:
+    """Import a module of a package that is not required; UserError if it is not installed."""
+    try:
+        return import_module(name)
+    except ModuleNotFoundError:
+        package = name.partition(".")[0]
+        raise UserError(f"{package} is not installed: pip install {package}") from None

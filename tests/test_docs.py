@@ -7,7 +7,8 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 PAGES = [
-    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md", "reproduce/README.md")),
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "CODE_OF_CONDUCT.md")),
+    *(ROOT / name for name in ("SECURITY.md", "reproduce/README.md", ".github/pull_request_template.md")),
     *sorted((ROOT / "docs").glob("*.md")),
 ]
 CODE = re.compile(r"^```.*?^```|`(?:[^`\n]|\n(?!\n))*`", re.MULTILINE | re.DOTALL)

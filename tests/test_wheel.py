@@ -1,20 +1,21 @@
-"""A wheel of this repository, installed into an environment that has torch, trains in an empty folder."""
+"""The distributions pass the checks of a release, and the wheel trains in an empty environment; needs the index."""
 
 import os
 import shutil
 import subprocess
 import sys
-import sysconfig
+import textwrap
 from pathlib import Path
 
 import pytest
-import yaml
-from tiny_runs import CONFIG, write_images
 
 import stepwise_lightning
 
 ROOT = Path(__file__).parent.parent
-SOURCES = ("pyproject.toml", "README.md", "LICENSE", "stepwise_lightning", "configs")
+SOURCES = (
+    *(".github", ".pre-commit-config.yaml", "CHANGELOG.md", "CITATION.cff", "LICENSE", "MANIFEST.in", "Makefile"),
+    *("README.md", "configs", "constraints.txt", "docs", "pyproject.toml", "stepwise_lightning", "tests"),
+)
 
 pytestmark = pytest.mark.slow
 
@@ -28,24 +29,26 @@ def run(*command: object, cwd: Path) -> str:
 
 
 @pytest.fixture(scope="module")
-def installed(tmp_path_factory):
-    """Return the folder of executables of an environment with the packages installed here and the wheel."""
-    folder = tmp_path_factory.mktemp("wheel")
-    for name in SOURCES:  # copied, because setuptools writes to the source folder
+def wheel(tmp_path_factory):
+    """Return the wheel that ``make dist`` builds from the sdist and checks."""
+    folder = tmp_path_factory.mktemp("source")
+    for name in SOURCES:
         copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
-        (folder / "source").mkdir(exist_ok=True)
-        copy(ROOT / name, folder / "source" / name)
-    pip = (sys.executable, "-m", "pip", "--disable-pip-version-check")
-    run(*pip, "wheel", "--no-deps", "--wheel-dir", folder / "dist", folder / "source", cwd=folder)
-    environment = folder / "environment"
-    run(sys.executable, "-m", "venv", "--without-pip", environment, cwd=folder)
-    paths = {"base": str(environment), "platbase": str(environment)}
-    (Path(sysconfig.get_path("purelib", vars=paths)) / "existing.pth").write_text(sysconfig.get_path("purelib") + "\n")
-    python, (wheel,) = environment / "bin" / "python", (folder / "dist").iterdir()
-    into = (*pip, "--python", python, "install", "--no-index")
-    run(*into, "--no-deps", "--force-reinstall", wheel, cwd=folder)  # also if another version is installed here
-    run(*into, wheel, cwd=folder)  # without an index: the environment must satisfy the requirements
-    return python.parent
+        copy(ROOT / name, folder / name)
+    run("make", "dist", f"PYTHON={sys.executable}", cwd=folder)
+    (wheel,) = (folder / "dist").glob("*.whl")
+    return wheel
+
+
+@pytest.fixture(scope="module")
+def installed(wheel, tmp_path_factory):
+    """Return the folder of executables of an environment with the wheel and its requirements only."""
+    folder = tmp_path_factory.mktemp("wheel") / "environment"
+    run(sys.executable, "-m", "venv", folder, cwd=folder.parent)
+    install = (folder / "bin" / "python", "-m", "pip", "--disable-pip-version-check", "install", "--quiet")
+    run(*install, "-c", ROOT / "constraints.txt", f"{wheel}[exchange]", cwd=folder.parent)
+    yield folder / "bin"
+    shutil.rmtree(folder)  # several gigabytes
 
 
 def test_wheel_is_imported_with_its_version(installed, tmp_path):
@@ -56,12 +59,16 @@ def test_wheel_is_imported_with_its_version(installed, tmp_path):
     assert (Path(file).parent / "py.typed").is_file() and (Path(file).parent / "__init__.pyi").is_file()
 
 
-def test_command_trains_in_an_empty_folder(installed, tmp_path):
-    write_images(tmp_path)
-    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(CONFIG), encoding="utf-8")
-    run(installed / "stepwise", "fit", "--config", "tiny.yaml", cwd=tmp_path)
-    code = (
-        "from stepwise_lightning import SpectrumRecord\n"
-        "print(SpectrumRecord.load('runs/lightning_logs/version_0').steps.tolist())"
-    )
-    assert run(installed / "python", "-c", code, cwd=tmp_path) == "[0, 1, 2]\n"
+def test_wheel_trains_exports_and_reloads_in_an_empty_folder(installed, tmp_path):
+    run(installed / "stepwise", "fit", "--config", "barlow_twins_photos", "--trainer.max_steps", 20, cwd=tmp_path)
+    folder = "runs/barlow_twins_photos/version_0"
+    output = run(installed / "stepwise", "export", folder, "--out", "weights.safetensors", cwd=tmp_path)
+    assert "| steps | 20, seed 0 |" in (tmp_path / "weights.md").read_text(encoding="utf-8")
+    code = textwrap.dedent(output.partition("\n\n")[2]) + textwrap.dedent(f"""
+        from stepwise_lightning import SpectrumRecord, load_encoder
+        x = torch.randn(2, 3, 24, 24)
+        assert torch.equal(network.eval()(x), load_encoder("{folder}").backbone.network(x))
+        table = SpectrumRecord.load("{folder}").to_dataframe()
+        print(table.step.max())
+    """)
+    assert run(installed / "python", "-c", code, cwd=tmp_path) == "20\n"

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from stepwise_lightning.callbacks.spectrum_logger import SpectrumLogger
 from stepwise_lightning.callbacks.tensorboard import NAME, PrimaryMatrix
+from stepwise_lightning.deprecation import warn_deprecated
 from stepwise_lightning.errors import UserError
 from stepwise_lightning.spectrum.measures import effective_rank
 from stepwise_lightning.spectrum.record import SpectrumRecord
@@ -156,5 +157,9 @@ class CollapseMonitor(L.Callback):
             rank_zero_warn(f"step {step}, {matrix}: {self.found.kind}: {self.found.reading}")
 
 
-CollapseWatch = CollapseMonitor
-"""Former name of :class:`CollapseMonitor`, kept for existing configurations."""
+class CollapseWatch(CollapseMonitor):
+    """Former name of :class:`CollapseMonitor`; deprecated."""
+
+    def __init__(self) -> None:
+        warn_deprecated("CollapseWatch", alternative="CollapseMonitor", removed_in="0.4")
+        super().__init__()

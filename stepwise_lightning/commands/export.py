@@ -1,4 +1,4 @@
-"""``stepwise export RUN --out weights.pt``."""
+"""``stepwise export RUN --out weights.pt|safetensors``."""
 
 from __future__ import annotations
 
@@ -11,24 +11,36 @@ __all__ = ["main"]
 
 
 def main(arguments: list[str]) -> None:
-    """Write the ResNet of a run as a state dictionary for torchvision."""
+    """Write the ResNet of a run as a state dictionary for torchvision, with a model card beside safetensors."""
     parser = Parser("export", "Export the trained ResNet of a run as a state dictionary with torchvision's names, "
-                    "without a classifier.")  # fmt: skip
+                    "without a classifier. FILE.safetensors also gets a model card, FILE.md.")  # fmt: skip
     parser.add_argument("run", metavar="RUN", help="folder of a run, runs/NAME/version_N, or a checkpoint in it")
-    parser.add_argument("--out", required=True, type=Path, metavar="FILE.pt", help="file to write; must not exist")
+    parser.add_argument("--out", required=True, type=Path, metavar="FILE",
+                        help="file to write, .safetensors, or .pt for torch.load; must not exist")  # fmt: skip
     options = parser.parse_args(arguments)
-    if options.out.exists():
-        parser.error(f"--out {options.out} exists: name a new file")
+    card = options.out.with_suffix(".md") if options.out.suffix == ".safetensors" else None
+    for path in filter(None, (options.out, card)):
+        if path.exists():
+            parser.error(f"--out {path} exists: name a new file")
 
     import torch
 
-    from stepwise_lightning.files import atomic_write
+    from stepwise_lightning.commands.model_card import model_card
+    from stepwise_lightning.errors import optional_import
+    from stepwise_lightning.files import atomic_write, atomic_write_text
     from stepwise_lightning.trained import load_encoder, torchvision_weights
 
+    safetensors: Any = optional_import("safetensors.torch") if card else None
     weights = torchvision_weights(options.run)
-    atomic_write(options.out, lambda partial: torch.save(weights, partial))
-    print(f"{options.out}: {len(weights)} tensors; to load them:\n")
-    print("\n".join(f"    {line}".rstrip() for line in _loading(load_encoder(options.run), options.out)))
+    code = _loading(load_encoder(options.run), options.out)
+    if card:
+        text = model_card(options.run, code)
+        atomic_write(options.out, lambda partial: safetensors.save_file(weights, partial, {"format": "pt"}))
+        atomic_write_text(card, text)
+    else:
+        atomic_write(options.out, lambda partial: torch.save(weights, partial))
+    print(f"{options.out}: {len(weights)} tensors{f', described in {card}' if card else ''}; to load them:\n")
+    print("\n".join(f"    {line}".rstrip() for line in code))
 
 
 def _loading(encoder: Any, path: Path) -> list[str]:
@@ -44,4 +56,6 @@ def _loading(encoder: Any, path: Path) -> list[str]:
         lines += ["network.conv1 = torch.nn.Conv2d(3, 64, 3, padding=1, bias=False)  # the stem for small images"]
         lines += ["network.maxpool = torch.nn.Identity()"]
     lines += ["network.fc = torch.nn.Identity()  # or use strict=False below, and your own classifier"]
+    if path.suffix == ".safetensors":
+        return ["from safetensors.torch import load_file", *lines, f'network.load_state_dict(load_file("{path}"))']
     return [*lines, f'network.load_state_dict(torch.load("{path}", weights_only=True))']

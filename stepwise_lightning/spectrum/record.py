@@ -15,13 +15,13 @@ from torch import Tensor
 
 from stepwise_lightning.errors import NotFoundError, UserError, reason
 from stepwise_lightning.files import atomic_write
+from stepwise_lightning.spectrum import exchange
 from stepwise_lightning.spectrum.steps import Steps, detect_steps, num_grown
 
 __all__ = ["Measurement", "Spectrum", "SpectrumRecord"]
 
 _PREDICTED = "cross_correlation/predicted"
-# Measures that version 0.1 saved under another name.
-_RENAMED = {"num_learned": "num_grown"}
+_RENAMED = {"num_learned": "num_grown"}  # measures of version 0.1
 
 
 @dataclass
@@ -271,6 +271,8 @@ class SpectrumRecord:
             arrays |= {f"{matrix}/{name}": self.measure(name, matrix) for name in self.measures(matrix)}
         optional = {_PREDICTED: self.predicted, "embeddings": _stack([m.embeddings for m in self._measurements])}
         return arrays | {name: values for name, values in optional.items() if values is not None}
+
+    to_dataframe, to_xarray = exchange.to_dataframe, exchange.to_xarray
 
     def save(self, path: Path) -> None:
         """Write :meth:`arrays` atomically to an ``.npz`` file; OSError if it cannot be written."""

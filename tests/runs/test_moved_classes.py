@@ -14,6 +14,7 @@ from stepwise_lightning.runs.moved_classes import with_current_classes
 STORED = Path(__file__).parent / "config_0_2_0.yaml"  # of a run of commit 373fe20
 
 
+@pytest.mark.filterwarnings("ignore:CollapseWatch is deprecated:FutureWarning")
 def test_run_of_an_earlier_version_is_resumed_and_loaded(tmp_path, monkeypatch, caplog):
     write_images(tmp_path)
     monkeypatch.chdir(tmp_path)

@@ -196,8 +196,11 @@ def test_change_of_the_dimension_restarts_the_check():
     assert find_collapse(record).kind == ""
 
 
-def test_collapse_watch_is_an_alias():
-    assert CollapseWatch is CollapseMonitor
+def test_collapse_watch_is_deprecated():
+    message = r"CollapseWatch is deprecated and will be removed in version 0\.4: use CollapseMonitor"
+    with pytest.warns(FutureWarning, match=message) as warned:
+        assert isinstance(CollapseWatch(), CollapseMonitor)
+    assert [warning.filename for warning in warned] == [__file__]
 
 
 def test_monitor_requires_a_spectrum_logger(tmp_path):

@@ -1,6 +1,7 @@
 """SpectrumRecord: construction, access, saving and loading; rows of ``spectrum.csv``."""
 
 import math
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 
 from stepwise_lightning import SpectrumLogger, SpectrumRecord
 from stepwise_lightning.callbacks.run_files import rows
+from stepwise_lightning.errors import UserError
 from stepwise_lightning.spectrum import detect_steps
 from stepwise_lightning.spectrum.record import Measurement, Spectrum
 
@@ -108,3 +110,10 @@ def test_checkpoint_of_version_0_1_is_refused():
     trainer = SimpleNamespace(state=SimpleNamespace(fn="fit"))
     with pytest.raises(ValueError, match="written by stepwise_lightning 0.1: resume it with version 0.1"):
         SpectrumLogger().on_load_checkpoint(trainer, None, {"callbacks": {"SpectrumLogger": {"steps": []}}})
+
+
+@pytest.mark.parametrize(("method", "package"), [("to_dataframe", "pandas"), ("to_xarray", "xarray")])
+def test_missing_packages_are_named_in_one_line(method, package, monkeypatch):
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(UserError, match=f"^{package} is not installed: pip install {package}$"):
+        getattr(SpectrumRecord(), method)()

@@ -1,0 +1,9 @@
+# docs/clusters.md describes both builds. The wheels of torch on PyPI include CUDA.
+FROM python:3.11-slim
+ARG TORCH_INDEX=https://pypi.org/simple
+COPY . /src
+RUN pip install --no-cache-dir --index-url "$TORCH_INDEX" -c /src/constraints.txt torch torchvision \
+    && pip install --no-cache-dir -c /src/constraints.txt '/src[exchange]'
+ENV HOME=/tmp
+WORKDIR /work
+ENTRYPOINT ["stepwise"]
