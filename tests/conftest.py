@@ -8,6 +8,7 @@ from importlib import import_module
 from importlib.util import find_spec
 
 import pytest
+from cached_parsers import cache_class_parsers
 from fresh_processes import PRELOAD, ProcessServer, server, start_server, stop_server
 from matplotlib.artist import allow_rasterization
 from matplotlib.backend_bases import RendererBase
@@ -33,6 +34,7 @@ def pytest_configure(config: pytest.Config) -> None:
     # In the background of a script Ctrl-C is ignored, and processes that the tests start would inherit that.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     Figure.draw = _leave_blank
+    cache_class_parsers()
     if hasattr(config, "workerinput"):  # a worker of pytest-xdist imports these in any case, the server shares them
         for name in PRELOAD:
             import_module(name)
