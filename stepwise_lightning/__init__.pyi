@@ -13,6 +13,8 @@ from .encoders import LinearEncoder as LinearEncoder
 from .encoders import Projector as Projector
 from .encoders import ResNet as ResNet
 from .encoders import scale_last_layer as scale_last_layer
+from .forecasts.diagnose import diagnose as diagnose
+from .forecasts.diagnosis import Diagnosis as Diagnosis
 from .forecasts.forecast import Forecast as Forecast
 from .forecasts.simulate import forecast as forecast
 from .joint_embedding import JointEmbedding as JointEmbedding

@@ -1,4 +1,4 @@
-"""``stepwise diagnose --loss NAME --value VALUE``."""
+"""``stepwise diagnose RUN``, and ``stepwise diagnose --loss NAME --value VALUE``."""
 
 from __future__ import annotations
 
@@ -9,21 +9,39 @@ from typing import TYPE_CHECKING, Any
 from stepwise_lightning.commands.parser import Parser
 
 if TYPE_CHECKING:
+    from stepwise_lightning.forecasts.diagnosis import Diagnosis
     from stepwise_lightning.theory.plateaus import Plateau
 
 __all__ = ["main"]
 
 _MAX_LINES = 8
 _OPTIONS = ("loss", "num_pairs", "dim", "num_prototypes", "temperature", "scale")  # not in --settings
-_EXAMPLE = "example: stepwise diagnose --loss simclr --batch-size 512 --value 6.9287"
+_EXAMPLE = (
+    "examples: stepwise diagnose runs/NAME/version_0; stepwise diagnose --loss simclr --batch-size 512 --value 6.9287"
+)
 
 
 def main(arguments: list[str]) -> None:
-    """Print the plateaus of a loss, and the plateau that a value is on."""
-    parser = Parser("diagnose", "Print the values at which a loss stands still, and which of them a reported loss is "
-                    "on: no mode is learned, or some are. docs/plateaus.md lists causes and remedies.")  # fmt: skip
+    """Print the diagnosis of a run, or the plateaus of a loss and the plateau that a value is on."""
+    parser = Parser("diagnose", "Print why the loss of a run does not decrease. Without a run, print the values at "
+                    "which a loss stands still, and which of them a reported loss is on. docs/plateaus.md lists "
+                    "causes and remedies.")  # fmt: skip
     parser.epilog = _EXAMPLE
-    parser.add_argument("--loss", required=True, metavar="NAME",
+    parser.add_argument(
+        "run",
+        nargs="?",
+        metavar="RUN",
+        help="folder of a run, a checkpoint in it, its spectrum.npz, or a .csv file of its losses",
+    )
+    parser.add_argument("--root", metavar="FOLDER", help="folder of cifar10 and stl10, if not that of the run")
+    parser.add_argument(
+        "--pairs",
+        type=int,
+        default=4096,
+        metavar="N",
+        help="pairs of views to compute the features of a run on (%(default)s)",
+    )
+    parser.add_argument("--loss", metavar="NAME",
                         help="barlow_twins, vicreg, simclr, spectral_contrastive, supcon, clip, siglip, swav, dino, or "
                              "the dotted path of a function loss(z1, z2)")  # fmt: skip
     parser.add_argument("--value", metavar="NUMBER", help="the reported loss, with all digits that are known")
@@ -37,9 +55,29 @@ def main(arguments: list[str]) -> None:
                         help="other arguments of a loss, such as normalize=false off_diagonal_weight=1")  # fmt: skip
     options = parser.parse_args(arguments)
 
+    if options.run is None and options.loss is None:
+        parser.error("give a RUN, or --loss")
+    if options.run is not None and options.value is not None:
+        parser.error("give either a RUN or --value")
+    loss = _imported(options.loss) if "." in (options.loss or "") else options.loss
+    print(_diagnosis(options, loss)) if options.run is not None else _print_plateaus(options, loss)
+
+
+def _diagnosis(options: argparse.Namespace, loss: Any) -> Diagnosis:
+    from stepwise_lightning.commands.diagnose_run import diagnose_run, read_losses
+    from stepwise_lightning.forecasts.diagnose import diagnose
+
+    if not options.run.endswith(".csv"):
+        return diagnose_run(options.run, loss, options.root, options.pairs)
+    names = {"dim": "dim", "num_prototypes": "prototypes", "temperature": "temperature", "scale": "scale"}
+    settings = {name: getattr(options, option) for name, option in names.items()}
+    settings = {name: value for name, value in settings.items() if value is not None} | dict(options.settings)
+    return diagnose(read_losses(options.run), loss=loss, num_pairs=options.batch_size, settings=settings)
+
+
+def _print_plateaus(options: argparse.Namespace, loss: Any) -> None:
     from stepwise_lightning.theory.plateaus import find_plateau, plateaus
 
-    loss = _imported(options.loss) if "." in options.loss else options.loss
     sizes = options.batch_size, options.dim, options.prototypes
     known = plateaus(loss, *sizes, options.temperature, options.scale, **dict(options.settings))
     found = None if options.value is None else find_plateau(known, options.value)

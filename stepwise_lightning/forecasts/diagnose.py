@@ -1,0 +1,283 @@
+"""Diagnosis of a run from its record or its losses, and from its network and data if they are given."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import Any
+
+from torch import nn
+
+from stepwise_lightning.errors import UserError, reason
+from stepwise_lightning.features import Views
+from stepwise_lightning.forecasts.diagnosis import CAUSES, Diagnosis
+from stepwise_lightning.forecasts.evidence import Evidence, gather_evidence
+from stepwise_lightning.forecasts.run_state import NEAR_SADDLE, STILL, RunState, find_verdict, last_loss, run_state
+from stepwise_lightning.forecasts.sgd import loss_of
+from stepwise_lightning.forecasts.simulate import NUM_PAIRS
+from stepwise_lightning.modules import JointEmbedding
+from stepwise_lightning.precision import TensorLike
+from stepwise_lightning.spectrum.record import SpectrumRecord
+from stepwise_lightning.theory.loss_derivatives import PairLoss
+from stepwise_lightning.theory.loss_signature import checked_settings
+from stepwise_lightning.theory.plateaus import plateaus
+
+__all__ = ["diagnose"]
+
+_EQUAL = 1e-4  # relative spread of features
+_CHANCE = 1.5  # times the largest shared content of permuted pairs
+_ROUNDED, _KEPT = 0.5, 0.5
+_STRONG_DRIVE = 1.0  # ηρ of a loss without a known limit
+_ERROR = 0.5  # of the remaining time, for extrapolations and forecasts without measured errors
+(_LOW, _HIGH, _DECAY, _CHANCE_PAIRS, _FEATURES, _HALF, _NO_MODE, _FEW, _NOTHING) = CAUSES
+_GIVE = "for the cause, give the module with its weights and batches of its data"
+_FUNCTION_STEPS = 500  # of the simulation of a function, which takes milliseconds per step
+# Losses whose rates from a small start also describe later modes.
+_DEFLATES = ("barlow_twins",)
+
+
+def diagnose(
+    record: SpectrumRecord | TensorLike,
+    module: nn.Module | None = None,
+    batches: Iterable[Any] | None = None,
+    *,
+    loss: str | PairLoss | None = None,
+    settings: dict[str, Any] | None = None,
+    num_pairs: int | None = None,
+    max_steps: int | None = None,
+    start: int | None = None,
+    matrix: str | None = None,
+    precision: str | None = None,
+    weight_decay: float | None = None,
+    views: Views | None = None,
+    num_feature_pairs: int = NUM_PAIRS,
+) -> Diagnosis:
+    """Return the state of a run, and the cause if its loss does not decrease.
+
+    A record alone determines the verdict, but not every cause: :attr:`Diagnosis.possible_causes` lists those that
+    remain. The features and growth rates of a network determine the cause. They are known for modules that end in a
+    linear layer and are trained by SGD on a loss given by name or as a function, see :func:`forecast`.
+
+    Args:
+        record: of the run; or its training losses, (T,), for a diagnosis from plateaus of the loss alone.
+        module: the network with the weights of step ``start``, see :func:`forecast`. If training has diverged or fallen
+            back, give the initial weights and ``start=0``.
+        batches: batches of two views, as for :func:`forecast`.
+        loss: name in ``stepwise_lightning.losses.LOSSES`` or ``stepwise_lightning.theory.plateaus.FORMULAS``, or a
+            function of both views' embeddings; None for the loss of the module, or if unknown.
+        settings: arguments of a loss given by its name; for losses (T,) also ``dim``, ``num_prototypes``,
+            ``temperature`` and ``scale`` of :func:`stepwise_lightning.theory.plateaus`.
+        num_pairs: global batch size; None for the size of ``batches``, or if unknown.
+        max_steps: number of steps of training; None if unknown.
+        start: step of the weights of ``module``; None for the last step of the record.
+        matrix: name of the matrix that the loss drives; None for ``module.driven_matrix``, or the first one measured.
+        precision: of Lightning's Trainer; None if unknown.
+        weight_decay: of SGD; None for that of the module, or if unknown.
+        views: see :func:`forecast`.
+        num_feature_pairs: number of pairs whose features are used, ``num_pairs`` of :func:`forecast`.
+
+    Example:
+        >>> from stepwise_lightning import diagnose
+        >>> diagnose([6.9304, 6.9305, 6.9305, 6.9304], loss="simclr", num_pairs=512).verdict
+        'plateau'
+
+    Raises:
+        ValueError: fewer than two measurements or losses, a matrix that was not measured, invalid arguments.
+
+    """
+    if isinstance(module, JointEmbedding):
+        loss = loss_of(module) if loss is None else loss
+        matrix = matrix or module.driven_matrix
+        if settings is None:
+            settings = {name: module.hparams[name] for name in checked_settings(loss, {}) if name in module.hparams}
+    settings = settings or {}
+    if not isinstance(record, SpectrumRecord):
+        from stepwise_lightning.forecasts.loss_curve import diagnose_losses
+
+        return diagnose_losses(record, loss, num_pairs, settings, max_steps)
+    if len(record) < 2 or not record.matrices:
+        raise UserError(f"a diagnosis needs at least two measurements, got {len(record)}: train longer")
+    matrix = matrix if matrix in record.matrices or matrix is None else None
+    state = run_state(record, matrix or record.matrices[0], loss, settings)
+    evidence, missing = None, _GIVE
+    is_finished = find_verdict(record, state, math.nan, max_steps)[0] == "finished"
+    if module is not None and batches is not None and not is_finished:
+        options: dict[str, Any] = {"loss": loss, "settings": settings, "views": views}
+        options |= {"precision": precision or "32-true", "num_pairs": num_feature_pairs}
+        evidence, missing = _evidence(module, batches, state, start, max_steps, options)
+    num_pairs = evidence.batch_size if evidence is not None and num_pairs is None else num_pairs
+    dim = record.eigenvalues(state.matrix).shape[1]
+    saddle, unknown = _saddle_value(loss, num_pairs, {"dim": dim} | settings)
+    verdict, reading = find_verdict(record, state, saddle, max_steps)
+    result = Diagnosis(
+        verdict, state.step, state.num_learned, state.num_modes, last_loss(record.losses[record.losses.isfinite()]),
+        saddle, state.growth, evidence=reading,
+    )  # fmt: skip
+    if evidence is not None:
+        return _with_evidence(result, state, evidence, record, max_steps)
+    decay = getattr(module, "hparams", {}).get("weight_decay") if weight_decay is None else weight_decay
+    result = _with_next_step(result, state.extrapolated_step(state.growth), _ERROR)
+    result = _from_record(result, state, record, precision, decay, max_steps)
+    asks = bool(result.possible_causes) or (module is not None and missing != _GIVE)
+    return replace(result, missing="; ".join(text for text in (missing if asks else "", unknown) if text))
+
+
+def _evidence(
+    module: nn.Module, batches: Iterable[Any], state: RunState, start: int | None, max_steps: int | None, options: Any
+) -> tuple[Evidence | None, str]:
+    """Return the evidence of a network, or None and the reason."""
+    start = state.step if start is None else start
+    horizon = max(max_steps or 0, 2 * state.step, start + 100)
+    if not isinstance(options["loss"], str):
+        horizon = min(horizon, start + _FUNCTION_STEPS)
+    if options["loss"] is None:
+        return None, f"growth rates are not known, because {type(module).__name__} has no known loss: give loss"
+    try:
+        return gather_evidence(module, batches, start, horizon, with_rates=start < state.step, **options), ""
+    except UserError as error:
+        return None, f"growth rates are not known for this module and loss: {error}"
+    except Exception as error:
+        if isinstance(options["loss"], str):
+            raise
+        return None, f"growth rates are not known for this loss ({reason(error)})"
+
+
+def _saddle_value(loss: str | PairLoss | None, num_pairs: int | None, settings: dict[str, Any]) -> tuple[float, str]:
+    """Return the saddle value, NaN if unknown, and the reason."""
+    if loss is None:
+        return math.nan, "the plateaus of the loss are not known: give loss, a name or a function"
+    try:
+        return plateaus(loss, num_pairs, **settings)[0].value, ""
+    except UserError as error:
+        return math.nan, f"the plateaus of the loss are not known ({error})"
+
+
+def _with_next_step(result: Diagnosis, step: float, error: float) -> Diagnosis:
+    remaining = step - result.step
+    span = (result.step + (1 - error) * remaining, result.step + (1 + error) * remaining)
+    return replace(result, next_step=step, next_range=span if math.isfinite(step) else (math.nan, math.nan))
+
+
+def _from_record(
+    result: Diagnosis,
+    state: RunState,
+    record: SpectrumRecord,
+    precision: str | None,
+    weight_decay: float | None,
+    max_steps: int | None,
+) -> Diagnosis:
+    """Add the cause as far as a record determines it."""
+    excluded = {_FEW, _NOTHING, _HIGH}
+    excluded |= {_DECAY} if weight_decay == 0 else set()
+    excluded |= {_HALF} if precision is not None and precision.startswith(("32", "64")) else set()
+    if result.verdict in ("fell_back", "diverged"):
+        return replace(result, possible_causes=tuple(each for each in (_HIGH, _HALF) if each not in excluded - {_HIGH}))
+    if result.verdict == "collapsed":
+        return replace(result, possible_causes=(_NO_MODE, _HIGH))
+    if result.verdict == "stuck":
+        if state.growth > 1 + STILL:  # random pairs grow slowly, too
+            return replace(result, possible_causes=(_LOW, _CHANCE_PAIRS))
+        hidden = [name for name in record.matrices if name.endswith(".covariance")]
+        if any(float(record.eigenvalues(name)[-1].nan_to_num(0.0).max()) < 1e-12 for name in hidden):
+            return replace(result, cause=_FEATURES, evidence=f"all eigenvalues of {hidden[0]} are 0")
+        return replace(result, possible_causes=tuple(cause for cause in CAUSES if cause not in excluded))
+    if result.verdict == "plateau" and math.isfinite(result.next_step):
+        return replace(result, cause=_NOTHING)
+    return result
+
+
+def _needs(step: float, max_steps: int | None) -> str:
+    return f"the next mode needs about {step:.0f} steps, and training has {max_steps}"
+
+
+def _with_evidence(
+    result: Diagnosis, state: RunState, evidence: Evidence, record: SpectrumRecord, max_steps: int | None
+) -> Diagnosis:
+    """Add growth rates, the next step and the cause, from the features of the network."""
+    if result.verdict in ("fell_back", "diverged"):
+        cause, reading = _cause_of_failure(evidence)
+        possible = () if cause else (_HIGH, *((_HALF,) if evidence.is_half else ()))
+        reading = "; ".join(text for text in (result.evidence, reading) if text)
+        return replace(result, cause=cause, evidence=reading, possible_causes=possible)
+    growth = math.nan
+    if state.num_learned == 0 or evidence.sgd.loss in _DEFLATES:
+        growth = evidence.growth(state.num_learned)
+    result = replace(result, expected_growth=growth)
+    result = _with_next_step(result, *_next_step(state, evidence, record, growth))
+    if result.verdict in ("collapsed", "finished"):
+        return result
+    on_saddle = state.num_learned == 0 and (result.verdict == "stuck" or not _is_off_saddle(result))
+    cause, reading = _cause_of_plateau(evidence, state, on_saddle)
+    if not cause and on_saddle and max_steps is not None and result.next_step > max_steps:
+        cause, reading = _LOW, _needs(result.next_step, max_steps)
+    if cause:
+        stops = on_saddle or (cause in (_DECAY, _FEW) and state.growth <= 1 + STILL)
+        if stops and cause != _LOW:
+            result = replace(result, next_step=math.inf, next_range=(math.nan, math.nan))
+        return replace(result, verdict="stuck" if stops else result.verdict, cause=cause, evidence=reading)
+    if on_saddle and result.verdict == "stuck":
+        result = replace(result, verdict="plateau")
+    return replace(result, cause=_NOTHING if result.verdict == "plateau" else "")
+
+
+def _is_off_saddle(result: Diagnosis) -> bool:
+    return abs(result.distance) > NEAR_SADDLE * abs(result.saddle_value)
+
+
+def _next_step(state: RunState, evidence: Evidence, record: SpectrumRecord, growth: float) -> tuple[float, float]:
+    """Return the step of the next mode, and the relative error of the remaining time."""
+    mode, forecast = state.num_learned, evidence.forecast
+    if mode == 0 and math.isfinite(growth) and growth <= 1 + STILL:
+        return math.inf, math.nan
+    if forecast is not None and mode == 0 and math.isinf(state.threshold):
+        state = replace(state, threshold=forecast.threshold)
+    extrapolated = state.extrapolated_step(state.growth)
+    if forecast is None or mode >= len(forecast.step_times):
+        return extrapolated, _ERROR
+    corrected = forecast.with_plateau_correction(record)
+    step, error = float(corrected.step_times[mode]), float(corrected.errors[mode])
+    if not math.isfinite(step):  # not before the end of the forecast
+        return (state.extrapolated_step(growth) if mode == 0 else extrapolated), _ERROR
+    if math.isnan(error) and mode and math.isfinite(extrapolated):  # not reliable
+        step = min(step, extrapolated)
+    return step, error if math.isfinite(error) else _ERROR
+
+
+def _cause_of_failure(evidence: Evidence) -> tuple[str, str]:
+    """Return the cause of a divergence or a fall back, from the initial weights, and its numbers."""
+    rate = float(evidence.sgd.rates.max())
+    if evidence.forecast is not None:
+        rates, drive = evidence.forecast.rates, rate * evidence.rate(0)
+        if rate > rates.safe:
+            return _HIGH, f"it is {rate:.3g}, and {rates.safe:.3g} is safe"
+        if math.isnan(rates.safe) and drive > _STRONG_DRIVE:
+            return _HIGH, f"learning rate × growth rate is {drive:.2g}, and 0.1 trains well"
+    return _cause_of_rounding(evidence)
+
+
+def _cause_of_rounding(evidence: Evidence) -> tuple[str, str]:
+    if evidence.rounding > _ROUNDED:
+        return _HALF, f"rounding changes embeddings by {evidence.rounding:.2g} times their spread"
+    if evidence.kept < _KEPT:
+        return _HALF, f"rounding of the weights leaves {evidence.kept:.0%} of an update"
+    return "", ""
+
+
+def _cause_of_plateau(evidence: Evidence, state: RunState, on_saddle: bool) -> tuple[str, str]:
+    """Return the cause of a plateau and its numbers; empty strings if features, pairs and growth rates are in order."""
+    if evidence.spread < _EQUAL:
+        return _FEATURES, f"inputs of the last layer vary by {evidence.spread:.1g} of their size"
+    if not evidence.shared > _CHANCE * evidence.chance:
+        reading = f"the largest shared eigenvalue is {evidence.shared:.2g}, of permuted pairs {evidence.chance:.2g}"
+        return _CHANCE_PAIRS, reading
+    if on_saddle and (rounding := _cause_of_rounding(evidence))[0]:
+        return rounding
+    rate, decay = evidence.rate(state.num_learned), evidence.sgd.weight_decay
+    if on_saddle and rate <= 0:
+        return _NO_MODE, f"the largest growth rate is {rate:.3g}"
+    if rate <= decay and decay > 0:
+        return _DECAY, f"weight decay is {decay:.3g}, the growth rate {rate:.3g}"
+    if not on_saddle and state.growth <= 1 + STILL and evidence.num_growing <= state.num_learned:
+        return _FEW, f"{evidence.num_growing} modes have a positive growth rate"
+    return "", ""

@@ -1,0 +1,276 @@
+"""``diagnose``: verdicts of records and losses, causes from a network and its data, and ``stepwise diagnose RUN``."""
+
+import math
+import re
+
+import pytest
+import torch
+from tiny_runs import changed, stepwise, write_images
+from torch import nn
+
+from stepwise_lightning import (
+    BarlowTwins,
+    JointEmbedding,
+    SimCLR,
+    SpectrumRecord,
+    VICReg,
+    diagnose,
+    scale_last_layer,
+)
+from stepwise_lightning.commands import diagnose as command
+from stepwise_lightning.forecasts.diagnosis import CAUSES
+from stepwise_lightning.spectrum.schedule import log_spaced_steps
+from stepwise_lightning.theory import LastLayer
+
+ANALYTICAL = {"off_diagonal_weight": 1.0, "normalize": False, "center": True}
+STEPS = torch.tensor(log_spaced_steps(400, 60))
+
+
+def record_of(*modes, losses=None, matrix="cross_correlation"):
+    """Return a record of modes, functions of the step."""
+    steps = STEPS.double()
+    values = torch.stack([mode(steps) for mode in modes], 1)
+    return SpectrumRecord.of(steps * 0.01, values.sort(1, descending=True).values, losses, matrix, STEPS)
+
+
+def rising(at, rate=0.1, start=1e-6):
+    """Return a mode that grows to 1, with half of it at step ``at``."""
+    return lambda steps: torch.sigmoid(rate * (steps - at)) + start
+
+
+def decaying(rate, start=1e-6):
+    return lambda steps: start * (-rate * steps).exp()
+
+
+VERDICTS = {
+    "learned recently": ([rising(100), rising(390)], "learning", 2),
+    "rising": ([rising(100), rising(430)], "learning", 1),
+    "next mode is small": ([rising(100), rising(600, 0.05)], "plateau", 1),
+    "first mode is small": ([rising(700, 0.05), rising(900, 0.05)], "plateau", 0),
+    "decaying": ([decaying(0.01), decaying(0.02)], "stuck", 0),
+    "constant": ([decaying(0), decaying(0)], "stuck", 0),
+    "zero": ([decaying(0, 0.0), decaying(0, 0.0)], "stuck", 0),
+    "all learned": ([rising(50), rising(90), rising(100)], "finished", 3),
+    "fallen back": ([lambda t: rising(50)(t) * (t < 150) + 1e-6, decaying(0)], "fell_back", 0),
+    "collapsed from a large start": ([decaying(0.1, 1.0), decaying(0.1, 0.5)], "collapsed", 0),
+}
+
+
+@pytest.mark.parametrize(("modes", "verdict", "num_learned"), VERDICTS.values(), ids=VERDICTS)
+def test_verdict_of_a_record(modes, verdict, num_learned):
+    modes += [decaying(0, 1e-9)] * (verdict not in ("finished", "stuck"))
+    result = diagnose(record_of(*modes), loss="barlow_twins", settings=ANALYTICAL)
+    assert (result.verdict, result.num_learned) == (verdict, num_learned)
+    assert f"at step 400: {num_learned or 'none'} of {len(modes)} modes" in str(result)
+
+
+def test_run_whose_loss_explodes_has_diverged():
+    losses = torch.full((len(STEPS),), 2.0).index_fill(0, torch.tensor([len(STEPS) - 1]), 1e8)
+    result = diagnose(record_of(rising(900), losses=losses), loss="barlow_twins", settings=ANALYTICAL)
+    assert result.verdict == "diverged" and "the learning rate is too high" in result.possible_causes
+
+
+def test_record_of_an_unknown_loss_raises_no_alarm():
+    result = diagnose(record_of(decaying(0.001, 0.5), decaying(0, 0.4)))
+    assert result.verdict == "plateau" and "plateaus of the loss are not known" in str(result)
+
+
+def test_growth_and_next_step_of_a_record():
+    result = diagnose(record_of(rising(700, 0.02)), loss="barlow_twins", settings=ANALYTICAL, max_steps=800)
+    assert result.growth_per_step == pytest.approx(math.exp(0.01), abs=2e-4)
+    assert result.next_step == pytest.approx(700 - math.log(9) / 0.02, rel=0.02)  # of the threshold 0.1
+    assert result.cause == "nothing is wrong" and "wait until step" in result.remedy
+    result = diagnose(record_of(rising(700, 0.02)), loss="barlow_twins", settings=ANALYTICAL, max_steps=450)
+    assert result.verdict == "stuck" and "the learning rate is too low" in result.possible_causes
+
+
+def test_record_excludes_causes_that_settings_rule_out():
+    record = record_of(decaying(0.01), decaying(0.01))
+    options = {"loss": "barlow_twins", "settings": ANALYTICAL}
+    assert len(diagnose(record, **options).possible_causes) == 6
+    known = diagnose(record, **options, weight_decay=0.0, precision="32-true").possible_causes
+    assert not {"weight decay is not below the growth rate", "half precision loses small differences"} & set(known)
+    assert "give the module" in str(diagnose(record, **options))
+
+
+# --- causes
+
+
+def views(shared=1.0, seed=0, num_batches=16):
+    """Return batches of 32 pairs of 8 features, of which the first has the largest variance."""
+    generator = torch.Generator().manual_seed(seed)
+    content, *noise = torch.randn(3, num_batches, 32, 8, generator=generator) * torch.logspace(0, -1, 8)
+    return list(zip(*(shared * content + 0.3 * each + 1 for each in noise), strict=True))
+
+
+def module_of(kind=BarlowTwins, learning_rate=0.1, alpha=0.01, **settings):
+    if kind is BarlowTwins:
+        settings = ANALYTICAL | settings
+    torch.manual_seed(0)
+    return kind(nn.Sequential(scale_last_layer(nn.Linear(8, 3), alpha, 1.0)), learning_rate, **settings)
+
+
+def without_variance(z1, z2):
+    return (z1 - z2).square().sum(1).mean()
+
+
+PLANTED = {
+    "low rate": (module_of(learning_rate=1e-4), {}, {}, "the learning rate is too low"),
+    "weight decay": (module_of(weight_decay=9.0), {}, {}, "weight decay is not below the growth rate"),
+    "unrelated views": (module_of(), {"shared": 0.0}, {}, "pairs share nothing beyond chance"),
+    "equal features": (module_of(), None, {}, "features are equal for all images"),
+    "SimCLR in bfloat16": (module_of(SimCLR, alpha=1e-3), {}, {"precision": "bf16-true"},
+                           "half precision loses small differences"),
+    "SimCLR in float32": (module_of(SimCLR, alpha=1e-3), {}, {"precision": "32-true"}, "nothing is wrong"),
+    "update below the resolution": (module_of(learning_rate=1e-4), {}, {"precision": "16-true"},
+                                    "half precision loses small differences"),
+    "variance weight": (module_of(VICReg, variance_weight=1e-3, eps=0.01), {}, {}, "no mode can grow"),
+    "function": (module_of(JointEmbedding, loss=without_variance), {}, {}, "no mode can grow"),
+    "healthy": (module_of(), {}, {}, "nothing is wrong"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("module", "data", "options", "cause"), PLANTED.values(), ids=PLANTED)
+def test_planted_cause_is_found(module, data, options, cause):
+    batches = [(torch.ones(32, 8), torch.ones(32, 8))] * 4 if data is None else views(**data)
+    matrix = module.driven_matrix or "covariance"
+    record = record_of(rising(9000, 1e-3, 0.0), decaying(0, 1e-9), decaying(0, 1e-10), matrix=matrix)
+    result = diagnose(record, module, batches, max_steps=2000, **options)
+    assert result.cause == cause and result.remedy, str(result)
+    assert result.verdict == ("plateau" if cause == "nothing is wrong" else "stuck")
+    assert f"Cause: {cause}" in str(result)
+
+
+def test_high_rate_is_found_from_the_initial_weights():
+    losses = torch.logspace(0, 8, len(STEPS))
+    module = module_of(learning_rate=3.0)
+    result = diagnose(record_of(rising(5), losses=losses), module, views(), start=0)
+    assert (result.verdict, result.cause) == ("diverged", "the learning rate is too high")
+    assert "is safe" in result.evidence
+
+
+@pytest.mark.parametrize("half_way_to", [0, 1])
+def test_next_step_and_growth_agree_with_training(half_way_to):
+    module = module_of(learning_rate=0.1, alpha=1e-3)
+    batches, layer = views(num_batches=32), module.encoder[0]
+    h1, h2 = (torch.stack(view).double() for view in zip(*batches, strict=True))
+    last = LastLayer("barlow_twins", h1, h2, layer.weight, layer.bias, **ANALYTICAL)
+    times = last.simulate([0.1] * 800, 0.0, measured_at=range(801)).eigenvalues
+    learned_at = [int((times[:, mode] > 0.1).nonzero()[0]) for mode in range(2)]
+    step = (learned_at[half_way_to] + (learned_at[0] if half_way_to else 0)) // 2
+    points = log_spaced_steps(step, 60)
+    state = last.simulate([0.1] * step, 0.0, measured_at=points)
+    record = SpectrumRecord.of(0.1 * state.steps, state.eigenvalues, steps=state.steps)
+    layer.weight.data, layer.bias.data = state.weight.float(), state.bias.float()
+    result = diagnose(record, module, batches, max_steps=800)
+    assert result.num_learned == half_way_to
+    # features do not move here, which the forecast of later modes corrects for
+    assert result.next_step == pytest.approx(learned_at[half_way_to], rel=0.2 if half_way_to else 0.02)
+    assert result.growth_per_step - 1 == pytest.approx(result.expected_growth - 1, rel=0.1)
+    low, high = result.next_range
+    assert low < result.next_step < high
+
+
+def test_module_without_known_growth_rates_gets_a_verdict():
+    record = record_of(decaying(0.001, 0.5), decaying(0, 0.001), matrix="covariance")
+    foreign = nn.Sequential(nn.Linear(8, 3), nn.ReLU())
+    for loss, text in ((None, "Sequential has no known loss"), ("simclr", "learning_rate must be given")):
+        result = diagnose(record, foreign, views(), loss=loss, num_pairs=32)
+        assert result.verdict == "plateau" and "Growth rates are not known" in str(result) and text in str(result)
+
+
+# --- losses
+
+FLAT, FALLING = torch.full((50,), 6.9304), torch.linspace(6.93, 3, 50)
+CURVES = {
+    "on the saddle value": (FLAT, "plateau", 6),
+    "learning": (FALLING, "learning", 0),
+    "fallen back": (torch.cat([FALLING, FLAT]), "fell_back", 2),
+    "diverged": (torch.cat([FLAT, torch.tensor([1e9] * 9)]), "diverged", 2),
+    "not finite": (torch.cat([FLAT, torch.tensor([math.nan])]), "diverged", 2),
+    "constant below": (torch.full((50,), 4.0), "plateau", 0),
+}
+
+
+@pytest.mark.parametrize(("losses", "verdict", "num_causes"), CURVES.values(), ids=CURVES)
+def test_verdict_of_losses(losses, verdict, num_causes):
+    result = diagnose(losses, loss="simclr", num_pairs=512)
+    assert (result.verdict, len(result.possible_causes)) == (verdict, num_causes)
+    assert set(result.possible_causes) <= set(CAUSES) and "saddle" not in str(result)
+    assert diagnose(losses).verdict in (verdict, "plateau", "learning")  # unknown loss
+
+
+def test_losses_of_the_analytical_loss_name_the_plateau():
+    losses = torch.cat([torch.linspace(5, 3, 30), torch.full((60,), 3.02)])
+    result = diagnose(losses, loss="barlow_twins", settings=ANALYTICAL | {"dim": 5})
+    assert (result.verdict, result.num_learned) == ("plateau", 2) and "on the plateau 3" in str(result)
+
+
+# --- command
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """Return the folder of a run of 60 steps whose learning rate is too low."""
+    folder = tmp_path_factory.mktemp("diagnose")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        write_images(folder)
+        settings = {f"model.init_args.{name}": value for name, value in ANALYTICAL.items()}
+        settings |= {"model.init_args.learning_rate": 1e-6, "trainer.max_steps": 60}
+        config = changed(settings)
+        config["trainer"]["callbacks"][0]["init_args"] = {"num_points": 20, "matrices": ["cross_correlation"]}
+        stepwise("fit", config=config)
+        yield folder / "runs" / "lightning_logs" / "version_0"
+
+
+@pytest.mark.slow
+def test_command_diagnoses_a_run(run, monkeypatch, capsys):
+    monkeypatch.chdir(run.parents[2])
+    command.main([str(run), "--pairs=32"])
+    text = capsys.readouterr().out
+    assert text.startswith("The model is stuck at step 60: none of 3 modes are learned.")
+    assert "Cause: the learning rate is too low" in text and re.search(r"about step \d+", text)
+
+
+@pytest.mark.slow
+def test_command_diagnoses_a_run_without_checkpoint_or_data(run, monkeypatch, capsys, tmp_path):
+    for name in ("spectrum.npz", "config.yaml"):
+        (tmp_path / name).write_bytes((run / name).read_bytes())
+    monkeypatch.chdir(run.parents[2])
+    command.main([str(tmp_path), "--pairs=32"])
+    assert "Cause: the learning rate is too low" in capsys.readouterr().out
+    monkeypatch.chdir(tmp_path)
+    command.main([str(tmp_path)])
+    assert "Growth rates are not known (" in capsys.readouterr().out
+    (tmp_path / "config.yaml").unlink()
+    command.main([str(tmp_path / "spectrum.npz")])
+    assert "Growth rates are not known (" in capsys.readouterr().out
+
+
+def test_command_reads_losses(tmp_path, capsys):
+    path = tmp_path / "metrics.csv"
+    path.write_text("epoch,step,train/loss\n" + "".join(f"0,{step},4.852\n,{step},\n" for step in range(9)))
+    command.main([str(path), "--loss=clip", "--batch-size=128"])
+    assert "The loss is 4.852, 3" in capsys.readouterr().out
+    path.write_text("4.9\n4.852\n4.852\n")
+    command.main([str(path), "--loss=clip", "--batch-size=128"])
+    assert "on a plateau" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [("a,b\n1,2\n", "has no column 'loss'"), ("loss\nx\n", "must be numbers"), ("loss\n1\n", "at least two losses")],
+)
+def test_bad_file_of_losses(content, message, tmp_path):
+    path = tmp_path / "losses.csv"
+    path.write_text(content)
+    with pytest.raises(ValueError, match=message):
+        command.main([str(path)])
+
+
+@pytest.mark.parametrize("arguments", [[], ["runs/x", "--value=1"], ["nowhere"]])
+def test_command_needs_a_run_or_a_loss(arguments, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises((SystemExit, FileNotFoundError)):
+        command.main(arguments)
