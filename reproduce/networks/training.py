@@ -26,6 +26,7 @@ from reproduce.processes import ForkedProcess
 from stepwise_lightning import TwoViewDataModule
 from stepwise_lightning.errors import UserError
 from stepwise_lightning.files import atomic_write_text
+from stepwise_lightning.runs.folders import checkpoints_in
 from stepwise_lightning.signals import EX_TEMPFAIL
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -159,7 +160,7 @@ class TrainingRun:
         folder, command = self.directory.parent, self.command
         started, log = folder / "started.json", folder / "log.txt"
         same = started.exists() and started.read_text(encoding="utf-8", errors="replace") == self._identity
-        if resume and same and list(self.directory.rglob("*.ckpt")):
+        if resume and same and checkpoints_in(self.directory):
             command.append("--ckpt_path=last")
         else:
             shutil.rmtree(folder, ignore_errors=True)
