@@ -22,7 +22,6 @@ from torch import Tensor
 
 from reproduce.losses import dcl_loss, lejepa_loss
 from stepwise_lightning import Encoder, JointEmbedding, SpectrumLogger, TwoViewDataModule, spectral_contrastive_loss
-from stepwise_lightning.encoders import bias_of
 from stepwise_lightning.forecasts.forecast import Forecast
 from stepwise_lightning.forecasts.sgd import SGDSettings, last_features, last_layer
 from stepwise_lightning.forecasts.simulate import NUM_PAIRS, forecast_of_features, unseen_batches
@@ -99,7 +98,7 @@ def _forecast(module: JointEmbedding, images: TwoViewDataModule) -> Forecast:
     h1, h2 = last_features(module, layer, unseen_batches(images), NUM_PAIRS)
     sgd = SGDSettings.of(module, 0, _MOST_STEPS)
     for _ in range(2):
-        forecast = forecast_of_features(sgd, h1, h2, layer.weight, bias_of(layer), with_rates=False)
+        forecast = forecast_of_features(sgd, h1, h2, layer.weight, layer.bias, with_rates=False)
         steps = min(float(forecast.step_times[0]) * LENGTH, _MOST_STEPS)
         sgd = replace(sgd, rates=sgd.rates[: math.ceil(steps)])
     return forecast

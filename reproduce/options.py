@@ -11,8 +11,7 @@ from typing import Any, NoReturn
 from stepwise_lightning import FixedCropPairs
 from stepwise_lightning.data import load_image_set, load_images
 from stepwise_lightning.data.image_sets import DATA_SETS
-from stepwise_lightning.errors import CannotWriteError, UserError, one_line
-from stepwise_lightning.signals import INTERRUPTED
+from stepwise_lightning.errors import INTERRUPTED, CannotWriteError, UserError, one_line
 
 # Options that do not affect the numbers.
 PLACES = ("out", "root", "download", "resume", "launcher")

@@ -1,4 +1,3 @@
-from .acceleration import AcceleratedBarlowTwins as AcceleratedBarlowTwins
 from .callbacks.collapse_monitor import CollapseMonitor as CollapseMonitor
 from .callbacks.collapse_monitor import CollapseWatch as CollapseWatch
 from .callbacks.forecast_logger import ForecastLogger as ForecastLogger
@@ -17,9 +16,8 @@ from .forecasts.diagnose import diagnose as diagnose
 from .forecasts.diagnosis import Diagnosis as Diagnosis
 from .forecasts.forecast import Forecast as Forecast
 from .forecasts.simulate import forecast as forecast
-from .joint_embedding import JointEmbedding as JointEmbedding
+from .loss_checks import LossReport as LossReport
 from .loss_checks import check_loss as check_loss
-from .loss_report import LossReport as LossReport
 from .losses import barlow_twins_loss as barlow_twins_loss
 from .losses import simclr_loss as simclr_loss
 from .losses import spectral_contrastive_loss as spectral_contrastive_loss
@@ -27,9 +25,11 @@ from .losses import vicreg_loss as vicreg_loss
 from .modes import describe_modes as describe_modes
 from .modes import mode_worth as mode_worth
 from .modules import BarlowTwins as BarlowTwins
+from .modules import JointEmbedding as JointEmbedding
 from .modules import SimCLR as SimCLR
 from .modules import SpectralContrastive as SpectralContrastive
 from .modules import VICReg as VICReg
+from .modules.acceleration import AcceleratedBarlowTwins as AcceleratedBarlowTwins
 from .runs import LastCheckpoint as LastCheckpoint
 from .spectrum.record import SpectrumRecord as SpectrumRecord
 from .trained import load_encoder as load_encoder

@@ -10,8 +10,7 @@ from importlib.metadata import version
 
 from stepwise_lightning.commands import COMMANDS
 from stepwise_lightning.commands.reporting import prepare_output
-from stepwise_lightning.errors import one_line
-from stepwise_lightning.signals import INTERRUPTED
+from stepwise_lightning.errors import INTERRUPTED, one_line
 
 __all__ = ["main"]
 

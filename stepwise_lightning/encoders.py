@@ -1,7 +1,6 @@
 """Encoders: modules from a batch of images or vectors to embeddings (n, d).
 
-Initial weights depend on the seed only: ``seed``, or for None the global seed of ``seed_everything`` or
-``torch.manual_seed``. They are drawn on the CPU, and moved to torch's default device (``with torch.device("cuda"):``).
+Initial weights depend on the seed only: they are drawn on the CPU, and moved to torch's default device.
 """
 
 from __future__ import annotations
@@ -16,7 +15,6 @@ from torch import Tensor, nn
 from stepwise_lightning.errors import UserError
 from stepwise_lightning.precision import without_autocast
 from stepwise_lightning.seeding import checked_seed, seeded_on_cpu
-from stepwise_lightning.small_resnet import small_resnet
 
 __all__ = ["Encoder", "LinearEncoder", "MLP", "Projector", "ResNet", "scale_last_layer"]
 
@@ -34,6 +32,8 @@ class LinearEncoder(nn.Module):
         ValueError: a dimension below 1, a negative or infinite standard deviation; in a call, inputs of another size.
 
     """
+
+    bias: Tensor | None = None  # as in torch.nn.Linear(bias=False)
 
     def __init__(
         self, in_features: int, out_features: int, init_std: float | None = None, seed: int | None = None
@@ -94,15 +94,11 @@ class MLP(nn.Sequential):
 class ResNet(nn.Module):
     """ResNet of torchvision without its classifier: images (n, 3, h, w) to pooled features (n, out_features).
 
-    ``resnet_small`` is for CPUs: four stages of one basic block, 8 to 64 channels, 77 352 parameters.
-
     Args:
-        name: ``resnet_small``, ``resnet18``, ``resnet34`` or ``resnet50``.
+        name: ``resnet_small`` (for CPUs: four stages of one basic block, 8 to 64 channels, 77 352 parameters),
+            ``resnet18``, ``resnet34`` or ``resnet50``; with 64, 512, 512 or 2048 features.
         small_images: use a 3×3 stem without stride or pooling, for images up to 64 pixels.
         seed: seed of the initial weights; None for the global seed (``seed_everything``).
-
-    Attributes:
-        out_features: 64, 512, 512 or 2048.
 
     """
 
@@ -115,7 +111,7 @@ class ResNet(nn.Module):
         if name not in self.NAMES:
             raise UserError(f"unknown ResNet {name!r}; choose from: {', '.join(self.NAMES)}")
         with seeded_on_cpu(seed):
-            network: Any = small_resnet() if name == "resnet_small" else getattr(models, name)(weights=None)
+            network: Any = _small_resnet() if name == "resnet_small" else getattr(models, name)(weights=None)
             if small_images:
                 channels = network.conv1.out_channels
                 network.conv1 = nn.Conv2d(3, channels, 3, padding=1, bias=False)
@@ -130,6 +126,24 @@ class ResNet(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Return the features (n, out_features) of images (n, 3, h, w)."""
         return self.network(x)
+
+
+def _small_resnet() -> nn.Module:
+    from torchvision.models import resnet
+
+    network: Any = resnet.ResNet(resnet.BasicBlock, [1, 1, 1, 1])
+    # torchvision fixes the width of the first stage at 64: rebuild the stages from 8 channels.
+    network.inplanes = 8
+    network.conv1 = nn.Conv2d(3, 8, 7, stride=2, padding=3, bias=False)
+    network.bn1 = nn.BatchNorm2d(8)
+    for index, width in enumerate((8, 16, 32, 64)):
+        stage = network._make_layer(resnet.BasicBlock, width, 1, stride=1 if index == 0 else 2)
+        setattr(network, f"layer{index + 1}", stage)
+    network.fc = nn.Linear(64, 1)
+    for layer in network.modules():
+        if isinstance(layer, nn.Conv2d):
+            nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
+    return network
 
 
 class Projector(nn.Sequential):
@@ -191,18 +205,14 @@ class Encoder(nn.Module):
 
     Args:
         out_features: d, the embedding dimension.
-        backbone: ``resnet_small``, ``resnet18``, ``resnet34`` or ``resnet50``.
-        small_images: use a 3×3 stem without stride or pooling, for images up to 64 pixels.
-        projector_depth: number of linear layers of the projector; 1 is a linear projector.
-        hidden_features: width of the hidden layers of the projector.
-        norm: ``batch`` or ``none``, before each ReLU of the projector.
+        backbone: ``name`` of the :class:`ResNet`, whose other argument is ``small_images``.
+        projector_depth: ``depth`` of the :class:`Projector`, whose other arguments are ``hidden_features``, ``norm``.
         alpha: scale of the last layer, see :func:`scale_last_layer`; 1 is ordinary initialisation.
         bias_norm: norm of the initial bias of the last layer, in a random direction; None scales the bias by ``alpha``.
         seed: seed of the initial weights; None for the global seed (``seed_everything``).
 
     Attributes:
         backbone: its output is the hidden representation; ``SpectrumLogger(watch=["encoder.backbone"])`` measures it.
-        projector: maps the hidden representation to the embedding.
 
     """
 
@@ -265,7 +275,7 @@ def scale_last_layer(
         raise UserError(f"{type(module).__name__} has no linear layer to scale")
     if not 0 < alpha < float("inf"):
         raise UserError(f"alpha must be positive and finite, got {alpha}")
-    bias = bias_of(last)
+    bias = last.bias
     if bias_norm is not None and (bias is None or not 0 <= bias_norm < float("inf")):
         raise UserError(f"bias_norm={bias_norm} needs a last layer with a bias, and a finite norm of at least 0")
     last.weight.mul_(alpha)
@@ -282,11 +292,6 @@ def last_linear(module: nn.Module) -> nn.Linear | LinearEncoder | None:
     """Return the linear layer registered last in a module, or None."""
     layers = [layer for layer in module.modules() if isinstance(layer, (nn.Linear, LinearEncoder))]
     return layers[-1] if layers else None
-
-
-def bias_of(layer: nn.Linear | LinearEncoder) -> Tensor | None:
-    """Return the bias of a layer, or None."""
-    return getattr(layer, "bias", None)
 
 
 def _check_inputs(x: Tensor, in_features: int) -> None:

@@ -2,6 +2,8 @@
 
 The package raises :class:`UserError` for everything that a user can correct. :func:`one_line` also recognises errors of
 other libraries by their type, errno and message. Every other exception is a bug and keeps its traceback.
+
+Also the signals that stop a run, and its exit statuses.
 """
 
 from __future__ import annotations
@@ -10,12 +12,16 @@ import errno
 import os
 import pickle
 import re
+import signal
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 __all__ = [
+    "EX_TEMPFAIL",
+    "INTERRUPTED",
     "SHARED_MEMORY",
+    "STOP_SIGNALS",
     "CannotReadError",
     "CannotWriteError",
     "DivergedError",
@@ -31,6 +37,12 @@ __all__ = [
     "reason",
 ]
 
+# Exit status of a run that a signal stopped after it saved a checkpoint: "temporary failure" in sysexits.h.
+EX_TEMPFAIL = 75
+# Ctrl-C, and the signals of schedulers; Windows has no SIGUSR1.
+STOP_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
+# Exit status after Ctrl-C, as shells report it.
+INTERRUPTED = 128 + signal.SIGINT
 # The disk is full, the user's quota is used up, or the file exceeds its size limit.
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # Messages of torch.distributed back-ends: another process has ended.

@@ -9,7 +9,7 @@ import torch
 from lightning.pytorch.loggers import CSVLogger
 
 from stepwise_lightning import MLP, AcceleratedBarlowTwins, BarlowTwins, Encoder, LinearEncoder, barlow_twins_loss
-from stepwise_lightning.acceleration import gate, lyapunov, record_last_inputs, with_gradient
+from stepwise_lightning.modules.acceleration import gate, lyapunov, record_last_inputs, with_gradient
 
 ANALYTICAL = {"off_diagonal_weight": 1.0, "normalize": False}
 
@@ -37,7 +37,7 @@ def gradient(module, x1, x2):
 
 @pytest.mark.parametrize("center", [False, True])
 def test_matrix_of_gradient_descent_gives_the_gradient_of_the_loss(center, monkeypatch):
-    monkeypatch.setattr("stepwise_lightning.acceleration.gate", lambda c: 4 * (torch.eye(len(c)) - c))
+    monkeypatch.setattr("stepwise_lightning.modules.acceleration.gate", lambda c: 4 * (torch.eye(len(c)) - c))
     x1, x2 = (x + 0.3 for x in views())  # nonzero means
     encoder = MLP(12, [16], 3, seed=1).double()
     plain = BarlowTwins(copy.deepcopy(encoder), 0.1, center=center, **ANALYTICAL)

@@ -10,9 +10,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from stepwise_lightning import BarlowTwins, joint_embedding
-from stepwise_lightning.divergence import LossCheck
+from stepwise_lightning import BarlowTwins
 from stepwise_lightning.errors import DivergedError
+from stepwise_lightning.modules import joint_embedding
+from stepwise_lightning.modules.divergence import LossCheck
 
 
 class OnGPU(Tensor):

@@ -12,8 +12,8 @@ from PIL import Image
 
 from stepwise_lightning import TwoViewDataModule, VICReg
 from stepwise_lightning.__main__ import main
+from stepwise_lightning.callbacks.classifiers import LinearProbe, knn_scores
 from stepwise_lightning.callbacks.online_evaluation import OnlineKNN, OnlineLinearProbe
-from stepwise_lightning.classifiers import LinearProbe, knn_scores
 from stepwise_lightning.encoders import Encoder
 from stepwise_lightning.sync_batchnorm import SyncBatchNorm
 

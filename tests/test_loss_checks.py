@@ -7,7 +7,8 @@ import torch.nn.functional as F  # noqa: N812
 from torch import nn
 from torch.distributed.nn.functional import all_gather, all_reduce
 
-from stepwise_lightning import barlow_twins_loss, check_loss, simclr_loss, two_ranks, vicreg_loss
+from stepwise_lightning import barlow_twins_loss, check_loss, simclr_loss, vicreg_loss
+from stepwise_lightning.loss_checks import two_ranks
 from stepwise_lightning.losses import LOSSES
 
 DIM, NUM_PAIRS = 5, 12

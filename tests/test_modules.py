@@ -11,7 +11,7 @@ from lightning.pytorch.loggers import CSVLogger
 from tiny_runs import stepwise, write_images
 
 from stepwise_lightning import BarlowTwins, JointEmbedding, SimCLR, SpectralContrastive, VICReg
-from stepwise_lightning.rate_schedule import rate_factor
+from stepwise_lightning.modules.joint_embedding import rate_factor
 from stepwise_lightning.sync_batchnorm import SyncBatchNorm
 
 TERMS = {

@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, Dataset
 
 from stepwise_lightning import BarlowTwins, ForecastLogger, LastCheckpoint, OnlineLinearProbe, SpectrumLogger
-from stepwise_lightning.divergence import check_weights
+from stepwise_lightning.modules.divergence import check_weights
 from stepwise_lightning.runs import AtomicCheckpointIO
 from stepwise_lightning.runs.strategies import check_strategy
 from stepwise_lightning.sync_batchnorm import SyncBatchNorm

@@ -1,7 +1,7 @@
 """Accelerated gradients learn all modes in fewer steps, in the same subspace (an open question of the paper).
 
-Small modes are learned late because the growth rate of a mode is proportional to γ. The accelerated gradients of Barlow
-Twins (``stepwise_lightning/acceleration.py``), gate and Lyapunov, need only d × d matrices; with the second, all modes
+Small modes are learned late because the growth rate of a mode is proportional to γ. The accelerated gradients of
+:mod:`stepwise_lightning.modules.acceleration`, gate and Lyapunov, need only d × d matrices; with the second, all modes
 grow at one rate. The figure compares the steps until all d eigenvalues of C reach ½ with gradient descent and momentum,
 for a linear model, a kernel machine (ReLU tangent kernel), a wide network and a small ResNet.
 

@@ -36,7 +36,6 @@ from reproduce.networks.training import PROFILES
 from reproduce.networks.variants import LOSS_SETTINGS
 from reproduce.options import data_name
 from reproduce.processes import map_parallel
-from stepwise_lightning.encoders import bias_of
 from stepwise_lightning.forecasts.forecast import Forecast, correct_for_feature_learning
 from stepwise_lightning.forecasts.sgd import SGDSettings, last_features, last_layer
 from stepwise_lightning.forecasts.simulate import NUM_PAIRS, forecast_of_features, unseen_batches
@@ -132,7 +131,7 @@ def _live_forecast(run: Run, step: int, mode: int) -> float:
         h1, h2 = last_features(module, layer, batches, NUM_PAIRS)
         elapsed_time = (step - before) * float(training.rates[0])
         names = {id(value): name for name, value in module.named_parameters()}
-        bias = bias_of(layer)
+        bias = layer.bias
         parameters = [layer.weight] if bias is None else [layer.weight, bias]
         velocity = None
         if training.momentum:  # a step changes the weights by −ηv

@@ -30,7 +30,6 @@ from reproduce.processes import Progress, start_forkserver
 from reproduce.records import data_rows
 from stepwise_lightning import SpectrumRecord, TwoViewDataModule
 from stepwise_lightning.data import load_image_set
-from stepwise_lightning.encoders import bias_of
 from stepwise_lightning.errors import NotFoundError, UserError, reason
 from stepwise_lightning.forecasts.forecast import Forecast
 from stepwise_lightning.forecasts.sgd import SGDSettings, last_features, last_layer
@@ -168,7 +167,7 @@ class Run(TrainingRun):
         """Return a forecast for other features, (batches, n, m), or with changed fields of the SGD settings."""
         layer, length = last_layer(self.module), int(self.record.steps[-1])
         training = replace(SGDSettings.of(self.module, 0, length), **changes)
-        return forecast_of_features(training, h1, h2, layer.weight, bias_of(layer), with_rates=False)
+        return forecast_of_features(training, h1, h2, layer.weight, layer.bias, with_rates=False)
 
     def panel(self, with_forecast: bool = False) -> Panel:
         """Return a panel with loss, eigenvalues, detected steps, and optionally the forecast."""

@@ -24,10 +24,9 @@ import yaml
 from reproduce.networks.variants import CPU_STEPS, LOSS_SETTINGS, VARIANTS
 from reproduce.processes import ForkedProcess
 from stepwise_lightning import TwoViewDataModule
-from stepwise_lightning.errors import UserError
+from stepwise_lightning.errors import EX_TEMPFAIL, UserError
 from stepwise_lightning.files import atomic_write_text
 from stepwise_lightning.runs.folders import checkpoints_in
-from stepwise_lightning.signals import EX_TEMPFAIL
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 # cpu: the shipped configuration; smoke: a size for tests; full: the paper's size.

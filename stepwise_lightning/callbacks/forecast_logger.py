@@ -18,7 +18,6 @@ from torch.distributed.tensor import DTensor
 from stepwise_lightning.callbacks.progress import LineProgress, describe_bar
 from stepwise_lightning.callbacks.spectrum_logger import SpectrumLogger
 from stepwise_lightning.callbacks.tensorboard import overview_tag
-from stepwise_lightning.encoders import bias_of
 from stepwise_lightning.errors import UserError, reason
 from stepwise_lightning.features import views_in
 from stepwise_lightning.features.module_state import is_compiled, restored_state
@@ -237,7 +236,7 @@ class ForecastLogger(L.Callback):
         # To the end, even if the next mode is near: the last plateau defines the threshold.
         with nullcontext() if is_named else restored_state(module):
             result = forecast_of_features(
-                sgd, h1, h2, layer.weight, bias_of(layer), start, velocity, with_rates=False, num_points=_NUM_POINTS
+                sgd, h1, h2, layer.weight, layer.bias, start, velocity, with_rates=False, num_points=_NUM_POINTS
             )
         return result, sgd.rates
 

@@ -15,8 +15,8 @@ from torch.nn.functional import normalize
 from tqdm import tqdm
 
 from stepwise_lightning.asynchronous import CopyToCPU, to_device
+from stepwise_lightning.callbacks.classifiers import LinearProbe, knn_scores
 from stepwise_lightning.callbacks.evaluation import Evaluation
-from stepwise_lightning.classifiers import LinearProbe, knn_scores
 from stepwise_lightning.distributed import all_gather
 from stepwise_lightning.errors import UserError
 

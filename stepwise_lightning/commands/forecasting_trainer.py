@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from stepwise_lightning.callbacks.spectrum_logger import records_in
-from stepwise_lightning.encoders import bias_of
 from stepwise_lightning.errors import UserError, reason
 from stepwise_lightning.files import atomic_write
 from stepwise_lightning.forecasts.forecast import Forecast
@@ -111,7 +110,7 @@ def _velocity(model: L.LightningModule, checkpoint: dict[str, Any]) -> list[torc
     """Return the momentum buffers of the last layer in a checkpoint, None without momentum."""
     states = [state["state"] for state in checkpoint.get("optimizer_states", [])[:1]]
     layer = last_layer(model)
-    parameters = [layer.weight, bias_of(layer)]
+    parameters = [layer.weight, layer.bias]
     indices = [index for w in parameters for index, p in enumerate(model.parameters()) if p is w]
     buffers = [state.get(index, {}).get("momentum_buffer") for state in states for index in indices]
     return buffers if buffers and all(buffer is not None for buffer in buffers) else None

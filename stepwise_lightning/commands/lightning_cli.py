@@ -32,12 +32,11 @@ from stepwise_lightning.commands.reporting import is_first_report
 from stepwise_lightning.commands.threads import threads_of_run
 from stepwise_lightning.data import TwoViewDataModule
 from stepwise_lightning.data.seeded_datamodule import SeededDataModule
-from stepwise_lightning.errors import NotFoundError, UserError, condensed, one_line
+from stepwise_lightning.errors import INTERRUPTED, NotFoundError, UserError, condensed, one_line
 from stepwise_lightning.runs import AtomicCheckpointIO, LastCheckpoint
 from stepwise_lightning.runs.folders import create_logger_folders
 from stepwise_lightning.runs.latest import newest_checkpoint, pointer_file, resume_latest
 from stepwise_lightning.runs.saved import configuration_of, saved_checkpoint
-from stepwise_lightning.signals import INTERRUPTED
 
 # Import all classes now: classes that are imported can be named without their module.
 for _name in stepwise_lightning.__all__:

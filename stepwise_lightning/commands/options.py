@@ -10,7 +10,6 @@ from typing import Any
 import lightning as L
 import yaml
 
-from stepwise_lightning.acceleration import AcceleratedBarlowTwins
 from stepwise_lightning.callbacks.online_evaluation import OnlineKNN, OnlineLinearProbe
 from stepwise_lightning.callbacks.spectrum_logger import SpectrumLogger
 from stepwise_lightning.commands import COMMANDS
@@ -18,6 +17,7 @@ from stepwise_lightning.data import FixedCropPairs, TwoViewDataModule
 from stepwise_lightning.encoders import MLP, Encoder, LinearEncoder, Projector, ResNet
 from stepwise_lightning.losses import barlow_twins_loss, simclr_loss, spectral_contrastive_loss, vicreg_loss
 from stepwise_lightning.modules import BarlowTwins, JointEmbedding, SimCLR, SpectralContrastive, VICReg
+from stepwise_lightning.modules.acceleration import AcceleratedBarlowTwins
 from stepwise_lightning.runs import LastCheckpoint
 
 __all__ = ["options_of_classes", "short_help"]

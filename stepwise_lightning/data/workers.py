@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 
 from torch.utils.data import dataloader
 
-from stepwise_lightning.signals import STOP_SIGNALS
+from stepwise_lightning.errors import STOP_SIGNALS
 
 
 def prepare_worker(worker: int) -> None:

@@ -12,13 +12,12 @@ import torch
 from lightning import LightningModule
 from torch import Tensor, nn
 
-from stepwise_lightning.encoders import LinearEncoder, bias_of, last_linear
+from stepwise_lightning.encoders import LinearEncoder, last_linear
 from stepwise_lightning.errors import UserError
 from stepwise_lightning.features import Views, capture, on_device, views_in
 from stepwise_lightning.losses import LOSSES
-from stepwise_lightning.modules import JointEmbedding
+from stepwise_lightning.modules.joint_embedding import JointEmbedding, rate_factor
 from stepwise_lightning.precision import as_float64
-from stepwise_lightning.rate_schedule import rate_factor
 from stepwise_lightning.theory.loss_derivatives import PairLoss
 from stepwise_lightning.theory.loss_signature import checked_settings, loss_properties
 
@@ -145,7 +144,7 @@ def last_layer(module: nn.Module) -> nn.Linear | LinearEncoder:
 
 def velocity_of(layer: nn.Linear | LinearEncoder, optimizer: torch.optim.Optimizer) -> list[Tensor] | None:
     """Return the momentum buffers of SGD for the weights and bias of a layer, or None."""
-    parameters = [layer.weight] + ([] if (bias := bias_of(layer)) is None else [bias])
+    parameters = [layer.weight] + ([] if layer.bias is None else [layer.bias])
     buffers = [optimizer.state.get(parameter, {}).get("momentum_buffer") for parameter in parameters]
     return None if any(buffer is None for buffer in buffers) else buffers
 

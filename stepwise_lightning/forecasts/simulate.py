@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from stepwise_lightning.encoders import LinearEncoder, bias_of
+from stepwise_lightning.encoders import LinearEncoder
 from stepwise_lightning.errors import UserError
 from stepwise_lightning.features import Views
 from stepwise_lightning.features.module_state import restored_state
@@ -102,7 +102,7 @@ def forecast(
     layer = layer or last_layer(module)
     h1, h2 = last_features(module, layer, batches, num_pairs, views)
     with restored_state(module):  # also of a loss that the module contains
-        return forecast_of_features(sgd, h1, h2, layer.weight, bias_of(layer), start, velocity)
+        return forecast_of_features(sgd, h1, h2, layer.weight, layer.bias, start, velocity)
 
 
 def forecast_of_features(

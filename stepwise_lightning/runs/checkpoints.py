@@ -20,7 +20,15 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from stepwise_lightning.data.workers import awaited_batch
 from stepwise_lightning.distributed import DelayedAny, all_gather_objects
-from stepwise_lightning.errors import SHARED_MEMORY, DivergedError, UserError, cannot_write, reason
+from stepwise_lightning.errors import (
+    EX_TEMPFAIL,
+    SHARED_MEMORY,
+    STOP_SIGNALS,
+    DivergedError,
+    UserError,
+    cannot_write,
+    reason,
+)
 from stepwise_lightning.files import atomic_write, reserve
 from stepwise_lightning.runs.folders import CHECKPOINTS, check_local, free_name, is_behind, run_folder
 from stepwise_lightning.runs.last import search_for_last
@@ -35,7 +43,6 @@ from stepwise_lightning.runs.resume import (
     warn_of_skipped_hooks,
 )
 from stepwise_lightning.runs.strategies import check_strategy
-from stepwise_lightning.signals import EX_TEMPFAIL, STOP_SIGNALS
 
 _KEY = "stepwise_lightning"
 # Weights, without the rest of a checkpoint, that Lightning's ddp_spawn and ddp_fork pass to the calling process.

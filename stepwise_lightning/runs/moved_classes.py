@@ -10,6 +10,7 @@ __all__ = ["with_current_classes"]
 
 # module of a class before -> now; classes exported by stepwise_lightning have kept their paths
 _MOVED = {
+    "stepwise_lightning.acceleration": "stepwise_lightning.modules.acceleration",
     "stepwise_lightning.callbacks": "stepwise_lightning.callbacks.spectrum_logger",
     "stepwise_lightning.checkpoints": "stepwise_lightning.runs",
     "stepwise_lightning.collectives": "stepwise_lightning.sync_batchnorm",
@@ -18,6 +19,7 @@ _MOVED = {
     "stepwise_lightning.evaluation": "stepwise_lightning.callbacks.online_evaluation",
     "stepwise_lightning.forecasts": "stepwise_lightning.callbacks.forecast_logger",
     "stepwise_lightning.forecasts.logger": "stepwise_lightning.callbacks.forecast_logger",
+    "stepwise_lightning.joint_embedding": "stepwise_lightning.modules",
     "stepwise_lightning.spectrum.collapse": "stepwise_lightning.callbacks.collapse_monitor",
     "stepwise_lightning.spectrum.logger": "stepwise_lightning.callbacks.spectrum_logger",
 }

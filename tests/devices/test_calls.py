@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 import stepwise_lightning
-from stepwise_lightning import AcceleratedBarlowTwins, SpectrumRecord, acceleration, data, modes, spectrum, theory
-from stepwise_lightning.classifiers import knn_scores
+from stepwise_lightning import AcceleratedBarlowTwins, SpectrumRecord, data, modes, spectrum, theory
+from stepwise_lightning.callbacks.classifiers import knn_scores
 from stepwise_lightning.data import crop_pairs
 from stepwise_lightning.encoders import MLP, Encoder, LinearEncoder, Projector, ResNet, scale_last_layer
 from stepwise_lightning.features import capture
@@ -20,6 +20,7 @@ from stepwise_lightning.forecasts.sgd import SGDSettings
 from stepwise_lightning.forecasts.simulate import forecast, forecast_of_features
 from stepwise_lightning.losses import LOSSES
 from stepwise_lightning.modes import Modes, attributes, mode_worth, sensitivity, variations
+from stepwise_lightning.modules import acceleration
 from stepwise_lightning.spectrum import detect_rises
 from stepwise_lightning.spectrum.measures import tangent_coordinates
 from stepwise_lightning.theory.stability import diverging_fraction

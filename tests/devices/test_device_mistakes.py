@@ -22,13 +22,15 @@ MISTAKES = {
     "CPU generator": ("crop_pairs-cuda", "data/views.py", 'with torch.device("cpu"):', "with images.device:"),
     "float64 on mps": ("Modes-mps", "modes/directions.py", 'as_float64(z, "the embeddings")', "z.double()"),
     "weights drawn on the device": ("weights_do_not_depend", "seeding.py", ', torch.device("cpu"):', ":"),
-    "blocking copy in a step": (WEIGHTS, "joint_embedding.py", "(self(view)))", "(self(view.cpu().to(view.device))))"),
+    "blocking copy in a step": (
+        WEIGHTS, "modules/joint_embedding.py", "(self(view)))", "(self(view.cpu().to(view.device))))",
+    ),
     "mask in a step": (
         WEIGHTS, "losses.py", "return matrix - matrix.diagonal().diag_embed()",
         "return matrix[~torch.eye(len(matrix), dtype=torch.bool, device=matrix.device)]",
     ),
     "item in a step": (
-        WEIGHTS, "joint_embedding.py", "batch, now=writing)", "batch, now=writing or loss.item() > 1e9)",
+        WEIGHTS, "modules/joint_embedding.py", "batch, now=writing)", "batch, now=writing or loss.item() > 1e9)",
     ),
     "constructor in capture": (
         WEIGHTS, "features/capture.py", "return output.detach().reshape(len(output), -1).clone()",

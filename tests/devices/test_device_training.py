@@ -30,7 +30,7 @@ METHODS = {
 }
 # All waits of a step that neither measures, logs nor saves, each for a copy queued before the operations of the step.
 WAITS = {
-    ("event", "divergence.py __call__"): 1,  # loss of the previous step
+    ("event", "modules/divergence.py __call__"): 1,  # loss of the previous step
     ("event", "callbacks/online_evaluation.py on_train_batch_end"): 1,  # labels: how many are known
 }
 

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from stream_runs import Model, loader, saved, trainer_for
 
 from stepwise_lightning import SpectrumLogger
-from stepwise_lightning.signals import EX_TEMPFAIL
+from stepwise_lightning.errors import EX_TEMPFAIL
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*ended before the epoch ended and your dataloader is not resumable"),

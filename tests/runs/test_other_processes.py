@@ -9,7 +9,7 @@ import yaml
 from survival import STEPS, job, log_of, newest, run_jobs, write_config, write_images
 from test_preemption import DDP, TERM
 
-from stepwise_lightning.signals import EX_TEMPFAIL
+from stepwise_lightning.errors import EX_TEMPFAIL
 
 KILL = 9
 # In float64 two orders of summation differ by 1e-16, which 33 steps of SGD amplify.

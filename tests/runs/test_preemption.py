@@ -11,7 +11,7 @@ import torch
 from same_runs import assert_same_run
 from survival import environment, job, log_of, newest, run_jobs, write_config, write_images
 
-from stepwise_lightning.signals import EX_TEMPFAIL
+from stepwise_lightning.errors import EX_TEMPFAIL
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGSTOP)
 INT, TERM, USR1, STOP = (int(number) for number in SIGNALS)

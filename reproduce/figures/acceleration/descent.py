@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from stepwise_lightning import SpectrumRecord
-from stepwise_lightning.acceleration import gate, lyapunov
+from stepwise_lightning.modules.acceleration import gate, lyapunov
 from stepwise_lightning.theory import feature_cross_correlation
 
 # All modes are learned when all eigenvalues are in this range, and remain there for half as many steps again.

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 
 from reproduce.figures.acceleration.descent import LEARNED, ConvergenceMonitor, Descent, Setting
 from stepwise_lightning import BarlowTwins, Encoder, TwoViewDataModule
-from stepwise_lightning.acceleration import AcceleratedBarlowTwins, Acceleration, record_last_inputs
-from stepwise_lightning.classifiers import knn_scores
+from stepwise_lightning.callbacks.classifiers import knn_scores
 from stepwise_lightning.errors import DivergedError
 from stepwise_lightning.features import capture
 from stepwise_lightning.forecasts.simulate import unseen_batches
+from stepwise_lightning.modules.acceleration import AcceleratedBarlowTwins, Acceleration, record_last_inputs
 from stepwise_lightning.theory import feature_cross_correlation
 
 MEASURED_EVERY = 2  # steps between two measurements of the ResNet

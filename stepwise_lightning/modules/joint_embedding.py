@@ -14,16 +14,15 @@ from torch import Tensor, nn
 
 from stepwise_lightning import losses
 from stepwise_lightning.distributed import all_gather_with_grad, check_equal_shards
-from stepwise_lightning.divergence import LossCheck, check_weights
 from stepwise_lightning.errors import UserError
+from stepwise_lightning.modules.divergence import LossCheck, check_weights
 from stepwise_lightning.precision import at_least_float32, in_full_precision
-from stepwise_lightning.rate_schedule import rate_factor
 from stepwise_lightning.runs.saved import configured_encoder, configured_loss
 from stepwise_lightning.seeding import hashed_seed, isolated_rng
 from stepwise_lightning.spectrum.matrices import MATRICES
 from stepwise_lightning.user_loss import LOSS, checked_loss, named_terms, saved_name
 
-__all__ = ["JointEmbedding"]
+__all__ = ["JointEmbedding", "check_not_negative", "rate_factor"]
 
 
 class JointEmbedding(L.LightningModule):
@@ -233,7 +232,22 @@ class JointEmbedding(L.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
+def rate_factor(step: int, warmup_steps: int, num_steps: float) -> float:
+    """Return the factor of the learning rate for the optimiser step after ``step`` steps.
+
+    It is (step + 1) / warmup_steps during the warm-up, then (1 + cos π p) / 2, where p grows from 0 after the warm-up
+    to 1 at ``num_steps``. With ``num_steps = inf`` it is 1 after the warm-up.
+    """
+    if step < warmup_steps:
+        return (step + 1) / warmup_steps
+    if math.isinf(num_steps):
+        return 1.0
+    progress = (step - warmup_steps) / max(num_steps - warmup_steps, 1)
+    return (1 + math.cos(math.pi * min(progress, 1))) / 2
+
+
 def check_not_negative(**settings: float) -> None:
+    """Raise a UserError for a setting that is negative or not finite."""
     for name, value in settings.items():
         if not 0 <= value < math.inf:
             raise UserError(f"{name} must be finite and at least 0, got {value}")

@@ -42,7 +42,7 @@ from torch import Tensor, nn
 from stepwise_lightning.distributed import all_gather_with_grad
 from stepwise_lightning.encoders import last_linear
 from stepwise_lightning.errors import UserError
-from stepwise_lightning.modules import BarlowTwins
+from stepwise_lightning.modules.shipped import BarlowTwins
 from stepwise_lightning.precision import as_float64, in_full_precision
 
 __all__ = ["AcceleratedBarlowTwins", "Acceleration", "gate", "lyapunov", "record_last_inputs", "with_gradient"]
@@ -57,7 +57,7 @@ _NO_GRADIENT = 1e-15
 class AcceleratedBarlowTwins(BarlowTwins):
     """Analytical Barlow Twins with a gradient that learns all modes in fewer steps (beyond the paper).
 
-    Equations, learning rates and known failures: :mod:`stepwise_lightning.acceleration`.
+    Equations, learning rates and known failures: :mod:`stepwise_lightning.modules.acceleration`.
 
     Args:
         encoder: module from a view (n, …) to embeddings (n, d); for ``lyapunov`` it must end in a linear layer.
@@ -191,7 +191,7 @@ def record_last_inputs(encoder: nn.Module) -> deque[Tensor]:
 
 def _record(inputs: deque[Tensor], outputs: deque[Tensor], layer: nn.Module, args: Any, output: Tensor) -> None:
     h = args[0].detach().flatten(1)
-    inputs.append(h if getattr(layer, "bias", None) is None else torch.cat([h, torch.ones_like(h[:, :1])], 1))
+    inputs.append(h if layer.bias is None else torch.cat([h, torch.ones_like(h[:, :1])], 1))
     outputs.append(output.detach())
 
 

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from stepwise_lightning import losses
 from stepwise_lightning.errors import UserError
-from stepwise_lightning.joint_embedding import JointEmbedding, check_not_negative
 from stepwise_lightning.losses import LOSSES
+from stepwise_lightning.modules.joint_embedding import JointEmbedding, check_not_negative
 
 __all__ = ["BarlowTwins", "JointEmbedding", "SimCLR", "SpectralContrastive", "VICReg"]
 

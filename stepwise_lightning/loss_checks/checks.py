@@ -1,4 +1,4 @@
-"""Checks of a joint-embedding loss before training."""
+"""The checks, and the report of all of them."""
 
 from __future__ import annotations
 
@@ -13,13 +13,19 @@ import torch
 from torch import Tensor, nn
 
 from stepwise_lightning.errors import UserError, reason
-from stepwise_lightning.loss_report import LossReport, ReportRow
+from stepwise_lightning.loss_checks.report import LossReport, ReportRow
+from stepwise_lightning.loss_checks.two_ranks import (
+    Evaluation,
+    deviation,
+    evaluate_on_two_ranks,
+    tolerance,
+    value_and_gradient,
+)
 from stepwise_lightning.losses import sum_terms
 from stepwise_lightning.precision import TensorLike
 from stepwise_lightning.theory.linear_flow import growth_modes
 from stepwise_lightning.theory.loss_derivatives import TOLERANCE, PairLoss
 from stepwise_lightning.theory.loss_signature import LossSignature, bound_loss, loss_signature
-from stepwise_lightning.two_ranks import Evaluation, deviation, evaluate_on_two_ranks, tolerance, value_and_gradient
 from stepwise_lightning.user_loss import checked_loss, named_terms
 
 _DIFFERENT = 1e-3  # relative deviation of float32 gradients of a different function
