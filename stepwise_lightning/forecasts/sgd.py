@@ -71,38 +71,43 @@ class SGDSettings:
         loss = _in_float64(loss) if isinstance(loss, nn.Module) else loss
         if settings is None:
             settings = {name: hparams[name] for name in checked_settings(loss, {}) if name in hparams}
-        if learning_rate is None and isinstance(module, LightningModule) and not hparams:
-            hparams = _configured(module)
-        rates = _rates(hparams, start, max_steps) if learning_rate is None else learning_rate
-        if rates is None:
-            raise UserError(
-                f"learning_rate must be given: configure_optimizers of {type(module).__name__} does not return one "
-                "torch.optim.SGD without a schedule"
-            )
-        if isinstance(rates, (int, float)):
-            rates = [rates] * (max_steps - start)
-        rates = as_float64(rates, "learning_rate").cpu()
-        if rates.shape != (max_steps - start,):
-            raise UserError(
-                f"learning_rate must be a number, or one for each of the {max_steps - start} steps to come, got "
-                f"{tuple(rates.shape)}"
-            )
+        if learning_rate is None:
+            hparams = hparams or _configured(module)
+            learning_rate = _rates_of_module(module, hparams, start, max_steps)
+        rates = _rate_of_each_step(learning_rate, max_steps - start)
         momentum = hparams.get("momentum", 0.0) if momentum is None else momentum
         weight_decay = hparams.get("weight_decay", 0.0) if weight_decay is None else weight_decay
         matrix = None if isinstance(loss, str) else getattr(module, "driven_matrix", None)
         return cls(loss, checked_settings(loss, dict(settings)), rates, momentum, weight_decay, matrix)
 
 
-def _rates(hparams: Mapping[str, Any], start: int, max_steps: int) -> list[float] | None:
-    """Return the learning rate of each step with the warm-up and cosine of a module, or None without a rate."""
+def _rate_of_each_step(learning_rate: float | Sequence[float] | Tensor, num_steps: int) -> Tensor:
+    if isinstance(learning_rate, (int, float)):
+        learning_rate = [learning_rate] * num_steps
+    rates = as_float64(learning_rate, "learning_rate").cpu()
+    if rates.shape != (num_steps,):
+        raise UserError(
+            f"learning_rate must be a number, or one for each of the {num_steps} steps to come, got "
+            f"{tuple(rates.shape)}"
+        )
+    return rates
+
+
+def _rates_of_module(module: nn.Module, hparams: Mapping[str, Any], start: int, max_steps: int) -> list[float]:
+    """Return the learning rate of each step with the warm-up and cosine of a module."""
     if "learning_rate" not in hparams:
-        return None
+        raise UserError(
+            f"learning_rate must be given: configure_optimizers of {type(module).__name__} does not return one "
+            "torch.optim.SGD without a schedule"
+        )
     warmup, end = hparams.get("warmup_steps", 0), max_steps if hparams.get("cosine") else math.inf
     return [hparams["learning_rate"] * rate_factor(step, warmup, end) for step in range(start, max_steps)]
 
 
-def _configured(module: LightningModule) -> dict[str, Any]:
+def _configured(module: nn.Module) -> dict[str, Any]:
     """Return rate, momentum and weight decay of plain SGD in ``configure_optimizers``, or nothing."""
+    if not isinstance(module, LightningModule):
+        return {}
     try:
         optimizer = module.configure_optimizers()
     except RuntimeError:  # it reads the Trainer, which is not attached

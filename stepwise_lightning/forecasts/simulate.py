@@ -130,7 +130,6 @@ def forecast_of_features(
     x1, x2 = (h if as_trained else _smaller_batches(h) for h in (h1, h2))
     components = min(m, max(_COMPONENTS, 2 * d)) if m > _MAX_FEATURES else None
     layer = LastLayer(sgd.loss, x1, x2, weight, bias, components, driven_matrix=sgd.matrix, **sgd.settings)
-    norm = 0.0 if bias is None else float(bias.norm())
     growth, warning = _growth_rates(sgd, h1, h2, d, bias, scale_invariant)
     num_steps = len(sgd.rates)
     points = log_spaced_steps(num_steps, num_points)
@@ -140,21 +139,17 @@ def forecast_of_features(
     stable = StableRates(math.nan, math.nan, math.nan)
     if with_rates:
         stable = stable_rates(sgd, h1, h2, weight, bias, components, float(growth[0]), scale_invariant)
-    spread = float((h1.flatten(0, 1).double() @ weight.double().T).std(0).norm())
     result = Forecast(
         sgd.loss, sgd.matrix, start, start + num_steps, float(sgd.rates.max()), sgd.momentum,
         h1.shape[0] * h1.shape[1], times, trajectory.steps + start, trajectory.eigenvalues, threshold, growth, stable,
         (),
     )  # fmt: skip
-    warnings = _warnings(result, m, sgd.weight_decay, spread / norm if norm else math.inf)
-    if scale_invariant and not start and spread > 0.1 * norm:
-        warnings.append(
+    if scale_invariant and not start and not _is_small_start(h1, weight, bias):
+        warning = (
             f"{loss_properties(sgd.loss).title} has no small start, because the bias is not large compared with the "
             "other part of the embedding: set bias_norm, or a smaller alpha"
         )
-    elif warning:
-        warnings.append(warning)
-    return replace(result, warnings=tuple(warnings))
+    return replace(result, warnings=(*_warnings(result, m, sgd.weight_decay), *([warning] if warning else [])))
 
 
 def _smaller_batches(h: Tensor) -> Tensor:
@@ -170,12 +165,22 @@ def _is_scale_invariant(loss: str | PairLoss, num_pairs: int, dim: int) -> bool:
     return is_scale_invariant(loss, num_pairs, dim)
 
 
+def _is_small_start(h: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Return True if embeddings differ by at most a tenth of the bias, as cosine similarities need."""
+    spread = float((h.flatten(0, 1).double() @ weight.double().T).std(0).norm())
+    return spread <= 0.1 * _norm(bias)
+
+
+def _norm(bias: Tensor | None) -> float:
+    return 0.0 if bias is None else float(bias.norm())
+
+
 def _growth_rates(
     sgd: SGDSettings, h1: Tensor, h2: Tensor, d: int, bias: Tensor | None, scale_invariant: bool
 ) -> tuple[Tensor, str]:
     """Return ρ of each mode, (d,), NaN if it is undefined, and a warning or an empty string."""
     unknown = h1.new_full((d,), math.nan, dtype=torch.float64)
-    norm = 0.0 if bias is None else float(bias.norm())
+    norm = _norm(bias)
     if scale_invariant and norm == 0:
         return unknown, ""
     warning = ""
@@ -225,7 +230,7 @@ def _threshold(layer: LastLayer, sgd: SGDSettings, trajectory: LayerTrajectory, 
     return 0.1 * float(top[tail].median())
 
 
-def _warnings(result: Forecast, num_features: int, decay: float, share_of_bias: float) -> list[str]:
+def _warnings(result: Forecast, num_features: int, decay: float) -> list[str]:
     warnings, rate = [], result.learning_rate
     if result.num_pairs < _PAIRS_PER_FEATURE * num_features:
         warnings.append(

@@ -15,7 +15,7 @@ from stepwise_lightning.errors import UserError
 from stepwise_lightning.modes import attributes, variations
 from stepwise_lightning.modes.description import ModeDescription
 from stepwise_lightning.modes.directions import Modes
-from stepwise_lightning.modes.images import ALL_TOGETHER, MIN_IMAGES, RANDOM_VIEWS, choose_images, embed_views
+from stepwise_lightning.modes.images import ALL_TOGETHER, RANDOM_VIEWS, choose_images, embed_views
 from stepwise_lightning.modes.sensitivity import mean_gradients, occlusion_maps
 from stepwise_lightning.runs.saved import checkpoint_of, configuration_of
 from stepwise_lightning.spectrum.matrices import MATRICES
@@ -32,6 +32,7 @@ _ROUND_OFF = 1e-5  # of float32 embeddings, relative to their size
 _ON_SPHERE = ("normalized_covariance", "tangent_covariance")  # matrices of normalised embeddings
 
 
+@torch.no_grad()
 def describe_modes(
     run: str | Path,
     data: str | None = None,
@@ -64,8 +65,6 @@ def describe_modes(
             is not available.
 
     """
-    if num_images < MIN_IMAGES:
-        raise UserError(f"num_images must be at least {MIN_IMAGES}, got {num_images}")
     progress = progress or (lambda items, desc: items)
     checkpoint = checkpoint_of(run)
     encoder, settings = OnAccelerator(load_encoder(run), accelerator).eval(), input_settings(checkpoint)
@@ -74,8 +73,7 @@ def describe_modes(
     inputs, views = embed_views(encoder, readers, settings, progress, num_workers)
     first, second = (part.flatten(0, 1) for part in views[ALL_TOGETHER].split(RANDOM_VIEWS // 2, dim=1))
     all_modes = Modes.of([first, second], matrix)
-    with torch.no_grad():
-        embeddings = torch.cat([encoder(part) for part in inputs.split(64)])
+    embeddings = torch.cat([encoder(part) for part in inputs.split(64)])
     modes = _select(all_modes, num_learned, embeddings, run)
     coordinates = modes.coordinates(embeddings)
     scale = coordinates.std(0)

@@ -22,7 +22,7 @@ from stepwise_lightning.modes.variations import varied_views
 from stepwise_lightning.runs.saved import configuration_of
 from stepwise_lightning.trained import all_images
 
-__all__ = ["ALL_TOGETHER", "MIN_IMAGES", "RANDOM_VIEWS", "choose_images", "embed_views"]
+__all__ = ["ALL_TOGETHER", "RANDOM_VIEWS", "choose_images", "embed_views"]
 
 ALL_TOGETHER = "all together"
 MIN_IMAGES = 4
@@ -34,6 +34,8 @@ def choose_images(
     checkpoint: Path, data: str | None, root: str | None, num_images: int
 ) -> tuple[list[Callable[[], Any]], Tensor, list[str], list[str]]:
     """Return functions that read the chosen images, their labels, the class names, and the paths of the images."""
+    if num_images < MIN_IMAGES:
+        raise UserError(f"num_images must be at least {MIN_IMAGES}, got {num_images}")
     if data is None:
         settings = (configuration_of(checkpoint).get("data") or {}).get("init_args") or {}
         data = settings.get("data", "photos")

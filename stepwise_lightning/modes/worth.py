@@ -74,12 +74,8 @@ def mode_worth(
 
     """
     views = [views] if isinstance(views, Tensor) else list(views)
-    _check(views, labels, held_out)
-    if classifier not in get_args(Classifier) or not penalty > 0 or neighbours < 1:
-        raise UserError(
-            f"classifier must be one of {', '.join(get_args(Classifier))}, penalty > 0 and neighbours ≥ 1, got "
-            f"{classifier!r}, {penalty}, {neighbours}"
-        )
+    _check_data(views, labels, held_out)
+    _check_settings(classifier, penalty, neighbours)
     modes = Modes.of(views, matrix)
     device = modes.origin.device
     labels = labels.to(device)
@@ -137,7 +133,15 @@ def _neighbour_scores(x: Tensor, y: Tensor, inputs: Tensor, neighbours: int, que
     return torch.cat(scores)
 
 
-def _check(views: list[Tensor], labels: Tensor, held_out: tuple[Tensor, Tensor] | None) -> None:
+def _check_settings(classifier: str, penalty: float, neighbours: int) -> None:
+    if classifier not in get_args(Classifier) or not penalty > 0 or neighbours < 1:
+        raise UserError(
+            f"classifier must be one of {', '.join(get_args(Classifier))}, penalty > 0 and neighbours ≥ 1, got "
+            f"{classifier!r}, {penalty}, {neighbours}"
+        )
+
+
+def _check_data(views: list[Tensor], labels: Tensor, held_out: tuple[Tensor, Tensor] | None) -> None:
     pairs = [(view, labels) for view in views] + ([held_out] if held_out is not None else [])
     for view, targets in pairs:
         if view.ndim != 2 or targets.shape != view.shape[:1] or targets.is_floating_point():

@@ -104,13 +104,8 @@ class LastLayer:
         if self.driven_matrix not in TABLE:
             raise UserError(f"driven_matrix must be one of {', '.join(TABLE)}, got {driven_matrix!r}")
         self._features = h1, h2 = validated_features(h1, h2)
-        weight, bias = as_tensor(weight, "weight"), None if bias is None else as_tensor(bias, "bias")
         m = h1.shape[-1]
-        if weight.ndim != 2 or weight.shape[1] != m or (bias is not None and bias.shape != weight.shape[:1]):
-            raise UserError(
-                f"weight must be (d, m) with m = {m} features, and bias (d,) or None, got {tuple(weight.shape)}"
-                + (f" and {tuple(bias.shape)}" if bias is not None else "")
-            )
+        weight, bias = _validated_parameters(weight, bias, m)
         if num_components is not None and not 1 <= num_components <= m:
             raise UserError(f"num_components must lie between 1 and the {m} features, got {num_components}")
         self._has_bias = bias is not None
@@ -122,8 +117,6 @@ class LastLayer:
             total, kept = (float(x.var(0, correction=0).sum()) for x in (h, h @ self._basis))
             self.variance_left_out = max(1 - kept / total, 0.0) if total > 0 else 0.0
         self._weight0 = self._joined(weight, bias)
-        if not self._weight0.isfinite().all():
-            raise UserError("weight and bias must be finite, got NaN or infinite values: check the checkpoint")
         x1, x2 = self._inputs(h1), self._inputs(h2)
         in_turn = in_turn or not properties.uses_moments
         batches = zip(x1.split(1), x2.split(1), strict=True) if in_turn else [(x1, x2)]
@@ -226,6 +219,18 @@ class LastLayer:
         finite = matrices.isfinite().all(2).all(1)  # squares of finite weights may overflow
         eigenvalues = torch.linalg.eigvalsh(torch.where(finite[:, None, None], matrices, 0.0)).flip(1)
         return torch.where(finite[:, None], eigenvalues, math.inf)
+
+
+def _validated_parameters(weight: TensorLike, bias: TensorLike | None, m: int) -> tuple[Tensor, Tensor | None]:
+    weight, bias = as_tensor(weight, "weight"), None if bias is None else as_tensor(bias, "bias")
+    if weight.ndim != 2 or weight.shape[1] != m or (bias is not None and bias.shape != weight.shape[:1]):
+        raise UserError(
+            f"weight must be (d, m) with m = {m} features, and bias (d,) or None, got {tuple(weight.shape)}"
+            + (f" and {tuple(bias.shape)}" if bias is not None else "")
+        )
+    if not all(values.isfinite().all() for values in (weight, bias) if values is not None):
+        raise UserError("weight and bias must be finite, got NaN or infinite values: check the checkpoint")
+    return weight, bias
 
 
 def _validated_schedule(

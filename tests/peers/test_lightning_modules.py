@@ -149,7 +149,7 @@ def gan(package):
             z = torch.randn(imgs.shape[0], LATENT).type_as(imgs)
 
             self.toggle_optimizer(optimizer_g)
-            valid = torch.ones(imgs.size(0), 1).type_as(imgs)
+            valid, fake = torch.ones_like(imgs[:, 0, 0, :1]), torch.zeros_like(imgs[:, 0, 0, :1])
             g_loss = binary_cross_entropy(self.discriminator(self(z)), valid)
             self.log("g_loss", g_loss, prog_bar=True)
             self.manual_backward(g_loss)
@@ -159,7 +159,6 @@ def gan(package):
 
             self.toggle_optimizer(optimizer_d)
             real_loss = binary_cross_entropy(self.discriminator(imgs), valid)
-            fake = torch.zeros(imgs.size(0), 1).type_as(imgs)
             fake_loss = binary_cross_entropy(self.discriminator(self(z).detach()), fake)
             d_loss = (real_loss + fake_loss) / 2
             self.log("d_loss", d_loss, prog_bar=True)
