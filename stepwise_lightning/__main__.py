@@ -12,8 +12,6 @@ from stepwise_lightning.commands import COMMANDS
 from stepwise_lightning.commands.reporting import prepare_output
 from stepwise_lightning.errors import INTERRUPTED, one_line
 
-__all__ = ["main"]
-
 _HELP = """usage: stepwise COMMAND [options]
 
 Predict, train and monitor self-supervised models that learn their embeddings one dimension at a time.

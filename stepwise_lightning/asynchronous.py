@@ -5,8 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["CopyToCPU", "to_device"]
-
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     """Copy a tensor to a device; from the CPU to a CUDA device through pinned memory, without waiting."""

@@ -18,15 +18,6 @@ from torch import Tensor
 from stepwise_lightning.asynchronous import CopyToCPU
 from stepwise_lightning.errors import UserError
 
-__all__ = [
-    "DelayedAny",
-    "all_gather",
-    "all_gather_objects",
-    "all_gather_with_grad",
-    "backends",
-    "check_equal_shards",
-]
-
 
 def is_distributed() -> bool:
     """Return True if several ranks run in a process group."""

@@ -16,8 +16,6 @@ from stepwise_lightning.errors import UserError
 from stepwise_lightning.precision import without_autocast
 from stepwise_lightning.seeding import checked_seed, seeded_on_cpu
 
-__all__ = ["Encoder", "LinearEncoder", "MLP", "Projector", "ResNet", "scale_last_layer"]
-
 
 class LinearEncoder(nn.Module):
     """Linear model f(x) = W x on flattened inputs, without a bias.

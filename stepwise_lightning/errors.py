@@ -17,26 +17,6 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-__all__ = [
-    "EX_TEMPFAIL",
-    "INTERRUPTED",
-    "SHARED_MEMORY",
-    "STOP_SIGNALS",
-    "CannotReadError",
-    "CannotWriteError",
-    "DivergedError",
-    "LostProcessError",
-    "NotFoundError",
-    "UserError",
-    "cannot_write",
-    "condensed",
-    "full_disk",
-    "lost_process",
-    "one_line",
-    "optional_import",
-    "reason",
-]
-
 # Exit status of a run that a signal stopped after it saved a checkpoint: "temporary failure" in sysexits.h.
 EX_TEMPFAIL = 75
 # Ctrl-C, and the signals of schedulers; Windows has no SIGUSR1.

@@ -15,8 +15,6 @@ from typing import Any
 
 from stepwise_lightning.errors import UserError, cannot_write
 
-__all__ = ["atomic_write", "atomic_write_text", "local_path", "reserve"]
-
 # Errors of file systems that do not implement fsync, such as some versions of CIFS, VirtualBox and FUSE.
 _NO_FSYNC = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EBADF, errno.EPERM)
 # The scheme of an address, also of one that Path has normalised to s3:/bucket; a drive of Windows has one letter.

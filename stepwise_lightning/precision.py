@@ -14,22 +14,6 @@ from torch import Tensor
 
 from stepwise_lightning.errors import UserError
 
-__all__ = [
-    "TensorLike",
-    "as_float64",
-    "as_tensor",
-    "at_least_float32",
-    "check_finite",
-    "check_real",
-    "float64_device",
-    "float64_pair",
-    "in_full_precision",
-    "on_float64_device",
-    "single_threaded",
-    "without_autocast",
-    "without_tf32",
-]
-
 # Tensors, NumPy arrays, numbers, and nested lists of numbers.
 TensorLike = Tensor | ArrayLike
 

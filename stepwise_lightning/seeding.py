@@ -10,8 +10,6 @@ import torch
 
 from stepwise_lightning.errors import UserError
 
-__all__ = ["checked_seed", "hashed_seed", "isolated_rng", "seeded_on_cpu"]
-
 # Leaves room for seeds derived by adding a number.
 _MAX_GLOBAL_SEED = 2**62
 

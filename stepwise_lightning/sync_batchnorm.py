@@ -10,8 +10,6 @@ from torch.utils.hooks import RemovableHandle
 
 from stepwise_lightning.distributed import all_gather_with_grad, backends, is_distributed, local_rows
 
-__all__ = ["SyncBatchNorm"]
-
 
 class SyncBatchNorm(TorchSyncBatchNorm):
     """Batch normalisation over the global batch, also on CPUs: ``Trainer(plugins=[SyncBatchNorm()])``.

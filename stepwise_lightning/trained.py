@@ -28,8 +28,6 @@ from stepwise_lightning.runs.saved import (
     saved_checkpoint,
 )
 
-__all__ = ["embed_images", "image_features", "load_encoder", "torchvision_weights"]
-
 
 def load_encoder(run: str | Path) -> nn.Module:
     """Return the trained encoder of a run, on the CPU, in evaluation mode: ``load_encoder(folder)(images)``.

@@ -10,8 +10,6 @@ from torch import Tensor, nn
 
 from stepwise_lightning.errors import UserError
 
-__all__ = ["LOSS", "checked_loss", "named_terms", "saved_name"]
-
 LOSS = "loss"  # name of the only term of a loss that returns a scalar
 
 

@@ -8,8 +8,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, normalize
 
-__all__ = ["LinearProbe", "knn_scores"]
-
 
 class LinearProbe:
     """Linear classifier on features standardised with running statistics, and its Adam optimiser.

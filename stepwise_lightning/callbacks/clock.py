@@ -9,8 +9,6 @@ import lightning as L
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
-__all__ = ["Clock", "expected_end"]
-
 
 class Clock:
     """Sum of the learning rates of an optimiser's steps; exactly rate × steps while the rate is constant.

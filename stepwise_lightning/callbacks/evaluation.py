@@ -15,8 +15,6 @@ from stepwise_lightning.distributed import all_gather
 from stepwise_lightning.errors import UserError
 from stepwise_lightning.features import capture, check_watched
 
-__all__ = ["Evaluation"]
-
 
 class Evaluation(L.Callback):
     """Accuracy on labelled validation and test batches (x, label). A subclass defines ``_scores(features)``.

@@ -15,8 +15,6 @@ from stepwise_lightning.features import loss_in
 from stepwise_lightning.spectrum.measures import measure
 from stepwise_lightning.spectrum.record import Spectrum, SpectrumRecord
 
-__all__ = ["StepLoss", "check_finite", "publish_measures", "spectra_of"]
-
 
 def spectra_of(captured: dict[str, list[Tensor]], matrices: Sequence[str], center: bool) -> dict[str, Spectrum]:
     """Return the spectra of captured outputs by matrix; C is measured if there are two views."""

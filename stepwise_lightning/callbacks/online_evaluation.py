@@ -20,8 +20,6 @@ from stepwise_lightning.callbacks.evaluation import Evaluation
 from stepwise_lightning.distributed import all_gather
 from stepwise_lightning.errors import UserError
 
-__all__ = ["OnlineKNN", "OnlineLinearProbe"]
-
 # Submodule of the encoders of this package whose output is the hidden representation.
 REPRESENTATION = "encoder.backbone"
 

@@ -22,8 +22,6 @@ from stepwise_lightning.runs.folders import free_name
 from stepwise_lightning.runs.loggers import logger_kind
 from stepwise_lightning.spectrum.record import Measurement, SpectrumRecord
 
-__all__ = ["COLUMNS", "Row", "RunFiles", "SpectrumTable", "rows", "write_steps"]
-
 COLUMNS = ("step", "time", "matrix", "quantity", "mode", "value")
 Row = tuple[int, float, str, str, int | str, float]
 # Figures are redrawn during training after 500 times the seconds that the last drawing took.

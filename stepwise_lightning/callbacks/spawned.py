@@ -14,8 +14,6 @@ from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcess
 from stepwise_lightning.runs.folders import folder_of_run, set_spawned_folder
 from stepwise_lightning.spectrum.record import SpectrumRecord
 
-__all__ = ["return_results"]
-
 _KEY = "stepwise_lightning"
 
 

@@ -16,8 +16,6 @@ from stepwise_lightning.callbacks.spectrum_logger import SpectrumLogger
 from stepwise_lightning.errors import UserError
 from stepwise_lightning.features import has_forward
 
-__all__ = ["OPTIONS", "adapted", "as_configurations", "merged"]
-
 # prefixes of options such as --spectrum.num_points
 OPTIONS = {
     "spectrum": "stepwise_lightning.SpectrumLogger",

@@ -16,8 +16,6 @@ from stepwise_lightning.commands.options import options_of_classes, short_help
 from stepwise_lightning.commands.reporting import is_first_report
 from stepwise_lightning.errors import UserError, condensed
 
-__all__ = ["EXAMPLES", "CLIParser", "parse"]
-
 EXAMPLES = {
     "model": "BarlowTwins, SimCLR, SpectralContrastive, VICReg",
     "encoder": "stepwise_lightning.encoders.Encoder, ….LinearEncoder, ….MLP, ….ResNet",

@@ -6,8 +6,6 @@ from pathlib import Path
 
 from stepwise_lightning.errors import NotFoundError
 
-__all__ = ["names", "with_files"]
-
 _FOLDER = Path(__file__).parent.parent / "configs"
 
 

@@ -12,8 +12,6 @@ if TYPE_CHECKING:
     from stepwise_lightning.forecasts.diagnosis import Diagnosis
     from stepwise_lightning.theory.plateaus import Plateau
 
-__all__ = ["main"]
-
 _MAX_LINES = 8
 _OPTIONS = ("loss", "num_pairs", "dim", "num_prototypes", "temperature", "scale")  # not in --settings
 _EXAMPLE = (

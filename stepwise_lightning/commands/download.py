@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from stepwise_lightning.commands.parser import Parser
 
-__all__ = ["main"]
-
 
 def main(arguments: list[str]) -> None:
     """Download a data set unless an intact copy exists."""

@@ -7,8 +7,6 @@ from pathlib import Path
 
 from stepwise_lightning.commands.parser import Parser, add_device_options
 
-__all__ = ["main"]
-
 
 def main(arguments: list[str]) -> None:
     """Write the embeddings of images under the trained encoder of a run."""

@@ -7,8 +7,6 @@ from typing import Any
 
 from stepwise_lightning.commands.parser import Parser
 
-__all__ = ["main"]
-
 
 def main(arguments: list[str]) -> None:
     """Write the ResNet of a run as a state dictionary for torchvision, with a model card beside safetensors."""

@@ -20,8 +20,6 @@ from stepwise_lightning.losses import LOSSES
 from stepwise_lightning.modules import JointEmbedding
 from stepwise_lightning.runs.saved import saved_checkpoint
 
-__all__ = ["ForecastingTrainer", "configure_for_forecast"]
-
 
 class ForecastingTrainer(L.Trainer):
     """Lightning's Trainer with the method ``forecast``."""

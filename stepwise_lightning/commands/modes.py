@@ -7,8 +7,6 @@ from pathlib import Path
 
 from stepwise_lightning.commands.parser import Parser, add_device_options
 
-__all__ = ["main"]
-
 
 def main(arguments: list[str]) -> None:
     """Write a description of the learned modes of a run."""

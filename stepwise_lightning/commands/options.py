@@ -20,8 +20,6 @@ from stepwise_lightning.modules import BarlowTwins, JointEmbedding, SimCLR, Spec
 from stepwise_lightning.modules.acceleration import AcceleratedBarlowTwins
 from stepwise_lightning.runs import LastCheckpoint
 
-__all__ = ["options_of_classes", "short_help"]
-
 _MODEL, _ENCODER, _DATA = "model", "model.encoder", "data"
 _PLACES: list[tuple[str, str, type, tuple[Any, ...]]] = [  # heading, option, class, others that document its arguments
     ("Every model (loss, driven_matrix: JointEmbedding only)", _MODEL, JointEmbedding, ()),

@@ -5,8 +5,6 @@ from __future__ import annotations
 import argparse
 from typing import NoReturn
 
-__all__ = ["Parser", "add_device_options"]
-
 
 class Parser(argparse.ArgumentParser):
     """Parser of the command ``stepwise <command>``."""

@@ -6,8 +6,6 @@ from pathlib import Path
 
 from stepwise_lightning.commands.parser import Parser
 
-__all__ = ["main"]
-
 _ENDINGS = (".png", ".pdf", ".svg")
 
 

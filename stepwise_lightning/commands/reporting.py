@@ -10,8 +10,6 @@ from pathlib import Path
 
 from stepwise_lightning.files import reserve
 
-__all__ = ["is_first_report", "prepare_output"]
-
 _launched = False  # whether another program has started this process as one of several
 
 

@@ -10,8 +10,6 @@ from stepwise_lightning.commands.parser import Parser
 if TYPE_CHECKING:
     from stepwise_lightning.spectrum.record import SpectrumRecord
 
-__all__ = ["main", "table"]
-
 COLUMNS = ("run", "matrix", "distinct steps", "modes learned", "stepwiseness", "first step", "last step", "rank")
 
 

@@ -11,8 +11,6 @@ from torch.nn.parameter import is_lazy
 
 from stepwise_lightning.precision import single_threaded
 
-__all__ = ["threads_of_run"]
-
 # For the shipped networks of 12 to 90 thousand parameters a second thread gains little, and on a busy machine it costs
 # many times the processor time of the step.
 _SMALL = 1_000_000

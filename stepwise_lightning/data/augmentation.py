@@ -6,8 +6,6 @@ from dataclasses import dataclass
 
 from stepwise_lightning.errors import UserError
 
-__all__ = ["AugmentationParameters"]
-
 
 @dataclass(frozen=True)
 class AugmentationParameters:

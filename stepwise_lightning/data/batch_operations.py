@@ -19,8 +19,6 @@ from torch.nn.functional import embedding_bag
 
 from stepwise_lightning.asynchronous import to_device
 
-__all__ = ["Jitters", "Taps", "blur", "grayscale", "jitter", "resized_crops", "resized_regions", "solarize"]
-
 _GRAY = (0.2989, 0.587, 0.114)  # torchvision's weights of red, green and blue
 _MAX_HUE = 1 / 2
 _MAX_SIGMA = 2.0  # the boxes of the blur then reach two pixels

@@ -22,8 +22,6 @@ from stepwise_lightning.seeding import hashed_seed
 if TYPE_CHECKING:  # importing this package needs only torch and lightning
     from PIL import Image
 
-__all__ = ["PROBE_EPOCH", "BatchTwoViews", "BatchViews", "ReadBatch", "crop_boxes"]
-
 _TRIES = 10  # of torchvision's RandomResizedCrop, before it falls back to the largest central crop
 _MAX_FLOATS = 3 * 2**17  # per chunk on a CPU: fits into its cache with a few copies
 _MAX_FLOATS_ON_GPU = 2**26  # of regions padded to one size

@@ -10,8 +10,6 @@ from torch import Tensor
 
 from stepwise_lightning.seeding import hashed_seed
 
-__all__ = ["uniform"]
-
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)  # 2⁶⁴ over the golden ratio: the increment of SplitMix64
 
 

@@ -25,8 +25,6 @@ from stepwise_lightning.seeding import isolated_rng
 if TYPE_CHECKING:  # importing this package needs only torch and lightning
     from PIL import Image
 
-__all__ = ["ImageStream", "OwnImages", "any_image_set", "imported_data"]
-
 _DOTTED_PATH = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)+")
 _KEYS = ("image", "img")
 

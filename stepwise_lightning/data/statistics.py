@@ -15,8 +15,6 @@ from stepwise_lightning.errors import UserError
 if TYPE_CHECKING:  # importing this package needs only torch and lightning
     from PIL import Image
 
-__all__ = ["NUM_FOR_STATISTICS", "channel_statistics", "level_statistics", "picture_levels"]
-
 NUM_FOR_STATISTICS = 1000  # images read for the statistics of a set that is not held in memory
 
 

@@ -9,8 +9,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["JoinedImages", "load_stl10"]
-
 
 class JoinedImages:
     """Several uint8 tensors of images, indexed as one without copying them.

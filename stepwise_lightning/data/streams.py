@@ -17,8 +17,6 @@ from stepwise_lightning.data.own_images import ImageStream
 from stepwise_lightning.errors import UserError
 from stepwise_lightning.seeding import hashed_seed
 
-__all__ = ["StreamTwoViews"]
-
 
 class StreamTwoViews(Dataset[ReadBatch | None]):
     """Batches of a stream, indexed by (epoch, number of the batch); None after the last one.

@@ -15,10 +15,6 @@ from lightning.pytorch.loggers.logger import DummyLogger
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-__all__ = [
-    "COMPILED", "batch_statistics", "evaluation", "is_compiled", "precision_plugin", "restored_state", "without_logging"
-]  # fmt: skip
-
 COMPILED = "_orig_mod"  # attribute of a compiled module that holds the original
 _MODULE_ATTRIBUTES = frozenset(vars(nn.Module()))  # parameters, hooks and modes, which are handled separately
 

@@ -16,8 +16,6 @@ from stepwise_lightning.spectrum.record import SpectrumRecord
 from stepwise_lightning.theory.loss_derivatives import PairLoss
 from stepwise_lightning.theory.loss_signature import loss_properties
 
-__all__ = ["Forecast", "correct_for_feature_learning", "crossings"]
-
 T = TypeVar("T")
 # Typical relative errors of the step of the first mode and of later modes, before training; NaN: not reliable;
 # None, or a loss that is not listed: not measured.

@@ -18,8 +18,6 @@ from stepwise_lightning.precision import float64_pair, single_threaded
 from stepwise_lightning.theory.last_layer import LastLayer
 from stepwise_lightning.theory.stability import stability_limits
 
-__all__ = ["StableRates", "stable_rates"]
-
 # Networks with feature learning diverge at lower rates than frozen features.
 _FEATURE_LEARNING = 0.5
 # Shares of the safe rate, and drives, at which the shipped configurations of small networks train well.

@@ -21,8 +21,6 @@ from stepwise_lightning.precision import as_float64
 from stepwise_lightning.theory.loss_derivatives import PairLoss
 from stepwise_lightning.theory.loss_signature import checked_settings, loss_properties
 
-__all__ = ["SGDSettings", "batched_features", "last_features", "last_layer", "loss_of", "velocity_of"]
-
 
 @dataclass(frozen=True)
 class SGDSettings:

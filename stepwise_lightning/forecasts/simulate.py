@@ -25,8 +25,6 @@ from stepwise_lightning.theory.linear_flow import growth_modes, start_signature
 from stepwise_lightning.theory.loss_derivatives import PairLoss, is_scale_invariant
 from stepwise_lightning.theory.loss_signature import loss_properties
 
-__all__ = ["NUM_PAIRS", "forecast", "forecast_of_features", "unseen_batches"]
-
 NUM_PAIRS = 4096
 _NUM_POINTS = 200  # as for SpectrumLogger
 # Wider features are projected: a step of Barlow Twins takes O(d m²).

@@ -7,8 +7,6 @@ from torch import Tensor
 
 from stepwise_lightning.precision import as_float64, float64_pair
 
-__all__ = ["ATTRIBUTES", "class_share", "correlations", "explained_share", "image_attributes"]
-
 _GRAY = (0.2989, 0.587, 0.114)  # weights of red, green and blue, as in torchvision
 _FINE = 0.125  # cycles per pixel, a quarter of the Nyquist frequency
 _CONSTANT = 1e-6  # smaller differences between images are round-off

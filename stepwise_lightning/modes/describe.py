@@ -22,8 +22,6 @@ from stepwise_lightning.spectrum.matrices import MATRICES
 from stepwise_lightning.spectrum.record import SpectrumRecord
 from stepwise_lightning.trained import OnAccelerator, input_settings, load_encoder
 
-__all__ = ["describe_modes"]
-
 NUM_IMAGES = 256
 _NUM_SHOWN = 6  # images at each end and in the middle of a mode
 _NUM_MAPS = 3  # images at each end with an occlusion map

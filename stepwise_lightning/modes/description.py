@@ -20,8 +20,6 @@ from stepwise_lightning.modes.directions import Modes
 from stepwise_lightning.modes.variations import parameter_ranges
 from stepwise_lightning.spectrum.matrices import phrase
 
-__all__ = ["ModeDescription"]
-
 _MAX_SIDE = 96  # of the images in the page, in pixels
 _MAX_CLASSES = 6  # at each end of the class bars
 _COLOURS = {"positive": "0,114,178", "negative": "213,94,0", "share": "0,158,115"}  # of Okabe and Ito

@@ -12,8 +12,6 @@ from stepwise_lightning.errors import UserError
 from stepwise_lightning.precision import as_float64
 from stepwise_lightning.spectrum.matrices import MATRICES, TABLE, mean_direction
 
-__all__ = ["Modes"]
-
 _MIN_SHARE = 1e-12  # of the largest eigenvalue; smaller eigenvalues of float32 embeddings are round-off
 
 

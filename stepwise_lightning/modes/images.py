@@ -22,8 +22,6 @@ from stepwise_lightning.modes.variations import varied_views
 from stepwise_lightning.runs.saved import configuration_of
 from stepwise_lightning.trained import all_images
 
-__all__ = ["ALL_TOGETHER", "RANDOM_VIEWS", "choose_images", "embed_views"]
-
 ALL_TOGETHER = "all together"
 MIN_IMAGES = 4
 RANDOM_VIEWS = 4

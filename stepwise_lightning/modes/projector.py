@@ -10,8 +10,6 @@ from torch.nn.functional import interpolate
 from stepwise_lightning.modes.attributes import image_attributes
 from stepwise_lightning.modes.description import ModeDescription
 
-__all__ = ["write_projector"]
-
 _MAX_SPRITE = 8192  # side in pixels that browsers accept
 _MAX_SIDE = 64
 _SEPARATORS = str.maketrans("\t\r\n", "   ")

@@ -10,8 +10,6 @@ from torch import Tensor, nn
 
 from stepwise_lightning.modes.directions import Modes
 
-__all__ = ["mean_gradients", "occlusion_maps"]
-
 _BATCH = 64
 
 

@@ -10,8 +10,6 @@ from torch import Tensor
 from stepwise_lightning.data import batch_operations as operations
 from stepwise_lightning.data.augmentation import AugmentationParameters
 
-__all__ = ["intraclass_correlation", "invariance", "parameter_ranges", "varied_views"]
-
 _GRID = 4  # levels of the position and size of a crop
 _LEVELS = 3  # of the other parameters, at the middles of the thirds of their range
 

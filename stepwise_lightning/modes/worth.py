@@ -13,8 +13,6 @@ from stepwise_lightning.errors import UserError
 from stepwise_lightning.modes.directions import Modes
 from stepwise_lightning.precision import as_float64
 
-__all__ = ["mode_worth"]
-
 Classifier = Literal["ridge", "knn"]
 _MAX_DISTANCES = 2**24  # in memory at a time, 128 MB
 

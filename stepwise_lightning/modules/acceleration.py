@@ -45,8 +45,6 @@ from stepwise_lightning.errors import UserError
 from stepwise_lightning.modules.shipped import BarlowTwins
 from stepwise_lightning.precision import as_float64, in_full_precision
 
-__all__ = ["AcceleratedBarlowTwins", "Acceleration", "gate", "lyapunov", "record_last_inputs", "with_gradient"]
-
 Acceleration = Literal["gate", "lyapunov"]
 _GATE_FLOOR = 1e-2  # ε
 _LYAPUNOV_FLOOR = 1e-3  # φ

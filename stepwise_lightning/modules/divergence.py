@@ -13,8 +13,6 @@ from torch.distributed.tensor import DTensor
 from stepwise_lightning.asynchronous import CopyToCPU
 from stepwise_lightning.errors import DivergedError
 
-__all__ = ["LossCheck", "check_weights"]
-
 _REMEDY = "add an eps under its roots and in its denominators, or start from larger weights or with a bias"
 
 

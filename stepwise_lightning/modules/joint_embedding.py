@@ -22,8 +22,6 @@ from stepwise_lightning.seeding import hashed_seed, isolated_rng
 from stepwise_lightning.spectrum.matrices import MATRICES
 from stepwise_lightning.user_loss import LOSS, checked_loss, named_terms, saved_name
 
-__all__ = ["JointEmbedding", "check_not_negative", "rate_factor"]
-
 
 class JointEmbedding(L.LightningModule):
     """Train an encoder with any loss of two views: ``loss(z1, z2)``, or ``loss_terms(z1, z2)`` of a subclass.

@@ -12,8 +12,6 @@ from stepwise_lightning.errors import UserError
 from stepwise_lightning.losses import LOSSES
 from stepwise_lightning.modules.joint_embedding import JointEmbedding, check_not_negative
 
-__all__ = ["BarlowTwins", "JointEmbedding", "SimCLR", "SpectralContrastive", "VICReg"]
-
 
 class _NamedLoss(JointEmbedding):
     """Base class of the shipped losses, without the arguments ``loss`` and ``driven_matrix``."""

@@ -9,8 +9,6 @@ from stepwise_lightning.plots.figures import Figure
 from stepwise_lightning.plots.panels import mode_colours
 from stepwise_lightning.spectrum.matrices import phrase
 
-__all__ = ["forecast_figure"]
-
 
 def forecast_figure(forecast: Forecast) -> Figure:
     """Draw the forecast eigenvalues against optimiser steps, with dotted step times.

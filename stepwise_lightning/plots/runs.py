@@ -12,8 +12,6 @@ from stepwise_lightning.plots.panels import Panel, draw_panel, first_rise
 from stepwise_lightning.plots.trajectories import trajectories_figure
 from stepwise_lightning.spectrum.record import SpectrumRecord
 
-__all__ = ["overlay_figure", "run_figure"]
-
 # The colours of Okabe and Ito, which colour-blind readers can distinguish, without yellow.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 

@@ -13,8 +13,6 @@ from lightning.pytorch.utilities import rank_zero_info
 from stepwise_lightning.runs.folders import CHECKPOINTS, WITHOUT_LOGGER, newest_checkpoint_in, version_number
 from stepwise_lightning.runs.loggers import folder_of
 
-__all__ = ["search_for_last"]
-
 
 def search_for_last(kind: type) -> None:
     """Let ``ckpt_path="last"`` of a Trainer with a callback of this class find the callback's newest checkpoint.

@@ -32,8 +32,6 @@ from stepwise_lightning.runs.folders import (
 )
 from stepwise_lightning.runs.loggers import logger_kind
 
-__all__ = ["newest_checkpoint", "pointer_file", "resume_latest", "write_pointer"]
-
 _TENSORBOARD = "lightning.pytorch.loggers.TensorBoardLogger"
 _OLD_VERSIONS = "loggers.json"  # versions of several loggers, in the checkpoints folder of runs without a pointer file
 

@@ -8,8 +8,6 @@ from typing import Any
 
 import lightning as L
 
-__all__ = ["folder_of", "logger_kind", "tag_start", "tensorboard_writer", "tensorboard_writers"]
-
 _KINDS = ("TensorBoardLogger", "CSVLogger", "WandbLogger", "MLFlowLogger")
 
 

@@ -6,8 +6,6 @@ import re
 
 from lightning.pytorch.utilities import rank_zero_info
 
-__all__ = ["with_current_classes"]
-
 # module of a class before -> now; classes exported by stepwise_lightning have kept their paths
 _MOVED = {
     "stepwise_lightning.acceleration": "stepwise_lightning.modules.acceleration",

@@ -15,16 +15,6 @@ from stepwise_lightning.runs.folders import CHECKPOINTS, checkpoints_in
 from stepwise_lightning.runs.moved_classes import with_current_classes
 from stepwise_lightning.seeding import checked_seed, isolated_rng
 
-__all__ = [
-    "checkpoint_of",
-    "configuration_of",
-    "configured_encoder",
-    "configured_loss",
-    "instantiate",
-    "load_weights",
-    "saved_checkpoint",
-]
-
 _PREFIX = "encoder."
 
 

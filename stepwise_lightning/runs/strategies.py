@@ -9,8 +9,6 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from stepwise_lightning.errors import UserError
 
-__all__ = ["check_strategy"]
-
 
 def check_strategy(trainer: L.Trainer, saves: bool = False) -> None:
     """Raise a UserError for a strategy under which a module cannot be measured, or with ``saves``, be saved in a file.

@@ -12,8 +12,6 @@ from dataclasses import dataclass
 from torch import Tensor
 from torch.nn.functional import normalize
 
-__all__ = ["MATRICES", "TABLE", "Matrix", "axis_label", "mean_direction", "phrase", "tag_prefix"]
-
 
 @dataclass(frozen=True)
 class Matrix:

@@ -18,8 +18,6 @@ from stepwise_lightning.files import atomic_write
 from stepwise_lightning.spectrum import exchange
 from stepwise_lightning.spectrum.steps import Steps, detect_steps, num_grown
 
-__all__ = ["Measurement", "Spectrum", "SpectrumRecord"]
-
 _PREDICTED = "cross_correlation/predicted"
 _RENAMED = {"num_learned": "num_grown"}  # measures of version 0.1
 

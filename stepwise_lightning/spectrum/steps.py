@@ -18,8 +18,6 @@ from torch import Tensor
 from stepwise_lightning.errors import UserError
 from stepwise_lightning.precision import as_float64
 
-__all__ = ["Rises", "Steps", "crossing_times", "detect_rises", "detect_steps", "num_crossed", "num_grown"]
-
 
 class Steps(NamedTuple):
     """Result of :func:`detect_steps`, in the unit of the input times. ``docs/glossary.md`` defines the terms."""

@@ -23,8 +23,6 @@ from torch import Tensor
 from stepwise_lightning.distributed import backends
 from stepwise_lightning.errors import UserError, lost_process, reason
 
-__all__ = ["KernelProcessGroup", "one_process", "process_group"]
-
 Result = TypeVar("Result")
 _REMEDY = (
     "call it on all ranks with the same arguments, or on some ranks in `with one_process():` "
