@@ -50,15 +50,9 @@ class Taps(NamedTuple):
     ) -> Taps:
         """Return the taps of crops resized with the antialiased triangle filter of Pillow and torchvision.
 
-        Args:
-            start: first line of each crop, int64, (n,).
-            length: number of lines of each crop, int64, (n,).
-            extent: number of lines of the images: equal for all, or float64, (n,). It determines the number of taps,
-                and with it the rounding of the weights.
-            size: number of lines of the output.
-            flip: bool, (n,), True to reverse the lines; None for no flips.
-            factor: multiplies all weights.
-
+        ``start`` and ``length``, int64, (n,), are the lines of each crop, ``extent`` the lines of the images: equal for
+        all, or float64, (n,). It determines the number of taps, and with it the rounding of the weights. ``flip``,
+        bool, (n,), reverses the ``size`` lines of the output, and ``factor`` multiplies all weights.
         """
         flip = torch.zeros(len(start), dtype=torch.bool) if flip is None else flip
         if isinstance(extent, int):
@@ -119,12 +113,7 @@ def resized_crops(images: Tensor, rows: Taps, columns: Taps) -> Tensor:
 def resized_regions(regions: Sequence[Tensor], rows: Taps, columns: Taps, max_floats: int) -> Tensor:
     """Resize regions of different sizes, uint8, (3, h, w) each, to planes, as :func:`resized_crops` does for one size.
 
-    Args:
-        regions: the crops of the images, on one device.
-        rows: taps of the rows of each region.
-        columns: taps of its columns.
-        max_floats: regions are padded to one size in groups of at most this many values, and at least one region.
-
+    They are padded to one size in groups of at most ``max_floats`` values, and at least one region.
     """
     heights, widths = ([region.shape[axis] for region in regions] for axis in (1, 2))
     num_rows, num_columns = rows.counts(), columns.counts()
@@ -165,11 +154,8 @@ class Jitters(NamedTuple):
     def of(cls, factors: Tensor, hue: Tensor, order: Tensor) -> Self:
         """Return the coefficients for the parameters of torchvision's ColorJitter.
 
-        Args:
-            factors: of brightness, contrast and saturation, float64, (n, 3).
-            hue: shift as a share of the circle, |hue| ≤ 1/2, float64, (n,).
-            order: permutation of BRIGHTNESS, CONTRAST, SATURATION, HUE, int64, (n, 4); rows sorted by the turn of HUE.
-
+        ``factors`` are of brightness, contrast and saturation, float64, (n, 3), ``hue`` is a share of the circle, (n,),
+        and ``order`` a permutation of BRIGHTNESS, …, HUE, int64, (n, 4), with rows sorted by the turn of HUE.
         """
         hue_turn = (order == HUE).long().argmax(1)
         assert (hue.abs() <= _MAX_HUE).all()

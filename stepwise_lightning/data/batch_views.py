@@ -39,19 +39,9 @@ class BatchViews:
     A view is bitwise independent of the other images in the batch and their sizes, of how a batch is divided, and of
     the number of threads.
 
-    Args:
-        augmentation: name of :class:`.AugmentationParameters`.
-        image_size: side of the views in pixels.
-        mean: channel means in [0, 1].
-        std: channel standard deviations in [0, 1].
-        seed: seed of the views.
-
     Attributes:
         min_side: shorter side in pixels at which no crop is smaller than a view. Files at least twice as large are
             reduced when they are decoded, except images small enough to be held in memory.
-
-    Raises:
-        ValueError: unknown augmentation.
 
     """
 
@@ -67,17 +57,9 @@ class BatchViews:
     def __call__(
         self, images: Tensor | Sequence[Tensor], epochs: Sequence[int] | Tensor, indices: Sequence[int] | Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Return two views of each image.
+        """Return normalised views x1, x2, float32, (n, 3, image_size, image_size) each, on the device of ``images``.
 
-        Args:
-            images: uint8, (n, 3, h, w), or n images (3, h, w) of different sizes, on the CPU or a CUDA device, which
-                computes the views.
-            epochs: epoch of each image.
-            indices: index of each image in its data set.
-
-        Returns:
-            Normalised views x1, x2, float32, (n, 3, image_size, image_size) each, on the device of ``images``.
-
+        Images are uint8, (n, 3, h, w), or n images (3, h, w) of different sizes, on the CPU or a CUDA device.
         """
         numbers = [uniform(self.seed, epochs, indices, view, _Draws.COUNT) for view in (1, 2)]
         draws = _Draws(torch.cat(numbers), self.parameters)
@@ -185,14 +167,9 @@ def crop_boxes(
 ) -> tuple[Tensor, ...]:
     """Return top, left, height and width of the crops of torchvision's RandomResizedCrop, int64, (n,) each.
 
-    The first of ten random pairs of area and log-ratio that fits the image is used.
-
-    Args:
-        tries: ten uniform numbers for the area, then ten for the ratio, (n, 20).
-        place: uniform numbers for the vertical and horizontal position, (n, 2).
-        parameters: of the augmentation.
-        image_shapes: height and width of all images, (2,), or of each image, (n, 2).
-
+    The first of ten random pairs of area and log-ratio that fits the image is used. ``tries`` has ten uniform numbers
+    for the area, then ten for the ratio, (n, 20), ``place`` those of the vertical and horizontal position, (n, 2).
+    ``image_shapes`` are height and width of all images, (2,), or of each image, (n, 2).
     """
     shapes = torch.as_tensor(image_shapes, dtype=torch.float64)
     image_height, image_width = shapes[..., 0], shapes[..., 1]
@@ -236,7 +213,7 @@ class ReadBatch(NamedTuple):
     def of(
         cls, pictures: Sequence[Image.Image], labels: Sequence[int], epochs: Sequence[int], indices: Sequence[int]
     ) -> ReadBatch:
-        """Return the batch of some images."""
+        """Return a batch of images of any sizes."""
         pixels = bytearray().join(picture.tobytes("raw", "RGB;L") for picture in pictures)
         shapes = torch.tensor([(picture.height, picture.width) for picture in pictures])
         numbers = (torch.tensor(values) for values in (epochs, indices, labels))
@@ -255,15 +232,8 @@ class ReadBatch(NamedTuple):
 class BatchTwoViews(Dataset[Any]):
     """Images of a set read per batch, indexed by (epoch, index), and their views.
 
-    ``views_of(dataset.__getitems__(keys))`` is a batch (x1, x2, labels): x1, x2, float32,
-    (n, 3, image_size, image_size), and labels, (n,), all on ``device``. Data workers read images; they also compute the
-    views if ``device`` is the CPU.
-
-    Args:
-        images: set of images.
-        views: generator of the views.
-        device: device that computes the views; the uint8 images are copied to it batch by batch.
-
+    ``views_of(dataset.__getitems__(keys))`` is a batch (x1, x2, labels), computed on ``device``, to which the uint8
+    images are copied batch by batch. Data workers read images; they also compute the views if it is the CPU.
     """
 
     def __init__(self, images: ImageSet, views: BatchViews, device: torch.device | str = "cpu") -> None:

@@ -20,14 +20,6 @@ def uniform(
 
     Number k of a sample is a function of (seed, view, epoch, index, k): the output function of SplitMix64 (Steele, Lea,
     Flood, *Fast Splittable Pseudorandom Number Generators*, OOPSLA 2014), applied once for each part of the key.
-
-    Args:
-        seed: seed.
-        epochs: epoch of each sample, possibly negative.
-        indices: index of each sample.
-        view: number of the view.
-        count: numbers per sample.
-
     """
     state = np.full(len(epochs), np.uint64(hashed_seed(seed, view)))
     for key in (epochs, indices):

@@ -81,11 +81,6 @@ def list_images(folder: Path) -> Listing:
     Image files have an ending that Pillow reads. Hidden and system files and folders are ignored. Symbolic links are
     followed, as in torchvision, but each folder is read once and under its own name, which ends loops and prevents
     duplicates. A broken link is returned, and raises when it is read.
-
-    Raises:
-        ValueError: no image files.
-        CannotReadError: a folder is not readable (also an OSError).
-
     """
     identities: dict[str, tuple[int, int]] = {}
     left_out: Counter[str] = Counter()
@@ -114,13 +109,8 @@ def list_images(folder: Path) -> Listing:
 def split_folder(folder: Path) -> tuple[dict[str, Split], Counter[str]]:
     """Return the splits ``train``, ``val`` and ``test``, and the number of ignored files by reason.
 
-    A single ``val`` or ``test`` serves as both. A folder without split folders, or with ``train/``
-    alone, is split by file: every tenth is held out.
-
-    Raises:
-        ValueError: no images or too few; ambiguous folders; an image in two splits.
-        CannotReadError: a folder is not readable.
-
+    A single ``val`` or ``test`` serves as both. A folder without split folders, or with ``train/`` alone, is split by
+    file: every tenth is held out.
     """
     if splits := _split_folders(folder):
         return _split_by_folder(folder, splits)

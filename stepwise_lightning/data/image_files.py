@@ -57,14 +57,8 @@ def read_image(path: str | Path, maxima: list[int] | None = None, min_side: int 
 def rgb_image(image: Any, min_side: int = 0) -> Image.Image:
     """Return an image of any kind as RGB, 8 bits per channel; see :func:`read_image` for the conversion.
 
-    Args:
-        image: PIL image; uint8 or uint16 tensor (c, h, w) or NumPy array (h, w, c) with 1 to 4 channels or without that
-            axis; path of a file; or the content of a file as ``bytes``.
-        min_side: size to which files are reduced, see :func:`read_image`.
-
-    Raises:
-        ValueError: not an image, or pixels whose range is unknown.
-
+    It is a PIL image; a uint8 or uint16 tensor (c, h, w) or NumPy array (h, w, c) with 1 to 4 channels or without that
+    axis; the path of a file; or the content of a file as ``bytes``.
     """
     import numpy as np
     from PIL import Image
@@ -126,9 +120,7 @@ def _eight_bit_array(image: Tensor | np.ndarray) -> np.ndarray:
 def read_images(paths: list[str], maxima: list[int] | None = None) -> Iterator[Tensor]:
     """Yield each image as uint8 (3, h, w), with a progress bar; ``maxima`` as in :func:`read_image`.
 
-    Raises:
-        ValueError: at the end, if files could not be read. The error counts them and names the first three.
-
+    Unreadable files are counted, and raise one ValueError at the end.
     """
     from tqdm import tqdm
 

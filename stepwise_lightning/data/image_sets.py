@@ -62,13 +62,9 @@ class ImageSet:
         return self.sample(index)[0]
 
     def sample(self, index: int, seed: int = 0, min_side: int = 0) -> tuple[Image.Image, int]:
-        """Return one image as RGB, and its label.
+        """Return one image as RGB, and its label; ``seed`` is of random transforms of a data set.
 
-        Args:
-            index: of the image.
-            seed: of random transforms of a data set.
-            min_side: size to which files are reduced, see :func:`stepwise_lightning.data.image_files.read_image`.
-
+        Files are reduced to ``min_side``, see :func:`stepwise_lightning.data.image_files.read_image`.
         """
         image = self.images[index] if isinstance(self.images, list) else self.images[torch.tensor([index])][0]
         return rgb_image(image, min_side), int(self.labels[index])

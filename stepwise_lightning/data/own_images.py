@@ -63,7 +63,7 @@ class OwnImages(ImageSet):
         return len(self.images)
 
     def sample(self, index: int, seed: int = 0, min_side: int = 0) -> tuple[Image.Image, int]:
-        """Return one image as RGB and its label; ``seed`` seeds torch's global generator for the data set."""
+        """Return one image as RGB and its label; ``seed`` seeds torch's global generator."""
         image, label = self._sample(index, seed)
         return rgb_image(image, min_side), label
 
@@ -88,11 +88,9 @@ class OwnImages(ImageSet):
 
 
 class ImageStream(ImageSet):
-    """Training images of an iterable of (image, id) or (image, id, label).
+    """Training images of an iterable of (image, id) or (image, id, label), which restarts at each pass.
 
-    Args:
-        images: iterable that restarts at each pass. If it has a method ``set_epoch``, each pass calls it first.
-
+    If it has a method ``set_epoch``, each pass calls it first.
     """
 
     images: Any
@@ -137,16 +135,8 @@ def imported_data(data: Any) -> Any:
 def any_image_set(data: Any, split: str = "train", root: str = "data", verify: bool = True) -> ImageSet:
     """Return one split of images of any kind.
 
-    Args:
-        data: see :func:`load_image_set`; a map-style data set, of which every tenth sample is held out; or a dictionary
-            of data sets by split, in which ``train`` may be a stream.
-        split: ``train``, ``val`` or ``test``.
-        root: folder of ``cifar10`` and ``stl10``.
-        verify: see :func:`load_image_set`.
-
-    Raises:
-        ValueError: see :func:`load_image_set`; data of another kind, unknown splits, or too few samples.
-
+    ``data`` is as in :func:`load_image_set`, which documents the other arguments; a map-style data set, of which every
+    tenth sample is held out; or a dictionary of data sets by split, in which ``train`` may be a stream.
     """
     if isinstance(data, str):
         return load_image_set(data, split, root, verify=verify)

@@ -20,18 +20,6 @@ class GlobalBatchSampler(DistributedSampler[Any]):
     Rank r of R gets the r-th of R equal slices of each global batch: step k uses the same samples for every R.
 
     Lightning keeps a DistributedSampler under DDP and sets its epoch.
-
-    Args:
-        dataset: only its length is used.
-        global_batch_size: samples per step over all ranks.
-        num_replicas: number of processes R.
-        rank: rank r of this process.
-        seed: seed of the order.
-
-    Raises:
-        ValueError: ``global_batch_size`` is below 2, not a multiple of ``num_replicas``, or larger than the data set;
-            a data set of one image.
-
     """
 
     def __init__(
@@ -73,9 +61,7 @@ class GlobalBatchSampler(DistributedSampler[Any]):
 class BatchNumbers(GlobalBatchSampler):
     """Yield the keys (epoch, 0), (epoch, 1), … of the batches of a stream, whose number is unknown.
 
-    Args:
-        epoch: first epoch. Lightning reads the first batch of a stream before it sets the epoch.
-
+    Lightning reads the first batch of a stream before it sets the epoch.
     """
 
     def __init__(self, epoch: int) -> None:

@@ -22,10 +22,6 @@ def channel_statistics(images: Tensor | JoinedImages) -> tuple[Tensor, Tensor]:
     """Return mean and standard deviation of each channel of uint8 images (N, 3, h, w) in [0, 1].
 
     They are float64, (3,) each, on the CPU.
-
-    Raises:
-        ValueError: a channel is constant and cannot be normalised.
-
     """
     return level_statistics(_histogram(images))
 

@@ -11,12 +11,7 @@ from torch import Tensor
 
 
 class JoinedImages:
-    """Several uint8 tensors of images, indexed as one without copying them.
-
-    Args:
-        parts: (n_i, 3, h, w) each.
-
-    """
+    """Several uint8 tensors of images, (n_i, 3, h, w) each, indexed as one without copying them."""
 
     def __init__(self, parts: list[Tensor]) -> None:
         self.parts = parts
@@ -43,19 +38,8 @@ class JoinedImages:
 def load_stl10(root: str, train: bool, download: bool, verify: bool = True) -> tuple[JoinedImages, Tensor, list[str]]:
     """Return images, labels and class names of ``train+unlabeled`` or of ``test``.
 
-    Args:
-        root: parent of the folder ``stl10_binary``.
-        train: choice of the split.
-        download: download the files unless they are intact.
-        verify: compare the files with their checksums.
-
-    Returns:
-        Memory-mapped images (N, 3, 96, 96); labels, int64, (N,), from 0, −1 for unknown; class names.
-
-    Raises:
-        RuntimeError: the files are missing or damaged.
-        OSError: they cannot be read or downloaded.
-
+    The images, (N, 3, 96, 96), are memory-mapped; labels, int64, (N,), are −1 for unknown. Damaged files raise a
+    RuntimeError; with ``verify``, they are compared with their checksums.
     """
     from torchvision.datasets import STL10
     from torchvision.datasets.utils import check_integrity

@@ -25,15 +25,6 @@ class StreamTwoViews(Dataset[ReadBatch | None]):
     r-th of R equal slices of each. Every process, also of workers, passes over the other samples without decoding them.
     A batch is a function of (epoch, number) if the stream yields the same samples in the same order in every process
     and pass. Requests in ascending order read the stream once.
-
-    Args:
-        images: stream.
-        views: generator of the views.
-        device: device that computes the views.
-        global_batch_size: samples per step over all ranks.
-        num_replicas: number of processes R.
-        rank: rank r of this process.
-
     """
 
     def __init__(
