@@ -51,16 +51,7 @@ def load_encoder(run: str | Path) -> nn.Module:
 
 
 class OnAccelerator(nn.Module):
-    """Module on a GPU, with inputs and outputs on the CPU.
-
-    Args:
-        module: moved to the device.
-        accelerator: as of Lightning's Trainer: ``auto`` for a GPU if there is one, ``gpu`` or ``cpu``.
-
-    Raises:
-        ValueError: another accelerator, or ``gpu`` without a GPU.
-
-    """
+    """Module on a GPU, if ``accelerator`` is ``gpu`` or there is one, with inputs and outputs on the CPU."""
 
     def __init__(self, module: nn.Module, accelerator: str = "auto") -> None:
         super().__init__()
@@ -193,12 +184,7 @@ def torchvision_weights(run: str | Path) -> dict[str, Tensor]:
 
 
 def input_settings(checkpoint: Path) -> dict[str, Any]:
-    """Return the preprocessing of a run's images: ``image_size``, ``mean`` and ``std`` of channels, ``augmentation``.
-
-    Raises:
-        ValueError: the data module of the run has no such settings.
-
-    """
+    """Return ``image_size``, ``mean`` and ``std`` of channels, and ``augmentation`` of a run's images."""
     settings = configuration_of(checkpoint).get("data") or {}
     name = settings.get("class_path", "none") if isinstance(settings, dict) else "none"
     state = saved_checkpoint(checkpoint).get(name.rpartition(".")[2])

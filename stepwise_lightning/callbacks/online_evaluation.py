@@ -41,7 +41,7 @@ class OnlineLinearProbe(Evaluation):
         num_classes: number of classes; None for the number of ``trainer.datamodule.class_names``.
         learning_rate: learning rate of Adam.
 
-    Raises (when training or evaluation starts, the last three during it):
+    Raises:
         ValueError: an unknown submodule, no classes, a checkpoint with another number of classes, no labels in the
             training batches, an evaluation without a trained probe or without labels, or labels out of range.
 
@@ -147,7 +147,7 @@ class OnlineKNN(Evaluation):
         temperature: temperature of the votes.
         num_classes: number of classes; None for the number of ``trainer.datamodule.class_names``.
 
-    Raises (when training or evaluation starts, the last two during it):
+    Raises:
         ValueError: an unknown submodule, no classes, a datamodule without ``labelled_train_dataloader()``, no labels,
             or labels out of range.
 

@@ -34,10 +34,6 @@ class RunFiles:
     """Writer of a growing record to files and loggers, on rank 0; ``fast_dev_run`` writes no files.
 
     If the folder contains ``spectrum.csv`` of another run, the files are named ``spectrum-v1.csv`` and so on.
-
-    Raises:
-        OSError: a file cannot be written (here or later).
-
     """
 
     def __init__(
@@ -120,12 +116,7 @@ class RunFiles:
 
 
 class SpectrumTable:
-    """``spectrum.csv``: begins with the rows of a resumed run, and is replaced atomically by a longer table.
-
-    Raises:
-        OSError: it cannot be written (here or later).
-
-    """
+    """``spectrum.csv``: begins with the rows of a resumed run, and is replaced atomically by a longer table."""
 
     def __init__(self, path: Path, rows: Iterable[Row] = ()) -> None:
         self.path, self._content = path, BytesIO()
@@ -188,12 +179,7 @@ def _is_of_another_run(folder: Path, stem: str, record: SpectrumRecord) -> bool:
 
 
 def write_steps(path: Path, record: SpectrumRecord) -> None:
-    """Write the result of :meth:`SpectrumRecord.detect_steps` for each matrix as JSON; NaN becomes null.
-
-    Raises:
-        OSError: it cannot be written.
-
-    """
+    """Write the result of :meth:`SpectrumRecord.detect_steps` for each matrix as JSON; NaN becomes null."""
     document: dict[str, Any] = {}
     for matrix in record.matrices:
         try:

@@ -24,17 +24,8 @@ class SaveRun(SaveConfigCallback):
 
     A resumed run keeps both, and adds ``config_step_300.yaml`` and ``provenance_step_300.json``; another run in the
     same folder writes ``config-v1.yaml``. TensorBoard's table of hyperparameters gets the loss, its rates, the encoder
-    and its initial scale. When training starts, the pointer file for ``--ckpt_path last`` is written.
-
-    Args:
-        text: the configuration as YAML.
-        pointer: path of the pointer file (:mod:`stepwise_lightning.runs.latest`).
-        arguments: of Lightning's ``SaveConfigCallback``.
-        options: of Lightning's ``SaveConfigCallback``.
-
-    Raises:
-        OSError: a file cannot be written.
-
+    and its initial scale. When training starts, the pointer file for ``--ckpt_path last`` is written
+    (:mod:`stepwise_lightning.runs.latest`). ``text`` is the configuration as YAML.
     """
 
     def __init__(self, *arguments: Any, text: str, pointer: Path, **options: Any) -> None:

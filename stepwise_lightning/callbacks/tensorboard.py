@@ -69,13 +69,8 @@ def measured_scalars(
 ) -> dict[str, float]:
     """Return the scalars of one measurement by tag: ``C/eig_000``, ``C/num_grown``, ``At a glance/loss``, ….
 
-    Args:
-        record: of the run.
-        index: of the measurement.
-        primary: name of the matrix whose ``num_grown`` is part of the overview.
-        name: of the SpectrumLogger.
-        num_modes: number of eigenvalues per matrix, for submodules at most :data:`SUBMODULE_MODES`; None for all.
-
+    The overview has ``num_grown`` of the matrix ``primary``. Of each matrix there are ``num_modes`` eigenvalues, for
+    submodules at most :data:`SUBMODULE_MODES`.
     """
     measurement = record.measurements[index]
     values: dict[str, float] = {}

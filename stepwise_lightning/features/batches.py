@@ -10,9 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from stepwise_lightning.errors import UserError
-from stepwise_lightning.features.module_state import (
-    precision_plugin,
-)
+from stepwise_lightning.features.module_state import precision_plugin
 
 Views = Callable[[Any], Tensor | Sequence[Tensor]]
 
@@ -25,13 +23,7 @@ def views_in(batch: Any, views: Views | None = None) -> list[Tensor]:
     name)``, ``(index, [x1, x2], label)``, ``{"image": x, "label": y}``, several crops of which two have one shape.
     Floating-point tensors and uint8 images precede other tensors, such as tokens.
 
-    Args:
-        batch: from a data loader.
-        views: function from the batch to one or two tensors, used instead of the search.
-
-    Raises:
-        UserError: the batch contains no view.
-
+    ``views``, a function from the batch to one or two tensors, replaces the search.
     """
     if views is not None:
         result = views(batch)

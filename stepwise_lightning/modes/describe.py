@@ -120,12 +120,7 @@ def _invariance(modes: Modes, views: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _learned(checkpoint: Path) -> tuple[str, int | None]:
-    """Return the matrix that a run's loss drives, and the number of learned modes in its record, None without one.
-
-    Raises:
-        UserError: no mode has been learned yet.
-
-    """
+    """Return the matrix that a run's loss drives, and the number of learned modes in its record, None without one."""
     model = configuration_of(checkpoint).get("model") or {}
     module, _, name = str(model.get("class_path", "")).rpartition(".")
     try:

@@ -19,10 +19,6 @@ def write_projector(description: ModeDescription, folder: Path) -> None:
     """Write the coordinates of all images along all modes, with thumbnails, classes, paths and brightness.
 
     ``tensorboard --logdir FOLDER`` shows them under *Projector*. The first axis is mode 1.
-
-    Raises:
-        OSError: the files cannot be written.
-
     """
     from torch.utils.tensorboard import SummaryWriter  # here, because the import is slow
 

@@ -17,13 +17,7 @@ def mean_gradients(encoder: nn.Module, modes: Modes, inputs: Tensor) -> Tensor:
     """Return the gradient of each mode's coordinate with respect to the input, averaged over inputs, (k, *input).
 
     To first order it is the small pattern that, added to all inputs, raises the mode most. For a linear encoder it is
-    the mode itself.
-
-    Args:
-        encoder: in evaluation mode, with output (n, d).
-        modes: of its embeddings.
-        inputs: (n, …), float32.
-
+    the mode itself. The encoder is in evaluation mode.
     """
     total = modes.directions.new_zeros(len(modes), *inputs.shape[1:])
     for part in inputs.split(_BATCH):
@@ -43,14 +37,8 @@ def occlusion_maps(
 
     A square of a quarter of the image's side is covered with the mean colour of the training images, in steps of half a
     square. The value of a pixel is the decrease of the coordinate, averaged over the squares that cover the pixel
-    (Zeiler and Fergus 2014).
-
-    Args:
-        encoder: in evaluation mode, with output (n, d).
-        modes: of its embeddings.
-        images: normalised, (n, c, h, w); 0 is the mean colour.
-        progress: wrapper of the loop over positions, for example ``tqdm``.
-
+    (Zeiler and Fergus 2014). Images, (n, c, h, w), are normalised, and the encoder is in evaluation mode. ``progress``
+    wraps the loop over positions.
     """
     height, width = images.shape[2:]
     side = max(1, round(min(height, width) / 4))

@@ -40,16 +40,8 @@ def varied_views(image: Tensor, parameters: AugmentationParameters, size: int) -
     """Return views of one image by the parameter that differs; otherwise they equal the central crop.
 
     The central crop is a square with the mean area of the augmentation. Parameters take fixed values, at the middles of
-    equal parts of their range.
-
-    Args:
-        image: uint8, (3, h, w).
-        parameters: of the augmentation.
-        size: side of the views in pixels.
-
-    Returns:
-        Views (levels, 3, size, size) with values in [0, 1], by the names of :func:`parameter_ranges`.
-
+    equal parts of their range. Views of an image, uint8, (3, h, w), are (levels, 3, size, size) with values in [0, 1],
+    by the names of :func:`parameter_ranges`.
     """
     crops = _crops(parameters, *image.shape[1:])
     tops, lefts, heights, widths = torch.tensor([box for boxes in crops.values() for box in boxes]).T

@@ -57,12 +57,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     """Checkpoint plugin that replaces files atomically: ``Trainer(plugins=[AtomicCheckpointIO()])``.
 
     Lightning writes to the temporary folder first; where that is on another file system, it copies the file, and a kill
-    leaves a part of a checkpoint in place of the old one.
-
-    Raises:
-        OSError: the file cannot be written; the old one is unchanged.
-        ValueError: the loaded file is not a checkpoint of Lightning.
-
+    leaves a part of a checkpoint in place of the old one. If a file cannot be written, the old one is unchanged.
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:

@@ -28,16 +28,7 @@ def run_folder(trainer: L.Trainer, resumed: str | Path | None = None) -> Path:
 
     It is the folder of the first logger (:func:`folder_of`). Without a logger each Trainer creates the next free
     ``default_root_dir/stepwise_runs/version_N`` (under ``fast_dev_run`` nothing is created); a run that is resumed from
-    a checkpoint in such a folder keeps it.
-
-    Args:
-        trainer: of the run.
-        resumed: the checkpoint that is resumed, in ``setup``, where ``trainer.ckpt_path`` is not yet set.
-
-    Raises:
-        OSError: the folder of a run without a logger cannot be created.
-        UserError: the folder is not local, on every rank.
-
+    a checkpoint in such a folder keeps it. In ``setup``, where ``trainer.ckpt_path`` is not yet set, give ``resumed``.
     """
     check_local(trainer)
     folder = folder_of_run(trainer, resumed) if trainer.is_global_zero else None
@@ -92,13 +83,7 @@ def version_number(run: Path) -> int:
 
 
 def create_logger_folders(trainer: L.Trainer) -> None:
-    """Create the folders of TensorBoard's and CSV loggers on rank 0, before training.
-
-    Raises:
-        CannotWriteError: a folder cannot be created or written to.
-        UserError: a folder is not local.
-
-    """
+    """Create the folders of TensorBoard's and CSV loggers on rank 0, or raise an error before training."""
     for logger in trainer.loggers if trainer.is_global_zero else ():
         if logger_kind(logger) not in ("TensorBoardLogger", "CSVLogger"):
             continue

@@ -33,7 +33,6 @@ from stepwise_lightning.runs.folders import (
 from stepwise_lightning.runs.loggers import logger_kind
 
 _TENSORBOARD = "lightning.pytorch.loggers.TensorBoardLogger"
-_OLD_VERSIONS = "loggers.json"  # versions of several loggers, in the checkpoints folder of runs without a pointer file
 
 
 @dataclass
@@ -66,17 +65,8 @@ def resume_latest(config: Any) -> int | None:
     """Change the configuration of ``stepwise fit --ckpt_path last``: resume the latest run, or start a new one.
 
     The run continues in its folder from its newest checkpoint, and as the same run of W&B or MLflow. A logger whose
-    version cannot be set continues in a new folder. Without a checkpoint in the latest run, a new run starts.
-
-    Args:
-        config: of ``fit``; ``ckpt_path`` and the versions of the loggers are changed.
-
-    Returns:
-        The step of the checkpoint, None for a new run.
-
-    Raises:
-        ValueError: a checkpoint cannot be read, or the runs of this logger have no pointer file.
-
+    version cannot be set continues in a new folder. Without a checkpoint in the latest run, a new run starts. Returns
+    the step of the checkpoint, None for a new run.
     """
     run = _latest_run(config)
     saved = newest_checkpoint_in(run.folder) if run else None
@@ -99,12 +89,7 @@ def resume_latest(config: Any) -> int | None:
 
 
 def newest_checkpoint(config: Any) -> str:
-    """Return the path of the newest checkpoint of a configuration's latest run, without changing anything.
-
-    Raises:
-        ValueError: there is no checkpoint; see also :func:`resume_latest`.
-
-    """
+    """Return the path of the newest checkpoint of a configuration's latest run, without changing anything."""
     run = _latest_run(config)
     saved = newest_checkpoint_in(run.folder) if run else None
     if saved is None:
@@ -140,10 +125,7 @@ def _run_without_pointer(config: Any) -> _Run | None:
         folders = [parent / _version_folder(version)]
     for folder in folders:
         if any((folder / below / CHECKPOINTS).glob("[!.]*.ckpt")):
-            number = version_number(folder)
-            saved = folder / below / CHECKPOINTS / _OLD_VERSIONS
-            versions = json.loads(saved.read_text(encoding="utf-8")) if saved.is_file() else [number]
-            return _Run(folder / below, versions if loggers else [])
+            return _Run(folder / below, [version_number(folder)] if loggers else [])
     return None
 
 

@@ -23,10 +23,7 @@ def logger_kind(logger: Any) -> str:
 def folder_of(logger: Any, root: str | Path) -> Path:
     """Return the folder of a logger's run: its ``log_dir``, or ``save_dir/name/version`` if it has no ``log_dir``.
 
-    Args:
-        logger: a logger of ``lightning``, ``pytorch_lightning`` or another library with the same attributes.
-        root: replaces a ``save_dir`` of None.
-
+    ``root`` replaces a ``save_dir`` of None.
     """
     folder = getattr(logger, "log_dir", None)
     if isinstance(folder, (str, os.PathLike)):  # the logger of fast_dev_run has every attribute

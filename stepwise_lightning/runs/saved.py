@@ -19,13 +19,7 @@ _PREFIX = "encoder."
 
 
 def configured_encoder(checkpoint: str | Path) -> nn.Module:
-    """Return the untrained encoder that the configuration of a checkpoint's run describes.
-
-    Raises:
-        FileNotFoundError: the folder above that of the checkpoint has no ``config.yaml``.
-        ValueError: the configuration cannot be read, or has no encoder.
-
-    """
+    """Return the untrained encoder that the configuration of a checkpoint's run describes."""
     config = configuration_of(Path(checkpoint))
     model = config.get("model") or {}
     settings = model.get("init_args") if isinstance(model, dict) else None
@@ -40,12 +34,7 @@ def configured_encoder(checkpoint: str | Path) -> nn.Module:
 
 
 def configured_loss(checkpoint: str | Path) -> Callable[..., Any] | None:
-    """Return the loss in the configuration of a checkpoint's run, None without a configuration or a loss.
-
-    Raises:
-        ValueError: the configuration cannot be read, or names a loss that cannot be imported.
-
-    """
+    """Return the loss in the configuration of a checkpoint's run, None without a configuration or a loss."""
     try:
         model = configuration_of(Path(checkpoint)).get("model")
     except NotFoundError:
@@ -56,12 +45,7 @@ def configured_loss(checkpoint: str | Path) -> Callable[..., Any] | None:
 
 
 def load_weights(encoder: nn.Module, checkpoint: Path) -> None:
-    """Load the weights of the encoder in a checkpoint.
-
-    Raises:
-        ValueError: the checkpoint cannot be read, or does not fit the encoder.
-
-    """
+    """Load the weights of the encoder in a checkpoint."""
     weights = saved_checkpoint(checkpoint)["state_dict"]
     encoder_weights = {
         name.removeprefix(_PREFIX): values for name, values in weights.items() if name.startswith(_PREFIX)
@@ -91,12 +75,7 @@ def checkpoint_of(run: str | Path) -> Path:
 
 
 def saved_checkpoint(checkpoint: str | Path) -> dict[str, Any]:
-    """Load a checkpoint as data: tensors and plain values, which name nothing to import or run.
-
-    Raises:
-        ValueError: the file holds other objects, is damaged, or is not a checkpoint of Lightning.
-
-    """
+    """Load a checkpoint as data: tensors and plain values, which name nothing to import or run."""
     try:
         saved = torch.load(checkpoint, map_location="cpu", weights_only=True)
     except Exception as error:  # torch and pickle raise many types for damaged files

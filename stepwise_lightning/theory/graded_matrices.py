@@ -20,12 +20,8 @@ def row_echelon(columns: Tensor) -> tuple[Tensor, Tensor]:
     For generic columns this is the R factor of a QR decomposition. A column that depends on earlier ones (a start
     without a component along some mode, identical rows) has no row; the next independent column takes its place.
     Entries that are zero in exact arithmetic are set to zero, because the growth of a faster mode would amplify
-    round-off.
-
-    Returns:
-        Qᵀ columns with Q orthogonal, (d, m), and the index of the first nonzero entry of each row, (d,), m − 1 for zero
-        rows.
-
+    round-off. Returns Qᵀ columns with Q orthogonal, (d, m), and the index of the first nonzero entry of each row, (d,),
+    m − 1 for zero rows.
     """
     d, m = columns.shape
     basis = columns.new_zeros(d, 0)
@@ -53,15 +49,8 @@ def pencil_eigenvalues(rows: Tensor, pivots: Tensor, weights: Tensor, log_square
 
     Row and column i are scaled by b_i ≤ 1 to bound every entry: entry (i, k ≥ i) of G is a sum over the columns in
     which row k is nonzero, and none of them grows faster than its pivot. Relative to the pivot no term overflows, and
-    no significant term underflows.
-
-    Args:
-        rows: from :func:`row_echelon`, (d, m).
-        pivots: from :func:`row_echelon`, (d,).
-        weights: (m,), of any sign.
-        log_squares: (T, m), descending along m.
-        start: C_0, (d, d): G at log_squares = 0.
-
+    no significant term underflows. ``rows`` (d, m) and ``pivots`` (d,) are from :func:`row_echelon`, ``log_squares``
+    (T, m) descends along m, and ``start`` is C_0, (d, d): G at log_squares = 0.
     """
     # Zero rows do not grow; the pivot of one would overflow at late times, and 0 × ∞ is NaN.
     pivot_squares = torch.where(rows.any(1), log_squares[:, pivots], 0.0)  # (T, d)

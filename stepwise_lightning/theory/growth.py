@@ -82,7 +82,7 @@ def growth_matrix(
 
     Raises:
         ValueError: an unknown loss or setting; d < 1; a norm, temperature or ε that is not positive; invalid features,
-            see :meth:`FeatureMoments.of`; a function that is not isotropic (:func:`growth_modes` supports it) or has no
+            of fewer than 2 pairs; a function that is not isotropic (:func:`growth_modes` supports it) or has no
             growth rates.
 
     """

@@ -45,16 +45,10 @@ Gradient = Callable[[Tensor], Tensor]
 
 
 def layer_gradient(loss: str | PairLoss, h1: Tensor, h2: Tensor, dim: int, settings: Mapping[str, Any]) -> Gradient:
-    """Return the gradient of a loss as a function of W (d, m).
+    """Return the gradient of a loss as a function of W (d, m), for features of both views, float64, (batches, n, m).
 
-    Args:
-        loss: name in ``stepwise_lightning.losses.LOSSES``, or a function of both views' embeddings.
-        h1: features of the first views, float64, (batches, n, m). Barlow Twins and VICReg use the mean moments of the
-            batches; the spectral contrastive loss one batch of all pairs; SimCLR and functions the first batch only.
-        h2: features of the second views.
-        dim: d.
-        settings: all arguments of a loss given by its name.
-
+    Barlow Twins and VICReg use the mean moments of the batches; the spectral contrastive loss one batch of all pairs;
+    SimCLR and functions the first batch only. ``settings`` are all arguments of a loss given by its name.
     """
     if not isinstance(loss, str):
         return _differentiated(loss, h1[0], h2[0])

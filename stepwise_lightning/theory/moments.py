@@ -71,12 +71,7 @@ class FeatureMoments:
 
     @classmethod
     def of(cls, h1: TensorLike, h2: TensorLike) -> FeatureMoments:
-        """Return the moments of features (n, m), or of batches of features (batches, n, m).
-
-        Raises:
-            ValueError: the views differ in shape, have fewer than 2 pairs, are complex or hold non-finite values.
-
-        """
+        """Return the moments of features (n, m), or of batches of features (batches, n, m), at least 2 pairs each."""
         h1, h2 = validated_features(h1, h2)
         batches, n, _ = h1.shape
         means1, means2 = h1.mean(1), h2.mean(1)
@@ -107,7 +102,7 @@ class FeatureMoments:
 
 
 def validated_features(h1: TensorLike, h2: TensorLike) -> tuple[Tensor, Tensor]:
-    """Return two views' features as float64 of shape (batches, n, m), with the errors of :meth:`FeatureMoments.of`."""
+    """Return two views' features as float64 of shape (batches, n, m); ValueError for invalid features."""
     h1, h2 = (h.detach() for h in float64_pair(h1, h2, "views' features"))
     if h1.shape != h2.shape or h1.ndim not in (2, 3) or h1.numel() == 0:
         raise UserError(

@@ -39,14 +39,7 @@ def diverging_fraction(drive: TensorLike, momentum: float) -> Tensor:
     A mode follows p ← βp + x u (1 − u²), u ← u + p. Near the end of its linear growth a small start is
     u = u_0 r^φ, p = (1 − 1/r) u with a phase φ in [0, 1) that depends on its initial size; 128 phases are simulated.
     Near the limit convergence depends on the phase at ever finer scales, which limits the accuracy to a few hundredths.
-
-    Args:
-        drive: x > 0, (k,).
-        momentum: β in [0, 1).
-
-    Returns:
-        (k,) float64, between 0 and 1.
-
+    ``drive`` is x > 0, (k,), the result (k,), float64.
     """
     root, _ = heavy_ball_growth(drive, momentum)
     x = as_float64(drive)[:, None]

@@ -191,13 +191,12 @@ def test_configured_version_selects_another_run():
 
 
 def test_runs_of_earlier_versions_are_resumed(home):
-    """Earlier versions wrote no pointer file, but ``checkpoints/loggers.json`` for several loggers."""
+    """Earlier versions wrote no pointer file."""
     save("stepwise_runs/version_1")
     assert resume_latest(configuration(False)) == 5
     save(home / "home/runs/a/version_1/tb")
-    Path(home, "home/runs/a/version_1/tb/checkpoints/loggers.json").write_text("[1, 4]")
     config = configuration([spec(TENSORBOARD, save_dir="~/runs", name="a", sub_dir="tb"), spec(CSV, save_dir="b")])
-    assert resume_latest(config) == 5 and [each.init_args.version for each in config.trainer.logger] == [1, 4]
+    assert resume_latest(config) == 5 and [each.init_args.version for each in config.trainer.logger] == [1, None]
 
 
 def test_runs_of_earlier_versions_with_another_logger_are_refused():
