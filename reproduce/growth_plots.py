@@ -12,8 +12,16 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
 from reproduce.plots import draw_extremes
-from stepwise_lightning.plots.figures import Figure
-from stepwise_lightning.plots.panels import CLASS_COLOURS, TIME, Array, Panel, describe, draw_panel, legend_lines
+from stepwise_lightning.plots.panels import (
+    CLASS_COLOURS,
+    TIME,
+    Array,
+    Figure,
+    Panel,
+    describe,
+    draw_panel,
+    legend_lines,
+)
 
 _MOMENT: dict[str, Any] = {"color": "tab:orange", "linewidth": 2, "alpha": 0.5}
 

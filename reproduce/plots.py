@@ -11,8 +11,16 @@ from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 from matplotlib.ticker import LogFormatterMathtext, LogLocator
 
-from stepwise_lightning.plots.figures import Figure
-from stepwise_lightning.plots.panels import CLASS_COLOURS, TIME, Array, Panel, describe, draw_panel, legend_lines
+from stepwise_lightning.plots.panels import (
+    CLASS_COLOURS,
+    TIME,
+    Array,
+    Figure,
+    Panel,
+    describe,
+    draw_panel,
+    legend_lines,
+)
 
 # The first curve is the subject of the figure, the last ones are its controls.
 _WORTH_STYLES: tuple[dict[str, Any], ...] = (

@@ -10,8 +10,7 @@ import numpy as np
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-from stepwise_lightning.plots.figures import Figure
-from stepwise_lightning.plots.panels import CLASS_COLOURS, Array, describe, mode_colours
+from stepwise_lightning.plots.panels import CLASS_COLOURS, Array, Figure, describe, mode_colours
 
 _MARKERS = "osD^v<>P"
 

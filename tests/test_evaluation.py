@@ -185,7 +185,8 @@ def test_accuracies_are_logged_in_other_precisions(folder: str, precision: str) 
 
 
 @pytest.mark.parametrize("max_similarities", [2**26, 25, 1], ids=["at once", "two rows", "one row"])
-def test_votes_match_a_loop_for_any_block_size(max_similarities: int) -> None:
+def test_votes_match_a_loop_for_any_block_size(max_similarities: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("stepwise_lightning.callbacks.classifiers._MAX_SIMILARITIES", max_similarities)
     generator = torch.Generator().manual_seed(0)
     bank = torch.nn.functional.normalize(torch.randn(10, 6, generator=generator))
     labels = torch.randint(3, (10,), generator=generator)
@@ -195,7 +196,7 @@ def test_votes_match_a_loop_for_any_block_size(max_similarities: int) -> None:
         cosines = [torch.cosine_similarity(z, b, dim=0).item() for b in bank]
         for index in np.argsort(cosines)[-4:]:
             expected[row, labels[index]] += np.exp((cosines[index] - 1) / 0.3)
-    torch.testing.assert_close(knn_scores(features, bank, labels, 3, 4, 0.3, max_similarities), expected)
+    torch.testing.assert_close(knn_scores(features, bank, labels, 3, 4, 0.3), expected)
 
 
 def test_moving_the_probe_moves_its_optimiser() -> None:

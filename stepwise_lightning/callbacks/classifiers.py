@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, normalize
 
+_MAX_SIMILARITIES = 2**26  # in memory at a time, 256 MB
+
 
 class LinearProbe:
     """Linear classifier on features standardised with running statistics, and its Adam optimiser.
@@ -50,22 +52,13 @@ class LinearProbe:
         self.optimizer.load_state_dict(state["optimizer"])
 
 
-def knn_scores(
-    features: Tensor,
-    bank: Tensor,
-    labels: Tensor,
-    num_classes: int,
-    k: int,
-    temperature: float,
-    max_similarities: int = 2**26,
-) -> Tensor:
+def knn_scores(features: Tensor, bank: Tensor, labels: Tensor, num_classes: int, k: int, temperature: float) -> Tensor:
     """Return the votes of the k nearest neighbours for each class, (n, num_classes), as in :class:`OnlineKNN`.
 
     The neighbours of ``features`` (n, d) are searched in ``bank`` (N, d), which is normalised and has ``labels`` (N,).
-    The (n, N) similarities are computed in blocks of ``max_similarities``; 2^26 take 256 MB.
     """
     votes = []
-    for part in normalize(features).split(max(1, max_similarities // len(bank))):
+    for part in normalize(features).split(max(1, _MAX_SIMILARITIES // len(bank))):
         similarity, nearest = (part @ bank.T).topk(min(k, len(bank)))
         weights = ((similarity - 1) / temperature).exp()  # at most 1; votes are relative
         votes.append(weights.new_zeros(len(part), num_classes).scatter_add_(1, labels[nearest], weights))

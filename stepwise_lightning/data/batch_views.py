@@ -14,10 +14,9 @@ from torch.utils.data import Dataset
 from stepwise_lightning.asynchronous import to_device
 from stepwise_lightning.data import batch_operations as operations
 from stepwise_lightning.data.augmentation import AugmentationParameters
-from stepwise_lightning.data.counter_rng import uniform
 from stepwise_lightning.data.image_sets import MAX_SIDE_IN_MEMORY, ImageSet
 from stepwise_lightning.data.stl10 import JoinedImages
-from stepwise_lightning.seeding import hashed_seed
+from stepwise_lightning.seeding import hashed_seed, uniform
 
 if TYPE_CHECKING:  # importing this package needs only torch and lightning
     from PIL import Image

@@ -19,9 +19,18 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
 from stepwise_lightning.data.folders import format_counts, list_images, split_folder
-from stepwise_lightning.data.image_files import pixels, read_image, read_images, rgb_image, warn_of_unused_bits
+from stepwise_lightning.data.image_files import (
+    NUM_FOR_STATISTICS,
+    channel_statistics,
+    level_statistics,
+    picture_levels,
+    pixels,
+    read_image,
+    read_images,
+    rgb_image,
+    warn_of_unused_bits,
+)
 from stepwise_lightning.data.photographs import HELD_OUT, PHOTOGRAPHS, TRAIN, cut_photos
-from stepwise_lightning.data.statistics import NUM_FOR_STATISTICS, channel_statistics, level_statistics, picture_levels
 from stepwise_lightning.data.stl10 import JoinedImages, load_stl10
 from stepwise_lightning.errors import NotFoundError, UserError
 

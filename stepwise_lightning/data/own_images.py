@@ -16,9 +16,8 @@ from torch import Tensor
 from torch.utils.data import ConcatDataset, IterableDataset, Subset
 
 from stepwise_lightning.data.folders import split_name
-from stepwise_lightning.data.image_files import rgb_image
+from stepwise_lightning.data.image_files import NUM_FOR_STATISTICS, level_statistics, picture_levels, rgb_image
 from stepwise_lightning.data.image_sets import DATA_SETS, ImageSet, load_image_set
-from stepwise_lightning.data.statistics import NUM_FOR_STATISTICS, level_statistics, picture_levels
 from stepwise_lightning.errors import UserError
 from stepwise_lightning.seeding import isolated_rng
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from stepwise_lightning.data.image_files import channel_statistics
 from stepwise_lightning.data.image_sets import ImageSet
-from stepwise_lightning.data.statistics import channel_statistics
 from stepwise_lightning.errors import UserError
 from stepwise_lightning.precision import on_float64_device
 

@@ -69,16 +69,6 @@ class Forecast:
     """Reasons why the forecast may be wrong or training may fail."""
 
     @property
-    def largest_learning_rate(self) -> float:
-        """Learning rate above which training diverges; NaN if no limit is known (cosine similarities have none)."""
-        return self.rates.limit
-
-    @property
-    def suggested_learning_rate(self) -> float:
-        """Largest learning rate known to train well."""
-        return self.rates.suggested
-
-    @property
     def num_learned(self) -> int:
         """Number of modes above the threshold at the start."""
         return int((self.eigenvalues[0] > self.threshold).sum())

@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 
 from stepwise_lightning.forecasts.forecast import Forecast
-from stepwise_lightning.plots.figures import Figure
-from stepwise_lightning.plots.panels import mode_colours
+from stepwise_lightning.plots.panels import Figure, mode_colours
 from stepwise_lightning.spectrum.matrices import phrase
 
 

@@ -1,21 +1,22 @@
-"""Panels: one matrix of a record, with its theory and steps, and the functions that draw it."""
+"""Figures, and panels: one matrix of a record, with its theory and steps, and the functions that draw it."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from io import BytesIO
 from typing import Any
 
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure as MatplotlibFigure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, NullFormatter
 from numpy.typing import NDArray
 from torch import Tensor
 
-from stepwise_lightning.plots.figures import Figure
 from stepwise_lightning.spectrum.matrices import axis_label
 from stepwise_lightning.spectrum.record import SpectrumRecord
 
@@ -31,6 +32,15 @@ _ONE_ROW_WIDTH = 6.0  # inches: wider figures have the legend in one row
 _FORECAST: dict[str, Any] = {
     "color": "black", "marker": "v", "markersize": 6, "markerfacecolor": "white", "linestyle": "",
 }  # fmt: skip
+
+
+class Figure(MatplotlibFigure):
+    """Matplotlib figure that notebooks display with or without pyplot."""
+
+    def _repr_png_(self) -> bytes:
+        content = BytesIO()
+        self.savefig(content, format="png")
+        return content.getvalue()
 
 
 @dataclass

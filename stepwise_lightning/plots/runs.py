@@ -7,8 +7,7 @@ from collections.abc import Mapping, Sequence
 from matplotlib.lines import Line2D
 
 from stepwise_lightning.errors import UserError
-from stepwise_lightning.plots.figures import Figure
-from stepwise_lightning.plots.panels import Panel, draw_panel, first_rise
+from stepwise_lightning.plots.panels import Figure, Panel, draw_panel, first_rise
 from stepwise_lightning.plots.trajectories import trajectories_figure
 from stepwise_lightning.spectrum.record import SpectrumRecord
 

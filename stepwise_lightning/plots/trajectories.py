@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from stepwise_lightning.plots.figures import Figure
 from stepwise_lightning.plots.panels import (
     TIME,
+    Figure,
     Panel,
     describe,
     draw_panel,

@@ -14,8 +14,8 @@ from torchvision.transforms.v2 import ColorJitter, Compose, RandomApply, RandomG
 from stepwise_lightning.data import load_images
 from stepwise_lightning.data.augmentation import AugmentationParameters
 from stepwise_lightning.data.batch_views import BatchTwoViews, BatchViews, crop_boxes
-from stepwise_lightning.data.counter_rng import uniform
 from stepwise_lightning.data.image_sets import load_image_set
+from stepwise_lightning.seeding import uniform
 
 STATISTICS = ((0.5, 0.45, 0.4), (0.25, 0.24, 0.26))
 NUM_DRAWS = 10_000

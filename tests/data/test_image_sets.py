@@ -18,9 +18,9 @@ from tiny_sets import CIFAR_CLASSES, STL_CLASSES, md5, noise, write_cifar10, wri
 from torchvision.datasets import CIFAR10, STL10
 
 from stepwise_lightning.data import TwoViewDataModule
+from stepwise_lightning.data.image_files import channel_statistics
 from stepwise_lightning.data.image_sets import load_image_set, load_images
 from stepwise_lightning.data.photographs import BETWEEN, HELD_OUT, TRAIN, cut_photos
-from stepwise_lightning.data.statistics import channel_statistics
 from stepwise_lightning.data.stl10 import JoinedImages
 
 

@@ -129,7 +129,7 @@ def test_forecast_warns_of_unreliable_settings():
     result = " ".join(forecast(module(alpha=10.0), batches(1), 50).warnings)
     assert "64 pairs are few for 16 features" in result and "no separated steps" in result
     assert not forecast(module(), batches(4), 200).warnings
-    limit = forecast(module(), batches(4), 200).largest_learning_rate
+    limit = forecast(module(), batches(4), 200).rates.limit
     assert any("above the limit" in text for text in forecast(module(rate=1.1 * limit), batches(4), 200).warnings)
     assert any(
         "above the safe learning rate" in text for text in forecast(module(rate=0.7 * limit), batches(4), 200).warnings
@@ -143,8 +143,8 @@ def test_forecast_warns_of_unreliable_settings():
 def test_learning_rate_limits_of_barlow_twins_match_theory(momentum):
     result, data = forecast(module(momentum=momentum), batches(4), 50), batches(4)
     limits = stability_limits(momentum)
-    assert result.largest_learning_rate == pytest.approx(limits.even / float(result.growth_rates[0]))
-    assert result.suggested_learning_rate < result.rates.safe < result.largest_learning_rate
+    assert result.rates.limit == pytest.approx(limits.even / float(result.growth_rates[0]))
+    assert result.rates.suggested < result.rates.safe < result.rates.limit
     single = [forecast(module(momentum=momentum), [batch], 50) for batch in data]
     worst = max(float(one.growth_rates[0]) for one in single)
     assert result.rates.safe == pytest.approx(0.5 * min(limits.local, limits.safe) / worst, rel=1e-6)
@@ -154,7 +154,7 @@ def test_learning_rate_limits_of_barlow_twins_match_theory(momentum):
 def test_last_layer_of_vicreg_diverges_above_the_limit():
     model, data = module(VICReg, momentum=0.9, eps=0.01), batches(4)
     result = forecast(model, data, 100)
-    assert 0 < result.suggested_learning_rate < result.rates.safe <= result.largest_learning_rate < math.inf
+    assert 0 < result.rates.suggested < result.rates.safe <= result.rates.limit < math.inf
     runs = [
         forecast(model, data, 300, learning_rate=rate) for rate in (1.4 * result.rates.safe, 3 * result.rates.limit)
     ]
