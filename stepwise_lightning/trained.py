@@ -14,7 +14,7 @@ from torch.utils.data import ConcatDataset, DataLoader
 
 from stepwise_lightning.asynchronous import to_device
 from stepwise_lightning.data.folders import list_images, split_name
-from stepwise_lightning.data.image_sets import DATA_SETS, ImageSet, load_image_set
+from stepwise_lightning.data.image_sets import DATA_SETS, ImageSet, existing_folder, load_image_set
 from stepwise_lightning.data.views import PlainImages, plain_view
 from stepwise_lightning.data.workers import prepare_worker
 from stepwise_lightning.encoders import ResNet
@@ -203,9 +203,7 @@ def all_images(data: str, root: str) -> tuple[list[ImageSet], list[str]]:
         sets = [load_image_set(data, split, root) for split in ("train", "val")]
         names = zip(("train", "val"), sets, strict=True)
         return sets, [f"{data}/{split}/{index}" for split, images in names for index in range(len(images))]
-    if not Path(data).is_dir():
-        raise UserError(f"data {data!r} is neither one of {', '.join(DATA_SETS)} nor the path of an existing folder")
-    paths = list_images(Path(data)).paths
+    paths = list_images(existing_folder(data)).paths
     folders = [Path(path).relative_to(data).parts[:-1] for path in paths]
     if all(parts and split_name(parts[0]) for parts in folders):
         folders = [parts[1:] for parts in folders]

@@ -110,7 +110,7 @@ def load_images(data: str, root: str = "data", download: bool = False, image_siz
         images = load_image_set(data, "train", root, download).images
         assert not isinstance(images, list)
         return torch.cat(images.parts) if isinstance(images, JoinedImages) else images
-    return _folder_images(_existing_folder(data), image_size)
+    return _folder_images(existing_folder(data), image_size)
 
 
 def load_image_set(
@@ -128,11 +128,9 @@ def load_image_set(
     a folder    without those: nine tenths           every tenth file, sorted    first-level subfolders
     ==========  ===================================  ==========================  ======================
 
-    No pixel of ``photos`` is in two splits, but both show the same eight scenes. A single ``val/`` or ``test/``
-    serves as both; other usual names are recognised (:mod:`stepwise_lightning.data.folders`). Every
-    tenth file is a fair held-out set only if the files are independent: split near-duplicates, such as frames of a
-    video, into folders yourself. To use a folder named ``photos``, write ``./photos``. Unreadable files raise: here if
-    the images are small, otherwise when they are needed.
+    No pixel of ``photos`` is in two splits, but both show the same eight scenes. Every tenth file is a fair held-out
+    set only if the files are independent: split near-duplicates, such as frames of a video, into folders yourself.
+    Names of folders and files that cannot be read: ``docs/inputs.md``.
 
     Args:
         data: see the table.
@@ -161,7 +159,7 @@ def load_image_set(
         return ImageSet(images, torch.tensor(cifar.targets), list(cifar.classes))
     if data == "stl10":
         return ImageSet(*_torchvision_set("stl10", root, download, train=train, verify=verify))
-    return _folder_set(_existing_folder(data), split)
+    return _folder_set(existing_folder(data), split)
 
 
 def download_images(data: str, root: str = "data") -> None:
@@ -194,7 +192,8 @@ def _warn_of_same_name(data: str) -> None:
         )
 
 
-def _existing_folder(data: str) -> Path:
+def existing_folder(data: str) -> Path:
+    """Return the path of a folder; UserError if it does not exist."""
     if not data or not Path(data).is_dir():
         raise UserError(
             f"data set {data!r} is neither one of {', '.join(DATA_SETS)} nor the path of an existing folder"

@@ -41,16 +41,14 @@ class TwoViewDataModule(SeededDataModule):
     of workers or processes nor resuming changes them; see :mod:`stepwise_lightning.data.sampling`. Views are computed
     per batch, on the GPU if it trains (:class:`stepwise_lightning.data.batch_views.BatchViews`).
 
-    A stream is an iterable of (image, id) or (image, id, label). Its views depend on the id, an integer or a string,
-    and an epoch is a pass over the stream (:class:`stepwise_lightning.data.streams.StreamTwoViews`).
-
     Under DDP, Lightning repeats some validation and test images to get equal shares; for exact numbers, evaluate on
     one device.
 
     Args:
         data: ``photos``, ``cifar10``, ``stl10``, or the path of a folder of images; a data set of images, see
             :class:`stepwise_lightning.data.own_images.OwnImages`; ``{"train": …, "val": …, "test": …}`` with data sets,
-            where ``train`` can be a stream; or the dotted path of a function that returns such data.
+            where ``train`` can be a stream of (image, id) or (image, id, label); or the dotted path of a function that
+            returns such data. ``docs/inputs.md`` describes each kind.
         augmentation: ``standard``, ``weak``, ``barlow_twins`` or ``simclr``, see :class:`.AugmentationParameters`.
         image_size: side of the views in pixels; None for the shorter side of the images.
         global_batch_size: pairs per step over all processes.

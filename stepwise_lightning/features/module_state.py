@@ -22,17 +22,15 @@ _MODULE_ATTRIBUTES = frozenset(vars(nn.Module()))  # parameters, hooks and modes
 @contextmanager
 def batch_statistics(module: nn.Module) -> Iterator[None]:
     """Switch to evaluation mode, with batch normalisation in training mode on batch statistics, not recorded."""
-    norms = [p for p in module.modules() if isinstance(p, _BatchNorm) and p.training and p.track_running_stats]
-    untracked = [p for p in module.modules() if isinstance(p, _BatchNorm) and p.training and not p.track_running_stats]
+    norms = [p for p in module.modules() if isinstance(p, _BatchNorm) and p.training]
+    tracked = [norm for norm in norms if norm.track_running_stats]
     with evaluation(module):
         try:
             for norm in norms:
                 norm.training, norm.track_running_stats = True, False
-            for norm in untracked:
-                norm.training = True
             yield
         finally:
-            for norm in norms:
+            for norm in tracked:
                 norm.track_running_stats = True
 
 

@@ -91,17 +91,8 @@ class LastCheckpoint(Checkpoint):
     """Update ``checkpoints/last.ckpt`` of a run, from which the run resumes exactly.
 
     It is saved every few optimiser steps, when training ends, also if another callback fails then, and when a signal
-    stops the run: SIGTERM or SIGUSR1, which SLURM and other schedulers send before they kill, or SIGINT (Ctrl-C; a
-    second one stops at once). A second signal also stops a run whose data workers have sent no batch since the first
-    one. All processes finish the current step, save and exit with status 75, even if only one gets the signal; several
-    processes finish one more step, in which they agree without waiting for each other. After the last step of an epoch,
-    validation and one more step come first; the last step of training ends it as usual.
-
-    The checkpoint also has the state of the random number generators of each process. When training resumes, events
-    that TensorBoard got after the checkpoint are marked as void, and a run that ended within an epoch because of
-    ``max_steps`` resumes within it.
-
-    If the folder has a ``last.ckpt`` of another run, the file is ``last-v1.ckpt``, and one line is logged. Under
+    stops the run: SIGTERM, SIGUSR1 or SIGINT (Ctrl-C; a second one stops at once). All processes then finish a step,
+    save and exit with status 75. Guarantees for signals, resuming and runs in one folder: ``docs/failures.md``. Under
     ``fast_dev_run`` nothing is written.
 
     ``ckpt_path="last"`` of the Trainer's methods loads this checkpoint; ``"best"`` loads the best one of a
