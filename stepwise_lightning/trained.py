@@ -22,6 +22,7 @@ from stepwise_lightning.errors import UserError
 from stepwise_lightning.features import capture, on_device
 from stepwise_lightning.runs.saved import (
     checkpoint_of,
+    class_and_arguments,
     configuration_of,
     configured_encoder,
     load_weights,
@@ -185,15 +186,14 @@ def torchvision_weights(run: str | Path) -> dict[str, Tensor]:
 
 def input_settings(checkpoint: Path) -> dict[str, Any]:
     """Return ``image_size``, ``mean`` and ``std`` of channels, and ``augmentation`` of a run's images."""
-    settings = configuration_of(checkpoint).get("data") or {}
-    name = settings.get("class_path", "none") if isinstance(settings, dict) else "none"
+    name, settings = class_and_arguments(configuration_of(checkpoint), "data")
     state = saved_checkpoint(checkpoint).get(name.rpartition(".")[2])
     if not state or "image_size" not in state:
         raise UserError(
-            f"the data of this run, {name}, have no image_size, mean and std, which TwoViewDataModule keeps in "
-            "checkpoints: embed tensors with load_encoder(run) in Python"
+            f"the data of this run, {name or 'none'}, have no image_size, mean and std, which TwoViewDataModule keeps "
+            "in checkpoints: embed tensors with load_encoder(run) in Python"
         )
-    augmentation = (settings.get("init_args") or {}).get("augmentation", "standard")
+    augmentation = settings.get("augmentation", "standard")
     return {name: state[name] for name in ("image_size", "mean", "std")} | {"augmentation": augmentation}
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from stepwise_lightning.data.image_sets import download_images, load_images
+from stepwise_lightning.data.image_sets import load_images
 from stepwise_lightning.data.seeded_datamodule import SeededDataModule
 from stepwise_lightning.data.views import crop_pairs
 from stepwise_lightning.errors import UserError
@@ -56,11 +56,6 @@ class FixedCropPairs(SeededDataModule):
             raise UserError(f"steps_per_epoch must be at least 1, got {steps_per_epoch}")
         checked_seed(seed)
         self._set_seed(seed)
-
-    def prepare_data(self) -> None:
-        """Download the data set if ``download`` is set (in one process only)."""
-        if self.hparams["download"]:
-            download_images(self.hparams["data"], self.hparams["root"])
 
     def setup(self, stage: str | None = None) -> None:
         """Load the images and draw the pairs."""

@@ -6,6 +6,7 @@ from typing import Any, cast
 
 import lightning as L
 
+from stepwise_lightning.data.image_sets import download_images
 from stepwise_lightning.seeding import checked_seed
 
 
@@ -31,6 +32,11 @@ class SeededDataModule(L.LightningDataModule):
     def _update_hparams(self) -> None:
         for hparams in (self.hparams, self._hparams_initial):
             cast(dict[str, Any], hparams)["seed"] = self.seed
+
+    def prepare_data(self) -> None:
+        """Download a built-in data set if ``download`` is set (in one process per machine)."""
+        if self.hparams["download"] and isinstance(data := self.hparams.get("data"), str):
+            download_images(data, self.hparams["root"])
 
     def check(self, num_processes: int) -> None:
         """Load the training data, and raise a ValueError for settings that do not fit them.

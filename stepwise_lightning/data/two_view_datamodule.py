@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 
 from stepwise_lightning.data.augmentation import AugmentationParameters
 from stepwise_lightning.data.batch_views import PROBE_EPOCH, BatchTwoViews, BatchViews
-from stepwise_lightning.data.image_sets import ImageSet, download_images
+from stepwise_lightning.data.image_sets import ImageSet
 from stepwise_lightning.data.own_images import ImageStream, any_image_set, imported_data
 from stepwise_lightning.data.sampling import (
     BatchNumbers,
@@ -102,11 +102,6 @@ class TwoViewDataModule(SeededDataModule):
         local_batch_size(global_batch_size, 1)
         self._sets: dict[str, ImageSet] = {}
         self._probe: tuple[Tensor, Tensor, Tensor] | None = None
-
-    def prepare_data(self) -> None:
-        """Download the data set if ``download`` is set (in one process per machine)."""
-        if self.hparams["download"] and isinstance(self._data, str):
-            download_images(self._data, self.hparams["root"])
 
     def setup(self, stage: str | None = None) -> None:
         """Load the images that ``stage`` needs and compute the channel statistics of the training images."""

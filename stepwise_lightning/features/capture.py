@@ -173,12 +173,10 @@ def _embeddings(output: Any, name: str) -> Tensor:
 
 
 def _submodule(module: nn.Module, name: str) -> nn.Module:
-    """Return a submodule by its name, with or without the parts that torch.compile inserts; KeyError if unknown."""
-    for known, part in module.named_modules(remove_duplicate=False):  # a shared submodule has several names
-        if name in (known, _plain(known)):
-            return part
-    raise KeyError(name)
+    parts = module.named_modules(remove_duplicate=False)  # a shared submodule has several names
+    return next(part for known, part in parts if name in (known, _plain(known)))
 
 
 def _plain(name: str) -> str:
+    """Return the name of a submodule without the parts that torch.compile inserts."""
     return ".".join(part for part in name.split(".") if part != COMPILED)

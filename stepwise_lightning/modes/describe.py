@@ -17,7 +17,7 @@ from stepwise_lightning.modes.description import ModeDescription
 from stepwise_lightning.modes.directions import Modes
 from stepwise_lightning.modes.images import ALL_TOGETHER, RANDOM_VIEWS, choose_images, embed_views
 from stepwise_lightning.modes.sensitivity import mean_gradients, occlusion_maps
-from stepwise_lightning.runs.saved import checkpoint_of, configuration_of
+from stepwise_lightning.runs.saved import checkpoint_of, class_and_arguments, configuration_of
 from stepwise_lightning.spectrum.matrices import MATRICES
 from stepwise_lightning.spectrum.record import SpectrumRecord
 from stepwise_lightning.trained import OnAccelerator, input_settings, load_encoder
@@ -121,13 +121,13 @@ def _invariance(modes: Modes, views: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def _learned(checkpoint: Path) -> tuple[str, int | None]:
     """Return the matrix that a run's loss drives, and the number of learned modes in its record, None without one."""
-    model = configuration_of(checkpoint).get("model") or {}
-    module, _, name = str(model.get("class_path", "")).rpartition(".")
+    path, settings = class_and_arguments(configuration_of(checkpoint), "model")
+    module, _, name = path.rpartition(".")
     try:
         model_class = getattr(importlib.import_module(module or "stepwise_lightning"), name, None)
     except ImportError:
         model_class = None
-    driven = (model.get("init_args") or {}).get("driven_matrix") or getattr(model_class, "driven_matrix", None)
+    driven = settings.get("driven_matrix") or getattr(model_class, "driven_matrix", None)
     file = checkpoint.parent.parent / "spectrum.npz"
     if not file.is_file():
         return driven or "covariance", None

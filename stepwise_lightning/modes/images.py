@@ -19,7 +19,7 @@ from stepwise_lightning.data.views import plain_view
 from stepwise_lightning.data.workers import prepare_worker
 from stepwise_lightning.errors import UserError
 from stepwise_lightning.modes.variations import varied_views
-from stepwise_lightning.runs.saved import configuration_of
+from stepwise_lightning.runs.saved import class_and_arguments, configuration_of
 from stepwise_lightning.trained import all_images
 
 ALL_TOGETHER = "all together"
@@ -35,7 +35,7 @@ def choose_images(
     if num_images < MIN_IMAGES:
         raise UserError(f"num_images must be at least {MIN_IMAGES}, got {num_images}")
     if data is None:
-        settings = (configuration_of(checkpoint).get("data") or {}).get("init_args") or {}
+        _, settings = class_and_arguments(configuration_of(checkpoint), "data")
         data = settings.get("data", "photos")
         if not isinstance(data, str):
             raise UserError("the data of this run are a data set that cannot be loaded again: give images with --data")

@@ -11,7 +11,6 @@ from torch.nn.functional import one_hot
 
 from stepwise_lightning.errors import UserError
 from stepwise_lightning.modes.directions import Modes
-from stepwise_lightning.precision import as_float64
 
 Classifier = Literal["ridge", "knn"]
 _MAX_DISTANCES = 2**24  # in memory at a time, 128 MB
@@ -151,6 +150,5 @@ def _check_data(views: list[Tensor], labels: Tensor, held_out: tuple[Tensor, Ten
             raise UserError(
                 f"held-out representations have {view.shape[1]} dimensions, but the others have {views[0].shape[1]}"
             )
-        as_float64(view, "the representations")
     if int((labels >= 0).sum()) < 2:
         raise UserError("fewer than two inputs have a label of at least 0: label more inputs")

@@ -21,10 +21,8 @@ _PREFIX = "encoder."
 def configured_encoder(checkpoint: str | Path) -> nn.Module:
     """Return the untrained encoder that the configuration of a checkpoint's run describes."""
     config = configuration_of(Path(checkpoint))
-    model = config.get("model") or {}
-    settings = model.get("init_args") if isinstance(model, dict) else None
-    if not isinstance(settings, dict) or "encoder" not in settings:
-        name = model.get("class_path") if isinstance(model, dict) else model
+    name, settings = class_and_arguments(config, "model")
+    if "encoder" not in settings:
         raise UserError(f"the model of this run, {name}, has no argument 'encoder': use its own load_from_checkpoint")
     seed = config.get("seed_everything")
     if not isinstance(seed, int) or isinstance(seed, bool):
@@ -36,11 +34,10 @@ def configured_encoder(checkpoint: str | Path) -> nn.Module:
 def configured_loss(checkpoint: str | Path) -> Callable[..., Any] | None:
     """Return the loss in the configuration of a checkpoint's run, None without a configuration or a loss."""
     try:
-        model = configuration_of(Path(checkpoint)).get("model")
+        _, settings = class_and_arguments(configuration_of(Path(checkpoint)), "model")
     except NotFoundError:
         return None
-    settings = model.get("init_args") if isinstance(model, dict) else None
-    loss = settings.get("loss") if isinstance(settings, dict) else None
+    loss = settings.get("loss")
     return None if loss is None else instantiate(Callable[..., Any], loss)
 
 
@@ -103,6 +100,15 @@ def configuration_of(checkpoint: Path) -> dict[str, Any]:
     if not isinstance(configuration, dict):
         raise UserError(f"{str(path)!r} is not the configuration of a run")
     return configuration
+
+
+def class_and_arguments(config: dict[str, Any], part: str) -> tuple[str, dict[str, Any]]:
+    """Return the class path and the arguments of ``model`` or ``data`` in a configuration, '' and {} if absent."""
+    spec = config.get(part)
+    if not isinstance(spec, dict):
+        return str(spec or ""), {}
+    arguments = spec.get("init_args")
+    return str(spec.get("class_path") or ""), arguments if isinstance(arguments, dict) else {}
 
 
 def instantiate(kind: Any, settings: Any) -> Any:
