@@ -13,6 +13,7 @@ from torch import Tensor
 from stepwise_lightning.forecasts.learning_rates import StableRates
 from stepwise_lightning.precision import as_float64
 from stepwise_lightning.spectrum.record import SpectrumRecord
+from stepwise_lightning.spectrum.steps import first_sustained
 from stepwise_lightning.theory.loss_derivatives import PairLoss
 from stepwise_lightning.theory.loss_signature import loss_properties
 
@@ -200,16 +201,14 @@ def crossings(steps: Tensor, eigenvalues: Tensor, threshold: float) -> Tensor:
     Steps are interpolated linearly in the logarithm; NaN for eigenvalues that start above the threshold, infinite for
     those that never exceed it.
     """
-    above = torch.nn.functional.pad(eigenvalues > threshold, (0, 0, 0, 2), value=True)
-    sustained = above[:-2] & above[1:-1] & above[2:]
     logs = eigenvalues.clamp(min=torch.finfo(torch.float64).tiny).log() - math.log(threshold)
     times = eigenvalues.new_full((eigenvalues.shape[1],), math.inf, dtype=torch.float64)
-    for mode in range(eigenvalues.shape[1]):
-        if bool(eigenvalues[0, mode] > threshold):
+    for mode, path in enumerate(eigenvalues.T):
+        index = first_sustained(path > threshold)
+        if path[0] > threshold:
             times[mode] = math.nan
-        elif bool(sustained[:, mode].any()):
-            index = int(sustained[:, mode].long().argmax())
-            before, after = logs[index - 1, mode], logs[index, mode]
+        elif index is not None:
+            before, after = logs[index - 1 : index + 1, mode]
             start, end = steps[index - 1 : index + 1].tolist()
             times[mode] = start + (end - start) * float(-before / (after - before))
     return times

@@ -72,7 +72,7 @@ def detect_steps(times: Tensor, eigenvalues: Tensor) -> Steps:
     step_times, widths = nan.clone(), nan.clone()
     for mode, path in enumerate(values.T):
         if threshold > 0 and path[0] <= threshold / 10:
-            index = _first_sustained(path > threshold)
+            index = first_sustained(path > threshold)
             if index is not None:
                 step_times[mode] = _crossing(times, path, index, threshold)
                 low = int((path[:index] <= threshold / 10).nonzero()[-1]) + 1
@@ -218,7 +218,7 @@ def _median_of_three(values: Tensor) -> Tensor:
     return torch.stack([padded[:-2], padded[1:-1], padded[2:]]).median(0).values
 
 
-def _first_sustained(above: Tensor) -> int | None:
+def first_sustained(above: Tensor) -> int | None:
     """Return the index of the first sample from which ``above`` is true for three samples, or to the end."""
     padded = torch.cat([above, above.new_ones(2)])
     starts = (padded[:-2] & padded[1:-1] & padded[2:]).nonzero()

@@ -76,10 +76,8 @@ def stability_limits(momentum: float) -> StabilityLimits:
 
     Train below the smaller of the first two. Without momentum all starts diverge above 2, where
     (1 + x)³ = (27/4)(2 + x): the maximum of u + x u (1 − u²) lies on its cycle of period 2. With momentum the limit is
-    not sharp: between ``safe`` and about 2 convergence depends on the start. Ten-dimensional layers on features of
-    photographs diverge at the same x as one mode: with β = 0.9, in 0, 5, 18, 32 and 36 of 36 starts at x = 0.68, 0.79,
-    0.90, 1.08 and 1.44. To simulate a given start, or another loss, use
-    :class:`stepwise_lightning.theory.last_layer.LastLayer`.
+    not sharp: between ``safe`` and about 2 convergence depends on the start. To simulate a given start, or another
+    loss, use :class:`stepwise_lightning.theory.last_layer.LastLayer`.
 
     Args:
         momentum: β in [0, 1).
