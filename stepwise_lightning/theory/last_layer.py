@@ -75,10 +75,6 @@ class LastLayer:
             matrix that a named loss drives, and for the covariance of a function.
         settings: arguments of a loss given by its name, with the loss's defaults.
 
-    Attributes:
-        variance_left_out: fraction of the features' variance outside the directions; 0 without a projection.
-        rate_left_out: upper bound on the growth rates of modes outside the directions, relative to the fastest mode.
-
     Raises:
         ValueError: an unknown loss or setting, shapes that do not match, values that are not finite, or a number of
             components that is not between 1 and m.
@@ -107,13 +103,11 @@ class LastLayer:
         if num_components is not None and not 1 <= num_components <= m:
             raise UserError(f"num_components must lie between 1 and the {m} features, got {num_components}")
         self._has_bias = bias is not None
-        self._basis, self.variance_left_out, self.rate_left_out = None, 0.0, 0.0
+        self._basis = None
         if num_components is not None:
             growth = _growth(loss, h1, h2, len(weight), bias, self.settings)
             h = torch.cat([h1.flatten(0, 1), h2.flatten(0, 1)])
-            self._basis, self.rate_left_out = _components(growth, h, num_components)
-            total, kept = (float(x.var(0, correction=0).sum()) for x in (h, h @ self._basis))
-            self.variance_left_out = max(1 - kept / total, 0.0) if total > 0 else 0.0
+            self._basis = _components(growth, h, num_components)
         self._weight0 = self._joined(weight, bias)
         x1, x2 = self._inputs(h1), self._inputs(h2)
         in_turn = in_turn or not properties.uses_moments
@@ -134,7 +128,6 @@ class LastLayer:
         weight_decay: float = 0.0,
         velocity: Sequence[TensorLike] | None = None,
         measured_at: Iterable[int] | None = None,
-        measured_on: tuple[TensorLike, TensorLike] | None = None,
     ) -> LayerTrajectory:
         r"""Simulate the steps v ← βv + ∇L + ωW, W ← W − ηv of ``torch.optim.SGD`` for weights and bias.
 
@@ -150,15 +143,12 @@ class LastLayer:
                 zero.
             measured_at: steps between 0 and T after which eigenvalues are computed; None for all. For normalised
                 embeddings, each measurement passes all pairs through the layer.
-            measured_on: features (n, m) of both views of other pairs for the eigenvalues, for example held-out pairs;
-                None for the training pairs.
 
         Raises:
             ValueError: an argument out of range or of the wrong shape.
 
         """
         rates, steps = _validated_schedule(learning_rates, momentum, weight_decay, measured_at)
-        pairs = self._features if measured_on is None else validated_features(*measured_on)
         w, v = self._weight0.clone(), self._initial_velocity(velocity)
         measured, weights = set(steps), [self._weight0] if steps[0] == 0 else []
         for step, rate in enumerate(rates):
@@ -170,7 +160,7 @@ class LastLayer:
                 if not w.isfinite().all():
                     break
                 weights.append(w.clone())
-        eigenvalues = self._eigenvalues(weights, *(self._inputs(h.flatten(0, 1)) for h in pairs))
+        eigenvalues = self._eigenvalues(weights, *(self._inputs(h.flatten(0, 1)) for h in self._features))
         eigenvalues = pad(eigenvalues, (0, 0, 0, len(steps) - len(weights)), value=math.inf)
         weight = w[:, :-1] if self._has_bias else w
         weight = weight if self._basis is None else weight @ self._basis.T
@@ -264,13 +254,12 @@ def _growth(
     return (growth + growth.T) / 2
 
 
-def _components(growth: Tensor, h: Tensor, count: int) -> tuple[Tensor, float]:
-    """Return an orthonormal basis (m, count) of leading directions, see :class:`LastLayer`, and ``rate_left_out``."""
+def _components(growth: Tensor, h: Tensor, count: int) -> Tensor:
+    """Return an orthonormal basis (m, count) of leading directions, see :class:`LastLayer`."""
     moments, principal = torch.linalg.eigh(h.T @ h)
     if int((moments > 1e-12 * moments[-1]).sum()) <= count:
-        return principal.flip(1)[:, :count].contiguous(), 0.0
+        return principal.flip(1)[:, :count].contiguous()
     rates, fast = torch.linalg.eigh(growth)
-    rates = rates.flip(0).clamp(min=0)
     num_fast = min(count // 2, int((rates > 0).sum()))
     parts = [fast.flip(1)[:, :num_fast], principal.flip(1)[:, : count - num_fast]]
-    return torch.linalg.qr(torch.cat(parts, 1)).Q, float(rates[num_fast] / rates[0]) if num_fast else 0.0
+    return torch.linalg.qr(torch.cat(parts, 1)).Q

@@ -59,7 +59,7 @@ def signature(h1, h2, bias):
 
 def simulation(loss, h1, h2, weight, bias):
     layer = theory.LastLayer(loss, h1, h2, weight, bias)
-    end = layer.simulate([1e-2] * 3, 0.9, velocity=[weight, bias], measured_on=(h1[0], h2[0]))
+    end = layer.simulate([1e-2] * 3, 0.9, velocity=[weight, bias])
     return [end.eigenvalues, end.weight, end.bias]
 
 

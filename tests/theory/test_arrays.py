@@ -40,7 +40,7 @@ def test_arrays_in_linear_models_and_last_layers():
     bias = H1[0, :2]
     results = [
         theory.LastLayer("simclr", f(H1), f(H2), f(START), f(bias)).simulate(
-            f(torch.full((3,), 0.1)), velocity=[f(START), f(bias)], measured_on=(f(H2), f(H1))
+            f(torch.full((3,), 0.1)), velocity=[f(START), f(bias)]
         )
         for f in (Tensor.clone, Tensor.numpy, Tensor.tolist)
     ]

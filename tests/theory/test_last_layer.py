@@ -143,7 +143,6 @@ def test_projection_for_a_function_equals_projection_for_its_name():
         LastLayer(loss, h1, h2, weight, num_components=12, driven_matrix="covariance")
         for loss in ("spectral_contrastive", spectral_contrastive_loss)
     )
-    assert function.rate_left_out == pytest.approx(named.rate_left_out, rel=1e-9)
     projected = [each.simulate([1e-3], measured_at=[0]).eigenvalues for each in (named, function)]
     torch.testing.assert_close(projected[1], projected[0], rtol=1e-9, atol=1e-20)
 
@@ -177,18 +176,17 @@ def test_batches_use_mean_moments(loss, settings):
     torch.testing.assert_close(together.weight, torch.stack(alone).mean(0), rtol=1e-9, atol=0)
 
 
-def test_eigenvalues_at_requested_steps_and_on_other_pairs():
-    (h1, h2), (other1, other2) = features(2, 24), features(40, seed=5)
+def test_eigenvalues_at_requested_steps():
+    h1, h2 = features(2, 24)
     layer = LastLayer("simclr", h1, h2, normal(DIM, NUM_FEATURES, seed=7), normal(DIM, seed=8))
     all_steps = layer.simulate([0.01] * 20, 0.9)
     assert all_steps.steps.tolist() == list(range(21)) and all_steps.eigenvalues.shape == (21, DIM)
     some = layer.simulate([0.01] * 20, 0.9, measured_at=(20, 3, 0, 3))
     assert some.steps.tolist() == [0, 3, 20]
     torch.testing.assert_close(some.eigenvalues, all_steps.eigenvalues[[0, 3, 20]], rtol=1e-12, atol=0)
-    held_out = layer.simulate([0.01] * 20, 0.9, measured_at=[20], measured_on=(other1, other2))
-    z1, z2 = (h @ all_steps.weight.T + all_steps.bias for h in (other1, other2))
+    z1, z2 = (h.flatten(0, 1) @ all_steps.weight.T + all_steps.bias for h in (h1, h2))
     expected = measure("tangent_covariance", [z1, z2])[0]
-    torch.testing.assert_close(held_out.eigenvalues[0], expected, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(all_steps.eigenvalues[-1], expected, rtol=1e-9, atol=1e-12)
 
 
 def wide_features(num_pairs, width=60):
@@ -206,7 +204,6 @@ def test_projection_on_span_of_features_is_exact(loss):
     whole, projected = (
         LastLayer(loss, h1, h2, layer.weight, layer.bias, num_components=count, **settings) for count in (None, 24)
     )
-    assert projected.variance_left_out < 1e-12 and projected.rate_left_out == 0
     expected, actual = (each.simulate([1e-3] * 200, 0.9, weight_decay=0.01) for each in (whole, projected))
     torch.testing.assert_close(actual.eigenvalues, expected.eigenvalues, rtol=1e-8, atol=1e-14)
     torch.testing.assert_close(actual.weight @ h1.T, expected.weight @ h1.T, rtol=1e-8, atol=1e-12)
@@ -219,7 +216,6 @@ def test_projection_keeps_fastest_modes():
     whole, projected = (
         LastLayer("barlow_twins", h1, h2, weight, num_components=count, **ANALYTICAL) for count in (None, 12)
     )
-    assert 0.05 < projected.variance_left_out < 0.5 and 0 < projected.rate_left_out < 0.5
     expected, actual = (
         (each.simulate(rates, 0.9).eigenvalues > 0.1).long().argmax(0).double() for each in (whole, projected)
     )
