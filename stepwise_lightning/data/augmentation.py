@@ -14,27 +14,18 @@ class AugmentationParameters:
     ``standard`` follows Barlow Twins, for small images; ``weak`` is crop and flip only. Published augmentations for
     ImageNet: ``barlow_twins`` of Barlow Twins (Zbontar et al. 2021, appendix A) and VICReg (Bardes et al. 2022),
     ``simclr`` of SimCLR (Chen et al. 2020, appendix A), both with linear instead of cubic interpolation.
-
-    Attributes:
-        crop_scale: range of the crop's area as a share of the image's, sampled uniformly.
-        crop_ratio: range of the crop's width over height, sampled uniformly in the logarithm.
-        jitter: largest change of brightness, contrast, saturation (factors 1 ± value) and hue (share of the circle).
-        jitter_probability: probability of colour jitter.
-        gray_probability: probability of conversion to grayscale.
-        blur_probability: probability of a Gaussian blur in the first and in the second view.
-        blur_sigma: range of the blur's σ in pixels, sampled uniformly.
-        solarize_probability: probability in both views of inverting all values of at least 128 of 255.
-
     """
 
-    crop_scale: tuple[float, float]
+    crop_scale: tuple[float, float]  #: range of the crop's area as a share of the image's, sampled uniformly
+    #: Range of the crop's width over height, sampled uniformly in the logarithm
     crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    #: Largest change of brightness, contrast, saturation (factors 1 ± value) and hue (share of the circle)
     jitter: tuple[float, float, float, float] | None = None
     jitter_probability: float = 0.0
     gray_probability: float = 0.0
-    blur_probability: tuple[float, float] = (0.0, 0.0)
-    blur_sigma: tuple[float, float] = (0.1, 2.0)
-    solarize_probability: tuple[float, float] = (0.0, 0.0)
+    blur_probability: tuple[float, float] = (0.0, 0.0)  #: in the first and in the second view
+    blur_sigma: tuple[float, float] = (0.1, 2.0)  #: range of σ in pixels, sampled uniformly
+    solarize_probability: tuple[float, float] = (0.0, 0.0)  #: of inverting values of at least 128 of 255, in both views
 
     @classmethod
     def of(cls, augmentation: str) -> AugmentationParameters:

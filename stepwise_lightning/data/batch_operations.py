@@ -27,16 +27,10 @@ BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
 
 
 class Taps(NamedTuple):
-    """Indices and weights of the input lines (rows or columns) that are summed into each output line.
+    """Indices and weights of the input lines (rows or columns) that are summed into each output line."""
 
-    Attributes:
-        lines: int64, (n, size, taps).
-        weights: float32, (n, size, taps).
-
-    """
-
-    lines: Tensor
-    weights: Tensor
+    lines: Tensor  #: int64, (n, size, taps)
+    weights: Tensor  #: float32, (n, size, taps)
 
     @classmethod
     def of_crops(
@@ -136,19 +130,13 @@ class Jitters(NamedTuple):
 
     Brightness, contrast and saturation are clamp(f x + (1 − f) y), where y is black, the mean of the gray image, or the
     gray image.
-
-    Attributes:
-        image, mean, gray: coefficients of x, of the mean and of the gray image in each of four turns, float32, (n, 4).
-        hue: shift of the hue in sextants, float32, (n,).
-        hue_turn: turn in which the hue is shifted, int64, (n,).
-
     """
 
-    image: Tensor
-    mean: Tensor
-    gray: Tensor
-    hue: Tensor
-    hue_turn: Tensor
+    image: Tensor  #: coefficients of x in each of four turns, float32, (n, 4)
+    mean: Tensor  #: of the mean
+    gray: Tensor  #: of the gray image
+    hue: Tensor  #: shift of the hue in sextants, float32, (n,)
+    hue_turn: Tensor  #: turn in which the hue is shifted, int64, (n,)
 
     @classmethod
     def of(cls, factors: Tensor, hue: Tensor, order: Tensor) -> Self:

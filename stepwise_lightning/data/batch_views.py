@@ -192,21 +192,13 @@ def crop_boxes(
 
 
 class ReadBatch(NamedTuple):
-    """Images of a batch as they are read, before augmentation.
+    """Images of a batch as they are read, before augmentation."""
 
-    Attributes:
-        pixels: uint8, (n, 3, h, w); or (bytes,), the images one after the other, each (h, 3, w).
-        shapes: height and width of each image, int64, (n, 2), if ``pixels`` has one dimension.
-        epochs, indices: int64, (n,), see :class:`BatchViews`.
-        labels: int64, (n,), −1 for unknown.
-
-    """
-
-    pixels: Tensor
-    shapes: Tensor
-    epochs: Tensor
-    indices: Tensor
-    labels: Tensor
+    pixels: Tensor  #: uint8, (n, 3, h, w); or (bytes,), the images one after the other, each (h, 3, w)
+    shapes: Tensor  #: height and width of each image, int64, (n, 2), if ``pixels`` has one dimension
+    epochs: Tensor  #: int64, (n,)
+    indices: Tensor  #: of the images in their data set, int64, (n,)
+    labels: Tensor  #: int64, (n,), −1 for unknown
 
     @classmethod
     def of(

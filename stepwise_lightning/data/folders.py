@@ -41,32 +41,19 @@ _FILLERS = {"data", "dataset", "folder", "image", "images", "img", "imgs", "seg"
 
 @dataclass(frozen=True)
 class Listing:
-    """Image files below a folder.
+    """Image files below a folder."""
 
-    Attributes:
-        paths: sorted folder by folder, as pathlib sorts. Strings, because 100 000 ``Path`` objects take a second.
-        identities: device and inode by path, equal for links to one file; broken links have none.
-        left_out: number of ignored files and folders, by reason.
-
-    """
-
-    paths: list[str]
-    identities: dict[str, tuple[int, int]]
-    left_out: Counter[str]
+    paths: list[str]  #: sorted as pathlib sorts; strings, because 100 000 ``Path`` objects take a second
+    identities: dict[str, tuple[int, int]]  #: device and inode by path, equal for links to one file
+    left_out: Counter[str]  #: number of ignored files and folders, by reason
 
 
 @dataclass(frozen=True)
 class Split:
-    """Images of one split.
+    """Images of one split."""
 
-    Attributes:
-        paths: sorted.
-        class_names: the first-level subfolder of each image, '' for none.
-
-    """
-
-    paths: list[str]
-    class_names: list[str]
+    paths: list[str]  #: sorted
+    class_names: list[str]  #: the first-level subfolder of each image, '' for none
 
     @classmethod
     def of(cls, paths: list[str], base: Path) -> Split:

@@ -45,18 +45,11 @@ _MAX_BYTES_IN_MEMORY = 4 * 2**30
 
 @dataclass(frozen=True)
 class ImageSet:
-    """One split of a data set.
+    """One split of a data set."""
 
-    Attributes:
-        images: uint8, (N, 3, h, w); or N paths if the images are large or differ in size.
-        labels: int64, (N,); −1 for unknown.
-        class_names: names of the labels 0, 1, …
-
-    """
-
-    images: Tensor | JoinedImages | list[str]
-    labels: Tensor
-    class_names: list[str]
+    images: Tensor | JoinedImages | list[str]  #: uint8, (N, 3, h, w); or N paths if images are large or differ in size
+    labels: Tensor  #: int64, (N,); −1 for unknown
+    class_names: list[str]  #: names of the labels 0, 1, …
 
     def __len__(self) -> int:
         return len(self.labels)

@@ -40,34 +40,23 @@ class Forecast:
     ``str()`` returns a table. Steps are optimiser steps since the beginning of training.
     """
 
-    loss: str | PairLoss
-    """Name in ``stepwise_lightning.losses.LOSSES``, or a function of both views' embeddings."""
-    matrix: str
-    """Matrix whose eigenvalues the loss drives."""
-    start: int
-    """Step of the forecast; 0 before training."""
-    max_steps: int
-    """Last step of training."""
-    learning_rate: float
-    """Largest learning rate of the remaining steps."""
+    loss: str | PairLoss  #: name in ``stepwise_lightning.losses.LOSSES``, or a function of both views' embeddings
+    matrix: str  #: matrix whose eigenvalues the loss drives
+    start: int  #: step of the forecast; 0 before training
+    max_steps: int  #: last step of training
+    learning_rate: float  #: largest learning rate of the remaining steps
     momentum: float
-    num_pairs: int
-    """Number of pairs whose features were used."""
+    num_pairs: int  #: number of pairs whose features were used
+    #: Step at which each mode is learned, (d,); infinite if not before ``max_steps``; NaN if before ``start`` or if the
+    #: mode starts too high to make a step
     step_times: Tensor
-    """Step at which each mode is learned, (d,); infinite if not before ``max_steps``; NaN if before ``start`` or if the
-    mode starts too high to make a step."""
-    steps: Tensor
-    """Steps of the simulated trajectory, (K,)."""
-    eigenvalues: Tensor
-    """Eigenvalues of ``matrix``, (K, d), descending; infinite once training has diverged."""
-    threshold: float
-    """θ, a tenth of the largest eigenvalue at the end; modes above it count as learned."""
+    steps: Tensor  #: steps of the simulated trajectory, (K,)
+    eigenvalues: Tensor  #: eigenvalues of ``matrix``, (K, d), descending; infinite once training has diverged
+    threshold: float  #: θ, a tenth of the largest eigenvalue at the end; modes above it count as learned
+    #: ρ of each mode from a small start, (d,), :func:`stepwise_lightning.theory.growth_matrix`; NaN if undefined
     growth_rates: Tensor
-    """ρ of each mode from a small start, (d,), :func:`stepwise_lightning.theory.growth_matrix`; NaN if undefined."""
-    rates: StableRates
-    """Limit, safe and suggested learning rate; NaN if unknown."""
-    warnings: tuple[str, ...]
-    """Reasons why the forecast may be wrong or training may fail."""
+    rates: StableRates  #: limit, safe and suggested learning rate; NaN if unknown
+    warnings: tuple[str, ...]  #: reasons why the forecast may be wrong or training may fail
 
     @property
     def num_learned(self) -> int:

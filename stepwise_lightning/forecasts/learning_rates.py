@@ -33,10 +33,8 @@ _LEAST, _MOST, _FACTOR = 0.5, 100.0, 1.15  # smallest and largest x tried, and t
 class StableRates(NamedTuple):
     """Learning rates; NaN if unknown."""
 
-    limit: float
-    """Learning rate above which at least half of all starts diverge with frozen features."""
-    safe: float
-    """Half of the learning rate below which no start diverges on any batch: a margin for feature learning."""
+    limit: float  #: above it at least half of all starts diverge with frozen features
+    safe: float  #: half of the rate below which no start diverges on any batch: a margin for feature learning
     suggested: float
 
 

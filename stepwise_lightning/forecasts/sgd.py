@@ -26,16 +26,12 @@ from stepwise_lightning.theory.loss_signature import checked_settings, loss_prop
 class SGDSettings:
     """Loss and SGD settings of a training run."""
 
-    loss: str | PairLoss
-    """Name of the loss in :data:`stepwise_lightning.losses.LOSSES`, or a function of both views' embeddings."""
-    settings: dict[str, Any]
-    """All settings of a loss given by its name."""
-    rates: Tensor
-    """Learning rate of each remaining step, (T,)."""
+    loss: str | PairLoss  #: name in ``stepwise_lightning.losses.LOSSES``, or a function of both views' embeddings
+    settings: dict[str, Any]  #: all settings of a loss given by its name
+    rates: Tensor  #: learning rate of each remaining step, (T,)
     momentum: float
     weight_decay: float
-    driven_matrix: str | None = None
-    """Matrix whose eigenvalues the loss drives; None for that of the named loss, or the covariance."""
+    driven_matrix: str | None = None  #: None for the matrix of the named loss, or the covariance
 
     @property
     def matrix(self) -> str:

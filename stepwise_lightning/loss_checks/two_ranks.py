@@ -41,18 +41,12 @@ class Evaluation(NamedTuple):
 class TwoRanks(NamedTuple):
     """A loss on a batch, and on its halves on two ranks; a string is an error."""
 
-    batch: Evaluation | str
-    """One process, the whole batch."""
-    repeated: Evaluation | str
-    """One process, the first half of the batch twice."""
-    alone: Evaluation | str
-    """Each rank its half, without a process group."""
-    halves: Evaluation | str
-    """Each rank its half, in a process group."""
-    equal_halves: Evaluation | str
-    """Both ranks the first half, in a process group."""
-    gathered: Evaluation | str
-    """Each rank the whole batch, gathered as in ``JointEmbedding``."""
+    batch: Evaluation | str  #: one process, the whole batch
+    repeated: Evaluation | str  #: one process, the first half of the batch twice
+    alone: Evaluation | str  #: each rank its half, without a process group
+    halves: Evaluation | str  #: each rank its half, in a process group
+    equal_halves: Evaluation | str  #: both ranks the first half, in a process group
+    gathered: Evaluation | str  #: each rank the whole batch, gathered as in ``JointEmbedding``
 
     def of_loss(self) -> tuple[str, str, str]:
         """Return result, value and remedy where a module under DDP passes each shard to the loss."""

@@ -27,47 +27,29 @@ _COLOURS = {"positive": "0,114,178", "negative": "213,94,0", "share": "0,158,115
 
 @dataclass(frozen=True)
 class ModeDescription:
-    """Description of k learned modes on n images; a notebook displays it as a page.
+    """Description of k learned modes on n images; a notebook displays it as a page."""
 
-    Attributes:
-        run, data: names of the run and of the images.
-        augmentation: of the run, ``standard`` or ``weak``.
-        modes: the learned modes, computed from random views as in training.
-        shares: shares of the variance of all modes, (k,).
-        images: centre crops in [0, 1], (n, 3, size, size).
-        coordinates: of ``images``, (n, k), divided by their standard deviation.
-        all_coordinates: of ``images`` along all modes, learned or not, (n, ≤ d), not scaled.
-        labels: int64, (n,), −1 for unknown.
-        class_names: names of the labels.
-        paths: path of each image, or set/split/index.
-        class_share: share of variance between classes, ε², (k,); None with fewer than two known classes.
-        attributes: Pearson's r with each of ``attributes.ATTRIBUTES``, by name, (k,); NaN for a constant attribute.
-        explained: share of variance explained by all attributes together, leave-one-out, (k,).
-        invariance: share of variance between images when their views differ in one parameter, by its name, or in all
-            parameters (``all together``), (k,); 1 if the mode is invariant to it.
-        gradients: mean gradients with respect to pixel values, (k, 3, size, size).
-        ends: indices of images from the lowest tenth, around the median and from the highest tenth, (k, 3, m).
-        maps: occlusion maps by (mode, image), (size, size) each, in units of the mode's standard deviation.
-
-    """
-
-    run: str
-    data: str
-    augmentation: str
-    modes: Modes
-    shares: Tensor
-    images: Tensor
-    coordinates: Tensor
-    all_coordinates: Tensor
-    labels: Tensor
-    class_names: list[str]
-    paths: list[str]
-    class_share: Tensor | None
+    run: str  #: name of the run
+    data: str  #: name of the images
+    augmentation: str  #: of the run, ``standard`` or ``weak``
+    modes: Modes  #: the learned modes, computed from random views as in training
+    shares: Tensor  #: shares of the variance of all modes, (k,)
+    images: Tensor  #: centre crops in [0, 1], (n, 3, size, size)
+    coordinates: Tensor  #: of ``images``, (n, k), divided by their standard deviation
+    all_coordinates: Tensor  #: of ``images`` along all modes, learned or not, (n, ≤ d), not scaled
+    labels: Tensor  #: int64, (n,), −1 for unknown
+    class_names: list[str]  #: names of the labels
+    paths: list[str]  #: path of each image, or set/split/index
+    class_share: Tensor | None  #: share of variance between classes, ε², (k,); None with fewer than two known classes
+    #: Pearson's r with each of ``attributes.ATTRIBUTES``, by name, (k,); NaN for a constant attribute
     attributes: dict[str, Tensor]
-    explained: Tensor
+    explained: Tensor  #: share of variance explained by all attributes together, leave-one-out, (k,)
+    #: Share of variance between images when their views differ in one parameter, by its name, or in all parameters
+    #: (``all together``), (k,); 1 if the mode is invariant to it
     invariance: dict[str, Tensor]
-    gradients: Tensor
-    ends: Tensor
+    gradients: Tensor  #: mean gradients with respect to pixel values, (k, 3, size, size)
+    ends: Tensor  #: indices of images from the lowest tenth, around the median and from the highest tenth, (k, 3, m)
+    #: Occlusion maps by (mode, image), (size, size) each, in units of the mode's standard deviation
     maps: dict[tuple[int, int], Tensor]
 
     def html(self) -> str:

@@ -25,21 +25,13 @@ class Modes:
     always subtracted, also before C is computed, because a component equal for all inputs does not distinguish them.
 
     The sign of each eigenvector is chosen to make its largest entry positive.
-
-    Attributes:
-        matrix: a name in ``stepwise_lightning.spectrum.matrices.MATRICES``.
-        eigenvalues: (k,), descending, float64; eigenvalues of C may be negative.
-        directions: (d, k), orthonormal columns v_k, float64.
-        origin: s̄, (d,), float64.
-        axis: direction of the mean of the normalised embeddings, (d,), for the tangent covariance; otherwise None.
-
     """
 
-    matrix: str
-    eigenvalues: Tensor
-    directions: Tensor
-    origin: Tensor
-    axis: Tensor | None = None
+    matrix: str  #: a name in ``stepwise_lightning.spectrum.matrices.MATRICES``
+    eigenvalues: Tensor  #: (k,), descending, float64; eigenvalues of C may be negative
+    directions: Tensor  #: (d, k), orthonormal columns v_k, float64
+    origin: Tensor  #: s̄, (d,), float64
+    axis: Tensor | None = None  #: direction of the mean of the normalised embeddings, (d,), for the tangent covariance
 
     @classmethod
     def of(cls, views: Tensor | Sequence[Tensor], matrix: str = "covariance") -> Modes:

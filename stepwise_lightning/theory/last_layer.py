@@ -35,14 +35,10 @@ from stepwise_lightning.theory.moments import FeatureMoments, validated_features
 class LayerTrajectory:
     """Trajectory of a simulated last layer."""
 
-    steps: Tensor
-    """(K,), optimiser steps at which eigenvalues are computed."""
-    eigenvalues: Tensor
-    """(K, d), descending, float64; infinite after the weights diverge."""
-    weight: Tensor
-    """(d, m) after the last step; for projected features, its part in their span."""
-    bias: Tensor | None
-    """(d,) after the last step."""
+    steps: Tensor  #: (K,), optimiser steps at which eigenvalues are computed
+    eigenvalues: Tensor  #: (K, d), descending, float64; infinite after the weights diverge
+    weight: Tensor  #: (d, m) after the last step; for projected features, its part in their span
+    bias: Tensor | None  #: (d,) after the last step
 
 
 class LastLayer:
