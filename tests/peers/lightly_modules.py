@@ -171,9 +171,6 @@ def mae(package):
             )  # fmt: skip
             self.criterion = nn.MSELoss()
 
-        def forward_encoder(self, images, idx_keep=None):
-            return self.backbone.encode(images, idx_keep)
-
         def forward_decoder(self, x_encoded, idx_keep, idx_mask):
             batch_size = x_encoded.shape[0]
             x_decode = self.decoder.embed(x_encoded)
@@ -187,7 +184,7 @@ def mae(package):
             idx_keep, idx_mask = utils.random_token_mask(
                 size=(images.shape[0], self.sequence_length), mask_ratio=self.mask_ratio, device=images.device
             )
-            x_encoded = self.forward_encoder(images, idx_keep)
+            x_encoded = self.backbone.encode(images, idx_keep)
             x_pred = self.forward_decoder(x_encoded, idx_keep, idx_mask)
             patches = utils.patchify(images, self.patch_size)
             return self.criterion(x_pred, utils.get_at_index(patches, idx_mask - 1))
