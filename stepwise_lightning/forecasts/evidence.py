@@ -111,7 +111,7 @@ def gather_evidence(
     if spread > 0:
         shared, chance = _shared_content(h1, h2)
         with restored_state(module):
-            forecast = forecast_of_features(sgd, h1, h2, layer.weight, bias_of(layer), start, with_rates=with_rates)
+            forecast = forecast_of_features(sgd, h1, h2, layer.weight, layer.bias, start, with_rates=with_rates)
         if (dtype := _DTYPES.get(precision.partition("-")[0])) is not None:
             pair = on_device(views_in(collected[0], views), module)
             rounding = _rounding(module, pair[0], dtype, precision.endswith("true"))
@@ -178,7 +178,7 @@ def _rounding(module: nn.Module, view: Tensor, dtype: torch.dtype, is_true: bool
 def _kept(sgd: SGDSettings, h1: Tensor, h2: Tensor, layer: nn.Linear | LinearEncoder, dtype: torch.dtype) -> float:
     """Return the share of one update of the weights that remains if they are rounded to half precision."""
     weight = layer.weight.detach().to(dtype).double().cpu()
-    bias = bias_of(layer)
+    bias = layer.bias
     simulated = LastLayer(
         sgd.loss,
         h1,
