@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from stepwise_lightning.encoders import LinearEncoder, bias_of
+from stepwise_lightning.encoders import LinearEncoder
 from stepwise_lightning.features import Views, capture, on_device, views_in
 from stepwise_lightning.features.module_state import restored_state
 from stepwise_lightning.forecasts.forecast import Forecast
