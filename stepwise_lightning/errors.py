@@ -3,7 +3,7 @@
 The package raises :class:`UserError` for everything that a user can correct. :func:`one_line` also recognises errors of
 other libraries by their type, errno and message. Every other exception is a bug and keeps its traceback.
 
-Also the signals that stop a run, and its exit statuses.
+Also warnings of deprecated names, the signals that stop a run, and its exit statuses.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import os
 import pickle
 import re
 import signal
+import warnings
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -117,6 +118,12 @@ def lost_process(error: RuntimeError) -> LostProcessError | None:
     return LostProcessError(
         f"another process of this run has ended or does not answer: read its output, and start again ({message})"
     )
+
+
+def warn_deprecated(name: str, alternative: str, removed_in: str) -> None:
+    """Warn with a ``FutureWarning`` at the caller of the function that calls this one; see ``docs/deprecation.md``."""
+    message = f"{name} is deprecated and will be removed in version {removed_in}: use {alternative}"
+    warnings.warn(message, FutureWarning, stacklevel=3)
 
 
 def reason(error: Exception) -> str:

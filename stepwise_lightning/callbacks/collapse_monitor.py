@@ -9,11 +9,8 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from stepwise_lightning.callbacks.spectrum_logger import SpectrumLogger
 from stepwise_lightning.callbacks.tensorboard import NAME, PrimaryMatrix
-from stepwise_lightning.deprecation import warn_deprecated
-from stepwise_lightning.errors import UserError
+from stepwise_lightning.errors import UserError, warn_deprecated
 from stepwise_lightning.spectrum.collapses import Collapse, find_collapse
-
-__all__ = ["Collapse", "CollapseMonitor", "CollapseWatch", "find_collapse"]
 
 _NORMALISED = "normalized_covariance"
 # Values of the scalar collapse/level.

@@ -28,8 +28,6 @@ from stepwise_lightning.losses import LOSSES
 from stepwise_lightning.modules import JointEmbedding
 from stepwise_lightning.theory.loss_signature import loss_properties
 
-__all__ = ["ForecastLogger", "LiveForecast"]
-
 _KEY = "stepwise_lightning_forecasts"  # in a checkpoint
 _NUM_POINTS = 60  # step times are interpolated between them; for SimCLR they take longer than the steps
 _MIN_INTERVAL = 0.02  # between two forecasts, as a share of the steps so far

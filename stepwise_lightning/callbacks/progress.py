@@ -19,8 +19,6 @@ from stepwise_lightning.runs.loggers import logger_kind
 from stepwise_lightning.spectrum.matrices import phrase
 from stepwise_lightning.spectrum.record import SpectrumRecord
 
-__all__ = ["LineProgress", "Plan", "describe_bar", "outcome", "seeds_in_use"]
-
 _MIN_SECONDS = 10.0  # between two lines of progress
 _MIN_SHARE = 0.05  # of the elapsed time, between two lines of progress
 

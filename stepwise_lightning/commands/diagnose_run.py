@@ -22,8 +22,6 @@ from stepwise_lightning.runs.saved import checkpoint_of, configuration_of, insta
 from stepwise_lightning.seeding import checked_seed, isolated_rng
 from stepwise_lightning.spectrum.record import SpectrumRecord
 
-__all__ = ["diagnose_run", "read_losses"]
-
 _FAILED = ("fell_back", "diverged")
 
 

@@ -11,8 +11,6 @@ from stepwise_lightning.errors import NotFoundError
 from stepwise_lightning.runs.saved import checkpoint_of, configuration_of, saved_checkpoint
 from stepwise_lightning.spectrum.record import SpectrumRecord
 
-__all__ = ["model_card"]
-
 
 def model_card(run: str | Path, code: list[str]) -> str:
     """Return a model card in Markdown; contents without a file in the folder of the run are left out.

@@ -23,8 +23,6 @@ from stepwise_lightning.theory.loss_derivatives import PairLoss
 from stepwise_lightning.theory.loss_signature import checked_settings
 from stepwise_lightning.theory.plateaus import plateaus
 
-__all__ = ["diagnose"]
-
 _EQUAL = 1e-4  # relative spread of features
 _CHANCE = 1.5  # times the largest shared content of permuted pairs
 _ROUNDED, _KEPT = 0.5, 0.5

@@ -5,8 +5,6 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-__all__ = ["CAUSES", "Diagnosis"]
-
 # Causes of a loss that does not decrease, with their remedies.
 CAUSES = {
     "the learning rate is too low": "raise the learning rate, or train longer",

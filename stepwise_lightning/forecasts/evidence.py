@@ -29,8 +29,6 @@ from stepwise_lightning.theory.last_layer import LastLayer
 from stepwise_lightning.theory.loss_derivatives import PairLoss
 from stepwise_lightning.theory.moments import FeatureMoments
 
-__all__ = ["Evidence", "gather_evidence"]
-
 _PERMUTATIONS = 20
 _MAX_FEATURES = 512  # wider features are projected on as many components
 _PAIRS_PER_FEATURE = 4  # with fewer, unrelated pairs seem to share content

@@ -18,8 +18,6 @@ from stepwise_lightning.spectrum.collapses import find_collapse
 from stepwise_lightning.spectrum.record import SpectrumRecord
 from stepwise_lightning.theory.loss_derivatives import PairLoss
 
-__all__ = ["DIVERGED", "NEAR_SADDLE", "STILL", "RunState", "find_verdict", "last_loss", "run_state"]
-
 # θ of losses whose first eigenvalue has a known size. Otherwise it is a tenth of the eigenvalue, once it has grown
 # a hundredfold.
 _THRESHOLDS = {"barlow_twins": 0.1, "spectral_contrastive": 0.1, "vicreg": 0.3, "simclr": 0.03}

@@ -10,8 +10,6 @@ from stepwise_lightning.spectrum.measures import effective_rank
 from stepwise_lightning.spectrum.record import SpectrumRecord
 from stepwise_lightning.spectrum.steps import num_grown
 
-__all__ = ["Collapse", "find_collapse"]
-
 _SUSTAINED = 3  # number of measurements, as in detect_steps
 _VANISHED = 0.01  # relative to the maximum over time
 _LARGE = 0.1  # relative to the largest eigenvalue now: counts as a dimension

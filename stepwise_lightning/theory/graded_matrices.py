@@ -12,6 +12,7 @@ from torch import Tensor
 
 # A column is independent if its part outside the span of earlier columns exceeds this fraction of its norm.
 _INDEPENDENT = 1e-7
+_MAX_SWEEPS = 30  # of Jacobi rotations
 
 
 def row_echelon(columns: Tensor) -> tuple[Tensor, Tensor]:
@@ -70,7 +71,7 @@ def pencil_eigenvalues(rows: Tensor, pivots: Tensor, weights: Tensor, log_square
     return jacobi_eigenvalues((pencil + pencil.mT) / 2)
 
 
-def jacobi_eigenvalues(matrices: Tensor, max_sweeps: int = 30) -> Tensor:
+def jacobi_eigenvalues(matrices: Tensor) -> Tensor:
     """Return the eigenvalues of symmetric (…, d, d) matrices by cyclic Jacobi rotations, descending, (…, d).
 
     The rotations end when every off-diagonal entry is negligible compared with the geometric mean of its two diagonal
@@ -78,12 +79,10 @@ def jacobi_eigenvalues(matrices: Tensor, max_sweeps: int = 30) -> Tensor:
     rotations at once, in round-robin order.
     """
     d = matrices.shape[-1]
-    if d == 1:
-        return matrices[..., 0]
     a = torch.nn.functional.pad(matrices, (0, d % 2, 0, d % 2))
     rounds = _tournament(a.shape[-1], a.device)
     tolerance = 4 * torch.finfo(a.dtype).eps
-    for _ in range(max_sweeps):
+    for _ in range(_MAX_SWEEPS):
         for p, q in rounds:
             a = _rotate(a, p, q)
         scale = a.diagonal(dim1=-2, dim2=-1).abs().sqrt()
