@@ -13,7 +13,16 @@ import stepwise_lightning
 
 ROOT = Path(__file__).parent.parent
 SOURCES = (
-    *(".github", ".pre-commit-config.yaml", "CHANGELOG.md", "CITATION.cff", "LICENSE", "MANIFEST.in", "Makefile"),
+    *(
+        ".github",
+        ".gitignore",
+        ".pre-commit-config.yaml",
+        "CHANGELOG.md",
+        "CITATION.cff",
+        "LICENSE",
+        "MANIFEST.in",
+        "Makefile",
+    ),
     *("README.md", "configs", "constraints.txt", "docs", "pyproject.toml", "stepwise_lightning", "tests"),
 )
 

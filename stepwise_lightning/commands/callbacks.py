@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -57,32 +58,61 @@ def _configuration(class_path: str, name: str, value: str) -> dict[str, Any]:
     return {"trainer": {"callbacks": [callback]}}
 
 
-def merged(callbacks: list[Any], changes: list[Any]) -> list[Any]:
-    """Return configured callbacks with changes: a change updates the arguments of the callback of its class.
+def with_merged_callbacks(arguments: list[str]) -> list[str]:
+    """Return command-line arguments in which later configurations change only the callbacks that they name.
 
-    The n-th change of a class applies to the n-th callback of that class; without such a callback it is appended.
+    A configuration with the callbacks of all files is inserted after the last one. The n-th callback of a class in
+    a later file updates the arguments of the n-th callback of that class, or is appended. ``callbacks: null`` removes
+    all.
     """
+    merged, last, num_lists = None, 0, 0
+    for index, argument in enumerate(arguments):
+        option, equals, value = argument.partition("=")
+        if index and arguments[index - 1] in ("--config", "-c"):
+            value = argument
+        elif not (equals and option == "--config"):
+            continue
+        trainer = _loaded(value).get("trainer")
+        if isinstance(trainer, dict) and "callbacks" in trainer:
+            changes, last, num_lists = trainer["callbacks"], index + 1, num_lists + 1
+            merged = _merged(merged, changes) if isinstance(merged, list) and isinstance(changes, list) else changes
+    if num_lists < 2:
+        return arguments
+    configuration = yaml.safe_dump({"trainer": {"callbacks": merged}}, sort_keys=False)
+    return [*arguments[:last], f"--config={configuration}", *arguments[last:]]
+
+
+def _loaded(configuration: str) -> dict[str, Any]:
+    """Return a configuration, given as a path or as text; {} if it cannot be read, which the parser reports."""
+    try:
+        configuration = Path(configuration).read_text(encoding="utf-8")
+    except (OSError, ValueError):  # a configuration as text
+        pass
+    try:
+        loaded = yaml.safe_load(configuration)
+    except yaml.YAMLError:
+        return {}
+    return loaded if isinstance(loaded, dict) else {}
+
+
+def _merged(callbacks: list[Any], changes: list[Any]) -> list[Any]:
     result, free = list(callbacks), list(range(len(callbacks)))
     for change in changes:
         index = next((index for index in free if _class_name(callbacks[index]) == _class_name(change)), None)
         if index is None:
             result.append(change)
-        else:
+        elif isinstance(change, dict):
             free.remove(index)
-            result[index] = _updated(callbacks[index], change)
+            before = callbacks[index] if isinstance(callbacks[index], dict) else {"class_path": callbacks[index]}
+            settings = (before.get("init_args") or {}) | (change.get("init_args") or {})
+            result[index] = before | {"init_args": settings}
     return result
 
 
 def _class_name(callback: Any) -> str:
     # Classes of this package have several paths.
-    return callback["class_path"].rpartition(".")[2]
-
-
-def _updated(callback: Any, change: Any) -> Any:
-    updated = callback.clone()
-    for name, value in (change.get("init_args") or {}).items():
-        updated[f"init_args.{name}"] = value
-    return updated
+    path = callback.get("class_path") if isinstance(callback, dict) else callback
+    return str(path).rpartition(".")[2]
 
 
 def adapted(callbacks: list[Any], model: L.LightningModule) -> list[Any]:

@@ -1,4 +1,4 @@
-"""Parser of the training commands: configurations that combine, and mistakes reported in one line."""
+"""Parser of the training commands, which reports mistakes in one line."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from jsonargparse import Namespace
 from lightning.pytorch.cli import LightningArgumentParser
 
 from stepwise_lightning.commands import TRAINING
-from stepwise_lightning.commands.callbacks import as_configurations, merged
+from stepwise_lightning.commands.callbacks import as_configurations, with_merged_callbacks
 from stepwise_lightning.commands.configurations import names, with_files
 from stepwise_lightning.commands.options import options_of_classes, short_help
 from stepwise_lightning.commands.reporting import is_first_report
@@ -45,14 +45,6 @@ class CLIParser(LightningArgumentParser):
         else:
             super().print_help(*arguments, **options)
 
-    def merge_config(self, cfg_from: Namespace, cfg_to: Namespace) -> Namespace:
-        """Merge two configurations; callbacks that the second one does not name are kept."""
-        config = super().merge_config(cfg_from, cfg_to)
-        callbacks, changes = (each.get("trainer.callbacks") for each in (cfg_to, cfg_from))
-        if isinstance(callbacks, list) and isinstance(changes, list):
-            config["trainer.callbacks"] = merged(callbacks, changes)
-        return config
-
 
 def parse(parser: LightningArgumentParser, arguments: list[str]) -> Namespace:
     """Parse the arguments of a training command, and check values that Lightning does not check.
@@ -62,7 +54,7 @@ def parse(parser: LightningArgumentParser, arguments: list[str]) -> Namespace:
 
     """
     try:
-        arguments = as_configurations(with_files(arguments))
+        arguments = with_merged_callbacks(as_configurations(with_files(arguments)))
         if not arguments:
             raise UserError(f"give --config, a file or one of {', '.join(names())}")
         config = parser.parse_args(arguments)
