@@ -3,6 +3,7 @@ from .callbacks.collapse_monitor import CollapseWatch as CollapseWatch
 from .callbacks.forecast_logger import ForecastLogger as ForecastLogger
 from .callbacks.online_evaluation import OnlineKNN as OnlineKNN
 from .callbacks.online_evaluation import OnlineLinearProbe as OnlineLinearProbe
+from .callbacks.plateau_monitor import PlateauMonitor as PlateauMonitor
 from .callbacks.spectrum_logger import SpectrumLogger as SpectrumLogger
 from .data import FixedCropPairs as FixedCropPairs
 from .data import TwoViewDataModule as TwoViewDataModule

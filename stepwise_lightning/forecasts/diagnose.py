@@ -24,10 +24,12 @@ from stepwise_lightning.theory.loss_signature import checked_settings
 from stepwise_lightning.theory.plateaus import plateaus
 
 _EQUAL = 1e-4  # relative spread of features
+_SHRUNK = 5.0  # learning rate × weight decay × steps that makes features vanish
 _CHANCE = 1.5  # times the largest shared content of permuted pairs
 _ROUNDED, _KEPT = 0.5, 0.5
 _STRONG_DRIVE = 1.0  # ηρ of a loss without a known limit
 _ERROR = 0.5  # of the remaining time, for extrapolations and forecasts without measured errors
+_FIRST_ERROR = 0.2  # of the remaining time of the first mode, from its growth rate
 (_LOW, _HIGH, _DECAY, _CHANCE_PAIRS, _FEATURES, _HALF, _NO_MODE, _FEW, _NOTHING) = CAUSES
 _GIVE = "for the cause, give the module with its weights and batches of its data"
 _FUNCTION_STEPS = 500  # of the simulation of a function, which takes milliseconds per step
@@ -236,7 +238,7 @@ def _next_step(state: RunState, evidence: Evidence, record: SpectrumRecord, grow
     corrected = forecast.with_plateau_correction(record)
     step, error = float(corrected.step_times[mode]), float(corrected.errors[mode])
     if not math.isfinite(step):  # not before the end of the forecast
-        return (state.extrapolated_step(growth) if mode == 0 else extrapolated), _ERROR
+        return (state.extrapolated_step(growth), _FIRST_ERROR) if mode == 0 else (extrapolated, _ERROR)
     if math.isnan(error) and mode and math.isfinite(extrapolated):  # not reliable
         step = min(step, extrapolated)
     return step, error if math.isfinite(error) else _ERROR
@@ -264,6 +266,9 @@ def _cause_of_rounding(evidence: Evidence) -> tuple[str, str]:
 
 def _cause_of_plateau(evidence: Evidence, state: RunState, on_saddle: bool) -> tuple[str, str]:
     """Return the cause of a plateau and its numbers; empty strings if features, pairs and growth rates are in order."""
+    shrinkage = float(evidence.sgd.rates.max()) * evidence.sgd.weight_decay * state.step / (1 - evidence.sgd.momentum)
+    if evidence.spread < _EQUAL and shrinkage > _SHRUNK:
+        return _DECAY, f"it has shrunk all weights by a factor of about e^{shrinkage:.0f}"
     if evidence.spread < _EQUAL:
         return _FEATURES, f"inputs of the last layer vary by {evidence.spread:.1g} of their size"
     if not evidence.shared > _CHANCE * evidence.chance:
