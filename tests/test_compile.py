@@ -86,7 +86,8 @@ def test_compiled_encoder_records_training_batches_for_forecasts(tmp_path, monke
 @pytest.mark.parametrize(
     ("method", "encoder"),
     [
-        *((method, lambda: MLP(48, [8], 3)) for method in (BarlowTwins, SimCLR, VICReg)),
+        (BarlowTwins, lambda: MLP(48, [8], 3)),
+        *(pytest.param(method, lambda: MLP(48, [8], 3), marks=pytest.mark.slow) for method in (SimCLR, VICReg)),
         pytest.param(BarlowTwins, lambda: Encoder(3), marks=pytest.mark.slow),
     ],
 )

@@ -24,7 +24,7 @@ from stepwise_lightning.commands import lightning_cli
 from stepwise_lightning.theory import ContrastiveKernelPCA, linear_kernel
 
 # multiplies the number of cases; the larger value is slow
-FEW_AND_MANY = pytest.mark.parametrize("scale", [1, pytest.param(20, marks=pytest.mark.slow)])
+FEW_AND_MANY = pytest.mark.parametrize("scale", [1, pytest.param(40, marks=pytest.mark.slow)])
 
 
 def check_damaged(path: Path, read: Callable[[], object], cases: int, message: str) -> None:
@@ -80,7 +80,7 @@ def test_damaged_spectra(run, scale):
     check_damaged(
         file,
         lambda: SpectrumRecord.load(file),
-        150 * scale,
+        75 * scale,
         r"'[^\n]*spectrum\.npz' (cannot be read as|holds no) spectra[^\n]*",
     )
 
@@ -134,7 +134,7 @@ def test_damaged_kernel_model(scale, tmp_path):
         r"(cannot load a ContrastiveKernelPCA from '[^\n]*model\.pt' \([^\n]*\)|"
         r"'[^\n]*model\.pt' does not hold a fitted ContrastiveKernelPCA): save it again"
     )
-    check_damaged(path, load, 300 * scale, message)
+    check_damaged(path, load, 150 * scale, message)
     fitted = torch.load(path, weights_only=True)
     for name, value in fitted.items():
         integers = [value.long()] if name != "views" else [value.to(torch.complex128)]  # which views may be
@@ -168,7 +168,7 @@ def test_damaged_configuration_and_weights(run, scale):
     (checkpoint,) = (run.directory / "checkpoints").glob("*.ckpt")
     check_damaged(checkpoint, built, 10 * scale, message)
     whole, draw = (run.directory / "config.yaml").read_bytes(), random.Random(0)
-    for content in [b"", b"\xff", b"model: 7", *(damaged(whole, draw) for _ in range(5 * scale))]:
+    for content in [b"", b"\xff", b"model: 7", *(damaged(whole, draw) for _ in range(3 * scale))]:
         (run.directory / "config.yaml").write_bytes(content)
         with _success_or_refusal(message):
             built()
@@ -181,7 +181,7 @@ def test_damaged_run_does_not_count_as_finished(run, scale, capsys):
     draw = random.Random(0)
     for path in (run.directory.parent / "settings.json", run.directory / "spectrum.npz"):
         whole = path.read_bytes()
-        for content in [b"", *(damaged(whole, draw) for _ in range(40 * scale))]:
+        for content in [b"", *(damaged(whole, draw) for _ in range(20 * scale))]:
             path.write_bytes(content)
             if run.is_finished():
                 assert content == whole or path.suffix == ".npz"  # some bytes of a zip file have no meaning
@@ -228,7 +228,7 @@ def test_damaged_claims_and_report(scale, tmp_path, capsys):
         b"7",
         b"null",
         b"[" * 100_000,
-        *(damaged(whole, draw) for _ in range(300 * scale)),
+        *(damaged(whole, draw) for _ in range(150 * scale)),
     ]:
         path.write_bytes(content)
         page = write_report(tmp_path, ["figure", "kernel_pca"]).read_text(encoding="utf-8")

@@ -107,7 +107,7 @@ def test_collapsed_embedding_has_zero_spectrum():
     assert steps.num_distinct == 0 and steps.step_times.isnan().all() and steps.num_learned.tolist() == [0] * 5
 
 
-@pytest.mark.parametrize("logger", ["CSVLogger", "TensorBoardLogger"])
+@pytest.mark.parametrize("logger", [pytest.param("CSVLogger", marks=pytest.mark.slow), "TensorBoardLogger"])
 def test_collapsed_model_trains_and_is_measured(logger, folder, rendered_figures):
     """All weights are zero: no value can be plotted on a logarithmic axis."""
     path = "model.init_args.encoder.init_args.init_std"

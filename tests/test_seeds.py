@@ -42,7 +42,7 @@ def views(data):
     return list(data.train_dataloader().sampler), torch.cat([x1, x2])
 
 
-@pytest.mark.parametrize("option", ["--seed_everything=1", "--seed=1"])
+@pytest.mark.parametrize("option", [pytest.param("--seed_everything=1", marks=pytest.mark.slow), "--seed=1"])
 def test_seed_everything_seeds_weights_and_data(option, capsys):
     first = fit("first")
     assert "seeds: seed_everything 0, data.probe_seed 0\n" in capsys.readouterr().out

@@ -3,8 +3,7 @@
 import csv
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
-from operator import itemgetter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,11 +39,6 @@ DDP = {
 }
 NODES = {"trainer.num_nodes": 2, "trainer.devices": 4} | DDP
 COMPOSED = [(name, overlay) for overlay, names in OVERLAYS.items() for name in names]
-
-
-def usual(cases: list[Any], name: Callable[[Any], str]) -> list[Any]:
-    """Mark the cases of other configurations as slow."""
-    return [pytest.param(case, marks=() if name(case) in USUAL else pytest.mark.slow) for case in cases]
 
 
 # Settings for a machine without GPUs and a data set of a few images.
@@ -88,7 +82,9 @@ def test_every_loss_and_data_set_has_a_configuration():
         assert trainer["max_steps"] >= 5 * saving["init_args"]["every_n_train_steps"]
 
 
-@pytest.mark.parametrize("name", usual(COMPLETE, str))
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in USUAL else pytest.mark.slow) for name in COMPLETE]
+)
 def test_configuration_trains_two_steps(name, tmp_path, monkeypatch):
     smaller = NARROW if "photos" not in name else []
     smaller = [*smaller, "--data.init_args.image_size=64"] if "imagenet" in name else smaller
@@ -133,7 +129,19 @@ def two_steps(
     return run
 
 
-@pytest.mark.parametrize("names", [(name,) for name in COMPLETE] + usual(COMPOSED, itemgetter(0)), ids="+".join)
+# By default, the configurations that test_configuration_trains_two_steps does not build, and each overlay once.
+BUILT = [(name,) for name in COMPLETE if name not in USUAL]
+BUILT += [("barlow_twins_photos", "ordinary"), ("vicreg_stl10", "two_nodes")]
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        pytest.param(case, marks=() if case in BUILT else pytest.mark.slow)
+        for case in [*((name,) for name in COMPLETE), *COMPOSED]
+    ],
+    ids="+".join,
+)
 def test_configuration_builds_its_objects(names, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     options = [*given(*names), "--trainer.accelerator=cpu", *([] if names[0] == "linear_photos" else SMALL_NET)]

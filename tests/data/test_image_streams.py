@@ -47,7 +47,7 @@ def test_ids_of_a_stream_may_be_numpy_integers_and_hashes() -> None:
     assert not torch.equal(x1[0], x1[3]) and not torch.equal(x1[3], x1[4])
 
 
-@pytest.mark.parametrize(("count", "num_workers"), [(30, 2), (24, 0), (33, 2)])
+@pytest.mark.parametrize(("count", "num_workers"), [(30, 2), (24, 0), pytest.param(33, 2, marks=pytest.mark.slow)])
 def test_batches_of_a_tar_stream_are_independent_of_workers_and_ranks(
     count: int, num_workers: int, tmp_path: Path
 ) -> None:
@@ -79,15 +79,17 @@ def test_two_ranks_share_the_batches_of_a_stream(processes: ProcessServer, tmp_p
 
 
 @pytest.mark.parametrize(
-    ("save_at", "num_workers"),
+    ("kind", "save_at", "num_workers"),
     [
-        pytest.param(5, 0, id="mid-epoch"),
-        pytest.param(6, 0, id="last-batch"),
-        pytest.param(-1, 0, id="epoch-end"),
-        pytest.param(5, 2, id="mid-epoch, workers"),
+        pytest.param("stream", 5, 0, id="mid-epoch"),
+        pytest.param("stream", 6, 0, id="last-batch"),
+        pytest.param("stream", -1, 0, id="epoch-end"),
+        pytest.param("stream", 5, 2, id="mid-epoch, workers"),
+        # Images of a folder are such a data set: test_data_modules.py has the other cases.
+        pytest.param("data set", 5, 0, id="mid-epoch of a data set"),
+        pytest.param("data set", 5, 2, id="mid-epoch of a data set, workers", marks=pytest.mark.slow),
     ],
 )
-@pytest.mark.parametrize("kind", ["data set", "stream"])
 def test_resumed_run_has_the_same_batches(kind: str, save_at: int, num_workers: int, tmp_path: Path) -> None:
     data = {"data set": [picture(number) for number in range(30)], "stream": {"train": Stream(27), "val": VAL}}[kind]
     path = str(tmp_path / "saved.ckpt")

@@ -1,5 +1,6 @@
 """Public functions of tensors on a device: the same results as on the CPU."""
 
+from functools import cache
 from unittest import mock
 
 import pytest
@@ -31,6 +32,7 @@ IMAGES = torch.randint(0, 256, (12, 3, 9, 8), generator=GENERATOR, dtype=torch.u
 FEATURES = [torch.randn(2, 6, 4, generator=GENERATOR) for _ in range(2)]
 WEIGHT, BIAS = 0.1 * torch.randn(2, 4, generator=GENERATOR), torch.tensor([1.0, 0.5])
 TIMES, CURVES = torch.arange(1, 12).float(), torch.arange(1, 12).float()[:, None] ** torch.tensor([2.0, 1, 0])
+FEW_STEPS = mock.patch.multiple(learning_rates, _STARTS=2, _STEPS=3, _LATE_STEPS=1)
 
 
 def losses(function):
@@ -67,7 +69,7 @@ def rates(loss, h1, h2, weight, bias):
     values = []
     for settings in ({}, {"normalize": False, "center": True}) if loss == "barlow_twins" else ({},):
         sgd = SGDSettings.of(network(), 0, 5, loss, settings, 1e-2)
-        with mock.patch.multiple(learning_rates, _STARTS=2, _STEPS=3, _LATE_STEPS=1):
+        with FEW_STEPS:
             limits = learning_rates.stable_rates(sgd, h1, h2, weight, bias, None, 1e-3, scale_invariant=False)
         values.append(torch.tensor(limits))
     return values
@@ -83,10 +85,8 @@ def forecasts(loss, h1, h2, weight, bias):
 def forecast_of_module(a, b):
     module = network().to(a.device)
     options = {"loss": "barlow_twins", "settings": {"normalize": False}, "learning_rate": 1e-2}
-    return [
-        forecast(module, [[a, b]], 5, **options).eigenvalues,
-        forecast(module, [[a.cpu(), b.cpu()]], 5, **options).eigenvalues,
-    ]
+    with FEW_STEPS:
+        return [forecast(module, [pair], 5, **options).eigenvalues for pair in ([a, b], [a.cpu(), b.cpu()])]
 
 
 def coordinates(a, b, labels):
@@ -210,6 +210,12 @@ def results(call, inputs):
     return [v.detach() for v in (values if isinstance(values, (list, tuple)) else [values])]
 
 
+@cache
+def results_on_the_cpu(name):
+    call, *inputs = ALL_CALLS[name]
+    return results(call, inputs)
+
+
 def assert_close(values, expected):
     for value, other in zip(values, expected, strict=True):
         torch.testing.assert_close(value.double(), other.double(), rtol=1e-5, atol=1e-6, equal_nan=True)
@@ -219,16 +225,14 @@ def assert_close(values, expected):
 @pytest.mark.parametrize("name", ALL_CALLS)
 def test_results_on_a_device_equal_those_on_the_cpu(name, kind):
     call, *inputs = ALL_CALLS[name]
-    expected = results(call, inputs)
     with PretendGPU(kind) as gpu:
         values = [v.cpu() for v in results(call, [value.to(gpu.device) for value in inputs])]
-    assert_close(values, expected)
+    assert_close(values, results_on_the_cpu(name))
 
 
 @pytest.mark.parametrize("name", ALL_CALLS)
 def test_results_do_not_depend_on_the_default_device(name):
     call, *inputs = ALL_CALLS[name]
-    expected = results(call, inputs)
     with PretendGPU("cuda"), torch.device("cuda"):
         values = [v.cpu() for v in results(call, inputs)]
-    assert_close(values, expected)
+    assert_close(values, results_on_the_cpu(name))

@@ -1,13 +1,18 @@
 """Small networks on two views with a decaying spectrum."""
 
+from unittest import mock
+
 import torch
 from torch import nn
 
 from stepwise_lightning import BarlowTwins, spectral_contrastive_loss
+from stepwise_lightning.forecasts import learning_rates
 from stepwise_lightning.modules import JointEmbedding
 
 ANALYTICAL = {"off_diagonal_weight": 1.0, "normalize": False, "center": True}
 PIXELS, DIM = 20, 4
+# Fewer simulations of the stable learning rates, which take most of the time of a forecast of these networks.
+COARSE_RATES = mock.patch.multiple(learning_rates, _STARTS=2, _STARTS_OF_FUNCTION=1, _FACTOR=1.4)
 
 
 def normal(*shape, seed=0):

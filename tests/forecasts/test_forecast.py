@@ -5,7 +5,7 @@ import math
 import lightning as L
 import pytest
 import torch
-from small_forecasts import ANALYTICAL, DIM, PIXELS, batches, encoder, module, normal, pairs
+from small_forecasts import ANALYTICAL, COARSE_RATES, DIM, PIXELS, batches, encoder, module, normal, pairs
 from torch import nn
 
 from stepwise_lightning import BarlowTwins, SimCLR, SpectralContrastive, SpectrumRecord, VICReg, forecast
@@ -60,6 +60,7 @@ def test_step_times_match_training_of_the_last_layer(momentum):
     torch.testing.assert_close(result.step_times[learned], expected[learned], rtol=0.03, atol=0.5)
 
 
+@COARSE_RATES
 def test_only_the_first_mode_of_the_spectral_contrastive_loss_has_a_measured_error():
     result = forecast(module(SpectralContrastive), batches(8), 400)
     assert result.matrix == "cross_correlation"
@@ -162,6 +163,7 @@ def test_last_layer_of_vicreg_diverges_above_the_limit():
     assert any("diverges" in text for text in runs[1].warnings)
 
 
+@COARSE_RATES
 def test_modes_without_a_typical_error_are_marked_not_reliable():
     for cls, count in ((BarlowTwins, DIM), (VICReg, 1)):
         result = forecast(module(cls, rate=0.005, **({"eps": 0.01} if cls is VICReg else {})), batches(4), 300)

@@ -5,7 +5,7 @@ from functools import partial
 
 import pytest
 import torch
-from small_forecasts import DIM, PIXELS, WithAnyLoss, batches, encoder, module, normal, pairs
+from small_forecasts import COARSE_RATES, DIM, PIXELS, WithAnyLoss, batches, encoder, module, normal, pairs
 from torch import nn
 
 from reproduce.losses import dcl_loss, lejepa_loss
@@ -38,7 +38,7 @@ def test_forecast_of_a_function_agrees_with_the_named_loss():
     assert function.rates.limit == pytest.approx(named.rates.limit, rel=0.3)
 
 
-@pytest.mark.parametrize("momentum", [0.0, 0.9])
+@pytest.mark.parametrize("momentum", [pytest.param(0.0, marks=pytest.mark.slow), 0.9])
 def test_scale_invariant_function_has_the_growth_rates_of_its_signature(momentum):
     network = with_bias()
     options = {"loss": dcl_loss, "learning_rate": 0.02, "momentum": momentum}
@@ -56,6 +56,7 @@ def test_scale_invariant_function_has_the_growth_rates_of_its_signature(momentum
     assert "dcl_loss has no small start, because the bias" in no_start.warnings[-1]
 
 
+@COARSE_RATES
 def test_anisotropic_function_has_the_rates_of_the_whole_operator():
     loss = partial(lejepa_loss, sigreg_weight=0.3, num_directions=8)
     result = forecast(encoder(), batches(2), 200, loss=loss, learning_rate=0.01)
@@ -79,6 +80,7 @@ def test_function_that_is_not_centred_or_has_no_growth_rates_is_reported():
     assert any("growth rates and stable learning rates are unknown: the loss is not differ" in text for text in kink)
 
 
+@COARSE_RATES
 def test_random_or_changing_losses_are_refused_or_restored():
     with pytest.raises(ValueError, match="the loss is random"):
         forecast(encoder(), batches(1), 10, learning_rate=0.1, loss=lambda z1, z2: (z1 * torch.rand(DIM) * z2).sum())

@@ -147,19 +147,19 @@ def test_learned_modes_are_logged_and_marks_are_restored_when_training_resumes(t
             default_root_dir=tmp_path, callbacks=[spectra, live],
         )  # fmt: skip
         module = BarlowTwins(
-            LinearEncoder(6, 3, init_std=1e-2), 1e-2, normalize=False, center=True, off_diagonal_weight=1.0
+            LinearEncoder(6, 3, init_std=1e-2), 2e-2, normalize=False, center=True, off_diagonal_weight=1.0
         )
         trainer.fit(module, DataLoader(TensorDataset(x, x), 8), **options)
         return live, spectra, trainer
 
-    live, before, trainer = trained(200)
+    live, before, trainer = trained(100)
     with open(f"{trainer.logger.log_dir}/metrics.csv", newline="") as file:
         learned = [float(value) for row in csv.DictReader(file) if (value := row["At a glance/num_learned"])]
     assert learned[0] == 0 and learned[-1] == (before.record.eigenvalues()[-2] > live.threshold).sum() >= 2
     marks = before.record.expected_times["cross_correlation"]
     assert len(marks) >= 2
     trainer.save_checkpoint(tmp_path / "end.ckpt")
-    _, after, _ = trained(202, ckpt_path=tmp_path / "end.ckpt")
+    _, after, _ = trained(102, ckpt_path=tmp_path / "end.ckpt")
     assert after.record.expected_times["cross_correlation"][: len(marks)] == marks
     _, other, _ = trained(3)
     assert not set(other.record.expected_times.get("cross_correlation", [])) & set(marks[1:])

@@ -35,13 +35,13 @@ def train(has_logger: bool) -> None:
         assert torch.equal(logger.record.eigenvalues(), saved.eigenvalues()) and len(saved) > 1
 
 
-@pytest.mark.parametrize("has_logger", [False, True])
+@pytest.mark.parametrize("has_logger", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_calling_process_has_record_and_folder(has_logger, processes, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     processes.run(train, has_logger)
 
 
-@pytest.mark.parametrize("spectra", [True, False])
+@pytest.mark.parametrize("spectra", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_report_names_folder_and_steps(spectra, processes, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     write_images(tmp_path)
