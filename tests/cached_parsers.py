@@ -1,4 +1,7 @@
-"""Parsers of classes that are built once per session: building them takes more than half of a short run."""
+"""Parsers of classes that are built once per session: building them takes more than half of a short run.
+
+The latest versions of jsonargparse do the same.
+"""
 
 from typing import Any
 

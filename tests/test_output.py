@@ -46,7 +46,7 @@ def test_training_prints_in_a_narrow_encoding(encoding, folder, monkeypatch):
     config["trainer"]["callbacks"][0]["init_args"] = {"center": True, "num_points": 5}
     config["trainer"]["callbacks"] += [{"class_path": "stepwise_lightning.ForecastLogger"}]
     text = output_in(encoding, monkeypatch, stepwise, "fit", "--forecast.cost=1", config=config)
-    assert "0 of 3 modes learned, next at about step" in text and "1 of 3 modes learned" in text
+    assert "modes learned, next at about step" in text and "found    1 distinct step in C" in text
 
 
 @NARROW
