@@ -85,6 +85,9 @@ class TrainingRun:
                 "trainer.callbacks.save_top_k": -1,
                 "trainer.callbacks.save_weights_only": "true",
             }
+        if self.variant == "fast":
+            model = yaml.safe_load(self.configs[0].read_text(encoding="utf-8"))["model"]
+            settings["model.init_args.learning_rate"] = 4 * model["init_args"]["learning_rate"]
         if self.options.profile == "cpu" and self.variant in CPU_STEPS:
             settings["trainer.max_steps"] = CPU_STEPS[self.variant]
         if self.options.profile == "smoke":

@@ -13,6 +13,7 @@ COMMANDS = {
     "diagnose": ("diagnose", "compare a loss that does not decrease with the plateaus of its loss function"),
     "summary": ("summary", "print a table of the modes that finished runs have learned"),
     "plot": ("plot", "plot the eigenvalues of one finished run, or of several in one figure"),
+    "compare": ("compare", "compare runs mode by mode, and with runs of their configuration with other seeds"),
     "embed": ("embed", "compute the embeddings of a folder of images with a trained encoder"),
     "modes": ("modes", "describe each mode of a trained run: images, classes, invariances"),
     "export": ("export", "export a trained ResNet as weights for torchvision"),

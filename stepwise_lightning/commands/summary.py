@@ -23,8 +23,12 @@ def main(arguments: list[str]) -> None:
 
     from stepwise_lightning.spectrum.record import SpectrumRecord
 
-    rows = [COLUMNS, *table({run: SpectrumRecord.load(run) for run in options.runs})]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(COLUMNS))]
+    print_table([COLUMNS, *table({run: SpectrumRecord.load(run) for run in options.runs})])
+
+
+def print_table(rows: list[tuple[str, ...]]) -> None:
+    """Print rows of text: two columns aligned to the left, the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         texts = [text.ljust(width) if column < 2 else text.rjust(width)
                  for column, (text, width) in enumerate(zip(row, widths, strict=True))]  # fmt: skip

@@ -26,6 +26,8 @@ TIME = "time  (learning rate × step)"
 CLASS_COLOURS = (
     "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#000000", "#999999", "#882255", "#F0E442",
 )  # fmt: skip
+# The same without yellow, for one colour per run.
+RUN_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _DASHED: dict[str, Any] = {"color": "black", "linewidth": 1.1, "linestyle": "--"}
 _DOTTED: dict[str, Any] = {"linewidth": 1.1, "linestyle": ":"}
 _ONE_ROW_WIDTH = 6.0  # inches: wider figures have the legend in one row

@@ -7,12 +7,9 @@ from collections.abc import Mapping, Sequence
 from matplotlib.lines import Line2D
 
 from stepwise_lightning.errors import UserError
-from stepwise_lightning.plots.panels import Figure, Panel, draw_panel, first_rise
+from stepwise_lightning.plots.panels import RUN_COLOURS, Figure, Panel, draw_panel, first_rise
 from stepwise_lightning.plots.trajectories import trajectories_figure
 from stepwise_lightning.spectrum.record import SpectrumRecord
-
-# The colours of Okabe and Ito, which colour-blind readers can distinguish, without yellow.
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 
 
 def run_figure(record: SpectrumRecord, title: str = "", matrices: Sequence[str] | None = None) -> Figure:
@@ -61,11 +58,11 @@ def overlay_figure(
         starts = []
         for index, record in enumerate(runs):
             panel = Panel(record, matrix, step_times=())
-            draw_panel(panel, axes[0, column], axes[1, column], _COLOURS[index % len(_COLOURS)])
+            draw_panel(panel, axes[0, column], axes[1, column], RUN_COLOURS[index % len(RUN_COLOURS)])
             starts.append(first_rise(panel))
         axes[1, column].set(ylabel=panel.label, xlim=(min(starts), end))
     axes[0, 0].set_ylabel("loss")
-    lines = [Line2D([], [], color=_COLOURS[index % len(_COLOURS)], linewidth=2.2) for index in range(len(runs))]
+    lines = [Line2D([], [], color=RUN_COLOURS[index % len(RUN_COLOURS)], linewidth=2.2) for index in range(len(runs))]
     figure.legend(lines, list(records), loc="outside lower center", ncols=min(len(runs), 3), frameon=False)
     figure.suptitle(title)
     return figure

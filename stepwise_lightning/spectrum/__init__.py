@@ -1,5 +1,6 @@
 """Spectra of embeddings: eigenvalues, rank measures, and the detection of steps."""
 
+from stepwise_lightning.spectrum.bands import Comparison, ReferenceBand
 from stepwise_lightning.spectrum.matrices import MATRICES
 from stepwise_lightning.spectrum.measures import (
     alpha_req,
@@ -21,8 +22,10 @@ from stepwise_lightning.spectrum.steps import (
 )
 
 __all__ = [
-    "Rises",
+    "Comparison",
     "MATRICES",
+    "ReferenceBand",
+    "Rises",
     "Steps",
     "alpha_req",
     "cross_correlation_eigenvalues",

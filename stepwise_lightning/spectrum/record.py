@@ -215,7 +215,7 @@ class SpectrumRecord:
             raise UserError("no embeddings in this record: measure with SpectrumLogger(keep_embeddings=True)")
         return embeddings
 
-    def detect_steps(self, matrix: str = "cross_correlation") -> Steps:
+    def detect_steps(self, matrix: str = "cross_correlation", threshold: float | None = None) -> Steps:
         """Return the steps in the eigenvalues of a matrix: :func:`stepwise_lightning.spectrum.detect_steps`.
 
         Of several measurements at one time (learning rate 0) the last is used. Measurements without this matrix and
@@ -231,7 +231,7 @@ class SpectrumRecord:
         moves = torch.cat([times.diff() > 0, times.new_ones(min(1, len(times)), dtype=torch.bool)])
         times, values = times[moves], values[moves]
         common = int(values.isfinite().all(0).sum())
-        steps, missing = detect_steps(times, values[:, :common]), (0, values.shape[1] - common)
+        steps, missing = detect_steps(times, values[:, :common], threshold), (0, values.shape[1] - common)
         padded = [torch.nn.functional.pad(per_mode, missing, value=math.nan) for per_mode in steps[:2]]
         return steps._replace(step_times=padded[0], rise_widths=padded[1])
 

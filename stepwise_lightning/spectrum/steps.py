@@ -36,7 +36,7 @@ class Steps(NamedTuple):
     """Threshold θ, in the unit of the eigenvalues."""
 
 
-def detect_steps(times: Tensor, eigenvalues: Tensor) -> Steps:
+def detect_steps(times: Tensor, eigenvalues: Tensor, threshold: float | None = None) -> Steps:
     """Detect the times at which eigenvalues rise, and how distinct these steps are.
 
     Eigenvalues are sorted at each time and median-filtered over three samples. θ is a tenth of the median of the
@@ -60,6 +60,7 @@ def detect_steps(times: Tensor, eigenvalues: Tensor) -> Steps:
     Args:
         times: (T,), ascending; learning rate × steps, or steps.
         eigenvalues: (T, d), in any order; values ≤ 0 are allowed.
+        threshold: another θ, for instance of a longer run.
 
     Raises:
         ValueError: shapes do not match, T < 2, times not ascending, complex or non-finite values.
@@ -67,7 +68,7 @@ def detect_steps(times: Tensor, eigenvalues: Tensor) -> Steps:
     """
     times, values = _filtered(times, eigenvalues)
     tail = values[-max(1, math.ceil(len(values) / 10)) :, 0]
-    threshold = 0.1 * tail.median().clamp(min=0)
+    threshold = float(0.1 * tail.median().clamp(min=0)) if threshold is None else threshold
     nan = values.new_full((values.shape[1],), math.nan)
     step_times, widths = nan.clone(), nan.clone()
     for mode, path in enumerate(values.T):
@@ -84,7 +85,7 @@ def detect_steps(times: Tensor, eigenvalues: Tensor) -> Steps:
         num_learned=(values > threshold).sum(1) if threshold > 0 else values.new_zeros(len(values), dtype=torch.int64),
         num_distinct=num_distinct,
         stepwiseness=stepwiseness,
-        threshold=float(threshold),
+        threshold=threshold,
     )
 
 
@@ -225,11 +226,11 @@ def first_sustained(above: Tensor) -> int | None:
     return int(starts[0]) if len(starts) else None
 
 
-def _crossing(times: Tensor, path: Tensor, index: int, level: Tensor) -> float:
+def _crossing(times: Tensor, path: Tensor, index: int, level: float) -> float:
     """Return the time between samples index − 1 and index at which the path reaches ``level``, linear in log λ."""
     tiny = torch.finfo(torch.float64).tiny
     before, after = path[index - 1 : index + 1].clamp(min=tiny).log().tolist()
-    fraction = (math.log(float(level)) - before) / (after - before)
+    fraction = (math.log(level) - before) / (after - before)
     start, end = times[index - 1 : index + 1].tolist()
     return start + fraction * (end - start)
 

@@ -1,0 +1,187 @@
+"""Reference bands: runs of one configuration with several seeds, and a test of whether a further run is like them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple, Self
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from stepwise_lightning.errors import NotFoundError, UserError
+from stepwise_lightning.files import atomic_write
+from stepwise_lightning.spectrum.record import SpectrumRecord
+
+__all__ = ["Comparison", "ReferenceBand"]
+
+Array = NDArray[np.float64]
+_FOLDER = Path(__file__).parent.parent / "bands"
+_MIN_SCALE = 0.25  # octaves; a smaller σ, estimated from a few runs, is not reliable
+_MAX_DEVIATION = 16.0  # octaves
+_SMALL = 1e-3  # eigenvalues below this share of θ are saved as 0
+
+
+class Comparison(NamedTuple):
+    """Result of :meth:`ReferenceBand.compare`."""
+
+    inside: bool
+    """Whether the run is like the reference runs, as far as it has been trained."""
+    score: float
+    """Largest deviation of a mode from the reference runs, in units of σ."""
+    limit: float
+    """Largest score of a reference run; the run is inside up to this score."""
+    left_at: float
+    """Optimiser step at which the run leaves the band; NaN if it is inside."""
+    description: str
+    """One line: the mode with which the run leaves the band, or the step up to which it is inside."""
+
+
+class ReferenceBand:
+    """Runs of one configuration with different seeds, and the band around the steps of their modes.
+
+    A run is described by x_k, the logarithm of the optimiser step at which mode k is learned: crosses the threshold θ,
+    which is the same for all runs (:func:`detect_steps`). For a mode that is not learned, or not above θ at the end,
+    x_k is a lower bound, the logarithm of the last step. A mode that starts above θ/10 counts as learned at step 1.
+
+    The score of a run among other runs is max_k |x_k − m_k| / σ_k, with m_k the median and σ_k the standard deviation
+    of the others, at least a quarter of an octave; a lower bound counts if it is above m_k. A further run is inside if
+    its score among the n reference runs is at most the largest score of a reference run, each among the other
+    references and the further run. If all n + 1 runs are exchangeable, as runs that differ only in their seed are, each
+    of them has the largest score with the same probability. A further run is therefore inside with a probability of at
+    least n / (n + 1), 91 % for ten reference runs, for all modes together and any distribution. This is full conformal
+    prediction (Vovk, Gammerman and Shafer, *Algorithmic Learning in a Random World*, 2005; Lei et al.,
+    *Distribution-free predictive inference for regression*, JASA 113, 2018).
+
+    A run that is outside differs from the reference runs in more than its seed, or is one of the other 9 %. A run that
+    is inside may still differ from them in other respects than the steps of its modes.
+
+    Args:
+        name: of the configuration.
+        matrix: name of the matrix that the loss drives.
+        threshold: θ, in the unit of the eigenvalues; about a tenth of those of learned modes.
+        records: of the reference runs, at least three.
+
+    Raises:
+        ValueError: fewer than three runs, or a run without this matrix.
+
+    """
+
+    def __init__(self, name: str, matrix: str, threshold: float, records: Sequence[SpectrumRecord]) -> None:
+        if len(records) < 3:
+            raise UserError(f"a reference band needs at least 3 runs, got {len(records)}")
+        self.name, self.matrix, self.threshold, self.records = name, matrix, threshold, list(records)
+        self._last_step = max(int(record.steps[-1]) for record in records)
+        modes = [self._modes(record) for record in records]
+        self._octaves, self._learned = (np.stack(arrays) for arrays in zip(*modes, strict=True))
+
+    @staticmethod
+    def names() -> list[str]:
+        """Return the names of the configurations of the package that have a band."""
+        return sorted(path.stem for path in _FOLDER.glob("*.npz"))
+
+    @classmethod
+    def load(cls, name: str | Path) -> Self:
+        """Return the band of a configuration of the package, or of a file that :meth:`save` has written.
+
+        Raises:
+            FileNotFoundError: there is no such configuration or file.
+
+        """
+        path = _FOLDER / f"{name}.npz" if str(name) in cls.names() else Path(name)
+        if not path.is_file():
+            raise NotFoundError(f"no reference band {str(name)!r}: give a file, or one of {', '.join(cls.names())}")
+        with np.load(path, allow_pickle=False) as saved:
+            matrix, threshold = str(saved["matrix"]), float(saved["threshold"])
+            steps, times, values = (torch.tensor(saved[name]) for name in ("step", "time", "eigenvalues"))
+        records = [SpectrumRecord.of(times, each, matrix=matrix, steps=steps) for each in values]
+        return cls(path.stem, matrix, threshold, records)
+
+    def save(self, path: Path) -> None:
+        """Write the reference runs to an ``.npz`` file of a few kB: eigenvalues of the matrix in half precision.
+
+        The runs must have the same measured steps.
+        """
+        values = torch.stack([record.eigenvalues(self.matrix) for record in self.records])
+        values[values < _SMALL * self.threshold] = 0
+        arrays: dict[str, Any] = {
+            "matrix": self.matrix,
+            "threshold": self.threshold,
+            "step": self.records[0].steps.numpy(),
+            "time": self.records[0].times.numpy(),
+            "eigenvalues": values.numpy().astype(np.float16),
+        }
+        atomic_write(path, lambda partial: np.savez_compressed(partial, **arrays))
+
+    def compare(self, record: SpectrumRecord) -> Comparison:
+        """Return whether a run is inside the band, up to its end or the last step of the reference runs.
+
+        Raises:
+            ValueError: the matrix of the band was not measured, was measured less than twice, or has another dimension.
+
+        """
+        octaves, learned = self._modes(record)
+        if octaves.shape != self._octaves[0].shape:
+            raise UserError(f"the band {self.name} has {self._octaves.shape[1]} modes, the run {len(octaves)}")
+        deviations, limit = self._deviations(octaves, learned)
+        score = float(deviations.max())
+        if score <= limit:
+            end = min(int(record.steps[-1]), self._last_step)
+            return Comparison(True, score, limit, math.nan, f"inside up to step {end}")
+        steps, (low, high) = 2**octaves, self.limits
+        is_outside = (steps > high) | (learned & (steps < low))
+        if not is_outside.any():  # several modes that deviate together
+            is_outside = deviations == score
+        # A mode that is learned early leaves the band then; a late one leaves it at the end of its range.
+        left = np.where(is_outside, np.minimum(steps, high), math.inf)
+        mode = int(left.argmin())
+        state = f"learned at step {steps[mode]:.0f}" if octaves[mode] else "large at the start"
+        text = f"mode {mode + 1} is {state if learned[mode] else 'not learned'}"
+        text = f"outside: {text}, expected at step {low[mode]:.0f} to {high[mode]:.0f}"
+        return Comparison(False, score, limit, float(left[mode]), text)
+
+    @cached_property
+    def limits(self) -> tuple[Array, Array]:
+        """First and last step at which each mode may be learned, if the other modes are learned at the median, (d,).
+
+        The last step may be later than the end of the reference runs.
+        """
+        median = np.median(self._octaves, axis=0)
+        ends = np.stack([[self._reach(mode, sign) for mode in range(len(median))] for sign in (-1, 1)])
+        return 2 ** (median - ends[0]), 2 ** (median + ends[1])
+
+    def _reach(self, mode: int, sign: int) -> float:
+        """Return the largest deviation of one mode, in octaves, with which a run is inside."""
+        inside, outside = 0.0, _MAX_DEVIATION
+        while outside - inside > 0.01:
+            middle = (inside + outside) / 2
+            octaves = np.median(self._octaves, axis=0)
+            octaves[mode] += sign * middle
+            deviations, limit = self._deviations(octaves, np.ones(len(octaves), bool))
+            inside, outside = (inside, middle) if deviations.max() > limit else (middle, outside)
+        return inside
+
+    def _deviations(self, octaves: Array, learned: NDArray[np.bool_]) -> tuple[Array, float]:
+        """Return the deviations of a run, (d,), and the largest deviation of a reference run, in units of σ."""
+        runs, is_known = np.vstack([self._octaves, octaves]), np.vstack([self._learned, learned])
+        deviations = np.empty(runs.shape)
+        for index, run in enumerate(runs):
+            others = np.delete(runs, index, axis=0)
+            scale = np.maximum(others.std(0, ddof=1), _MIN_SCALE)
+            deviations[index] = (run - np.median(others, axis=0)) / scale
+        deviations = np.where(is_known, np.abs(deviations), np.maximum(deviations, 0))
+        return deviations[-1], float(deviations[:-1].max())
+
+    def _modes(self, record: SpectrumRecord) -> tuple[Array, NDArray[np.bool_]]:
+        """Return log₂ of the step of each mode, or of the last step, and whether it is learned, (d,) each."""
+        shown = record.steps <= self._last_step
+        steps, times, values = (each[shown] for each in (record.steps, record.times, record.eigenvalues(self.matrix)))
+        detected = SpectrumRecord.of(times, values, matrix=self.matrix).detect_steps(self.matrix, self.threshold)
+        at_end = np.arange(values.shape[1]) < int(detected.num_learned[-1])
+        found = np.interp(detected.step_times.numpy(), times.numpy(), steps.numpy())  # NaN without a step
+        found = np.where((values[0] > self.threshold / 10).numpy(), 1.0, found)
+        learned = at_end & np.isfinite(found)
+        return np.log2(np.where(learned, found, float(steps[-1])).clip(min=1)), learned

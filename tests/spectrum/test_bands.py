@@ -1,0 +1,94 @@
+"""Reference bands of synthetic staircases: coverage, runs that leave the band, files."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from stepwise_lightning import SpectrumRecord
+from stepwise_lightning.spectrum import ReferenceBand
+
+THRESHOLD = 0.1
+
+
+def staircase(seed, factor=1.0, last_step=1200, learned=3, start=1e-6):
+    """Return a run whose modes rise to 1 at random steps near 30, 100 and 300, times a factor."""
+    steps = np.unique(np.r_[0, np.logspace(0, math.log10(last_step), 60).round()]).astype(int)
+    rises = factor * np.array([30, 100, 300]) * np.exp(0.3 * np.random.default_rng(seed).standard_normal(3))
+    rises[learned:] = np.inf
+    modes = np.maximum(1 / (1 + (np.sort(rises) / np.maximum(steps, 0.1)[:, None]) ** 12), start)
+    return SpectrumRecord.of(torch.tensor(0.01 * steps), torch.tensor(modes), steps=torch.tensor(steps))
+
+
+@pytest.fixture(scope="module")
+def band():
+    return ReferenceBand("made", "cross_correlation", THRESHOLD, [staircase(seed) for seed in range(10)])
+
+
+def test_one_of_eleven_runs_is_outside_the_band_of_the_others():
+    """True for every set of runs without ties, hence a coverage of 10 / 11."""
+    runs = [staircase(seed) for seed in range(11)]
+    outside = [
+        not ReferenceBand("", "cross_correlation", THRESHOLD, runs[:held_back] + runs[held_back + 1 :])
+        .compare(run)
+        .inside
+        for held_back, run in enumerate(runs)
+    ]
+    assert sum(outside) == 1
+
+
+def fallen():
+    """Return a run whose second and third mode are lost in the end."""
+    run = staircase(20)
+    eigenvalues = run.eigenvalues()
+    eigenvalues[-5:, 1:] = 1e-6
+    return SpectrumRecord.of(run.times, eigenvalues, steps=run.steps)
+
+
+LEAVING = {
+    "fast": (staircase(20, factor=0.2), "mode 1 is learned at step "),
+    "one mode": (staircase(20, learned=1), "mode 2 is not learned, expected at step "),
+    "none": (staircase(20, learned=0), "mode 1 is not learned, expected at step "),
+    "large start": (staircase(20, start=0.02), "mode 1 is large at the start, expected at step "),
+    "lost modes": (fallen(), "mode 2 is not learned, expected at step "),
+}
+
+
+@pytest.mark.parametrize(("run", "reason"), LEAVING.values(), ids=LEAVING)
+def test_run_that_differs_leaves_the_band(run, reason, band):
+    result = band.compare(run)
+    assert not result.inside and result.score > result.limit
+    assert result.description.startswith(f"outside: {reason}")
+    low, high = (int(word) for word in result.description.split()[-3::2])
+    mode = int(result.description.split()[2])
+    assert low < [30, 100, 300][mode - 1] < high and result.left_at <= high + 1
+
+
+def test_late_mode_leaves_the_band_at_the_end_of_its_range(band):
+    result = band.compare(staircase(20, learned=1))
+    assert result.left_at == pytest.approx(band.limits[1][1])
+
+
+@pytest.mark.parametrize(("last_step", "end"), [(20, 20), (150, 150), (20_000, 1200)])
+def test_run_is_compared_up_to_its_end_or_the_end_of_the_reference_runs(last_step, end, band):
+    assert band.compare(staircase(20, last_step=last_step)).description == f"inside up to step {end}"
+
+
+def test_saved_band_has_the_same_verdicts(band, tmp_path):
+    band.save(tmp_path / "made.npz")
+    assert (tmp_path / "made.npz").stat().st_size < 5000
+    loaded = ReferenceBand.load(tmp_path / "made.npz")
+    assert (loaded.name, loaded.matrix, loaded.threshold, len(loaded.records)) == ("made", band.matrix, THRESHOLD, 10)
+    np.testing.assert_allclose(loaded.limits, band.limits, rtol=1e-3)
+    for run, _ in LEAVING.values():
+        assert loaded.compare(run).description == band.compare(run).description
+
+
+def test_invalid_band_is_refused(band):
+    with pytest.raises(ValueError, match="at least 3 runs, got 1"):
+        ReferenceBand("", "cross_correlation", THRESHOLD, [staircase(0)])
+    with pytest.raises(FileNotFoundError, match="no reference band 'other': give a file, or one of linear_photos"):
+        ReferenceBand.load("other")
+    with pytest.raises(ValueError, match="the band made has 3 modes, the run 2"):
+        band.compare(SpectrumRecord.of(torch.arange(3.0), torch.ones(3, 2)))

@@ -1,0 +1,68 @@
+"""The command compare on runs with and without a reference band."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from matplotlib.image import imread
+
+from stepwise_lightning import SpectrumRecord
+from stepwise_lightning.__main__ import main
+from stepwise_lightning.spectrum import ReferenceBand
+
+
+def compare(*arguments):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["stepwise", "compare", *map(str, arguments)])
+        main()
+
+
+@pytest.fixture(autouse=True)
+def runs(tmp_path, monkeypatch, rendered_figures):
+    """Write a reference run of linear_photos, the same run twice as fast, and an unrelated run."""
+    monkeypatch.chdir(tmp_path)
+    run = ReferenceBand.load("linear_photos").records[0]
+    fast = SpectrumRecord.of(run.times, run.eigenvalues(), steps=(run.steps / 8).round().long())
+    for path, record in (("linear_photos/version_0", run), ("linear_photos/version_1", fast), ("x/version_0", run)):
+        (tmp_path / "runs" / path).mkdir(parents=True)
+        record.save(tmp_path / "runs" / path / "spectrum.npz")
+
+
+def test_modes_and_verdicts_of_runs_are_printed_and_drawn(capsys):
+    compare("runs/linear_photos/version_0", "runs/linear_photos/version_1", "runs/x/version_0")
+    head, *rows, blank, inside, outside, unknown, picture = capsys.readouterr().out.splitlines()
+    assert head.split()[:4] == ["run", "matrix", "mode", "step"] and not blank
+    assert len(rows) == 30 and rows[0].split() == [
+        "linear_photos/version_0",
+        "cross_correlation",
+        "1",
+        "39.8",
+        "1",
+        "1",
+    ]
+    first, second = (float(rows[index].split()[4]) for index in (1, 11))
+    assert first == second > 5  # in units of the first mode
+    assert inside == "linear_photos/version_0: inside up to step 25000 (linear_photos, 10 seeds)"
+    assert outside.startswith("linear_photos/version_1: outside: mode 1 is learned at step 5, expected at step ")
+    assert unknown == "x/version_0: no reference band"
+    assert picture == "compare.png" and imread(picture).shape[1] > 1000  # a column for each band
+
+
+def test_band_is_named_by_an_option(capsys):
+    compare("runs/x/version_0", "--band", "linear_photos", "--out", "picture.pdf")
+    *_, verdict, picture = capsys.readouterr().out.splitlines()
+    assert verdict == "x/version_0: inside up to step 25000 (linear_photos, 10 seeds)" and picture == "picture.pdf"
+
+
+def test_run_without_modes_is_compared(capsys):
+    record = SpectrumRecord.of(torch.arange(1.0, 5), torch.full((4, 10), 1e-9), steps=10_000 * torch.arange(4))
+    record.save(Path("flat.npz"))
+    compare("flat.npz", "--band", "linear_photos")
+    _, row, _, verdict, _ = capsys.readouterr().out.splitlines()
+    assert row.split()[2] == "none" and ": outside: mode 1 is not learned, expected at step" in verdict
+
+
+def test_unknown_band_is_reported_in_one_line():
+    with pytest.raises(SystemExit, match="no reference band 'y': give a file, or one of linear_photos"):
+        compare("runs/x/version_0", "--band", "y")
