@@ -7,7 +7,7 @@ and the verdict on each control.
 
 Networks are trained with ``stepwise fit``, one run at a time; a second call resumes. The linear model is trained by
 gradient descent with the weights and pairs of its configuration, in the eigenbasis of Γ and in float64: about a second
-for each run. Its eigenvalues differ from those of training with Lightning by less than 1e-5 (``test_stored_bands.py``).
+for each run. The eigenvalues of training with Lightning differ by less than 1e-5 (``test_stored_bands.py``).
 """
 
 from __future__ import annotations

@@ -62,7 +62,7 @@ class ReferenceBand:
     Args:
         name: of the configuration.
         matrix: name of the matrix that the loss drives.
-        threshold: θ, in the unit of the eigenvalues; about a tenth of those of learned modes.
+        threshold: θ, in the unit of the eigenvalues; about a tenth of a learned mode.
         records: of the reference runs, at least three.
 
     Raises:

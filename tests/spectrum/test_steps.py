@@ -28,6 +28,15 @@ def test_steps_of_separate_modes_match_the_logistic_curve():
     assert steps.threshold == pytest.approx(0.1, rel=1e-6)
 
 
+def test_threshold_of_a_longer_run_gives_its_steps():
+    times, eigenvalues = sigmoid_modes([8.0, 4.0, 2.0], duration=10)
+    whole = detect_steps(times, eigenvalues)
+    begun = times < 0.8  # before the first plateau
+    part = detect_steps(times[begun], eigenvalues[begun], whole.threshold)
+    assert part.step_times[0] == whole.step_times[0] > detect_steps(times[begun], eigenvalues[begun]).step_times[0]
+    assert part.threshold == whole.threshold and part.step_times[1:].isnan().all()
+
+
 def test_modes_that_rise_together_are_one_distinct_step():
     times, eigenvalues = sigmoid_modes([4.0, 3.9, 2.0])
     assert detect_steps(times, eigenvalues).num_distinct == 2
