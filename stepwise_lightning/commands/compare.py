@@ -16,8 +16,6 @@ if TYPE_CHECKING:
     from stepwise_lightning.plots import ComparedRun
     from stepwise_lightning.spectrum import ReferenceBand
 
-__all__ = ["main", "table"]
-
 _COLUMNS = ("run", "matrix", "mode", "step", "time / time of mode 1", "eigenvalue at the end")
 
 

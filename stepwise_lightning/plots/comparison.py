@@ -13,8 +13,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
 from stepwise_lightning.errors import UserError
-from stepwise_lightning.plots.figures import Figure
-from stepwise_lightning.plots.panels import RUN_COLOURS
+from stepwise_lightning.plots.panels import RUN_COLOURS, Figure
 from stepwise_lightning.spectrum import Comparison, ReferenceBand, Steps
 from stepwise_lightning.spectrum.matrices import axis_label
 from stepwise_lightning.spectrum.record import SpectrumRecord
@@ -24,20 +23,15 @@ _GREY = "0.85"
 
 @dataclass
 class ComparedRun:
-    """One run of a comparison.
-
-    Args:
-        name: in the legend.
-        record: of the run.
-        matrix: name of the matrix; that of the band, if there is one.
-        band: reference band of the run's configuration.
-
-    """
+    """One run of a comparison."""
 
     name: str
+    """Name in the legend."""
     record: SpectrumRecord
     matrix: str
+    """Name of the matrix; that of the band, if there is one."""
     band: ReferenceBand | None = None
+    """Reference band of the run's configuration."""
 
     @cached_property
     def steps(self) -> Steps:

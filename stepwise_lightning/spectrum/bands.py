@@ -16,8 +16,6 @@ from stepwise_lightning.errors import NotFoundError, UserError
 from stepwise_lightning.files import atomic_write
 from stepwise_lightning.spectrum.record import SpectrumRecord
 
-__all__ = ["Comparison", "ReferenceBand"]
-
 Array = NDArray[np.float64]
 _FOLDER = Path(__file__).parent.parent / "bands"
 _MIN_SCALE = 0.25  # octaves; a smaller σ, estimated from a few runs, is not reliable
