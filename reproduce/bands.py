@@ -130,7 +130,7 @@ def linear_record(config: dict[str, Any], variant: str, seed: int) -> SpectrumRe
     weights = LinearEncoder(**encoder, seed=seed).weight.detach().double() @ basis[:, kept]
     rate = model["learning_rate"] * (4 if variant == "fast" else 1)
     measured, identity = log_spaced_steps(steps, NUM_POINTS), torch.eye(len(weights), dtype=torch.float64)
-    matrices = []
+    matrices: list[torch.Tensor] = []
     for step in range(steps + 1):
         driven = weights * gamma[kept]
         c = driven @ weights.T

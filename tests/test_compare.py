@@ -1,7 +1,6 @@
 """The command compare on runs with and without a reference band."""
 
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -9,6 +8,8 @@ from matplotlib.image import imread
 
 from stepwise_lightning import SpectrumRecord
 from stepwise_lightning.__main__ import main
+from stepwise_lightning.commands.compare import band_of, table
+from stepwise_lightning.plots import ComparedRun
 from stepwise_lightning.spectrum import ReferenceBand
 
 
@@ -49,18 +50,11 @@ def test_modes_and_verdicts_of_runs_are_printed_and_drawn(capsys):
     assert picture == "compare.png" and imread(picture).shape[1] > 1000  # a column for each band
 
 
-def test_band_is_named_by_an_option(capsys):
-    compare("runs/x/version_0", "--band", "linear_photos", "--out", "picture.pdf")
-    *_, verdict, picture = capsys.readouterr().out.splitlines()
-    assert verdict == "x/version_0: inside up to step 25000 (linear_photos, 10 seeds)" and picture == "picture.pdf"
-
-
-def test_run_without_modes_is_compared(capsys):
-    record = SpectrumRecord.of(torch.arange(1.0, 5), torch.full((4, 10), 1e-9), steps=10_000 * torch.arange(4))
-    record.save(Path("flat.npz"))
-    compare("flat.npz", "--band", "linear_photos")
-    _, row, _, verdict, _ = capsys.readouterr().out.splitlines()
-    assert row.split()[2] == "none" and ": outside: mode 1 is not learned, expected at step" in verdict
+def test_run_without_modes_has_one_row_and_a_verdict():
+    flat = SpectrumRecord.of(torch.arange(1.0, 5), torch.full((4, 10), 1e-9), steps=10_000 * torch.arange(4))
+    run = ComparedRun("flat", flat, "cross_correlation", band_of("runs/x/version_0", "linear_photos"))
+    assert table(run) == [("flat", "cross_correlation", "none", "–", "–", "–")]
+    assert run.verdict.startswith("outside: mode 1 is not learned, expected at step ")
 
 
 def test_unknown_band_is_reported_in_one_line():

@@ -36,7 +36,7 @@ def main(arguments: list[str]) -> None:
 
     runs = []
     for run, name in zip(dict.fromkeys(options.runs), short_names(options.runs), strict=True):
-        record, band = SpectrumRecord.load(run), _band(run, options.band)
+        record, band = SpectrumRecord.load(run), band_of(run, options.band)
         runs.append(ComparedRun(name, record, band.matrix if band else options.matrix or record.matrices[0], band))
     print_table([_COLUMNS, *(row for run in runs for row in table(run))])
     print()
@@ -60,7 +60,7 @@ def _number(value: float) -> str:
     return f"{value:.3g}" if math.isfinite(value) else "–"
 
 
-def _band(run: str, name: str | None) -> ReferenceBand | None:
+def band_of(run: str, name: str | None) -> ReferenceBand | None:
     """Return the band of this name, or of the configuration in the path of a run, ``runs/NAME/version_N``."""
     from stepwise_lightning.spectrum import ReferenceBand
 

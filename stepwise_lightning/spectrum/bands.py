@@ -73,8 +73,11 @@ class ReferenceBand:
             raise UserError(f"a reference band needs at least 3 runs, got {len(records)}")
         self.name, self.matrix, self.threshold, self.records = name, matrix, threshold, list(records)
         self._last_step = max(int(record.steps[-1]) for record in records)
-        modes = [self._modes(record) for record in records]
-        self._octaves, self._learned = (np.stack(arrays) for arrays in zip(*modes, strict=True))
+
+    @cached_property
+    def _references(self) -> tuple[Array, NDArray[np.bool_]]:
+        octaves, learned = zip(*map(self._modes, self.records), strict=True)
+        return np.stack(octaves), np.stack(learned)
 
     @staticmethod
     def names() -> list[str]:
@@ -122,8 +125,8 @@ class ReferenceBand:
 
         """
         octaves, learned = self._modes(record)
-        if octaves.shape != self._octaves[0].shape:
-            raise UserError(f"the band {self.name} has {self._octaves.shape[1]} modes, the run {len(octaves)}")
+        if len(octaves) != (num_modes := self._references[0].shape[1]):
+            raise UserError(f"the band {self.name} has {num_modes} modes, the run {len(octaves)}")
         deviations, limit = self._deviations(octaves, learned)
         score = float(deviations.max())
         if score <= limit:
@@ -147,7 +150,7 @@ class ReferenceBand:
 
         The last step may be later than the end of the reference runs.
         """
-        median = np.median(self._octaves, axis=0)
+        median = np.median(self._references[0], axis=0)
         ends = np.stack([[self._reach(mode, sign) for mode in range(len(median))] for sign in (-1, 1)])
         return 2 ** (median - ends[0]), 2 ** (median + ends[1])
 
@@ -156,7 +159,7 @@ class ReferenceBand:
         inside, outside = 0.0, _MAX_DEVIATION
         while outside - inside > 0.01:
             middle = (inside + outside) / 2
-            octaves = np.median(self._octaves, axis=0)
+            octaves = np.median(self._references[0], axis=0)
             octaves[mode] += sign * middle
             deviations, limit = self._deviations(octaves, np.ones(len(octaves), bool))
             inside, outside = (inside, middle) if deviations.max() > limit else (middle, outside)
@@ -164,7 +167,8 @@ class ReferenceBand:
 
     def _deviations(self, octaves: Array, learned: NDArray[np.bool_]) -> tuple[Array, float]:
         """Return the deviations of a run, (d,), and the largest deviation of a reference run, in units of σ."""
-        runs, is_known = np.vstack([self._octaves, octaves]), np.vstack([self._learned, learned])
+        pairs = zip(self._references, (octaves, learned), strict=True)
+        runs, is_known = (np.vstack(pair) for pair in pairs)
         deviations = np.empty(runs.shape)
         for index, run in enumerate(runs):
             others = np.delete(runs, index, axis=0)
