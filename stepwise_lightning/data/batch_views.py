@@ -167,7 +167,7 @@ def crop_boxes(
     """Return top, left, height and width of the crops of torchvision's RandomResizedCrop, int64, (n,) each.
 
     The first of ten random pairs of area and log-ratio that fits the image is used. ``tries`` has ten uniform numbers
-    for the area, then ten for the ratio, (n, 20), ``place`` those of the vertical and horizontal position, (n, 2).
+    for the area, then ten for the ratio, (n, 20), ``place`` two for its vertical and horizontal position, (n, 2).
     ``image_shapes`` are height and width of all images, (2,), or of each image, (n, 2).
     """
     shapes = torch.as_tensor(image_shapes, dtype=torch.float64)

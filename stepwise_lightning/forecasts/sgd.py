@@ -181,9 +181,9 @@ def batched_features(
 ) -> tuple[Tensor, Tensor]:
     """Return recorded inputs of the last layer for both views, (batches, n, m) each.
 
-    ``trained`` are inputs for the first and second views of training batches by turns, ``measured`` those of other
-    pairs, used with less than two training batches, in batches of ``size``. Training batches of one rank are joined to
-    global batches of ``size`` pairs, unless ``of_rank`` is True.
+    ``trained`` are inputs for the first and second views of training batches by turns. With less than two batches,
+    ``measured``, inputs for both views of other pairs, are used in batches of ``size``. Training batches of one rank
+    are joined to global batches of ``size`` pairs, unless ``of_rank`` is True.
     """
     if len(trained) >= 4 and len(trained) % 2 == 0 and len({view.shape for view in trained}) == 1:
         stacked = torch.stack(list(trained)).flatten(2).cpu()

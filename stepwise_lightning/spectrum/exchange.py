@@ -15,10 +15,8 @@ if TYPE_CHECKING:
     import pandas
     import xarray
 
-    from stepwise_lightning.spectrum.record import SpectrumRecord
 
-
-def to_dataframe(record: SpectrumRecord) -> pandas.DataFrame:
+def to_dataframe(record: Any) -> pandas.DataFrame:
     """Return all measured numbers as a tidy table, one number per row; embeddings are excluded.
 
     Columns: ``step``, ``time`` (learning rate × steps), ``matrix`` (missing for the loss), ``quantity``
@@ -45,7 +43,7 @@ def to_dataframe(record: SpectrumRecord) -> pandas.DataFrame:
     return table.astype({"mode": "Int64"}).dropna(subset="value", ignore_index=True)
 
 
-def to_xarray(record: SpectrumRecord) -> xarray.Dataset:
+def to_xarray(record: Any) -> xarray.Dataset:
     """Return all measurements as a dataset with the dimensions ``measurement``, ``matrix`` and ``mode``.
 
     Variables: ``loss`` (measurement); ``eigenvalue`` (matrix, measurement, mode), NaN beyond the dimension of a matrix;
