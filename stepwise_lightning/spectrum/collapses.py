@@ -22,10 +22,8 @@ _GROWTH = 2  # growth since the middle of a plateau (in measurements) that rules
 class Collapse(NamedTuple):
     """Result of :func:`find_collapse`."""
 
-    kind: str
-    """``complete collapse``, ``dimensional collapse``, ``a mode has died``, or '' without a collapse."""
-    reading: str
-    """The numbers that indicate it."""
+    kind: str  #: ``complete collapse``, ``dimensional collapse``, ``a mode has died``, or '' without a collapse
+    reading: str  #: the numbers that indicate it
 
 
 def find_collapse(record: SpectrumRecord, matrix: str = "cross_correlation") -> Collapse:

@@ -22,18 +22,14 @@ from stepwise_lightning.precision import as_float64
 class Steps(NamedTuple):
     """Result of :func:`detect_steps`, in the unit of the input times. ``docs/glossary.md`` defines the terms."""
 
+    #: Time at which each mode is learned, (d,); NaN for modes that are never learned or start too large
     step_times: Tensor
-    """Time at which each mode is learned, (d,); NaN for modes that are never learned or start too large."""
-    rise_widths: Tensor
-    """Time from a tenth of the threshold to the threshold, (d,); NaN where the step time is NaN."""
-    num_learned: Tensor
-    """Number of modes above the threshold at each time, (T,), int64."""
-    num_distinct: int
-    """Number of steps separated from the previous step by more than their own rise width."""
+    rise_widths: Tensor  #: time from a tenth of the threshold to the threshold, (d,); NaN where the step time is NaN
+    num_learned: Tensor  #: number of modes above the threshold at each time, (T,), int64
+    num_distinct: int  #: number of steps separated from the previous step by more than their own rise width
+    #: Median over neighbouring steps of min(separation / rise width, 10); 0 with fewer than two steps
     stepwiseness: float
-    """Median over neighbouring steps of min(separation / rise width, 10); 0 with fewer than two steps."""
-    threshold: float
-    """Threshold θ, in the unit of the eigenvalues."""
+    threshold: float  #: threshold θ, in the unit of the eigenvalues
 
 
 def detect_steps(times: Tensor, eigenvalues: Tensor, threshold: float | None = None) -> Steps:
@@ -92,16 +88,13 @@ def detect_steps(times: Tensor, eigenvalues: Tensor, threshold: float | None = N
 class Rises(NamedTuple):
     """Result of :func:`detect_rises`, in the unit of the input times."""
 
+    #: Time at which each mode completes half of its rise, (d,); NaN for modes that end below the threshold
     times: Tensor
-    """Time at which each mode completes half of its rise, (d,); NaN for modes that end below the threshold."""
-    widths: Tensor
-    """Time from a tenth to a half of the rise, (d,); NaN where ``times`` is NaN."""
-    num_modes: int
-    """Number of modes that end above the threshold."""
+    widths: Tensor  #: time from a tenth to a half of the rise, (d,); NaN where ``times`` is NaN
+    num_modes: int  #: number of modes that end above the threshold
+    #: Number of these modes separated from the previous one by more than their own width, including the first
     num_apart: int
-    """Number of these modes separated from the previous one by more than their own width, including the first."""
-    separation: float
-    """Median over neighbouring modes of min(separation / width, 10); 0 with fewer than two modes."""
+    separation: float  #: median over neighbouring modes of min(separation / width, 10); 0 with fewer than two modes
 
 
 def detect_rises(times: Tensor, eigenvalues: Tensor) -> Rises:

@@ -94,9 +94,8 @@ class ContrastiveKernelPCA(Estimator):
         if not callable(kernel) or isinstance(kernel, torch.nn.Module):
             got = repr(kernel) if isinstance(kernel, str) else type(kernel).__name__
             raise UserError(
-                f"kernel must be a function kernel(x, y), got {got}: "
-                "use linear_kernel, rbf_kernel, laplace_kernel, relu_ntk or EmpiricalNTK(module) of "
-                "stepwise_lightning.theory"
+                f"kernel must be a function kernel(x, y), got {got}: use linear_kernel, rbf_kernel, laplace_kernel, "
+                "relu_ntk or EmpiricalNTK(module) of stepwise_lightning.theory"
             )
         if n_components < 1:
             raise UserError(f"n_components must be at least 1, got {n_components}")
