@@ -85,12 +85,11 @@ def reserve(path: Path) -> bool:
     local_path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+        path.touch(exist_ok=False)
     except OSError as error:
         if isinstance(error, FileExistsError) and path.parent.is_dir():
             return False
         raise cannot_write(path, error) from error
-    os.close(descriptor)
     return True
 
 

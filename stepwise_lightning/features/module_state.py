@@ -15,6 +15,7 @@ from lightning.pytorch.loggers.logger import DummyLogger
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+_LOG_METHODS = ("log", "log_dict")  # of LightningModules
 COMPILED = "_orig_mod"  # attribute of a compiled module that holds the original
 _MODULE_ATTRIBUTES = frozenset(vars(nn.Module()))  # parameters, hooks and modes, which are handled separately
 
@@ -148,18 +149,18 @@ def _uncompiled(module: nn.Module) -> AbstractContextManager[Any]:
 def without_logging(module: nn.Module) -> Iterator[None]:
     """Discard ``self.log``, ``self.log_dict`` and the output to ``self.logger`` of LightningModules."""
     parts: list[Any] = [part for part in module.modules() if _is_lightning_module(part)]
-    before = [{name: value for name, value in vars(part).items() if name in ("log", "log_dict")} for part in parts]
+    before = [{name: value for name, value in vars(part).items() if name in _LOG_METHODS} for part in parts]
     trainers = {part._trainer for part in parts if part._trainer is not None}
     loggers = [(trainer, trainer.loggers) for trainer in trainers]
     for trainer, active in loggers:
         trainer.loggers = [DummyLogger() for _ in active]
     for part in parts:
-        vars(part).update(log=_ignore, log_dict=_ignore)
+        vars(part).update(dict.fromkeys(_LOG_METHODS, lambda *_, **__: None))
     try:
         yield
     finally:
         for part, methods in zip(parts, before, strict=True):
-            for name in ("log", "log_dict"):
+            for name in _LOG_METHODS:
                 vars(part).pop(name, None)
             vars(part).update(methods)
         for trainer, active in loggers:
@@ -169,10 +170,6 @@ def without_logging(module: nn.Module) -> Iterator[None]:
 def _is_lightning_module(module: nn.Module) -> bool:
     # The names of the base classes decide, because lightning and pytorch_lightning share no class.
     return any(base.__name__ == "LightningModule" for base in type(module).__mro__)
-
-
-def _ignore(*_: Any, **__: Any) -> None:
-    """Replace a method of LightningModule."""
 
 
 def precision_plugin(module: nn.Module) -> Any:

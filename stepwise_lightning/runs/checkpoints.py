@@ -170,7 +170,7 @@ class LastCheckpoint(Checkpoint):
             for number in STOP_SIGNALS:
                 signal.signal(number, self._on_signal)
             # Lightning asks before each batch whether its own handler got SIGTERM, which stops the queue of a GPU.
-            trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = _do_nothing  # type: ignore[method-assign]
+            trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -274,10 +274,6 @@ def _is_last_step(trainer: L.Trainer) -> bool:
     progress: Any = loop.epoch_progress.current
     epochs = progress.processed + loop.epoch_loop.batch_progress.is_last_batch
     return loop.max_epochs is not None and 0 <= loop.max_epochs <= epochs
-
-
-def _do_nothing() -> None:
-    """Replace a method of Lightning's loop."""
 
 
 def _resolved(path: Any) -> Path | None:
