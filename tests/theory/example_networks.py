@@ -56,7 +56,12 @@ def jacobian(module: nn.Module, x: Tensor, names: list[str] | None = None) -> Te
 
 
 def explicit_kernel(module: nn.Module, x: Tensor, y: Tensor, names: list[str] | None = None) -> Tensor:
-    left, right = jacobian(module, x, names), jacobian(module, y, names)
+    left = jacobian(module, x, names)
+    return inner_products(left, left if y is x else jacobian(module, y, names))
+
+
+def inner_products(left: Tensor, right: Tensor) -> Tensor:
+    """Return the kernel (k, l) of two Jacobians (k, d, p) and (l, d, p): inner products, averaged over outputs."""
     return torch.einsum("kop,lop->kl", left, right) / left.shape[1]
 
 
