@@ -19,9 +19,9 @@ from stepwise_lightning.forecasts.forecast import Forecast, crossings
 from stepwise_lightning.forecasts.learning_rates import StableRates, stable_rates
 from stepwise_lightning.forecasts.sgd import SGDSettings, last_features, last_layer
 from stepwise_lightning.spectrum.schedule import log_spaced_steps
-from stepwise_lightning.theory.growth import growth_matrix, heavy_ball_growth
+from stepwise_lightning.theory.growth import growth_matrix
 from stepwise_lightning.theory.last_layer import LastLayer, LayerTrajectory
-from stepwise_lightning.theory.linear_flow import growth_modes, start_signature
+from stepwise_lightning.theory.linear_flow import growth_modes, start_signature, without_round_off
 from stepwise_lightning.theory.loss_derivatives import PairLoss, is_scale_invariant
 from stepwise_lightning.theory.loss_signature import loss_properties
 
@@ -34,6 +34,7 @@ _SIMCLR_PAIRS = 128
 _PAIRS_PER_FEATURE = 8
 _CENTRED = 0.01  # bound on the growth of the mean embedding, relative to the coefficients of the loss
 _MODERATE_DRIVE, _PLATEAU_STEPS = 0.1, 600  # x = ηρ_1, and the number of steps that lead beyond the first mode
+_SLOWER = (1, 4, 16)  # if that diverges, because other modes decay much faster than the first one grows
 
 
 def forecast(
@@ -128,11 +129,11 @@ def forecast_of_features(
     x1, x2 = (h if as_trained else _smaller_batches(h) for h in (h1, h2))
     components = min(m, max(_COMPONENTS, 2 * d)) if m > _MAX_FEATURES else None
     layer = LastLayer(sgd.loss, x1, x2, weight, bias, components, driven_matrix=sgd.matrix, **sgd.settings)
-    growth, warning = _growth_rates(sgd, h1, h2, d, bias, scale_invariant)
+    growth, fastest, warning = _growth_rates(sgd, h1, h2, d, bias, scale_invariant)
     num_steps = len(sgd.rates)
     points = log_spaced_steps(num_steps, num_points)
     trajectory = layer.simulate(sgd.rates, sgd.momentum, sgd.weight_decay, velocity, points)
-    threshold = _threshold(layer, sgd, trajectory, float(growth[0]))
+    threshold = _threshold(layer, trajectory, float(growth[0]), fastest)
     times = _step_times(trajectory, threshold, start)
     stable = StableRates(math.nan, math.nan, math.nan)
     if with_rates:
@@ -175,31 +176,39 @@ def _norm(bias: Tensor | None) -> float:
 
 def _growth_rates(
     sgd: SGDSettings, h1: Tensor, h2: Tensor, d: int, bias: Tensor | None, scale_invariant: bool
-) -> tuple[Tensor, str]:
-    """Return ρ of each mode, (d,), NaN if it is undefined, and a warning or an empty string."""
+) -> tuple[Tensor, Tensor, str]:
+    """Return ρ of each mode, (d,), NaN if it is undefined, features of the fastest mode, and a warning or ''.
+
+    The features (m,) are a unit vector, unused if ρ is undefined; (m + 1,) if the bias is the weight of a constant.
+    """
     unknown = h1.new_full((d,), math.nan, dtype=torch.float64)
     norm = _norm(bias)
     if scale_invariant and norm == 0:
-        return unknown, ""
-    warning = ""
+        return unknown, unknown, ""
     if isinstance(sgd.loss, str):
-        matrix = growth_matrix(sgd.loss, h1, h2, d, norm or 1.0, **sgd.settings)
-        rates = torch.linalg.eigvalsh(matrix).flip(0)[:d].cpu()
-    else:
-        try:
-            signature, point = start_signature(sgd.loss, d, h1.shape[1], bias)
-            if bias is not None and point is None:
-                h1, h2 = (pad(h, (0, 1), value=1.0) for h in (h1, h2))
-            rates = growth_modes(sgd.loss, h1, h2, d, min(d, h1.shape[2]), point).rates.real
-        except UserError as error:
-            return unknown, f"growth rates and stable learning rates are unknown: {error}"
-        total = signature.alpha + signature.beta
-        if sgd.matrix == "covariance" and total.sum() < -_CENTRED * signature.alpha.norm():
-            warning = (
-                "the mean embedding grows as a mode, because the loss is not centred, but has no eigenvalue in the "
-                "covariance: set driven_matrix to 'cross_correlation'"
-            )
-    return pad(rates, (0, d - len(rates))), warning
+        if bias is not None and not scale_invariant:
+            h1, h2 = (pad(h, (0, 1), value=1.0) for h in (h1, h2))
+        matrix = growth_matrix(sgd.loss, h1, h2, d, norm or 1.0, **sgd.settings).cpu()
+        rates, vectors = (x.flip(-1) for x in torch.linalg.eigh(matrix))
+        rates = without_round_off(rates[:d], float(matrix.norm()))
+        return pad(rates, (0, d - len(rates))), vectors[:, 0], ""
+    warning = ""
+    try:
+        signature, point = start_signature(sgd.loss, d, h1.shape[1], bias)
+        if bias is not None and point is None:
+            h1, h2 = (pad(h, (0, 1), value=1.0) for h in (h1, h2))
+        modes = growth_modes(sgd.loss, h1, h2, d, min(d, h1.shape[2]), point)
+    except UserError as error:
+        return unknown, unknown, f"growth rates and stable learning rates are unknown: {error}"
+    rates = modes.rates.real
+    total = signature.alpha + signature.beta
+    if sgd.matrix == "covariance" and total.sum() < -_CENTRED * signature.alpha.norm():
+        warning = (
+            "the mean embedding grows as a mode, because the loss is not centred, but has no eigenvalue in the "
+            "covariance: set driven_matrix to 'cross_correlation'"
+        )
+    fastest = torch.linalg.svd(modes.directions[0].real, full_matrices=False).Vh[0]
+    return pad(rates, (0, d - len(rates))), fastest, warning
 
 
 def _step_times(trajectory: LayerTrajectory, threshold: float, start: int) -> Tensor:
@@ -209,23 +218,24 @@ def _step_times(trajectory: LayerTrajectory, threshold: float, start: int) -> Te
     return times if start else torch.where(trajectory.eigenvalues[0] > threshold / 10, math.nan, times)
 
 
-def _threshold(layer: LastLayer, sgd: SGDSettings, trajectory: LayerTrajectory, fastest: float) -> float:
-    """Return a tenth of the largest eigenvalue at the end.
+def _threshold(layer: LastLayer, trajectory: LayerTrajectory, rate: float, fastest: Tensor) -> float:
+    """Return a tenth of the largest eigenvalue at the end; infinite if no mode grows.
 
-    If this eigenvalue still grows by about r² each step, as at first, there is no plateau yet. Then training is
-    simulated at a moderate learning rate until there is one.
+    If the fastest mode, with growth rate ``rate``, still grows at more than half of it, there is no plateau yet. Then
+    training is simulated from the same weights at a moderate learning rate until there is one.
     """
     top = trajectory.eigenvalues[:, 0]
-    tail = slice(-max(2, math.ceil(len(top) / 10)), None)
-    first, last = trajectory.steps[tail][[0, -1]].tolist()
-    if fastest > 0:
-        root, _ = heavy_ball_growth(fastest * sgd.rates[first:last], sgd.momentum)
-        if float((top[tail][-1] / top[tail][0]).log()) > float(root.log().sum()):  # half of r²
-            rates = [_MODERATE_DRIVE / fastest] * _PLATEAU_STEPS
-            late = range(_PLATEAU_STEPS - 20, _PLATEAU_STEPS + 1)
-            top = layer.simulate(rates, sgd.momentum, measured_at=late).eigenvalues[:, 0]
-            tail = slice(None)
-    return 0.1 * float(top[tail].median())
+    top = top[-max(2, math.ceil(len(top) / 10)) :]
+    if rate <= 0:
+        return math.inf
+    if rate > 0 and layer.rate_along(fastest, trajectory.weight, trajectory.bias) > rate / 2:
+        for slower in _SLOWER:
+            steps = _PLATEAU_STEPS * slower
+            rates = [_MODERATE_DRIVE / slower / rate] * steps
+            top = layer.simulate(rates, measured_at=range(steps - 20, steps + 1)).eigenvalues[:, 0]
+            if top.isfinite().all():
+                break
+    return 0.1 * float(top.median())
 
 
 def _warnings(result: Forecast, num_features: int, decay: float) -> list[str]:

@@ -30,6 +30,8 @@ from stepwise_lightning.theory.loss_derivatives import PairLoss
 from stepwise_lightning.theory.loss_signature import checked_settings, loss_properties
 from stepwise_lightning.theory.moments import FeatureMoments, validated_features
 
+_RATE_BATCHES = 16  # of a rate
+
 
 @dataclass(frozen=True)
 class LayerTrajectory:
@@ -46,9 +48,8 @@ class LastLayer:
 
     :meth:`simulate` reproduces ``torch.optim.SGD`` to round-off, with the gradients of
     :mod:`stepwise_lightning.theory.layer_gradients`. Barlow Twins and VICReg depend on moments of the features only: a
-    step takes O(d m²) for any number of pairs. The spectral contrastive loss of more than 1024 pairs is also computed
-    from moments, with an error of order d/n. A step of SimCLR takes O(n² d). Functions are differentiated
-    automatically.
+    step takes O(d m²) for any number of pairs. The spectral contrastive loss also needs the squared similarities of
+    pairs, estimated from the first 1024. A step of SimCLR takes O(n² d). Functions are differentiated automatically.
 
     The features of a network change during training. From an untrained network, the simulation is accurate for the
     first mode, and for Barlow Twins and SimCLR approximate for later modes.
@@ -162,6 +163,23 @@ class LastLayer:
         weight = weight if self._basis is None else weight @ self._basis.T
         steps_tensor = torch.tensor(steps, device=w.device)
         return LayerTrajectory(steps_tensor, eigenvalues, weight, w[:, -1] if self._has_bias else None)
+
+    @torch.no_grad()
+    @single_threaded()
+    def rate_along(self, features: Tensor, weight: Tensor, bias: Tensor | None) -> float:
+        """Return the rate d ln ‖W v‖/dt of gradient flow at given weights, for features v (m,).
+
+        With a last entry of v for the constant feature of the bias, (m + 1,), W includes the bias.
+        """
+        w = self._joined(weight, bias)
+        v = features.to(w)
+        v, constant = v.split([weight.shape[1], len(v) - weight.shape[1]])
+        v = v if self._basis is None else v @ self._basis
+        v = pad(torch.cat([v, constant]), (0, w.shape[1] - len(v) - len(constant)))
+        gradients = self._gradients[:_RATE_BATCHES]
+        descent = -sum(gradient(w) for gradient in gradients) / len(gradients) @ v
+        part = w @ v
+        return float(part @ descent / part.square().sum())
 
     def _inputs(self, h: Tensor) -> Tensor:
         """Return features (…, m), projected, and extended by a constant feature 1 for the bias."""

@@ -37,9 +37,9 @@ from torch import Tensor
 from stepwise_lightning.theory.loss_derivatives import PairLoss, loss_value
 from stepwise_lightning.theory.moments import FeatureMoments
 
-# Spectral contrastive: number of pairs above which the squared similarities s_i² of pairs are not subtracted from the
-# mean over all i, j: it changes by about d/n, while a step takes time proportional to n.
-_EXACT_PAIRS = 1024
+# Spectral contrastive: number of pairs from which the squared similarities s_i² of pairs, a correction of order d/n to
+# the mean over all i, j, are estimated; they need every pair, not moments.
+_SAMPLED_PAIRS = 1024
 # Maps the weights to the gradient.
 Gradient = Callable[[Tensor], Tensor]
 
@@ -130,14 +130,13 @@ def _spectral_contrastive(h1: Tensor, h2: Tensor, dim: int) -> Gradient:
     n = len(h1)
     cross = h1.T @ h2 / n
     features = torch.stack([h1.T @ h1 / n, h2.T @ h2 / n, cross + cross.T])
+    x1, x2 = h1[:_SAMPLED_PAIRS], h2[:_SAMPLED_PAIRS]
 
     def gradient(w: Tensor) -> Tensor:
         wm1, wm2, aligned = w @ features
-        repulsion = (wm2 @ w.T) @ wm1 + (wm1 @ w.T) @ wm2
-        if n <= _EXACT_PAIRS:
-            z1, z2 = h1 @ w.T, h2 @ w.T
-            products = (z1 * z2).sum(1, keepdim=True) / n**2
-            repulsion -= (products * z2).T @ h1 + (products * z1).T @ h2
+        z1, z2 = x1 @ w.T, x2 @ w.T
+        products = (z1 * z2).sum(1, keepdim=True) / (n * len(x1))
+        repulsion = (wm2 @ w.T) @ wm1 + (wm1 @ w.T) @ wm2 - (products * z2).T @ x1 - (products * z1).T @ x2
         return 2 * n / (n - 1) * repulsion - 2 * aligned
 
     return gradient

@@ -17,6 +17,7 @@ from stepwise_lightning.theory.loss_signature import LossSignature, loss_signatu
 from stepwise_lightning.theory.moments import validated_features
 
 _DENSE = 600  # number of weights up to which all eigenpairs are computed
+_ROUND_OFF = 1e-12  # relative
 
 
 class GrowthModes(NamedTuple):
@@ -64,10 +65,12 @@ def growth_modes(
     if not 1 <= num_modes <= largest:
         raise UserError(f"num_modes must lie between 1 and {largest}, got {num_modes}")
     moments = FlowMoments.of(h1, h2)
+    scale = float(signature.alpha.norm() + signature.beta.norm()) * float(torch.cat([h1, h2]).square().sum(2).mean())
     if not signature.isotropic:
         rates, vectors = _eigenpairs(signature, moments, num_modes)
-        return GrowthModes(rates, vectors.T.reshape(num_modes, dim, -1))
+        return GrowthModes(without_round_off(rates, scale), vectors.T.reshape(num_modes, dim, -1))
     rates, vectors = _top(isotropic_growth_matrix(signature, h1, h2), signature.is_gradient, num_modes)
+    rates = without_round_off(rates, scale)
     units = torch.eye(dim).to(h1)
     if signature.normal is not None:
         units = torch.linalg.qr(torch.cat([signature.normal[:, None], units], 1)).Q[:, 1:].T
@@ -116,6 +119,11 @@ def isotropic_growth_matrix(signature: LossSignature, h1: Tensor, h2: Tensor) ->
     total = alpha + beta
     growth = -torch.einsum("ac,acmk->mk", alpha, moments.centred) - torch.einsum("ac,acmk->mk", total, moments.means)
     return (growth + growth.T) / 2 if signature.is_gradient else growth
+
+
+def without_round_off(rates: Tensor, scale: float) -> Tensor:
+    """Return growth rates, zero instead of the round-off of a matrix of norm ``scale``."""
+    return torch.where(rates.abs() > _ROUND_OFF * scale, rates, 0.0)
 
 
 def two_tower_features(h1: TensorLike, h2: TensorLike) -> tuple[Tensor, Tensor]:
