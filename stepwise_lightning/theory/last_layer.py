@@ -176,8 +176,7 @@ class LastLayer:
         v, constant = v.split([weight.shape[1], len(v) - weight.shape[1]])
         v = v if self._basis is None else v @ self._basis
         v = pad(torch.cat([v, constant]), (0, w.shape[1] - len(v) - len(constant)))
-        gradients = self._gradients[:_RATE_BATCHES]
-        descent = -sum(gradient(w) for gradient in gradients) / len(gradients) @ v
+        descent = -torch.stack([gradient(w) for gradient in self._gradients[:_RATE_BATCHES]]).mean(0) @ v
         part = w @ v
         return float(part @ descent / part.square().sum())
 
