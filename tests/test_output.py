@@ -125,7 +125,7 @@ def test_mistake_has_exit_status_2_and_a_remedy(arguments, message, monkeypatch,
 
 TWICE = {
     "parser": ["--model.lr=1"],
-    "configuration": ["--trainer.log_every_n_steps=-1"],
+    "configuration": pytest.param(["--trainer.log_every_n_steps=-1"], marks=pytest.mark.slow),
     "data": ["--data.data=missing"],
 }
 OFF = ["--trainer.enable_progress_bar=false", "--trainer.enable_checkpointing=false"]

@@ -82,10 +82,10 @@ def test_spectral_contrastive_loss_of_many_pairs_is_estimated_from_some(monkeypa
 
 @pytest.mark.parametrize("name", CASES)
 def test_simulation_matches_sgd(name):
-    """300 steps with warm-up, momentum and weight decay agree to round-off."""
+    """150 steps with warm-up, momentum and weight decay agree to round-off."""
     loss, settings, rate, batches = CASES[name]
     h1, h2 = features(batches, 24)
-    layer, rates = linear_layer(1e-3), [rate * min(1, (step + 1) / 50) for step in range(300)]
+    layer, rates = linear_layer(1e-3), [rate * min(1, (step + 1) / 50) for step in range(150)]
     simulation = LastLayer(loss, h1, h2, layer.weight, layer.bias, **settings)
     simulated = simulation.simulate(rates, 0.9, weight_decay=1e-3)
     start = layer.weight.detach().clone()
