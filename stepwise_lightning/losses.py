@@ -227,18 +227,13 @@ def spectral_contrastive_terms(z1: Tensor, z2: Tensor) -> dict[str, Tensor]:
 class Loss:
     """Name, title, function and properties of a loss."""
 
-    name: str
-    """Name in configurations and in the arguments of the theory."""
-    title: str
-    """Name in figures and tables."""
-    function: Callable[..., Tensor]
-    """``function(z1, z2, **settings)`` returns a scalar."""
-    driven_matrix: str
-    """The matrix of ``stepwise_lightning.spectrum.MATRICES`` whose eigenvalues the loss drives."""
-    scale_invariant: bool = False
-    """True if the loss does not depend on the length of the embeddings."""
+    name: str  #: name in configurations and in the arguments of the theory
+    title: str  #: name in figures and tables
+    function: Callable[..., Tensor]  #: ``function(z1, z2, **settings)`` returns a scalar
+    driven_matrix: str  #: the matrix of ``stepwise_lightning.spectrum.MATRICES`` whose eigenvalues the loss drives
+    scale_invariant: bool = False  #: True if the loss does not depend on the length of the embeddings
+    #: True if gradients of a last layer are computed from moments of the features, for all batches at once
     uses_moments: bool = True
-    """True if gradients of a last layer are computed from moments of the features, for all batches at once."""
 
 
 LOSSES = {
