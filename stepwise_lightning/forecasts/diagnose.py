@@ -13,6 +13,7 @@ from stepwise_lightning.errors import UserError, reason
 from stepwise_lightning.features import Views
 from stepwise_lightning.forecasts.diagnosis import CAUSES, Diagnosis
 from stepwise_lightning.forecasts.evidence import Evidence, gather_evidence
+from stepwise_lightning.forecasts.loss_curve import diagnose_losses
 from stepwise_lightning.forecasts.run_state import NEAR_SADDLE, STILL, RunState, find_verdict, last_loss, run_state
 from stepwise_lightning.forecasts.sgd import loss_of
 from stepwise_lightning.forecasts.simulate import NUM_PAIRS
@@ -86,29 +87,19 @@ def diagnose(
         ValueError: fewer than two measurements or losses, a matrix that was not measured, invalid arguments.
 
     """
-    if isinstance(module, JointEmbedding):
-        loss = loss_of(module) if loss is None else loss
-        matrix = matrix or module.driven_matrix
-        if settings is None:
-            settings = {name: module.hparams[name] for name in checked_settings(loss, {}) if name in module.hparams}
-    settings = settings or {}
+    loss, settings, matrix = _settings_of(module, loss, settings, matrix)
     if not isinstance(record, SpectrumRecord):
-        from stepwise_lightning.forecasts.loss_curve import diagnose_losses
-
         return diagnose_losses(record, loss, num_pairs, settings, max_steps)
     if len(record) < 2 or not record.matrices:
         raise UserError(f"a diagnosis needs at least two measurements, got {len(record)}: train longer")
-    matrix = matrix if matrix in record.matrices or matrix is None else None
-    state = run_state(record, matrix or record.matrices[0], loss, settings)
+    state = run_state(record, matrix if matrix in record.matrices else record.matrices[0], loss, settings)
     evidence, missing = None, _GIVE
-    is_finished = find_verdict(record, state, math.nan, max_steps)[0] == "finished"
-    if module is not None and batches is not None and not is_finished:
+    if module is not None and batches is not None and find_verdict(record, state, math.nan, max_steps)[0] != "finished":
         options: dict[str, Any] = {"loss": loss, "settings": settings, "views": views}
         options |= {"precision": precision or "32-true", "num_pairs": num_feature_pairs}
         evidence, missing = _evidence(module, batches, state, start, max_steps, options)
     num_pairs = evidence.batch_size if evidence is not None and num_pairs is None else num_pairs
-    dim = record.eigenvalues(state.matrix).shape[1]
-    saddle, unknown = _saddle_value(loss, num_pairs, {"dim": dim} | settings)
+    saddle, unknown = _saddle_value(loss, num_pairs, {"dim": record.eigenvalues(state.matrix).shape[1]} | settings)
     verdict, reading = find_verdict(record, state, saddle, max_steps)
     result = Diagnosis(
         verdict, state.step, state.num_learned, state.num_modes, last_loss(record.losses[record.losses.isfinite()]),
@@ -117,10 +108,21 @@ def diagnose(
     if evidence is not None:
         return _with_evidence(result, state, evidence, record, max_steps)
     decay = getattr(module, "hparams", {}).get("weight_decay") if weight_decay is None else weight_decay
-    result = _with_next_step(result, state.extrapolated_step(state.growth), _ERROR)
     result = _from_record(result, state, record, precision, decay, max_steps)
     asks = bool(result.possible_causes) or (module is not None and missing != _GIVE)
     return replace(result, missing="; ".join(text for text in (missing if asks else "", unknown) if text))
+
+
+def _settings_of(
+    module: nn.Module | None, loss: str | PairLoss | None, settings: dict[str, Any] | None, matrix: str | None
+) -> tuple[str | PairLoss | None, dict[str, Any], str | None]:
+    """Return loss, settings and matrix, by default those of a module of this package."""
+    if isinstance(module, JointEmbedding):
+        loss = loss_of(module) if loss is None else loss
+        matrix = matrix or module.driven_matrix
+        if settings is None:
+            settings = {name: module.hparams[name] for name in checked_settings(loss, {}) if name in module.hparams}
+    return loss, settings or {}, matrix
 
 
 def _evidence(
@@ -167,7 +169,8 @@ def _from_record(
     weight_decay: float | None,
     max_steps: int | None,
 ) -> Diagnosis:
-    """Add the cause as far as a record determines it."""
+    """Add the next step and the cause as far as a record determines them."""
+    result = _with_next_step(result, state.extrapolated_step(state.growth), _ERROR)
     excluded = {_FEW, _NOTHING, _HIGH}
     excluded |= {_DECAY} if weight_decay == 0 else set()
     excluded |= {_HALF} if precision is not None and precision.startswith(("32", "64")) else set()

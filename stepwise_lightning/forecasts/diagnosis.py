@@ -32,34 +32,21 @@ _VERDICTS = {
 class Diagnosis:
     """State of a training run, and the cause if its loss does not decrease. ``str()`` returns a paragraph."""
 
-    verdict: str
-    """``learning``, ``plateau``, ``stuck``, ``collapsed``, ``fell_back``, ``diverged`` or ``finished``."""
-    step: int
-    """Last step of the record."""
-    num_learned: int | None = None
-    """Number of learned modes; None if unknown."""
-    num_modes: int | None = None
-    """Largest number of modes that can be learned; None if unknown."""
-    loss: float = math.nan
-    """Last training loss, a median of the last tenth of the steps; NaN if unknown."""
-    saddle_value: float = math.nan
-    """Loss of equal embeddings, before the first mode is learned; NaN if unknown."""
+    verdict: str  #: ``learning``, ``plateau``, ``stuck``, ``collapsed``, ``fell_back``, ``diverged`` or ``finished``
+    step: int  #: last step of the record
+    num_learned: int | None = None  #: number of learned modes; None if unknown
+    num_modes: int | None = None  #: largest number of modes that can be learned; None if unknown
+    loss: float = math.nan  #: last training loss, a median of the last tenth of the steps; NaN if unknown
+    saddle_value: float = math.nan  #: loss of equal embeddings, before the first mode is learned; NaN if unknown
+    #: Measured factor by which the next mode grows in a step, √(λ_{t+1} / λ_t); NaN if unknown
     growth_per_step: float = math.nan
-    """Measured factor by which the next mode grows in a step, √(λ_{t+1} / λ_t); NaN if unknown."""
-    expected_growth: float = math.nan
-    """The same factor in theory, from the features and the loss; NaN if unknown."""
-    next_step: float = math.nan
-    """Step at which the next mode is expected; infinite for never, NaN if unknown."""
-    next_range: tuple[float, float] = (math.nan, math.nan)
-    """Typical range of ``next_step``."""
-    cause: str = ""
-    """One of ``CAUSES``, or empty if unknown."""
-    evidence: str = ""
-    """Numbers that indicate the verdict or the cause."""
-    possible_causes: tuple[str, ...] = ()
-    """Causes that cannot be excluded, if the cause is unknown."""
-    missing: str = ""
-    """What to give for a more complete diagnosis."""
+    expected_growth: float = math.nan  #: the same factor in theory, from the features and the loss; NaN if unknown
+    next_step: float = math.nan  #: step at which the next mode is expected; infinite for never, NaN if unknown
+    next_range: tuple[float, float] = (math.nan, math.nan)  #: typical range of ``next_step``
+    cause: str = ""  #: one of ``CAUSES``, or empty if unknown
+    evidence: str = ""  #: numbers that indicate the verdict or the cause
+    possible_causes: tuple[str, ...] = ()  #: causes that cannot be excluded, if the cause is unknown
+    missing: str = ""  #: what to give for a more complete diagnosis
 
     @property
     def distance(self) -> float:

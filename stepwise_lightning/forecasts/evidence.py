@@ -39,24 +39,16 @@ _DTYPES = {"16": torch.float16, "bf16": torch.bfloat16}
 class Evidence:
     """Measurements on a network and its data at one step."""
 
-    start: int
-    """Step of the weights."""
-    forecast: Forecast | None
-    """Forecast from the weights; None if features are equal."""
+    start: int  #: step of the weights
+    forecast: Forecast | None  #: forecast from the weights; None if features are equal
     sgd: SGDSettings
     batch_size: int
-    is_half: bool
-    """True for training in half precision."""
-    spread: float
-    """Standard deviation of the features over images, relative to their root mean square."""
-    shared: float
-    """Largest eigenvalue of Γ; infinite for fewer than 4 m pairs."""
-    chance: float
-    """The largest value of the same for 20 permutations of the second views; 0 for fewer than 4 m pairs."""
-    rounding: float
-    """Error of embeddings in the precision of training, relative to their spread; 0 for float32."""
-    kept: float
-    """Share of an update of the last layer that remains after rounding of the weights; 1 for float32."""
+    is_half: bool  #: True for training in half precision
+    spread: float  #: standard deviation of the features over images, relative to their root mean square
+    shared: float  #: largest eigenvalue of Γ; infinite for fewer than 4 m pairs
+    chance: float  #: the largest value of the same for 20 permutations of the second views; 0 for fewer than 4 m pairs
+    rounding: float  #: error of embeddings in the precision of training, relative to their spread; 0 for float32
+    kept: float  #: share of an update of the last layer that remains after rounding of the weights; 1 for float32
 
     def growth(self, mode: int) -> float:
         """Return the expected growth factor per step of a mode, counted from 0; NaN if unknown."""

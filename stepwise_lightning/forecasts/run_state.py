@@ -39,19 +39,13 @@ class RunState:
     step: int
     num_learned: int
     num_modes: int
-    threshold: float
-    """θ; infinite if unknown."""
-    since: int
-    """Step since which the number of learned modes is constant."""
-    growth: float
-    """r of the next mode; NaN if unknown."""
+    threshold: float  #: θ; infinite if unknown
+    since: int  #: step since which the number of learned modes is constant
+    growth: float  #: r of the next mode; NaN if unknown
     next_eigenvalue: float
-    was_learned: bool
-    """True if a mode has grown above θ."""
-    has_vanished: bool
-    """True if all eigenvalues are small compared with the largest one of the run."""
-    starts_large: bool
-    """True if an eigenvalue starts above θ."""
+    was_learned: bool  #: True if a mode has grown above θ
+    has_vanished: bool  #: True if all eigenvalues are small compared with the largest one of the run
+    starts_large: bool  #: True if an eigenvalue starts above θ
 
     def extrapolated_step(self, growth: float) -> float:
         """Return the step at which the next mode crosses θ at a growth r; infinite for r ≤ 1, NaN if unknown."""
