@@ -209,7 +209,7 @@ def rates_of_gradient_flow(patch):
 def float32_spectra(patch):
     """Compute C in float32 for the measured spectra."""
     change_source(
-        patch, measures, "cross_correlation_eigenvalues", "c = z1.T @ z2 / n", "c = z1.float().T @ z2.float() / n"
+        patch, measures, "cross_correlation_eigenvalues", "c = x1.T @ x2 / n", "c = x1.float().T @ x2.float() / n"
     )
 
 
