@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from lightning.pytorch.callbacks import LearningRateMonitor, ProgressBar
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 
 from stepwise_lightning.runs.loggers import tensorboard_writers
@@ -110,13 +109,19 @@ def warn_of_skipped_hooks(trainer: L.Trainer, pl_module: L.LightningModule) -> N
     """
     harmless = (ProgressBar, LearningRateMonitor)
     callbacks = [each for each in trainer.callbacks if not isinstance(each, harmless)]  # type: ignore[attr-defined]
-    owners = [type(each).__name__ for each in (pl_module, *callbacks) if is_overridden("on_train_epoch_start", each)]
+    owners = [type(each).__name__ for each in (pl_module, *callbacks) if _has_epoch_hook(each)]
     if owners:
         rank_zero_warn(
             f"training resumes within epoch {trainer.current_epoch}, for which Lightning does not call "
             f"on_train_epoch_start of {', '.join(owners)}: the run is exact only if checkpoints contain what the hook "
             "sets; otherwise set it in on_train_start, too"
         )
+
+
+def _has_epoch_hook(instance: Any) -> bool:
+    parent = L.LightningModule if isinstance(instance, L.LightningModule) else L.Callback
+    hook = instance.on_train_epoch_start  # possibly a built-in function, which is_overridden does not accept
+    return getattr(hook, "__func__", hook) is not parent.on_train_epoch_start
 
 
 def restore_precision(trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
