@@ -221,8 +221,16 @@ def assert_close(values, expected):
         torch.testing.assert_close(value.double(), other.double(), rtol=1e-5, atol=1e-6, equal_nan=True)
 
 
-@pytest.mark.parametrize("kind", ["cuda", "mps"])
-@pytest.mark.parametrize("name", ALL_CALLS)
+# Expensive cases without casts that other cases do not have.
+SLOW_ON_MPS = ("forecast", "stable_rates", "encoders")
+ON_DEVICES = [
+    pytest.param(name, kind, marks=pytest.mark.slow if kind == "mps" and name in SLOW_ON_MPS else ())
+    for name in ALL_CALLS
+    for kind in ("cuda", "mps")
+]
+
+
+@pytest.mark.parametrize(("name", "kind"), ON_DEVICES)
 def test_results_on_a_device_equal_those_on_the_cpu(name, kind):
     call, *inputs = ALL_CALLS[name]
     with PretendGPU(kind) as gpu:
