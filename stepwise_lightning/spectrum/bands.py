@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from stepwise_lightning.errors import NotFoundError, UserError
 from stepwise_lightning.files import atomic_write
 from stepwise_lightning.spectrum.record import SpectrumRecord
+from stepwise_lightning.spectrum.steps import detect_steps
 
 Array = NDArray[np.float64]
 _FOLDER = Path(__file__).parent.parent / "bands"
@@ -179,11 +180,11 @@ class ReferenceBand:
 
     def _modes(self, record: SpectrumRecord) -> tuple[Array, NDArray[np.bool_]]:
         """Return log₂ of the step of each mode, or of the last step, and whether it is learned, (d,) each."""
-        shown = record.steps <= self._last_step
-        steps, times, values = (each[shown] for each in (record.steps, record.times, record.eigenvalues(self.matrix)))
-        detected = SpectrumRecord.of(times, values, matrix=self.matrix).detect_steps(self.matrix, self.threshold)
-        at_end = np.arange(values.shape[1]) < int(detected.num_learned[-1])
-        found = np.interp(detected.step_times.numpy(), times.numpy(), steps.numpy())  # NaN without a step
-        found = np.where((values[0] > self.threshold / 10).numpy(), 1.0, found)
-        learned = at_end & np.isfinite(found)
-        return np.log2(np.where(learned, found, float(steps[-1])).clip(min=1)), learned
+        values = record.eigenvalues(self.matrix)
+        shown = (record.steps <= self._last_step) & values.isfinite().all(1)
+        steps, values = record.steps[shown].double(), values[shown]
+        detected = detect_steps(steps, values, self.threshold)
+        starts_large = values[0] > self.threshold / 10
+        found = torch.where(starts_large, 1.0, detected.step_times)
+        learned = found.isfinite() & (torch.arange(len(found)) < detected.num_learned[-1])
+        return torch.where(learned, found, steps[-1]).clamp(min=1).log2().numpy(), learned.numpy()

@@ -36,9 +36,9 @@ def test_one_of_six_runs_is_outside_the_band_of_the_others():
     assert sum(outside) == 1
 
 
-def fallen():
+def fallen(**settings):
     """Return a run whose second and third mode are lost in the end."""
-    run = staircase(20)
+    run = staircase(20, **settings)
     eigenvalues = run.eigenvalues()
     eigenvalues[-5:, 1:] = 1e-6
     return SpectrumRecord.of(run.times, eigenvalues, steps=run.steps)
@@ -65,12 +65,20 @@ def test_run_that_differs_leaves_the_band(run, reason, band):
 
 def test_late_mode_leaves_the_band_at_the_end_of_its_range(band):
     result = band.compare(staircase(20, learned=1))
+    references = [run.detect_steps(threshold=THRESHOLD).step_times[1] / 0.01 for run in band.records]
+    octaves = np.log2(references)
+    expected = (math.log2(1200) - np.median(octaves)) / max(octaves.std(ddof=1), 0.25)
+    assert result.score == pytest.approx(expected, rel=1e-6)
     assert result.left_at == pytest.approx(band.limits[1][1])
 
 
-@pytest.mark.parametrize(("last_step", "end"), [(20, 20), (150, 150), (20_000, 1200)])
-def test_run_is_compared_up_to_its_end_or_the_end_of_the_reference_runs(last_step, end, band):
-    assert band.compare(staircase(20, last_step=last_step)).description == f"inside up to step {end}"
+@pytest.mark.parametrize(
+    ("run", "end"),
+    [(staircase(20, last_step=20), 20), (staircase(20, last_step=150), 150), (fallen(last_step=20_000), 1200)],
+    ids=["before mode 2", "before mode 3", "longer"],
+)
+def test_run_is_compared_up_to_its_end_or_the_end_of_the_reference_runs(run, end, band):
+    assert band.compare(run).description == f"inside up to step {end}"
 
 
 def test_saved_band_has_the_same_verdicts(band, tmp_path):
