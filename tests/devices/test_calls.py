@@ -191,9 +191,10 @@ IN_OTHER_CASES = {
 }  # fmt: skip
 IN_TRAINING = {"LastCheckpoint", "OnlineKNN", "OnlineLinearProbe", "SpectrumLogger", "TwoViewDataModule"}
 WITHOUT_DEVICE_TENSORS = {
-    "CollapseMonitor", "CollapseWatch", "FixedCropPairs", "ForecastLogger", "ImageSet", "LossReport", "MATRICES",
-    "ModeDescription", "Plateau", "Rises", "Steps", "chance_alignment", "describe_modes", "download_images",
-    "find_plateau", "load_encoder", "load_image_set", "load_images", "plateaus", "stability_limits", "write_projector",
+    "CollapseMonitor", "CollapseWatch", "Comparison", "Diagnosis", "FixedCropPairs", "ForecastLogger", "ImageSet",
+    "LossReport", "MATRICES", "ModeDescription", "Plateau", "PlateauMonitor", "ReferenceBand", "Rises", "Steps",
+    "chance_alignment", "describe_modes", "diagnose", "download_images", "find_plateau", "load_encoder",
+    "load_image_set", "load_images", "plateaus", "stability_limits", "write_projector",
 }  # fmt: skip
 
 
