@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from stepwise_lightning.features import Views, capture, on_device, views_in
 from stepwise_lightning.losses import LOSSES
 from stepwise_lightning.modules.joint_embedding import JointEmbedding, rate_factor
 from stepwise_lightning.precision import as_float64
-from stepwise_lightning.theory.loss_derivatives import PairLoss
+from stepwise_lightning.theory.loss_derivatives import PairLoss, in_float64
 from stepwise_lightning.theory.loss_signature import checked_settings, loss_properties
 
 
@@ -62,7 +61,7 @@ class SGDSettings:
                     "use: forecast a module without another optimizer or acceleration"
                 )
         loss = loss_of(module) if loss is None else loss
-        loss = _in_float64(loss) if isinstance(loss, nn.Module) else loss
+        loss = in_float64(loss)
         if settings is None:
             settings = {name: hparams[name] for name in checked_settings(loss, {}) if name in hparams}
         if learning_rate is None:
@@ -116,21 +115,11 @@ def _configured(module: nn.Module) -> dict[str, Any]:
 def loss_of(module: nn.Module) -> str | PairLoss:
     """Return the loss of a module of this package, its name if it has one; raise UserError for another module."""
     if isinstance(module, JointEmbedding):
-        if module.loss_name is not None:
-            return module.loss_name
-        if isinstance(function := module.loss_function, nn.Module):
-            module = copy.copy(module)
-            module._modules = module._modules | {"loss_function": _in_float64(function)}
-        return module.loss
+        return module.loss_name or module.loss
     raise UserError(
         f"{type(module).__name__} is not a module of this package: give loss={', '.join(map(repr, LOSSES))}, with its "
         "settings, or a function of both views' embeddings, and a learning_rate"
     )
-
-
-def _in_float64(loss: nn.Module) -> nn.Module:
-    """Return a copy of a loss with parameters for float64 embeddings on the CPU."""
-    return copy.deepcopy(loss).double().cpu()
 
 
 def last_layer(module: nn.Module) -> nn.Linear | LinearEncoder:

@@ -26,7 +26,7 @@ from stepwise_lightning.spectrum.matrices import TABLE
 from stepwise_lightning.theory.growth import check_momentum, growth_matrix
 from stepwise_lightning.theory.layer_gradients import layer_gradient
 from stepwise_lightning.theory.linear_flow import isotropic_growth_matrix, start_signature
-from stepwise_lightning.theory.loss_derivatives import PairLoss
+from stepwise_lightning.theory.loss_derivatives import PairLoss, in_float64
 from stepwise_lightning.theory.loss_signature import checked_settings, loss_properties
 from stepwise_lightning.theory.moments import FeatureMoments, validated_features
 
@@ -91,6 +91,7 @@ class LastLayer:
         **settings: Any,
     ) -> None:
         self.loss, self.settings, properties = loss, checked_settings(loss, settings), loss_properties(loss)
+        loss = in_float64(loss)
         self.driven_matrix = driven_matrix or properties.driven_matrix
         if self.driven_matrix not in TABLE:
             raise UserError(f"driven_matrix must be one of {', '.join(TABLE)}, got {driven_matrix!r}")

@@ -2,30 +2,39 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from stepwise_lightning.errors import UserError
+from stepwise_lightning.losses import sum_terms
 from stepwise_lightning.precision import TensorLike, as_float64
+from stepwise_lightning.user_loss import named_terms
 
-# A loss of both views' embeddings (n, d), with all its settings.
-PairLoss = Callable[[Tensor, Tensor], Tensor]
+# A loss of both views' embeddings (n, d), with all its settings: a scalar, or a dictionary of terms.
+PairLoss = Callable[[Tensor, Tensor], Any]
 
 TOLERANCE = 1e-6  # relative, of all tests of a property
 # Steps of central differences, relative to the norm of the bias; the second is for an eps below 1e-7 under a root.
 _STEP, _SMALL_STEP = 1e-5, 1e-7
 # Cosine between gradient and embeddings; an eps under the root of a norm or variance gives more.
 _ORTHOGONAL = 1e-9
-_RANDOM = "the loss is random: draw its random numbers once, or from a generator seeded in each call"
+# Of differences at two steps, of a loss that rounds its embeddings.
+_ROUNDED = 1e-3
+_RANDOM = (
+    "the loss is random or changes from call to call: draw its random numbers once, or from a generator seeded in each "
+    "call, and remove queues and running averages"
+)
 
 
 class LossDerivatives:
     """F of a loss and its derivatives at equal embeddings, z (2, n, d)."""
 
     def __init__(self, loss: PairLoss, dim: int, num_pairs: int, bias: TensorLike | None) -> None:
-        self.loss = loss
+        self.loss = in_float64(loss)
         self.point = equal_embeddings(num_pairs, dim, bias)
         self.bias = self.point[0, 0]
         if num_pairs < 2 or dim < 1 + bool(self.bias.any()):
@@ -81,6 +90,8 @@ class LossDerivatives:
                 "the loss is not differentiable at equal embeddings: give a bias if it normalises embeddings (cosine "
                 "similarity), and add a positive eps under its roots"
             )
+        if (far - near).norm() > _ROUNDED * near.norm() + TOLERANCE * self(self.point + self._scale * direction).norm():
+            raise UserError("the loss rounds its embeddings, for example to half precision: remove casts")
         return False
 
     def is_permutation_invariant(self) -> bool:
@@ -111,12 +122,28 @@ class LossDerivatives:
         return torch.randn(self.point.shape, generator=self._generator, dtype=torch.float64, device="cpu")
 
 
+def in_float64(loss: Any) -> Any:
+    """Return a loss for float64 embeddings on the CPU; of modules, whose calls may change their state, a copy."""
+    if isinstance(loss, nn.Module):
+        return copy.deepcopy(loss).double().cpu()
+    owner: Any = getattr(loss, "__self__", None)  # of a method, such as JointEmbedding.loss
+    if isinstance(function := getattr(owner, "loss_function", None), nn.Module):
+        owner = copy.copy(owner)
+        owner._modules = owner._modules | {"loss_function": in_float64(function)}
+        return getattr(owner, loss.__name__)
+    return loss
+
+
 def loss_value(loss: PairLoss, z1: Tensor, z2: Tensor) -> Tensor:
-    """Return the loss of float64 embeddings; raise a UserError if it is not a float64 scalar with a gradient."""
-    value = loss(z1, z2)
-    if not isinstance(value, Tensor) or value.shape != () or value.dtype != torch.float64:
-        got = f"{value.dtype} of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
-        raise UserError(f"the loss must return a float64 scalar for float64 embeddings, got {got}: remove casts")
+    """Return the loss of float64 embeddings; raise a UserError if it is not a float64 scalar with a gradient.
+
+    The loss may change its arguments in place.
+    """
+    value = sum_terms(named_terms(loss(z1.clone(), z2.clone())))
+    if value.dtype != torch.float64:
+        raise UserError(
+            f"the loss must return a float64 scalar for float64 embeddings, got {value.dtype} of shape (): remove casts"
+        )
     if not value.requires_grad:
         raise UserError("the loss has no gradient: it must be computed from the embeddings by torch operations")
     return value

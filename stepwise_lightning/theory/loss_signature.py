@@ -34,9 +34,16 @@ import torch
 from torch import Tensor
 
 from stepwise_lightning.errors import UserError
-from stepwise_lightning.losses import LOSSES, Loss, loss_settings
+from stepwise_lightning.losses import LOSSES, Loss, loss_settings, sum_terms
 from stepwise_lightning.precision import TensorLike
-from stepwise_lightning.theory.loss_derivatives import TOLERANCE, LossDerivatives, PairLoss, equal_embeddings
+from stepwise_lightning.theory.loss_derivatives import (
+    TOLERANCE,
+    LossDerivatives,
+    PairLoss,
+    equal_embeddings,
+    in_float64,
+)
+from stepwise_lightning.user_loss import named_terms
 
 
 @dataclass(frozen=True)
@@ -91,8 +98,9 @@ def loss_signature(loss: str | PairLoss, dim: int, num_pairs: int, bias: TensorL
     disagreement of second derivatives and differences of F. Then A and B describe F, and need not be symmetric.
 
     Args:
-        loss: a function of the embeddings of both views, float64, (n, d) each, that returns a scalar; or a name in
-            ``stepwise_lightning.losses.LOSSES``, with the default settings.
+        loss: a function of the embeddings of both views, float64, (n, d) each, that returns a scalar or a dictionary of
+            terms; or a name in ``stepwise_lightning.losses.LOSSES``, with the default settings. Of a module, a float64
+            copy is used.
         dim: d.
         num_pairs: n ≥ 2, the global batch size.
         bias: b, (d,), for a loss with cosine similarity; None for 0.
@@ -159,7 +167,7 @@ def saddle_value(
     """
     z = equal_embeddings(num_pairs, dim, bias)
     with torch.no_grad():
-        return float(bound_loss(loss, settings)(*z))
+        return float(sum_terms(named_terms(in_float64(bound_loss(loss, settings))(*z))))
 
 
 def loss_properties(loss: str | PairLoss) -> Loss:

@@ -2,6 +2,7 @@
 
 import torch
 import torch.nn.functional as F  # noqa: N812
+from torch import nn
 
 
 def metric_loss(z1, z2):
@@ -35,3 +36,44 @@ def ordered_loss(z1, z2):
 def random_loss(z1, z2):
     """Loss with new random weights at each call."""
     return (z1 * z2 * torch.rand_like(z1)).sum()
+
+
+class Metric(nn.Module):
+    """Metric loss with float32 scales in a buffer, and a counter of calls."""
+
+    def __init__(self, dim):
+        super().__init__()
+        self.register_buffer("scales", torch.linspace(0.5, 2, dim))
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, z1, z2):
+        self.calls += 1
+        similarities = (z1 * self.scales) @ (z2 * self.scales).T
+        return similarities.square().mean() - 2 * similarities.diagonal().mean()
+
+
+def terms_in_place(z1, z2):
+    """Metric loss as two terms, with operations in place on the embeddings."""
+    scales = torch.linspace(0.5, 2, z1.shape[1], dtype=z1.dtype)
+    z1 *= scales
+    z2 *= scales
+    similarities = z1 @ z2.T
+    return {"repulsion": similarities.square().mean(), "alignment": -2 * similarities.diagonal().mean()}
+
+
+class Centred(nn.Module):
+    """Cross-entropy to a target with a running mean, as in DINO."""
+
+    def __init__(self, dim):
+        super().__init__()
+        self.register_buffer("centre", torch.zeros(dim))
+
+    def forward(self, z1, z2):
+        self.centre.mul_(0.9).add_(z2.detach().mean(0), alpha=0.1)
+        return -((z2.detach() - self.centre).softmax(1) * z1.log_softmax(1)).sum(1).mean()
+
+
+def half_precision_loss(z1, z2):
+    """Spectral contrastive loss of embeddings rounded to float16."""
+    similarities = (z1.half() @ z2.half().T).double()
+    return similarities.square().mean() - 2 * similarities.diagonal().mean()

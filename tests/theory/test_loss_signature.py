@@ -6,11 +6,13 @@ from functools import partial
 import example_losses
 import pytest
 import torch
+from torch import nn
 from torch.autograd.functional import hessian
 
 from reproduce import losses
-from stepwise_lightning import barlow_twins_loss, simclr_loss, spectral_contrastive_loss, vicreg_loss
+from stepwise_lightning import JointEmbedding, barlow_twins_loss, simclr_loss, spectral_contrastive_loss, vicreg_loss
 from stepwise_lightning.theory import (
+    LastLayer,
     growth_matrix,
     growth_modes,
     linear_flow,
@@ -225,6 +227,20 @@ def test_saddle_value_of_contrastive_losses():
     assert loss_signature(vicreg_loss, 8, 16).saddle_value == saddle_value("vicreg", 16, 8)
 
 
+def test_modules_terms_and_operations_in_place_have_the_growth_rates_of_plain_functions():
+    module = example_losses.Metric(DIM)
+    model = JointEmbedding(nn.Identity(), 0.1, loss=module)
+    expected = growth_modes(example_losses.metric_loss, *features(), DIM, 4).rates
+    for loss in (module, model.loss, example_losses.terms_in_place):
+        torch.testing.assert_close(growth_modes(loss, *features(), DIM, 4).rates, expected, rtol=1e-6, atol=0)
+        assert saddle_value(loss, NUM_PAIRS, DIM) == 0
+    assert module.scales.dtype == torch.float32 and module.calls == 0
+    layers = [LastLayer(loss, *features(), normal(DIM, NUM_FEATURES)) for loss in (example_losses.metric_loss, module)]
+    first, second = (layer.simulate([1e-3] * 5).weight for layer in layers)
+    torch.testing.assert_close(first, second, rtol=1e-6, atol=1e-9)
+    assert module.calls == 0
+
+
 def test_losses_without_growth_rates_raise():
     h1, h2 = features()
     with pytest.raises(ValueError, match="not differentiable at equal embeddings: give a bias"):
@@ -237,6 +253,12 @@ def test_losses_without_growth_rates_raise():
         growth_matrix(partial(barlow_twins_loss, normalize=False), h1, h2, DIM, bias_norm=1.0)
     with pytest.raises(ValueError, match="the loss is random"):
         loss_signature(example_losses.random_loss, DIM, NUM_PAIRS)
+    with pytest.raises(ValueError, match="changes from call to call: .* remove queues and running averages"):
+        loss_signature(example_losses.Centred(DIM), DIM, NUM_PAIRS)
+    with pytest.raises(ValueError, match="rounds its embeddings, for example to half precision"):
+        loss_signature(example_losses.half_precision_loss, DIM, NUM_PAIRS)
+    with pytest.raises(ValueError, match="a scalar tensor, or a dictionary of them"):
+        saddle_value(lambda z1, z2: (z1.sum(), z2.sum()), NUM_PAIRS, DIM)
     with pytest.raises(ValueError, match=r"float64 scalar for float64 embeddings, got torch.float32 of shape \(\)"):
         loss_signature(lambda z1, z2: (z1 - z2).float().square().mean(), DIM, NUM_PAIRS)
     with pytest.raises(ValueError, match="settings are for losses given by name, got temperature"):
