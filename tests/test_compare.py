@@ -42,6 +42,7 @@ def test_modes_and_verdicts_of_runs_are_printed_and_drawn(capsys):
         "1",
         "1",
     ]
+    assert rows[9].split()[3].isdecimal() and int(rows[9].split()[3]) > 20_000
     first, second = (float(rows[index].split()[4]) for index in (1, 11))
     assert first == second > 5  # in units of the first mode
     assert inside == "linear_photos/version_0: inside up to step 25000 (linear_photos, 10 seeds)"

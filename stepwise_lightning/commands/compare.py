@@ -57,7 +57,7 @@ def table(run: ComparedRun) -> list[tuple[str, ...]]:
 
 
 def _number(value: float) -> str:
-    return f"{value:.3g}" if math.isfinite(value) else "–"
+    return f"{value:.3g}" if abs(value) < 100 else f"{value:.0f}" if math.isfinite(value) else "–"
 
 
 def band_of(run: str, name: str | None) -> ReferenceBand | None:

@@ -42,15 +42,16 @@ class Comparison(NamedTuple):
 class ReferenceBand:
     """Runs of one configuration with different seeds, and the band around the steps of their modes.
 
-    A run is described by x_k, the logarithm of the optimiser step at which mode k is learned: crosses the threshold θ,
-    which is the same for all runs (:func:`detect_steps`). For a mode that is not learned, or not above θ at the end,
-    x_k is a lower bound, the logarithm of the last step. A mode that starts above θ/10 counts as learned at step 1.
+    A run is described by x_k, log₂ of the optimiser step at which mode k is learned: crosses the threshold θ, which is
+    the same for all runs (:func:`stepwise_lightning.spectrum.detect_steps`). For a mode that is not learned, or not
+    above θ at the end, x_k is a lower bound, log₂ of the last step. A mode that starts above θ/10 counts as learned at
+    step 1.
 
-    The score of a run among other runs is max_k |x_k − m_k| / σ_k, with m_k the median and σ_k the standard deviation
-    of the others, at least a quarter of an octave; a lower bound counts if it is above m_k. A further run is inside if
-    its score among the n reference runs is at most the largest score of a reference run, each among the other
-    references and the further run. If all n + 1 runs are exchangeable, as runs that differ only in their seed are, each
-    of them has the largest score with the same probability. A further run is therefore inside with a probability of at
+    The score of a run among other runs is ``max_k |x_k − m_k| / σ_k``, with m_k the median and σ_k the standard
+    deviation of the others, at least ¼; a lower bound counts if it is above m_k. A further run is inside if its score
+    among the n reference runs is at most the largest score of a reference run, each among the other references and the
+    further run. If all n + 1 runs are exchangeable, as runs of one length that differ only in their seed are, each of
+    them has the largest score with the same probability. A further run is therefore inside with a probability of at
     least n / (n + 1), 91 % for ten reference runs, for all modes together and any distribution. This is full conformal
     prediction (Vovk, Gammerman and Shafer, *Algorithmic Learning in a Random World*, 2005; Lei et al.,
     *Distribution-free predictive inference for regression*, JASA 113, 2018).
