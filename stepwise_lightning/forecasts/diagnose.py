@@ -11,10 +11,11 @@ from torch import nn
 
 from stepwise_lightning.errors import UserError, reason
 from stepwise_lightning.features import Views
+from stepwise_lightning.forecasts.causes import cause_of_failure, cause_of_plateau
 from stepwise_lightning.forecasts.diagnosis import CAUSES, Diagnosis
 from stepwise_lightning.forecasts.evidence import Evidence, gather_evidence
 from stepwise_lightning.forecasts.loss_curve import diagnose_losses
-from stepwise_lightning.forecasts.run_state import NEAR_SADDLE, STILL, RunState, find_verdict, last_loss, run_state
+from stepwise_lightning.forecasts.run_state import STILL, RunState, find_verdict, is_near_saddle, last_loss, run_state
 from stepwise_lightning.forecasts.sgd import loss_of
 from stepwise_lightning.forecasts.simulate import NUM_PAIRS
 from stepwise_lightning.modules import JointEmbedding
@@ -24,11 +25,6 @@ from stepwise_lightning.theory.loss_derivatives import PairLoss
 from stepwise_lightning.theory.loss_signature import checked_settings
 from stepwise_lightning.theory.plateaus import plateaus
 
-_EQUAL = 1e-4  # relative spread of features
-_SHRUNK = 5.0  # learning rate × weight decay × steps that makes features vanish
-_CHANCE = 1.5  # times the largest shared content of permuted pairs
-_ROUNDED, _KEPT = 0.5, 0.5
-_STRONG_DRIVE = 1.0  # ηρ of a loss without a known limit
 _ERROR = 0.5  # of the remaining time, for extrapolations and forecasts without measured errors
 _FIRST_ERROR = 0.2  # of the remaining time of the first mode, from its growth rate
 (_LOW, _HIGH, _DECAY, _CHANCE_PAIRS, _FEATURES, _HALF, _NO_MODE, _FEW, _NOTHING) = CAUSES
@@ -106,9 +102,11 @@ def diagnose(
         saddle, state.growth, evidence=reading,
     )  # fmt: skip
     if evidence is not None:
-        return _with_evidence(result, state, evidence, record, max_steps)
+        result = _with_evidence(result, state, evidence, record, max_steps)
+        return result if _counts_modes(result, state) else _without_modes(result)
     decay = getattr(module, "hparams", {}).get("weight_decay") if weight_decay is None else weight_decay
     result = _from_record(result, state, record, precision, decay, max_steps)
+    result = result if _counts_modes(result, state) else _without_modes(result)
     asks = bool(result.possible_causes) or (module is not None and missing != _GIVE)
     return replace(result, missing="; ".join(text for text in (missing if asks else "", unknown) if text))
 
@@ -123,6 +121,25 @@ def _settings_of(
         if settings is None:
             settings = {name: module.hparams[name] for name in checked_settings(loss, {}) if name in module.hparams}
     return loss, settings or {}, matrix
+
+
+def _counts_modes(result: Diagnosis, state: RunState) -> bool:
+    """Return False if learned modes cannot be counted: θ is unknown, and the loss is not near its saddle value."""
+    return math.isfinite(state.threshold) or bool(is_near_saddle(result.loss, result.saddle_value))
+
+
+def _without_modes(result: Diagnosis) -> Diagnosis:
+    nan = math.nan
+    cause = "" if result.cause == _NOTHING else result.cause
+    return replace(
+        result,
+        num_learned=None,
+        growth_per_step=nan,
+        expected_growth=nan,
+        next_step=nan,
+        next_range=(nan, nan),
+        cause=cause,
+    )
 
 
 def _evidence(
@@ -199,7 +216,7 @@ def _with_evidence(
 ) -> Diagnosis:
     """Add growth rates, the next step and the cause, from the features of the network."""
     if result.verdict in ("fell_back", "diverged"):
-        cause, reading = _cause_of_failure(evidence)
+        cause, reading = cause_of_failure(evidence)
         possible = () if cause else (_HIGH, *((_HALF,) if evidence.is_half else ()))
         reading = "; ".join(text for text in (result.evidence, reading) if text)
         return replace(result, cause=cause, evidence=reading, possible_causes=possible)
@@ -210,8 +227,10 @@ def _with_evidence(
     result = _with_next_step(result, *_next_step(state, evidence, record, growth))
     if result.verdict in ("collapsed", "finished"):
         return result
-    on_saddle = state.num_learned == 0 and (result.verdict == "stuck" or not _is_off_saddle(result))
-    cause, reading = _cause_of_plateau(evidence, state, on_saddle)
+    near = is_near_saddle(result.loss, result.saddle_value)
+    on_saddle = state.num_learned == 0 and (result.verdict == "stuck" or near is not False)
+    on_saddle &= _counts_modes(result, state)
+    cause, reading = cause_of_plateau(evidence, state, on_saddle)
     if not cause and on_saddle and max_steps is not None and result.next_step > max_steps:
         cause, reading = _LOW, _needs(result.next_step, max_steps)
     if cause:
@@ -222,10 +241,6 @@ def _with_evidence(
     if on_saddle and result.verdict == "stuck":
         result = replace(result, verdict="plateau")
     return replace(result, cause=_NOTHING if result.verdict == "plateau" else "")
-
-
-def _is_off_saddle(result: Diagnosis) -> bool:
-    return abs(result.distance) > NEAR_SADDLE * abs(result.saddle_value)
 
 
 def _next_step(state: RunState, evidence: Evidence, record: SpectrumRecord, growth: float) -> tuple[float, float]:
@@ -245,45 +260,3 @@ def _next_step(state: RunState, evidence: Evidence, record: SpectrumRecord, grow
     if math.isnan(error) and mode and math.isfinite(extrapolated):  # not reliable
         step = min(step, extrapolated)
     return step, error if math.isfinite(error) else _ERROR
-
-
-def _cause_of_failure(evidence: Evidence) -> tuple[str, str]:
-    """Return the cause of a divergence or a fall back, from the initial weights, and its numbers."""
-    rate = float(evidence.sgd.rates.max())
-    if evidence.forecast is not None:
-        rates, drive = evidence.forecast.rates, rate * evidence.rate(0)
-        if rate > rates.safe:
-            return _HIGH, f"it is {rate:.3g}, and {rates.safe:.3g} is safe"
-        if math.isnan(rates.safe) and drive > _STRONG_DRIVE:
-            return _HIGH, f"learning rate × growth rate is {drive:.2g}, and 0.1 trains well"
-    return _cause_of_rounding(evidence)
-
-
-def _cause_of_rounding(evidence: Evidence) -> tuple[str, str]:
-    if evidence.rounding > _ROUNDED:
-        return _HALF, f"rounding changes embeddings by {evidence.rounding:.2g} times their spread"
-    if evidence.kept < _KEPT:
-        return _HALF, f"rounding of the weights leaves {evidence.kept:.0%} of an update"
-    return "", ""
-
-
-def _cause_of_plateau(evidence: Evidence, state: RunState, on_saddle: bool) -> tuple[str, str]:
-    """Return the cause of a plateau and its numbers; empty strings if features, pairs and growth rates are in order."""
-    shrinkage = float(evidence.sgd.rates.max()) * evidence.sgd.weight_decay * state.step / (1 - evidence.sgd.momentum)
-    if evidence.spread < _EQUAL and shrinkage > _SHRUNK:
-        return _DECAY, f"it has shrunk all weights by a factor of about e^{shrinkage:.0f}"
-    if evidence.spread < _EQUAL:
-        return _FEATURES, f"inputs of the last layer vary by {evidence.spread:.1g} of their size"
-    if not evidence.shared > _CHANCE * evidence.chance:
-        reading = f"the largest shared eigenvalue is {evidence.shared:.2g}, of permuted pairs {evidence.chance:.2g}"
-        return _CHANCE_PAIRS, reading
-    if on_saddle and (rounding := _cause_of_rounding(evidence))[0]:
-        return rounding
-    rate, decay = evidence.rate(state.num_learned), evidence.sgd.weight_decay
-    if on_saddle and rate <= 0:
-        return _NO_MODE, f"the largest growth rate is {rate:.3g}"
-    if rate <= decay and decay > 0:
-        return _DECAY, f"weight decay is {decay:.3g}, the growth rate {rate:.3g}"
-    if not on_saddle and state.growth <= 1 + STILL and evidence.num_growing <= state.num_learned:
-        return _FEW, f"{evidence.num_growing} modes have a positive growth rate"
-    return "", ""

@@ -28,7 +28,7 @@ _RECENT = 0.1  # share of the steps in which a mode counts as just learned
 _MIN_SAMPLES, _MIN_STEPS = 5, 50  # before a run counts as stuck
 STILL = 1e-6  # growth per step below which a mode does not grow
 DIVERGED = 10  # loss relative to its first value
-NEAR_SADDLE = 0.02  # relative deviation of a loss from the saddle value
+_NEAR_SADDLE = 0.02  # relative deviation of a loss from the saddle value
 
 
 @dataclass(frozen=True)
@@ -109,6 +109,13 @@ def last_loss(losses: Tensor) -> float:
     return float(losses[-max(1, math.ceil(len(losses) / 10)) :].median()) if len(losses) else math.nan
 
 
+def is_near_saddle(loss: float, saddle_value: float) -> bool | None:
+    """Return True for a loss near the saddle value, None if either is unknown."""
+    if not (math.isfinite(saddle_value) and math.isfinite(loss)):
+        return None
+    return abs(loss - saddle_value) <= _NEAR_SADDLE * (abs(saddle_value) or 1.0)
+
+
 def find_verdict(
     record: SpectrumRecord, state: RunState, saddle_value: float, max_steps: int | None
 ) -> tuple[str, str]:
@@ -134,11 +141,8 @@ def find_verdict(
 
 def _is_stuck(record: SpectrumRecord, state: RunState, saddle_value: float, max_steps: int | None) -> bool:
     """Return True if no mode is learned and none will be before the end, as far as the record shows."""
-    loss = last_loss(record.losses[record.losses.isfinite()])
-    is_known = math.isfinite(saddle_value) and math.isfinite(loss)
-    if is_known and abs(loss - saddle_value) > NEAR_SADDLE * abs(saddle_value):
-        return False
-    if not is_known and not math.isfinite(state.threshold):
+    on_saddle = is_near_saddle(last_loss(record.losses[record.losses.isfinite()]), saddle_value)
+    if on_saddle is False or (on_saddle is None and not math.isfinite(state.threshold)):
         return False
     if state.step < _MIN_STEPS or len(record) < _MIN_SAMPLES:
         return False

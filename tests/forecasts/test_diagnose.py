@@ -134,7 +134,8 @@ PLANTED = {
 def test_planted_cause_is_found(module, data, options, cause):
     batches = [(torch.ones(32, 8), torch.ones(32, 8))] * 4 if data is None else views(**data)
     matrix = module.driven_matrix or "covariance"
-    record = record_of(rising(9000, 1e-3, 0.0), decaying(0, 1e-9), decaying(0, 1e-10), matrix=matrix)
+    losses = torch.zeros(len(STEPS)) if module.loss_function else None  # its saddle value, without which θ is unknown
+    record = record_of(rising(9000, 1e-3, 0.0), decaying(0, 1e-9), decaying(0, 1e-10), losses=losses, matrix=matrix)
     result = diagnose(record, module, batches, max_steps=2000, **options)
     assert result.cause == cause and result.remedy, str(result)
     assert result.verdict == ("plateau" if cause == "nothing is wrong" else "stuck")
