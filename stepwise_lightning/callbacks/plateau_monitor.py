@@ -21,8 +21,6 @@ from stepwise_lightning.forecasts.sgd import SGDSettings
 from stepwise_lightning.modules import JointEmbedding
 from stepwise_lightning.spectrum.matrices import phrase
 
-__all__ = ["PlateauMonitor"]
-
 _NUM_PAIRS = 1024
 _MIN_STEPS = 100  # of a plateau before a warning
 # Duration of a plateau, relative to the forecast: the first mode is forecast within some percent.

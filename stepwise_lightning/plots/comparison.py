@@ -25,13 +25,10 @@ _GREY = "0.85"
 class ComparedRun:
     """One run of a comparison."""
 
-    name: str
-    """Name in the legend."""
+    name: str  #: name in the legend
     record: SpectrumRecord
-    matrix: str
-    """Name of the matrix; that of the band, if there is one."""
-    band: ReferenceBand | None = None
-    """Reference band of the run's configuration."""
+    matrix: str  #: name of the matrix; that of the band, if there is one
+    band: ReferenceBand | None = None  #: reference band of the run's configuration
 
     @cached_property
     def steps(self) -> Steps:

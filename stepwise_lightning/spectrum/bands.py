@@ -27,16 +27,11 @@ _SMALL = 1e-3  # eigenvalues below this share of θ are saved as 0
 class Comparison(NamedTuple):
     """Result of :meth:`ReferenceBand.compare`."""
 
-    inside: bool
-    """Whether the run is like the reference runs, as far as it has been trained."""
-    score: float
-    """Largest deviation of a mode from the reference runs, in units of σ."""
-    limit: float
-    """Largest score of a reference run; the run is inside up to this score."""
-    left_at: float
-    """Optimiser step at which the run leaves the band; NaN if it is inside."""
-    description: str
-    """One line: the mode with which the run leaves the band, or the step up to which it is inside."""
+    inside: bool  #: whether the run is like the reference runs, as far as it has been trained
+    score: float  #: largest deviation of a mode from the reference runs, in units of σ
+    limit: float  #: largest score of a reference run; the run is inside up to this score
+    left_at: float  #: optimiser step at which the run leaves the band; NaN if it is inside
+    description: str  #: one line: the mode with which the run leaves the band, or the step up to which it is inside
 
 
 class ReferenceBand:
