@@ -8,8 +8,6 @@ from stepwise_lightning.forecasts.diagnosis import CAUSES
 from stepwise_lightning.forecasts.evidence import Evidence
 from stepwise_lightning.forecasts.run_state import STILL, RunState
 
-__all__ = ["cause_of_failure", "cause_of_plateau"]
-
 _EQUAL = 1e-4  # relative spread of features
 _SHRUNK = 5.0  # learning rate × weight decay × steps that makes features vanish
 _CHANCE = 1.5  # times the largest shared content of permuted pairs

@@ -102,11 +102,9 @@ def diagnose(
         saddle, state.growth, evidence=reading,
     )  # fmt: skip
     if evidence is not None:
-        result = _with_evidence(result, state, evidence, record, max_steps)
-        return result if _counts_modes(result, state) else _without_modes(result)
+        return _without_unknown_modes(_with_evidence(result, state, evidence, record, max_steps), state)
     decay = getattr(module, "hparams", {}).get("weight_decay") if weight_decay is None else weight_decay
-    result = _from_record(result, state, record, precision, decay, max_steps)
-    result = result if _counts_modes(result, state) else _without_modes(result)
+    result = _without_unknown_modes(_from_record(result, state, record, precision, decay, max_steps), state)
     asks = bool(result.possible_causes) or (module is not None and missing != _GIVE)
     return replace(result, missing="; ".join(text for text in (missing if asks else "", unknown) if text))
 
@@ -128,18 +126,13 @@ def _counts_modes(result: Diagnosis, state: RunState) -> bool:
     return math.isfinite(state.threshold) or bool(is_near_saddle(result.loss, result.saddle_value))
 
 
-def _without_modes(result: Diagnosis) -> Diagnosis:
-    nan = math.nan
-    cause = "" if result.cause == _NOTHING else result.cause
-    return replace(
-        result,
-        num_learned=None,
-        growth_per_step=nan,
-        expected_growth=nan,
-        next_step=nan,
-        next_range=(nan, nan),
-        cause=cause,
-    )
+def _without_unknown_modes(result: Diagnosis, state: RunState) -> Diagnosis:
+    """Return the diagnosis, without number, growth and step of modes that cannot be counted."""
+    if _counts_modes(result, state):
+        return result
+    nan, cause = math.nan, "" if result.cause == _NOTHING else result.cause
+    result = replace(result, num_learned=None, growth_per_step=nan, expected_growth=nan, cause=cause)
+    return replace(result, next_step=nan, next_range=(nan, nan))
 
 
 def _evidence(
