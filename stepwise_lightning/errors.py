@@ -127,11 +127,12 @@ def warn_deprecated(name: str, alternative: str, removed_in: str) -> None:
 
 
 def reason(error: Exception) -> str:
-    """Return the type and message of an error in one line of at most 300 characters."""
+    """Return the type, unless it is ours, and message of an error in one line of at most 300 characters."""
     if isinstance(error, pickle.UnpicklingError):
         forbidden = re.search(r"GLOBAL (\S+)", str(error))
         return "it contains more than tensors and plain values" + (f", namely {forbidden[1]}" if forbidden else "")
-    text = f"{type(error).__name__}: {' '.join(str(error).split())}".removesuffix(": ")
+    kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
+    text = f"{kind}{' '.join(str(error).split())}".removesuffix(": ")
     return text if len(text) < 300 else text[:300] + "…"
 
 

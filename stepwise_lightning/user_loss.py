@@ -47,7 +47,8 @@ def named_terms(value: Any) -> dict[str, Tensor]:
         )
     for name, term in terms.items():
         if not isinstance(term, Tensor) or term.shape != ():
-            got = f"a tensor of shape {tuple(term.shape)}" if isinstance(term, Tensor) else repr(term)
+            got = f"a {type(term).__name__}" if isinstance(term, (tuple, list, Mapping)) else repr(term)
+            got = f"a tensor of shape {tuple(term.shape)}" if isinstance(term, Tensor) else got
             raise UserError(
                 f"the loss must return a scalar tensor, or a dictionary of them, got {got} for {name!r}: take its mean"
             )

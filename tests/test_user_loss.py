@@ -187,6 +187,10 @@ def test_losses_with_other_arguments_are_refused(arguments, message):
             r"must return a scalar .* got a tensor of shape \(8,\) for 'loss': take its mean",
         ),
         (lambda a, b: {"similarity": (a * b).sum(1)}, r"got a tensor of shape \(8,\) for 'similarity'"),
+        (
+            lambda a, b: (a.sum(), b.sum()),
+            r"must return a scalar tensor, or a dictionary of them, got a tuple for 'loss'",
+        ),
         (lambda a, b: 1.0, r"must return a scalar tensor, or a dictionary of them, got 1.0 for 'loss'"),
         (lambda a, b: {}, "got an empty dictionary"),
         (lambda a, b: {"loss": a.sum(), "part": b.sum()}, "sum of its terms, here loss, part: remove 'loss'"),
