@@ -13,6 +13,7 @@ from stepwise_lightning import (
     BarlowTwins,
     CollapseMonitor,
     CollapseWatch,
+    PlateauMonitor,
     SimCLR,
     SpectrumLogger,
     SpectrumRecord,
@@ -75,14 +76,14 @@ def encoder(alpha):
     return nn.Sequential(*layers)
 
 
-def monitored(tmp_path, module, steps):
-    """Train; return the warnings and the callback."""
+def monitored(tmp_path, module, steps, *others):
+    """Train with other callbacks, too; return the warnings and the CollapseMonitor."""
     monitor = CollapseMonitor()
     matrices = ["cross_correlation", "covariance", "normalized_covariance", "tangent_covariance"]
     spectra = SpectrumLogger(matrices=matrices, center=True, num_points=60)
     trainer = L.Trainer(
-        max_steps=steps, accelerator="cpu", logger=False, callbacks=[monitor, spectra], enable_checkpointing=False,
-        enable_model_summary=False, enable_progress_bar=False, default_root_dir=tmp_path,
+        max_steps=steps, accelerator="cpu", logger=False, callbacks=[monitor, *others, spectra],
+        enable_checkpointing=False, enable_model_summary=False, enable_progress_bar=False, default_root_dir=tmp_path,
     )  # fmt: skip
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -145,7 +146,7 @@ LEARN = {
 @pytest.mark.slow
 @pytest.mark.parametrize("run", LEARN)
 def test_run_that_learns_is_not_warned_of(tmp_path, run):
-    lines, monitor = monitored(tmp_path, LEARN[run](), 300)
+    lines, monitor = monitored(tmp_path, LEARN[run](), 300, PlateauMonitor())
     assert lines == [] and monitor.found.kind == ""
 
 
