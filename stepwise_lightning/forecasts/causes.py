@@ -13,7 +13,7 @@ _SHRUNK = 5.0  # learning rate × weight decay × steps that makes features vani
 _CHANCE = 1.5  # times the largest shared content of permuted pairs
 _ROUNDED, _KEPT = 0.5, 0.5
 _STRONG_DRIVE = 1.0  # ηρ of a loss without a known limit
-(_, _HIGH, _DECAY, _CHANCE_PAIRS, _FEATURES, _HALF, _NO_MODE, _FEW, _) = CAUSES
+_, _HIGH, _DECAY, _CHANCE_PAIRS, _FEATURES, _HALF, _NO_MODE, _FEW, _, _ = CAUSES
 
 
 def cause_of_failure(evidence: Evidence) -> tuple[str, str]:

@@ -27,7 +27,7 @@ from stepwise_lightning.theory.plateaus import plateaus
 
 _ERROR = 0.5  # of the remaining time, for extrapolations and forecasts without measured errors
 _FIRST_ERROR = 0.2  # of the remaining time of the first mode, from its growth rate
-(_LOW, _HIGH, _DECAY, _CHANCE_PAIRS, _FEATURES, _HALF, _NO_MODE, _FEW, _NOTHING) = CAUSES
+(_LOW, _HIGH, _DECAY, _CHANCE_PAIRS, _FEATURES, _HALF, _NO_MODE, _FEW, _SPREAD, _NOTHING) = CAUSES
 _GIVE = "for the cause, give the module with its weights and batches of its data"
 _FUNCTION_STEPS = 500  # of the simulation of a function, which takes milliseconds per step
 # Losses whose rates from a small start also describe later modes.
@@ -181,13 +181,13 @@ def _from_record(
 ) -> Diagnosis:
     """Add the next step and the cause as far as a record determines them."""
     result = _with_next_step(result, state.extrapolated_step(state.growth), _ERROR)
-    excluded = {_FEW, _NOTHING, _HIGH}
+    excluded = {_FEW, _SPREAD, _NOTHING, _HIGH}
     excluded |= {_DECAY} if weight_decay == 0 else set()
     excluded |= {_HALF} if precision is not None and precision.startswith(("32", "64")) else set()
     if result.verdict in ("fell_back", "diverged"):
         return replace(result, possible_causes=tuple(each for each in (_HIGH, _HALF) if each not in excluded - {_HIGH}))
     if result.verdict == "collapsed":
-        return replace(result, possible_causes=(_NO_MODE, _HIGH))
+        return replace(result, possible_causes=(_SPREAD, _HIGH))
     if result.verdict == "stuck":
         if state.growth > 1 + STILL:  # random pairs grow slowly, too
             return replace(result, possible_causes=(_LOW, _CHANCE_PAIRS))
@@ -218,7 +218,9 @@ def _with_evidence(
         growth = evidence.growth(state.num_learned)
     result = replace(result, expected_growth=growth)
     result = _with_next_step(result, *_next_step(state, evidence, record, growth))
-    if result.verdict in ("collapsed", "finished"):
+    if result.verdict == "collapsed":
+        return replace(result, possible_causes=(_SPREAD, _HIGH))
+    if result.verdict == "finished":
         return result
     near = is_near_saddle(result.loss, result.saddle_value)
     on_saddle = state.num_learned == 0 and (result.verdict == "stuck" or near is not False)

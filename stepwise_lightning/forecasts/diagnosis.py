@@ -15,6 +15,7 @@ CAUSES = {
     "half precision loses small differences": "train with precision 32-true, or keep weights and loss in float32",
     "no mode can grow": "change the weights or the temperature of the loss: raise the term that spreads embeddings",
     "few modes can grow": "change the weights or the temperature of the loss: raise the term that spreads embeddings",
+    "the loss does not spread embeddings": "raise the weight of its variance, covariance or repulsion, or add one",
     "nothing is wrong": "wait",
 }
 _VERDICTS = {

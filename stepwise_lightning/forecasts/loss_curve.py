@@ -36,7 +36,11 @@ def diagnose_losses(
     saddle = known[0].value if known else math.nan
     found = find_plateau(known, last) if known and math.isfinite(last) else None
     verdict, reading = _verdict(losses, last, saddle, found)
-    causes = [cause for cause in CAUSES if not cause.startswith(("few", "nothing", "the learning rate is too high"))]
+    causes = [
+        cause
+        for cause in CAUSES
+        if not cause.startswith(("few", "nothing", "the loss", "the learning rate is too high"))
+    ]
     if verdict in ("fell_back", "diverged"):
         causes = [cause for cause in CAUSES if cause.startswith(("the learning rate is too high", "half"))]
     elif found is None or found.num_learned or verdict == "learning":

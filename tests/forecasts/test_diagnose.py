@@ -61,6 +61,7 @@ def test_verdict_of_a_record(modes, verdict, num_learned):
     modes += [decaying(0, 1e-9)] * (verdict not in ("finished", "stuck"))
     result = diagnose(record_of(*modes), loss="barlow_twins", settings=ANALYTICAL)
     assert (result.verdict, result.num_learned) == (verdict, num_learned)
+    assert bool(result.possible_causes) == (verdict in ("stuck", "fell_back", "collapsed"))
     assert f"at step 400: {num_learned or 'none'} of {len(modes)} modes" in str(result)
 
 
