@@ -127,7 +127,7 @@ def _live_forecast(run: Run, step: int, mode: int) -> float:
         earlier = _weights(run, before, start)
         module.load_state_dict(_weights(run, step, start))
         training = SGDSettings.of(module, step, length)
-        batches = [run.data.probe_pairs()] if run.loss != "simclr" else unseen_batches(run.data)
+        batches = [run.data.probe_pairs()] if run.loss_settings.loss.uses_moments else unseen_batches(run.data)
         h1, h2 = last_features(module, layer, batches, NUM_PAIRS)
         elapsed_time = (step - before) * float(training.rates[0])
         names = {id(value): name for name, value in module.named_parameters()}
