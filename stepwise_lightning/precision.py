@@ -20,13 +20,17 @@ TensorLike = Tensor | ArrayLike
 # Device types without float64; their tensors are moved to the CPU before a cast to float64.
 _WITHOUT_FLOAT64 = ("mps",)
 
-# Kinds of float32 operations for which a user may allow TF32 or bfloat16 inside.
-_FLOAT32_OPERATIONS: tuple[Any, ...] = (
-    torch.backends.cuda.matmul,
-    torch.backends.cudnn.conv,  # type: ignore[attr-defined]
-    torch.backends.cudnn.rnn,
-    torch.backends.mkldnn.matmul,  # type: ignore[attr-defined]
-    torch.backends.mkldnn.conv,  # type: ignore[attr-defined]
+# Settings by which a user may allow TF32 or bfloat16 inside float32 operations, with the value that forbids it.
+_FLOAT32_SETTINGS: list[tuple[Any, str, Any]] = (
+    [
+        (torch.backends.cuda.matmul, "fp32_precision", "ieee"),
+        (torch.backends.cudnn.conv, "fp32_precision", "ieee"),
+        (torch.backends.cudnn.rnn, "fp32_precision", "ieee"),
+        (torch.backends.mkldnn.matmul, "fp32_precision", "ieee"),  # type: ignore[attr-defined]
+        (torch.backends.mkldnn.conv, "fp32_precision", "ieee"),  # type: ignore[attr-defined]
+    ]
+    if hasattr(torch.backends.cudnn, "conv")  # from torch 2.9
+    else [(torch.backends.cuda.matmul, "allow_tf32", False), (torch.backends.cudnn, "allow_tf32", False)]
 )
 
 P = ParamSpec("P")
@@ -132,19 +136,19 @@ def without_tf32() -> Iterator[None]:
 
     TF32 has 11 significant bits, and is the default of cuDNN for convolutions.
     """
-    before = [operation.fp32_precision for operation in _FLOAT32_OPERATIONS]
+    before = [getattr(owner, name) for owner, name, _ in _FLOAT32_SETTINGS]
     allowed = _cudnn_allows_tf32()
     try:
         if allowed:  # otherwise torch.backends.cudnn.flags raises an error inside this context
             torch.backends.cudnn.allow_tf32 = False
-        for operation in _FLOAT32_OPERATIONS:
-            operation.fp32_precision = "ieee"
+        for owner, name, value in _FLOAT32_SETTINGS:
+            setattr(owner, name, value)
         yield
     finally:
         if allowed:
             torch.backends.cudnn.allow_tf32 = True
-        for operation, precision in zip(_FLOAT32_OPERATIONS, before, strict=True):
-            operation.fp32_precision = precision
+        for (owner, name, _), value in zip(_FLOAT32_SETTINGS, before, strict=True):
+            setattr(owner, name, value)
 
 
 def _cudnn_allows_tf32() -> bool:

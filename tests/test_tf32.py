@@ -9,16 +9,22 @@ from torch import nn
 from stepwise_lightning.features import capture
 from stepwise_lightning.theory import EmpiricalNTK
 
-MATMUL, CONV = torch.backends.cuda.matmul, torch.backends.cudnn.conv
-OPERATIONS = (MATMUL, CONV, torch.backends.cudnn.rnn, torch.backends.mkldnn.matmul, torch.backends.mkldnn.conv)
+MATMUL, CUDNN, MKLDNN = torch.backends.cuda.matmul, torch.backends.cudnn, torch.backends.mkldnn
+if hasattr(CUDNN, "conv"):  # from torch 2.9
+    SETTING, EXACT, TF32 = "fp32_precision", "ieee", "tf32"
+    OPERATIONS = (MATMUL, CUDNN.conv, CUDNN.rnn, MKLDNN.matmul, MKLDNN.conv)
+else:
+    SETTING, EXACT, TF32 = "allow_tf32", False, True
+    OPERATIONS = (MATMUL, CUDNN)
 
 
-def float32_precisions() -> list[str]:
-    return [operation.fp32_precision for operation in OPERATIONS]
+def float32_precisions() -> list[object]:
+    return [getattr(operation, SETTING) for operation in OPERATIONS]
 
 
 def allow_tf32_by_operation():
-    MATMUL.fp32_precision = CONV.fp32_precision = "tf32"
+    for operation in OPERATIONS[:2]:
+        setattr(operation, SETTING, TF32)
 
 
 ALLOW = {
@@ -48,7 +54,7 @@ def restored_tf32():
     yield
     torch.set_float32_matmul_precision("highest")
     for operation, precision in zip(OPERATIONS, before, strict=True):
-        operation.fp32_precision = precision
+        setattr(operation, SETTING, precision)
 
 
 @pytest.mark.parametrize("allow", ALLOW.values(), ids=ALLOW)
@@ -57,7 +63,7 @@ def test_measurements_do_not_use_tf32_and_restore_the_setting(allow, restored_tf
     before, seen, x = float32_precisions(), [], torch.ones(2, 3)
     capture(RecordsPrecision(lambda values: seen.append(values)), [x], [""])
     EmpiricalNTK(RecordsPrecision(lambda values: seen.append(values[:1])), dtype=torch.float32)(x, x)
-    assert seen[0] == ["ieee"] * len(OPERATIONS) and len(seen) > 1 and all(each == ["ieee"] for each in seen[1:])
+    assert seen[0] == [EXACT] * len(OPERATIONS) and len(seen) > 1 and all(each == [EXACT] for each in seen[1:])
     assert float32_precisions() == before
     with pytest.raises(ZeroDivisionError):
         capture(RecordsPrecision(lambda values: 1 / 0), [x], [""])
@@ -65,4 +71,4 @@ def test_measurements_do_not_use_tf32_and_restore_the_setting(allow, restored_tf
     if (
         allow is not allow_tf32_by_operation
     ):  # the older setting cannot be read after the settings of operations changed
-        assert torch.backends.cudnn.allow_tf32 and MATMUL.allow_tf32 == ("tf32" in before[0])
+        assert torch.backends.cudnn.allow_tf32 and MATMUL.allow_tf32 == (before[0] == TF32)

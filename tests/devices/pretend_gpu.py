@@ -28,6 +28,9 @@ INDEXING = {"aten::index", "aten::index_put", "aten::index_put_", "aten::_index_
 ACROSS_DEVICES = INDEXING | {"aten::copy_", "aten::_to_copy", "aten::_has_compatible_shallow_copy_type"}
 # Operations whose result or size the CPU must read.
 WAITING = {"aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select", "aten::equal", "aten::_unique2"}
+# the second name in earlier versions of torch
+GRAPH_CHECKS = ("_accelerator_graph_capture_health_check", "_cuda_graph_capture_health_check")
+GRAPH_CHECK = next(name for name in GRAPH_CHECKS if hasattr(torch.optim.Optimizer, name))
 NO_FLOAT64 = "Cannot convert a MPS Tensor to float64 dtype as the MPS framework doesn't support float64"
 
 
@@ -196,7 +199,7 @@ class PretendGPU(TorchDispatchMode):
             (Tensor, methods),
             (torch.cuda, machine if cuda else {}),
             (torch, creation | {"autocast": _CPUAutocast}),
-            (torch.optim.Optimizer, {"_accelerator_graph_capture_health_check": lambda optimizer: None}),
+            (torch.optim.Optimizer, {GRAPH_CHECK: lambda optimizer: None}),
             (MPSAccelerator, {} if cuda else {"is_available": staticmethod(lambda: True)}),
         ]
 
