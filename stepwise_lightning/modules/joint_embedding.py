@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from argparse import ArgumentError
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Self, cast
 
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 from stepwise_lightning import losses
 from stepwise_lightning.distributed import all_gather_with_grad, check_equal_shards
-from stepwise_lightning.errors import UserError
+from stepwise_lightning.errors import UserError, condensed
 from stepwise_lightning.modules.divergence import LossCheck, check_weights
 from stepwise_lightning.precision import at_least_float32, in_full_precision
 from stepwise_lightning.runs.saved import configured_encoder, configured_loss
@@ -152,7 +153,10 @@ class JointEmbedding(L.LightningModule):
             settings["encoder"] = configured_encoder(checkpoint_path)
         if cls.loss_name is None and "loss" not in settings:  # never a loss that the checkpoint names
             settings["loss"] = configured_loss(checkpoint_path)
-        return super().load_from_checkpoint(checkpoint_path, *arguments, **settings | {"weights_only": True})
+        try:
+            return super().load_from_checkpoint(checkpoint_path, *arguments, **settings | {"weights_only": True})
+        except ArgumentError as error:  # of jsonargparse 4.45, for a checkpoint of another class
+            raise UserError(condensed(str(error))) from error
 
     def setup(self, stage: str) -> None:
         """Compile the encoder in place if configured, in each process that trains."""
