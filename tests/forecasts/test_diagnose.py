@@ -143,6 +143,20 @@ def test_planted_cause_is_found(module, data, options, cause):
     assert f"Cause: {cause}" in str(result)
 
 
+def test_causes_of_a_later_plateau():
+    generator = torch.Generator().manual_seed(0)
+    content, *noise = torch.randn(3, 16, 32, 8, generator=generator)
+    content[..., 1:] *= 0.0
+    batches = list(zip(*(content + 0.1 * each for each in noise), strict=True))  # one feature has shared content
+    record = record_of(rising(50), decaying(0.001), decaying(0.002), matrix="covariance")
+    module = module_of(VICReg, variance_weight=0.1, eps=0.01)
+    result = diagnose(record, module, batches, max_steps=2000)
+    assert (result.verdict, result.cause, result.num_learned) == ("stuck", "few modes can grow", 1), str(result)
+    record = record_of(rising(50), decaying(0.001), decaying(0.002))
+    result = diagnose(record, module_of(weight_decay=3.0), views(), max_steps=2000)
+    assert (result.verdict, result.cause) == ("stuck", "weight decay is not below the growth rate"), str(result)
+
+
 def test_high_rate_is_found_from_the_initial_weights():
     losses = torch.logspace(0, 8, len(STEPS))
     module = module_of(learning_rate=3.0)
