@@ -42,7 +42,7 @@ def output_in(encoding, monkeypatch, function, *arguments, **options):
 def test_training_prints_in_a_narrow_encoding(encoding, folder, monkeypatch):
     analytical = {"normalize": False, "center": True, "off_diagonal_weight": 1.0, "learning_rate": 0.02}
     config = changed({f"model.init_args.{name}": value for name, value in analytical.items()})
-    config["trainer"] |= {"max_steps": 90, "enable_progress_bar": True}
+    config["trainer"] |= {"max_steps": 120, "enable_progress_bar": True}
     config["trainer"]["callbacks"][0]["init_args"] = {"center": True, "num_points": 5}
     config["trainer"]["callbacks"] += [{"class_path": "stepwise_lightning.ForecastLogger"}]
     text = output_in(encoding, monkeypatch, stepwise, "fit", "--forecast.cost=1", config=config)
