@@ -78,4 +78,7 @@ def test_step_costs_prints_a_row_for_each_precision():
 
 @pytest.mark.slow
 def test_mixed_precision():
-    assert "| simclr | 0, 0 | 0, 0 | 0 |" in run("mixed_precision.py", "simclr", "--steps", "2", "--modes", "2")
+    row = run("mixed_precision.py", "simclr", "--steps", "2", "--modes", "2").splitlines()[-1]
+    assert row.startswith("| simclr | 0, 0 | 0, 0 | ")
+    recorded, rounded = map(float, row.strip("| ").split(" | ")[-2:])
+    assert recorded < 1e-4 and rounded > 20 * recorded  # batch statistics are summed in another order after training
