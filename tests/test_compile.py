@@ -106,6 +106,7 @@ def test_loss_of_both_views_compiles_to_one_graph(method, encoder):
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings(r"ignore:\s*Only use the public API")  # pickle searches every module, also of jsonargparse
 def test_compiled_resnet_measures_the_spectra_of_an_uncompiled_one(tmp_path, monkeypatch):
     """With the default backend, which rounds differently."""
     monkeypatch.chdir(tmp_path)
