@@ -210,5 +210,5 @@ def log_scale(axis: Axes, eigenvalues: Array) -> None:
         axis.set_yscale("log", nonpositive="mask")
         bottom = eigenvalues[eigenvalues > 1e-10 * np.nanmax(eigenvalues)].min()  # smaller values are round-off
         top = axis.dataLim.y1  # including the theory
-        margin = (top / bottom) ** 0.05
+        margin = max((top / bottom) ** 0.05, 1.05)  # all values may be equal
         axis.set_ylim(bottom / margin, top * margin)

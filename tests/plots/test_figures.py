@@ -30,6 +30,12 @@ def test_trajectories_show_one_line_per_mode_and_one_mark_per_step():
     assert upper.get_shared_y_axes().joined(upper, figure.axes[1])
 
 
+def test_equal_eigenvalues_have_a_range_on_a_log_axis():
+    record = SpectrumRecord.of(torch.tensor([0.0, 1, 2]), torch.full((3, 1), 0.2, dtype=torch.float64))
+    low, high = trajectories_figure([Panel(record)], log_eigenvalues=True).axes[-1].get_ylim()
+    assert low < 0.2 < high
+
+
 def test_mode_colours_contrast_with_black_dashes():
     """The contrast is at least 3, as WCAG requires for large text."""
     channels = np.array(mode_colours(16))[:, :3]
