@@ -52,7 +52,7 @@ def test_killed_figures_resume_with_the_same_results(tmp_path):
     assert kept.items() <= finished(killed).items() and len(finished(killed)) == len(FIGURES)
     assert measured(killed) == measured(whole)
     assert (killed / "report.html").stat().st_size > 100_000
-    assert len(list((killed / "runs").iterdir())) == 2 + 2  # two runs and their controls
+    assert len(list((killed / "runs").glob("[!.]*"))) == 2 + 2  # two runs and their controls
 
 
 @pytest.mark.slow
@@ -66,7 +66,7 @@ def test_ctrl_c_ends_a_figure_with_one_line_and_saves_training(figure, to_all, t
     with (tmp_path / "log.txt").open("w") as log:
         process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
     try:
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 600
         while (
             "0 of " not in (tmp_path / "log.txt").read_text()
             or len(list(tmp_path.glob("out/runs/*/version_0/checkpoints"))) < begun
@@ -75,7 +75,7 @@ def test_ctrl_c_ends_a_figure_with_one_line_and_saves_training(figure, to_all, t
             time.sleep(0.1)
         time.sleep(1 if begun else 8)  # until the processes compute
         (os.killpg if to_all else os.kill)(process.pid, signal.SIGINT)
-        assert process.wait(30) == 130
+        assert process.wait(120) == 130
         assert len(list(tmp_path.glob("out/runs/*/version_0/checkpoints/last.ckpt"))) == begun
         output = (tmp_path / "log.txt").read_text()
         assert "Traceback" not in output
