@@ -112,7 +112,7 @@ def diagnose(
 def _settings_of(
     module: nn.Module | None, loss: str | PairLoss | None, settings: dict[str, Any] | None, matrix: str | None
 ) -> tuple[str | PairLoss | None, dict[str, Any], str | None]:
-    """Return loss, settings and matrix, by default those of a module of this package."""
+    """Return loss, settings and matrix; the default is taken from a module of this package."""
     if isinstance(module, JointEmbedding):
         loss = loss_of(module) if loss is None else loss
         matrix = matrix or module.driven_matrix

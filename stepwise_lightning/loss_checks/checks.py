@@ -1,4 +1,4 @@
-"""The checks, and the report of all of them."""
+"""Checks of a loss and their report."""
 
 from __future__ import annotations
 

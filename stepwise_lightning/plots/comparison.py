@@ -73,7 +73,7 @@ def comparison_figure(runs: Sequence[ComparedRun], title: str = "") -> Figure:
         columns.setdefault((run.band.name if run.band else "", run.matrix), []).append((run, colour))
         lines.append(Line2D([], [], color=colour, linewidth=2.2, label=_escaped(run.label)))
     if any(run.band for run in runs):
-        lines.append(Patch(color=_GREY, label="reference runs"))
+        lines.append(Patch(color=_GREY, label="band, reference runs"))
     figure = Figure(figsize=(2 + 5 * len(columns), 6.8), layout="constrained")
     axes = figure.subplots(2, len(columns), squeeze=False)
     for (upper, lower), ((name, matrix), members) in zip(axes.T, columns.items(), strict=True):
