@@ -29,6 +29,10 @@ class Claim:
     """Description of the control; empty without one."""
     control_value: float | None = None
     """The quantity measured on the control."""
+    values: list[float] = field(default_factory=list)
+    """Measured number of each seed; empty if the claim pools several numbers of a seed."""
+    control_values: list[float] = field(default_factory=list)
+    """The same for the control."""
     holds: bool = field(init=False)
 
     def __post_init__(self) -> None:
@@ -63,7 +67,9 @@ def worst(
     """Return the claim about the worst value over seeds, and the control value closest to satisfying the bound."""
     choose, extreme, nearest = (max, "maximum", min) if relation == "<=" else (min, "minimum", max)
     sentence = f"{description}, {extreme} over {seeds_text(seeds)}"
-    return Claim(name, sentence, choose(values), relation, bound, control, nearest(control_values, default=None))
+    values, control_values = list(values), list(control_values)
+    numbers = choose(values), relation, bound, control, nearest(control_values, default=None)
+    return Claim(name, sentence, *numbers, _by_seed(values, seeds), _by_seed(control_values, seeds))
 
 
 def average(
@@ -83,8 +89,12 @@ def average(
     """
     individual = f" ({', '.join(f'{value:.3g}' for value in values)})" * (len(values) > 1)
     sentence = f"{description}, mean over {seeds_text(seeds)}{individual}"
-    control_value = mean(control_values) if control_values else None
-    return Claim(name, sentence, mean(values), relation, bound, control, control_value)
+    numbers = mean(values), relation, bound, control, mean(control_values) if control_values else None
+    return Claim(name, sentence, *numbers, _by_seed(values, seeds), _by_seed(control_values, seeds))
+
+
+def _by_seed(values: Sequence[float], seeds: Sequence[int]) -> list[float]:
+    return list(values) if len(values) == len(seeds) else []
 
 
 def seeds_text(seeds: Sequence[int]) -> str:
@@ -95,10 +105,11 @@ def seeds_text(seeds: Sequence[int]) -> str:
 def read_claim(saved: Any) -> Claim:
     """Return a claim from ``claims.json``, judged again; ValueError, KeyError or TypeError if it is damaged."""
     texts = str(saved["name"]), str(saved["description"])
-    # Early versions wrote no controls.
+    # Early versions wrote no controls, and no values of single seeds.
     value = saved.get("control_value")
     control = str(saved.get("control", "")), None if value is None else float(value)
-    return Claim(*texts, float(saved["measured"]), saved["relation"], float(saved["bound"]), *control)
+    by_seed = ([float(value) for value in saved.get(key, [])] for key in ("values", "control_values"))
+    return Claim(*texts, float(saved["measured"]), saved["relation"], float(saved["bound"]), *control, *by_seed)
 
 
 def claims_table(claims: Iterable[tuple[str, Claim]]) -> str:

@@ -117,6 +117,8 @@ def test_claim_fails_if_its_control_satisfies_the_bound(relation, control, holds
 def test_worst_takes_the_worst_seed_and_the_best_control(relation, measured, control):
     claim = worst("name", "text", [0.1, 0.2], relation, 0.5, [0, 1], "wrong pairs", [0.9, 0.7])
     assert (claim.measured, claim.control_value) == (measured, control)
+    assert (claim.values, claim.control_values) == ([0.1, 0.2], [0.9, 0.7])
+    assert worst("name", "text", [0.1, 0.2], relation, 0.5, [0]).values == []  # two numbers of one seed
     assert worst("name", "text", [0.1, 0.2], relation, 0.5, [0, 1]).control_value is None
 
 
@@ -124,6 +126,7 @@ def test_average_lists_its_values_and_averages_the_control():
     claim = average("name", "text", [0.5, 2.0], "<=", 1.1, [3, 4], "wrong pairs", [1.0, 4.0], geometric_mean)
     assert claim.measured == pytest.approx(1.0) and claim.control_value == pytest.approx(2.0) and claim.holds
     assert claim.description == "text, mean over seeds 3, 4 (0.5, 2)"
+    assert (claim.values, claim.control_values) == ([0.5, 2.0], [1.0, 4.0])
     assert not average("name", "text", [0.5, 2.0], "<=", 1.1, [3, 4], "wrong pairs", [1.0, 4.0]).holds  # 1.25
     assert not average("name", "text", [1.0, float("nan")], "<=", 1.1, [3, 4]).holds
     single = average("name", "text", [0.5], "<=", 1.1, [3])
@@ -133,7 +136,7 @@ def test_average_lists_its_values_and_averages_the_control():
 def test_saved_claims_without_controls_are_read():
     saved = {"name": "n", "description": "d", "measured": 1.5, "relation": "<=", "bound": 2}
     assert read_claim(saved) == Claim("n", "d", 1.5, "<=", 2.0)
-    claim = Claim("n", "d", 1.5, "<=", 2.0, "wrong pairs", 3.0)
+    claim = Claim("n", "d", 1.5, "<=", 2.0, "wrong pairs", 3.0, [1.0, 2.0], [3.0, 3.0])
     assert read_claim(json.loads(json.dumps(asdict(claim)))) == claim
 
 
