@@ -87,7 +87,9 @@ def test_summary_is_a_table_of_runs_and_matrices(capsys):
     ]
 
 
-@pytest.mark.parametrize(("runs", "ending"), [(["version_0"], "png"), (["version_0", "version_1"], "pdf")])
+@pytest.mark.parametrize(
+    ("runs", "ending"), [(["version_0"], "png"), (["version_0", "version_1", "version_0/"], "pdf")]
+)
 def test_plot_of_one_run_and_of_several(runs, ending, tmp_path, capsys):
     out = tmp_path / f"picture.{ending}"
     command("plot", *(f"runs/tiny/{run}" for run in runs), "--out", out, "--matrix", "covariance")

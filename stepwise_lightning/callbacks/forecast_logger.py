@@ -90,6 +90,7 @@ class ForecastLogger(L.Callback):
         self._marks: dict[int, float] = {}  # time of the first forecast of each mode
         self._restored: dict[str, dict[int, float]] = {}
         self._text = ""
+        self._diverges = False  # in the last forecast
         self._hook: Any = None
         self.threshold = math.inf
 
@@ -250,6 +251,8 @@ class ForecastLogger(L.Callback):
         text = f"{count} of {dim} modes learned"
         if last.num_learned < count:
             return text
+        if self._diverges:
+            return f"{text}, training is expected to diverge: lower the learning rate"
         if not math.isfinite(last.expected_step):
             return f"{text}, no other expected"
         due = f"at about step {last.expected_step:.0f}" if last.expected_step > step else "overdue"
@@ -262,6 +265,7 @@ class ForecastLogger(L.Callback):
             self._marks[mode] = self._time(step, expected, rates)
             self._show_marks()
         self.forecasts.append(LiveForecast(step, mode - 1, expected))
+        self._diverges = not bool(forecast.eigenvalues.isfinite().all())
         self.threshold = forecast.threshold if forecast.threshold > 0 else math.inf
         self._learned = max(self._learned, self._num_learned())
         self._next_at = step + max(((expected - step) if soon else step) / 2, _MIN_INTERVAL * step)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from stepwise_lightning.commands.parser import Parser, add_figure_file
-from stepwise_lightning.commands.plot import save_figure, short_names
+from stepwise_lightning.commands.plot import named_runs, save_figure
 from stepwise_lightning.commands.summary import print_table
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ def main(arguments: list[str]) -> None:
     from stepwise_lightning.spectrum.record import SpectrumRecord
 
     runs = []
-    for run, name in zip(dict.fromkeys(options.runs), short_names(options.runs), strict=True):
+    for name, run in named_runs(options.runs).items():
         record, band = SpectrumRecord.load(run), band_of(run, options.band)
         runs.append(ComparedRun(name, record, band.matrix if band else options.matrix or record.matrices[0], band))
     print_table([_COLUMNS, *(row for run in runs for row in table(run))])

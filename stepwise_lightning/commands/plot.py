@@ -24,8 +24,10 @@ def main(arguments: list[str]) -> None:
     from stepwise_lightning.plots import overlay_figure, run_figure
     from stepwise_lightning.spectrum.record import SpectrumRecord
 
-    names = [name.replace("$", r"\$") for name in short_names(options.runs)]  # $ begins a formula
-    runs = dict(zip(names, map(SpectrumRecord.load, options.runs), strict=True))
+    runs = {
+        name.replace("$", r"\$"): SpectrumRecord.load(run)  # $ begins a formula
+        for name, run in named_runs(options.runs).items()
+    }
     if len(runs) == 1:
         ((name, record),) = runs.items()
         figure = run_figure(record, name, options.matrix)
@@ -45,12 +47,12 @@ def save_figure(figure: Figure, out: Path) -> None:
     print(out)
 
 
-def short_names(runs: list[str]) -> list[str]:
-    """Return short names of runs: their paths without common parent folders."""
-    parts = [Path(run).parts for run in dict.fromkeys(runs)]
-    if len(parts) == 1:
-        return ["/".join(parts[0][-2:])]
-    start = 0
+def named_runs(runs: list[str]) -> dict[str, str]:
+    """Return runs by short names: their paths without common parent folders."""
+    paths = list(dict.fromkeys(map(Path, runs)))
+    if len(paths) == 1:
+        return {"/".join(paths[0].parts[-2:]): runs[0]}
+    parts, start = [path.parts for path in paths], 0
     while all(len(part) > start + 1 and part[start] == parts[0][start] for part in parts):
         start += 1
-    return ["/".join(part[start:]) for part in parts]
+    return {"/".join(part[start:]): str(path) for part, path in zip(parts, paths, strict=True)}

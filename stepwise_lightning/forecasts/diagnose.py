@@ -235,7 +235,11 @@ def _with_evidence(
         return replace(result, verdict="stuck" if stops else result.verdict, cause=cause, evidence=reading)
     if on_saddle and result.verdict == "stuck":
         result = replace(result, verdict="plateau")
-    return replace(result, cause=_NOTHING if result.verdict == "plateau" else "")
+    if result.verdict != "plateau":
+        return replace(result, cause="")
+    if math.isinf(result.next_step):
+        return replace(result, evidence="with the present features the next mode does not grow; features may change")
+    return replace(result, cause=_NOTHING)
 
 
 def _next_step(state: RunState, evidence: Evidence, record: SpectrumRecord, growth: float) -> tuple[float, float]:

@@ -95,9 +95,12 @@ def _threshold(values: Tensor, loss: str | PairLoss | None, settings: dict[str, 
 
 
 def _growth(steps: Tensor, values: Tensor) -> float:
-    """Return the growth factor of √λ per step, fitted to the second half of the steps; NaN for too few samples."""
-    late = steps >= (steps[0] + steps[-1]) / 2
-    steps, values = steps[late].double(), values[late]
+    """Return the growth factor of √λ per step, fitted to the second half of the steps, at least three samples.
+
+    NaN for fewer samples, or eigenvalues that are not positive.
+    """
+    late = min(int((steps < (steps[0] + steps[-1]) / 2).sum()), max(len(steps) - 3, 0))
+    steps, values = steps[late:].double(), values[late:]
     if len(values) < 3 or not (values > 0).all():
         return math.nan
     steps, logs = steps - steps.mean(), values.log()

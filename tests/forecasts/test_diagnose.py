@@ -85,6 +85,12 @@ def test_growth_and_next_step_of_a_record():
     assert result.verdict == "stuck" and "the learning rate is too low" in result.possible_causes
 
 
+def test_growth_of_a_plateau_with_few_measurements():
+    learned = rising(310, 0.5)  # with three later measurements
+    result = diagnose(record_of(learned, rising(700, 0.02)), loss="barlow_twins", settings=ANALYTICAL)
+    assert result.num_learned == 1 and result.growth_per_step == pytest.approx(math.exp(0.01), abs=1e-3)
+
+
 def test_record_excludes_causes_that_settings_rule_out():
     record = record_of(decaying(0.01), decaying(0.01))
     options = {"loss": "barlow_twins", "settings": ANALYTICAL}
@@ -153,6 +159,8 @@ def test_causes_of_a_later_plateau():
     result = diagnose(record, module, batches, max_steps=2000)
     assert (result.verdict, result.cause, result.num_learned) == ("stuck", "few modes can grow", 1), str(result)
     record = record_of(rising(50), decaying(0.001), decaying(0.002))
+    result = diagnose(record, module_of(learning_rate=1e-4), views(), max_steps=401)
+    assert result.verdict == "plateau" and not result.remedy and "does not grow; features may change" in str(result)
     result = diagnose(record, module_of(weight_decay=3.0), views(), max_steps=2000)
     assert (result.verdict, result.cause) == ("stuck", "weight decay is not below the growth rate"), str(result)
 

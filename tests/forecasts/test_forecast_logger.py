@@ -23,6 +23,7 @@ from stepwise_lightning import (
     spectral_contrastive_loss,
 )
 from stepwise_lightning.callbacks.progress import describe_bar
+from stepwise_lightning.errors import DivergedError
 from stepwise_lightning.features import check_watched
 
 
@@ -163,3 +164,15 @@ def test_learned_modes_are_logged_and_marks_are_restored_when_training_resumes(t
     assert after.record.expected_times["cross_correlation"][: len(marks)] == marks
     _, other, _ = trained(3)
     assert not set(other.record.expected_times.get("cross_correlation", [])) & set(marks[1:])
+
+
+def test_learning_rate_above_the_limit_is_reported(tmp_path, capsys):
+    x = torch.randn(64, 6, generator=torch.Generator().manual_seed(0))
+    module = BarlowTwins(LinearEncoder(6, 3, init_std=1e-4, seed=0), 1.0, normalize=False, off_diagonal_weight=1.0)
+    trainer = L.Trainer(
+        max_steps=30, accelerator="cpu", logger=False, enable_checkpointing=False, enable_model_summary=False,
+        default_root_dir=tmp_path, callbacks=[SpectrumLogger(), ForecastLogger(cost=1.0)], log_every_n_steps=1,
+    )  # fmt: skip
+    with pytest.raises(DivergedError):
+        trainer.fit(module, DataLoader(TensorDataset(x, x), 64))
+    assert "0 of 3 modes learned, training is expected to diverge: lower the learning rate" in capsys.readouterr().out
