@@ -35,8 +35,8 @@ def main(arguments: list[str]) -> None:
     from stepwise_lightning.spectrum.record import SpectrumRecord
 
     runs = []
-    for name, run in named_runs(options.runs).items():
-        record, band = SpectrumRecord.load(run), band_of(run, options.band)
+    for name, folder in named_runs(options.runs).items():
+        record, band = SpectrumRecord.load(folder), band_of(folder, options.band)
         runs.append(ComparedRun(name, record, band.matrix if band else options.matrix or record.matrices[0], band))
     print_table([_COLUMNS, *(row for run in runs for row in table(run))])
     print()
