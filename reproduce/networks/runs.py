@@ -195,6 +195,7 @@ class Run(TrainingRun):
             "seed": self.seed,
             "modes_learned": int(self.steps.num_learned[-1]),
             "distinct_steps": self.steps.num_distinct,
+            "plateaus": self.steps.num_plateaus,
             "stepwiseness": round(self.steps.stepwiseness, 2),
             "modes_apart": self.rises.num_apart,
             "modes_risen": self.rises.num_modes,
@@ -210,6 +211,11 @@ ROW_COLUMNS = ["loss", "variant", "seed", "step", "time", "quantity", "mode", "v
 def distinct_steps(runs: Iterable[Run], loss: str, variant: str) -> list[int]:
     """Return the number of distinct steps of each run of a loss and variant, in the order of the seeds."""
     return [run.steps.num_distinct for run in runs if (run.loss, run.variant) == (loss, variant)]
+
+
+def plateaus(runs: Iterable[Run], loss: str, variant: str) -> list[int]:
+    """Return the number of steps after a plateau of the loss of each run, as :func:`distinct_steps`."""
+    return [run.steps.num_plateaus for run in runs if (run.loss, run.variant) == (loss, variant)]
 
 
 def trained_runs(options: argparse.Namespace, kinds: Iterable[tuple[str, str]] = SMALL_INITIALIZATION) -> list[Run]:

@@ -189,6 +189,7 @@ def write_steps(path: Path, record: SpectrumRecord) -> None:
             continue
         document[matrix] = {
             "num_distinct": steps.num_distinct,
+            "num_plateaus": steps.num_plateaus,
             "num_learned": int(steps.num_learned[-1]),
             "stepwiseness": steps.stepwiseness,
             "threshold": steps.threshold,

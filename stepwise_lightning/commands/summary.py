@@ -10,14 +10,16 @@ from stepwise_lightning.commands.parser import Parser
 if TYPE_CHECKING:
     from stepwise_lightning.spectrum.record import SpectrumRecord
 
-COLUMNS = ("run", "matrix", "distinct steps", "modes learned", "stepwiseness", "first step", "last step", "rank")
+COLUMNS = (
+    "run", "matrix", "distinct steps", "plateaus", "modes learned", "stepwiseness", "first step", "last step", "rank"
+)  # fmt: skip
 
 
 def main(arguments: list[str]) -> None:
     """Print a table of the modes that finished runs have learned."""
     parser = Parser("summary", "Print a table of finished runs, with a row for each run and matrix: distinct steps, "
-                    "modes learned, stepwiseness, times (learning rate × steps) of the first and the last step, final "
-                    "effective rank. docs/glossary.md defines the terms.")  # fmt: skip
+                    "plateaus, modes learned, stepwiseness, times (learning rate × steps) of the first and the last "
+                    "step, final effective rank. docs/glossary.md defines the terms.")  # fmt: skip
     parser.add_argument("runs", nargs="+", metavar="RUN", help="folders of runs, runs/NAME/version_N")
     options = parser.parse_args(arguments)
 
@@ -47,14 +49,13 @@ def table(records: dict[str, SpectrumRecord]) -> list[tuple[str, ...]]:
             try:
                 steps = record.detect_steps(matrix)
             except ValueError:
-                rows.append((run, matrix, "–", "–", "–", "–", "–", _number(rank)))
+                rows.append((run, matrix, *["–"] * 6, _number(rank)))
                 continue
             times = [time for time in steps.step_times.tolist() if math.isfinite(time)]
             learned = f"{int(steps.num_learned[-1])} of {len(steps.step_times)}"
             ends = [_number(times[index]) if times else "–" for index in (0, -1)]
-            rows.append(
-                (run, matrix, str(steps.num_distinct), learned, f"{steps.stepwiseness:.2g}", *ends, _number(rank))
-            )
+            counts = str(steps.num_distinct), str(steps.num_plateaus), learned
+            rows.append((run, matrix, *counts, f"{steps.stepwiseness:.2g}", *ends, _number(rank)))
     return rows
 
 

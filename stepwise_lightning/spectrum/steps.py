@@ -18,6 +18,9 @@ from torch import Tensor
 from stepwise_lightning.errors import UserError
 from stepwise_lightning.precision import as_float64
 
+_PLATEAU = 3.0  # rise widths between two steps with a plateau of the loss between them
+_MIN_RISE = 1.5  # final value of a mode that rises, in units of its minimum
+
 
 class Steps(NamedTuple):
     """Result of :func:`detect_steps`, in the unit of the input times. ``docs/glossary.md`` defines the terms."""
@@ -26,19 +29,25 @@ class Steps(NamedTuple):
     step_times: Tensor
     rise_widths: Tensor  #: time from a tenth of the threshold to the threshold, (d,); NaN where the step time is NaN
     num_learned: Tensor  #: number of modes above the threshold at each time, (T,), int64
-    num_distinct: int  #: number of steps separated from the previous step by more than their own rise width
+    num_distinct: (
+        int  #: number of steps more than one rise width after the previous one, among modes learned at the end
+    )
     #: Median over neighbouring steps of min(separation / rise width, 10); 0 with fewer than two steps
     stepwiseness: float
     threshold: float  #: threshold θ, in the unit of the eigenvalues
+    num_plateaus: int  #: as ``num_distinct``, with three rise widths: the loss has a plateau before each of these steps
 
 
 def detect_steps(times: Tensor, eigenvalues: Tensor, threshold: float | None = None) -> Steps:
     """Detect the times at which eigenvalues rise, and how distinct these steps are.
 
     Eigenvalues are sorted at each time and median-filtered over three samples. θ is a tenth of the median of the
-    largest eigenvalue over the last tenth of the samples. Mode k is learned at t_k, where it first crosses θ and stays
-    above for three samples (or to the end), interpolated in log λ; its rise width is w_k = t(θ) − t(θ/10). A mode that
-    starts above θ/10 has no step. Steps k and k+1 are distinct if (t_{k+1} − t_k) / w_{k+1} > 1.
+    largest eigenvalue over the last tenth of the samples; if it rested before at less than a third of this level, a
+    tenth of the lowest such level, because a late large mode must not hide earlier steps. Mode k is learned at t_k,
+    where it first crosses θ and stays above for three samples (or to the end), interpolated in log λ; its rise width is
+    w_k = t(θ) − t(θ/10). A mode that starts above θ/10 has no step. Steps k and k+1 are distinct if
+    (t_{k+1} − t_k) / w_{k+1} > 1, with a plateau of the loss between them if it is > 3. Modes that have fallen below θ
+    at the end are not counted.
 
     Example:
         Two modes that saturate at 1, the second long after the first:
@@ -63,8 +72,7 @@ def detect_steps(times: Tensor, eigenvalues: Tensor, threshold: float | None = N
 
     """
     times, values = _filtered(times, eigenvalues)
-    tail = values[-max(1, math.ceil(len(values) / 10)) :, 0]
-    threshold = float(0.1 * tail.median().clamp(min=0)) if threshold is None else threshold
+    threshold = 0.1 * _level(values[:, 0]) if threshold is None else threshold
     nan = values.new_full((values.shape[1],), math.nan)
     step_times, widths = nan.clone(), nan.clone()
     for mode, path in enumerate(values.T):
@@ -74,24 +82,41 @@ def detect_steps(times: Tensor, eigenvalues: Tensor, threshold: float | None = N
                 step_times[mode] = _crossing(times, path, index, threshold)
                 low = int((path[:index] <= threshold / 10).nonzero()[-1]) + 1
                 widths[mode] = step_times[mode] - _crossing(times, path, low, threshold / 10)
-    num_distinct, stepwiseness = _separation(step_times, widths)
+    num_learned = (values > threshold).sum(1) if threshold > 0 else values.new_zeros(len(values), dtype=torch.int64)
+    last = int(num_learned[-1])  # eigenvalues are sorted
+    gaps = _gaps(step_times[:last], widths[:last])
     return Steps(
         step_times=step_times,
         rise_widths=widths,
-        num_learned=(values > threshold).sum(1) if threshold > 0 else values.new_zeros(len(values), dtype=torch.int64),
-        num_distinct=num_distinct,
-        stepwiseness=stepwiseness,
+        num_learned=num_learned,
+        num_distinct=int((gaps > 1).sum()),
+        stepwiseness=_typical(gaps),
         threshold=threshold,
+        num_plateaus=int((gaps > _PLATEAU).sum()),
     )
+
+
+def _level(largest: Tensor) -> float:
+    """Return the level of the largest eigenvalue, (T,), at the end, or an earlier one below a third of it.
+
+    Earlier levels last a tenth of the samples, within a factor of 1.5, and exceed ten times the start and a thousandth
+    of the last level.
+    """
+    size = math.ceil(len(largest) / 10)
+    last = largest[-size:].median().clamp(min=0)
+    windows = largest.unfold(0, min(max(size, 5), len(largest)), 1)
+    low, high, levels = windows.amin(1), windows.amax(1), windows.median(1).values
+    resting = (high < 1.5 * low) & (low > 10 * largest[0].clamp(min=0)) & (low > 1e-3 * last) & (levels < last / 3)
+    return float(levels[resting].min() if resting.any() else last)
 
 
 class Rises(NamedTuple):
     """Result of :func:`detect_rises`, in the unit of the input times."""
 
-    #: Time at which each mode completes half of its rise, (d,); NaN for modes that end below the threshold
+    #: Time at which each mode completes half of its rise, (d,); NaN for modes that do not rise or end too small
     times: Tensor
     widths: Tensor  #: time from a tenth to a half of the rise, (d,); NaN where ``times`` is NaN
-    num_modes: int  #: number of modes that end above the threshold
+    num_modes: int  #: number of modes that rise and end above the threshold
     #: Number of these modes separated from the previous one by more than their own width, including the first
     num_apart: int
     separation: float  #: median over neighbouring modes of min(separation / width, 10); 0 with fewer than two modes
@@ -104,8 +129,9 @@ def detect_rises(times: Tensor, eigenvalues: Tensor) -> Rises:
     function counts modes independent of their initial value. Eigenvalues are sorted at each time and median-filtered
     over three samples. The rise of a mode extends from its minimum to its median over the last tenth of the samples;
     its time t is where it first completes half of the rise, and its width w the time since it last completed a tenth,
-    both interpolated linearly. Modes count if their final value exceeds a tenth of the largest one. Modes k and k+1
-    rise apart if (t_{k+1} − t_k) / w_{k+1} > 1.
+    both interpolated linearly. Modes count if their final value exceeds 1.5 times their minimum, which stationary
+    noise of up to a tenth of the eigenvalue rarely does, and a tenth of the largest final value. Modes k and k+1 rise
+    apart if (t_{k+1} − t_k) / w_{k+1} > 1.
 
     Arguments and errors are the same as for :func:`detect_steps`.
     """
@@ -116,19 +142,24 @@ def detect_rises(times: Tensor, eigenvalues: Tensor) -> Rises:
         lowest = int(path.argmin())
         tenth, half = (path[lowest] + share * (end - path[lowest]) for share in (0.1, 0.5))
         above = (path[lowest:] > half).nonzero()
-        if end > 0.1 * ends[0] and len(above):
+        if end > max(0.1 * ends[0], _MIN_RISE * path[lowest]) and len(above):
             index = lowest + int(above[0])
             last_below = lowest + int((path[lowest:index] <= tenth).nonzero()[-1])
             halves[mode] = _linear_crossing(times, path, index, half)
             widths[mode] = halves[mode] - _linear_crossing(times, path, last_below + 1, tenth)
-    return Rises(halves, widths, int(halves.isfinite().sum()), *_separation(halves, widths))
+    gaps = _gaps(halves, widths)
+    return Rises(halves, widths, len(gaps), int((gaps > 1).sum()), _typical(gaps))
 
 
-def _separation(times: Tensor, widths: Tensor) -> tuple[int, float]:
-    """Return the number of modes that rise apart, and the median separation in units of the later width, at most 10."""
+def _gaps(times: Tensor, widths: Tensor) -> Tensor:
+    """Return the time of each finite mode since the previous one in units of its width; infinite for the first."""
     finite = times.isfinite()
-    gaps = times[finite].diff() / widths[finite][1:]
-    return int(finite.any()) + int((gaps > 1).sum()), float(gaps.clamp(max=10).quantile(0.5)) if len(gaps) else 0.0
+    return torch.cat([times.new_full((1,), math.inf), times[finite].diff() / widths[finite][1:]])[: finite.sum()]
+
+
+def _typical(gaps: Tensor) -> float:
+    """Return the median gap of neighbouring modes, each at most 10; 0 with fewer than two modes."""
+    return float(gaps[1:].clamp(max=10).quantile(0.5)) if len(gaps) > 1 else 0.0
 
 
 def num_grown(start: Tensor, now: Tensor) -> int:

@@ -42,6 +42,34 @@ def test_modes_that_rise_together_are_one_distinct_step():
     assert detect_steps(times, eigenvalues).num_distinct == 2
 
 
+def test_steps_one_width_apart_have_no_plateaus_between_them():
+    width = math.log(0.1 / 0.9) - math.log(0.01 / 0.99)  # of a logistic curve
+    times = torch.linspace(0, 40, 2000, dtype=torch.float64)
+    for spacing, plateaus in ((1.05, 1), (3.2, 8)):
+        starts = 8 + spacing * width * torch.arange(8, dtype=torch.float64)
+        steps = detect_steps(spacing * times, torch.sigmoid(spacing * times[:, None] - starts))
+        assert (steps.num_distinct, steps.num_plateaus, int(steps.num_learned[-1])) == (8, plateaus, 8)
+
+
+def test_mode_that_decays_after_its_step_is_not_counted():
+    times, eigenvalues = sigmoid_modes([8.0, 4.0], duration=10)
+    eigenvalues[:, 1] *= torch.sigmoid(8 * (6 - times))
+    steps = detect_steps(times, eigenvalues)
+    assert int(steps.num_learned[-1]) == steps.num_distinct == steps.num_plateaus == 1 and steps.stepwiseness == 0
+    assert steps.step_times.isfinite().all()
+
+
+@pytest.mark.parametrize("size", [4.0, 100.0])
+def test_late_large_mode_does_not_hide_earlier_steps(size):
+    times, eigenvalues = sigmoid_modes([8.0, 4.0, 2.0], duration=8)
+    plain = detect_steps(times, eigenvalues)
+    late = torch.stack([*eigenvalues[:, :2].T, size * torch.sigmoid(8 * (times - 6))], 1)
+    steps = detect_steps(times, late)
+    assert steps.num_distinct == 3 and steps.threshold == pytest.approx(plain.threshold, rel=0.01)
+    torch.testing.assert_close(steps.step_times[:2], plain.step_times[:2], rtol=1e-3, atol=0)
+    assert detect_steps(times, late[:, 2:]).threshold == pytest.approx(size / 10, rel=0.01)  # alone
+
+
 def test_modes_that_start_large_or_never_rise_have_no_step():
     times, rising = sigmoid_modes([4.0])
     high = torch.linspace(0.05, 1, len(times)).double()[:, None]
