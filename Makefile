@@ -11,8 +11,8 @@ export DOCS_VERSION ?= main
 demo: $(VENV)/.installed  ## the linear figure on the bundled photographs
 	$(BIN)/python -m reproduce linear_model --seeds 0
 
-figures: $(VENV)/.installed  ## all figures with their verdicts, and results/report.html; a second call resumes
-	$(BIN)/python -m reproduce all
+figures: $(VENV)/.installed  ## all figures and results/report.html, for seed 0 or make figures SEEDS="0 1 2"; resumes
+	$(BIN)/python -m reproduce all $(if $(SEEDS),--seeds $(SEEDS))
 
 test: $(VENV)/.installed-test  ## the default test suite
 	$(BIN)/python -m pytest -n 2 --dist worksteal

@@ -6,6 +6,7 @@ import sys
 import traceback
 from pathlib import Path
 
+from reproduce.confirm import confirm
 from reproduce.figure import run_figure
 from reproduce.figures import FIGURES, LONG
 from reproduce.networks.training import PROFILES
@@ -15,6 +16,7 @@ from stepwise_lightning.commands.reporting import prepare_output
 
 USAGE = """usage: python -m reproduce FIGURE [FIGURE ...] [options]
        python -m reproduce all [options]      all figures except the long ones
+       python -m reproduce confirm [options]  the primary claims of protocol.json with new seeds; takes hours
        python -m reproduce list
 
 A single figure is recomputed unless --resume is given. Several figures, or all, are computed only if they are missing;
@@ -32,6 +34,8 @@ def main(arguments: list[str]) -> int:
     while arguments and not arguments[0].startswith("-"):
         names.append(arguments[0])
         arguments = arguments[1:]
+    if names == ["confirm"]:
+        return confirm(arguments)
     if names == ["list"] or (not names and arguments in ([], ["-h"], ["--help"])):
         lines = (f"  {name:22}{figure.title}{' (long)' * (name in LONG)}" for name, figure in FIGURES.items())
         print(USAGE + "\n".join(lines))

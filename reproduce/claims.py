@@ -1,4 +1,7 @@
-"""Claims: a measured number with a bound, over all seeds, and a control that must violate the bound."""
+"""Claims: a measured number with a bound, over all seeds, and a control that must violate the bound.
+
+A claim that ``python -m reproduce confirm`` has confirmed is judged by the interval in which a new run is expected.
+"""
 
 from __future__ import annotations
 
@@ -33,25 +36,48 @@ class Claim:
     """Measured number of each seed; empty if the claim pools several numbers of a seed."""
     control_values: list[float] = field(default_factory=list)
     """The same for the control."""
+    interval: list[float] = field(default_factory=list)
+    """Prediction interval of a new run, [low, high], if the claim was confirmed. It then replaces the bound: the number
+    of every seed must lie in it, and no number of the control."""
     holds: bool = field(init=False)
 
     def __post_init__(self) -> None:
-        self.holds = _RELATIONS[self.relation](self.measured, self.bound) and self.control_fails
+        if self.interval:
+            low, high = self.interval
+            satisfied = all(low <= value <= high for value in self.values or [self.measured])
+        else:
+            satisfied = _RELATIONS[self.relation](self.measured, self.bound)
+        self.holds = satisfied and self.control_fails
 
     @property
     def control_fails(self) -> bool:
         """Return whether the control violates the bound; True without a control, False for NaN."""
-        return self.control_value is None or _OPPOSITES[self.relation](self.control_value, self.bound)
+        if self.control_value is None:
+            return True
+        if self.interval:
+            low, high = self.interval
+            return all(value < low or value > high for value in self.control_values or [self.control_value])
+        return _OPPOSITES[self.relation](self.control_value, self.bound)
 
     @property
     def distance(self) -> float:
-        """Distance of the measured number from its bound; negative if the bound is violated."""
+        """Distance of the measured number from its bound, or from the end of its interval; negative if violated."""
+        if self.interval:
+            low, high = self.interval
+            return min(min(value - low, high - value) for value in self.values or [self.measured])
         return self.bound - self.measured if self.relation == "<=" else self.measured - self.bound
+
+    @property
+    def criterion(self) -> str:
+        """The bound, such as ``<= 0.5``, or the interval."""
+        if self.interval:
+            return f"in {self.interval[0]:.4g} to {self.interval[1]:.4g}"
+        return f"{self.relation} {self.bound:.4g}"
 
     def __str__(self) -> str:
         verdict = "holds" if self.holds else "FAILS"
         control = "" if self.control_value is None else f"; {self.control}: {self.control_value:.4g}"
-        return f"  {verdict}  {self.description}: {self.measured:.4g} ({self.relation} {self.bound:.4g}{control})"
+        return f"  {verdict}  {self.description}: {self.measured:.4g} ({self.criterion}{control})"
 
 
 def worst(
@@ -108,8 +134,8 @@ def read_claim(saved: Any) -> Claim:
     # Early versions wrote no controls, and no values of single seeds.
     value = saved.get("control_value")
     control = str(saved.get("control", "")), None if value is None else float(value)
-    by_seed = ([float(value) for value in saved.get(key, [])] for key in ("values", "control_values"))
-    return Claim(*texts, float(saved["measured"]), saved["relation"], float(saved["bound"]), *control, *by_seed)
+    lists = ([float(value) for value in saved.get(key, [])] for key in ("values", "control_values", "interval"))
+    return Claim(*texts, float(saved["measured"]), saved["relation"], float(saved["bound"]), *control, *lists)
 
 
 def claims_table(claims: Iterable[tuple[str, Claim]]) -> str:
@@ -119,7 +145,7 @@ def claims_table(claims: Iterable[tuple[str, Claim]]) -> str:
         control = ("-", "") if claim.control_value is None else (claim.control, f"{claim.control_value:.4g}")
         rows.append((
             "holds" if claim.holds else "FAILS", f"{figure}: {claim.name}", f"{claim.measured:.4g}",
-            f"{claim.relation} {claim.bound:.4g}", f"{claim.distance:.2g}", *control,
+            claim.criterion, f"{claim.distance:.2g}", *control,
         ))  # fmt: skip
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)

@@ -9,7 +9,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ import stepwise_lightning
 from reproduce.claims import Claim, read_claim
 from reproduce.options import PLACES, check_writable, exit_interrupted, new_parser, parse, report_error
 from reproduce.processes import prepare_process
+from reproduce.protocol import confirmed_intervals
 from stepwise_lightning.files import atomic_write, atomic_write_text
 from stepwise_lightning.runs import provenance
 
@@ -67,16 +68,21 @@ class PaperFigure:
         """First line of the description."""
         return self.description.splitlines()[0]
 
+    def options(self, arguments: list[str] | None = None) -> argparse.Namespace:
+        """Parse command-line arguments."""
+        parser = new_parser(f"reproduce {self.name}", self.description, self.profiles)
+        self.add_options(parser)
+        return parse(parser, self.profiles, arguments)
+
 
 def run_figure(figure: PaperFigure, arguments: list[str] | None = None) -> int:
     """Run a figure; return 0 if every claim holds, 1 if one fails, 2 for bad input. Raise other errors."""
-    parser = new_parser(f"reproduce {figure.name}", figure.description, figure.profiles)
-    figure.add_options(parser)
-    options = parse(parser, figure.profiles, arguments)
+    options = figure.options(arguments)
     directory, started = Path(options.out) / figure.name, time.perf_counter()
-    settings = {k: v for k, v in vars(options).items() if k not in (*PLACES, "seeds", "data")}
+    settings = settings_of(options)
     identity = {"data_set": options.data, "seeds": options.seeds, "options": settings}
-    identity |= {"version": version("stepwise_lightning"), "source_sha256": source_digest()}
+    intervals = confirmed_intervals(figure.name, options.data, settings)
+    identity |= {"version": version("stepwise_lightning"), "source_sha256": source_digest(), "intervals": intervals}
     if options.resume and (finished := finished_claims(directory, identity)) is not None:
         print(f"{figure.name}: kept from an earlier run")
         return print_verdict(directory, finished)
@@ -84,6 +90,7 @@ def run_figure(figure: PaperFigure, arguments: list[str] | None = None) -> int:
     try:
         check_writable(directory)
         outcome = figure.produce(options, directory)
+        outcome.claims = [replace(claim, interval=intervals.get(claim.name, [])) for claim in outcome.claims]
         metadata = {
             "name": figure.name, "title": figure.title, "paper": figure.paper, **identity,
             "settings": outcome.settings, "runs": outcome.runs, "seconds": round(time.perf_counter() - started, 1),
@@ -95,6 +102,11 @@ def run_figure(figure: PaperFigure, arguments: list[str] | None = None) -> int:
         exit_interrupted()
     print_table(outcome.runs)
     return print_verdict(directory, outcome.claims)
+
+
+def settings_of(options: argparse.Namespace) -> dict[str, Any]:
+    """Return the options that affect the numbers of one seed."""
+    return {name: value for name, value in vars(options).items() if name not in (*PLACES, "seeds", "data")}
 
 
 def finished_claims(directory: Path, identity: dict[str, Any]) -> list[Claim] | None:

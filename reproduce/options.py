@@ -24,7 +24,9 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f"error: {message} (see --help)\n")
 
 
-def new_parser(command: str, description: str, profiles: dict[str, dict[str, Any]]) -> argparse.ArgumentParser:
+def new_parser(
+    command: str, description: str, profiles: dict[str, dict[str, Any]], with_seeds: bool = True
+) -> argparse.ArgumentParser:
     """Return a parser with the shared options; ``command`` follows ``python -m`` in the usage."""
     parser = _Parser(
         prog=f"python -m {command}",
@@ -39,12 +41,11 @@ def new_parser(command: str, description: str, profiles: dict[str, dict[str, Any
         "--data", help="photos, cifar10, stl10 or a folder of images (default: set by the profile, usually photos)"
     )
     parser.add_argument("--out", default="results", help="output folder (default: results)")
-    parser.add_argument(
-        "--seeds", type=int, nargs="+", default=[0, 1, 2], help="seeds of data and weights (default: 0 1 2)"
-    )
-    parser.add_argument(
-        "--resume", action="store_true", help="keep results that were computed with the same options and code"
-    )
+    if with_seeds:
+        parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="seeds of data and weights (default: 0)")
+        parser.add_argument(
+            "--resume", action="store_true", help="keep results that were computed with the same options and code"
+        )
     parser.add_argument("--root", default="data", help="folder of cifar10 and stl10 (default: data)")
     parser.add_argument("--download", action="store_true", help="download missing data sets")
     parser.add_argument("--launcher", default="", help="prefix of the commands that train ResNets, for example srun")
@@ -136,7 +137,7 @@ def report_error(error: Exception) -> int:
     return 2
 
 
-def exit_interrupted() -> NoReturn:
+def exit_interrupted(remedy: str = "continue with --resume") -> NoReturn:
     """Exit after Ctrl-C, also when more figures are waiting."""
-    print("\ninterrupted: finished results are kept; continue with --resume", file=sys.stderr)
+    print(f"\ninterrupted: finished results are kept; {remedy}", file=sys.stderr)
     sys.exit(INTERRUPTED)

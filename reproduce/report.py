@@ -54,7 +54,8 @@ def write_report(out: str | Path, names: list[str]) -> Path:
         f"<title>stepwise_lightning: figures and verdicts</title><style>{STYLE}</style></head><body>"
         "<h1>On the stepwise nature of self-supervised learning: figures and verdicts</h1>"
         "<p>Reproduced figures of <a href='https://arxiv.org/abs/2303.15438'>Simon et al., ICML 2023</a>, with their "
-        "claims. A claim holds if the measured number satisfies its bound and the control violates it.</p>"
+        "claims. A claim holds if the measured number satisfies its bound and the control violates it. Claims that "
+        "were confirmed with new seeds are judged by the interval in which a new run is expected.</p>"
         "<div class='table'><table><tr><th>figure</th><th>claims</th><th>data</th><th>time</th></tr>"
         f"{lines}</table></div>"
         f"{sections}</body></html>\n"
@@ -109,7 +110,7 @@ def _section(directory: Path, document: dict[str, Any]) -> str:
         f"<tr><td class='{'holds' if claim.holds else 'fails'}'>{'holds' if claim.holds else 'fails'}</td>"
         f"<td class='wide'>{escape(claim.description)}</td>"
         f"<td class='number' data-label='measured'>{claim.measured:.4g}</td>"
-        f"<td class='number'>{escape({'<=': '≤', '>=': '≥'}[claim.relation])} {claim.bound:.4g}</td>"
+        f"<td class='number'>{claim.criterion.replace('<=', '≤').replace('>=', '≥')}</td>"
         f"<td class='wide'>{_control(claim)}</td></tr>"
         for claim in map(read_claim, document["claims"])
     )
