@@ -70,9 +70,9 @@ def confirm(tmp_path, *arguments):
     return main(["confirm", "--out", str(tmp_path / "out"), *arguments])
 
 
-def test_protocol_names_one_claim_with_a_control_of_every_figure():
+def test_protocol_names_claims_of_figures_with_their_controls():
     protocol = Protocol.read()
-    assert {claim.figure for claim in protocol.claims} == FIGURES.keys() - set(LONG)
+    assert {claim.figure for claim in protocol.claims} <= FIGURES.keys() - set(LONG)
     for claim in protocol.claims:
         numbers = json.loads((EXPECTED / f"{claim.figure}.json").read_text(encoding="utf-8"))["numbers"]
         assert claim.claim in numbers and claim.control and claim.seeds >= 10 and claim.relation in ("<=", ">=")
