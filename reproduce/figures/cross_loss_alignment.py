@@ -47,10 +47,12 @@ MIN_ALIGNMENT = 0.1
 
 
 def produce(options: argparse.Namespace, directory: Path) -> Outcome:
-    """Train missing runs and align all pairs of runs; a single seed is compared with the next one."""
-    if len(options.seeds) == 1:
-        options = argparse.Namespace(**vars(options) | {"seeds": [options.seeds[0], options.seeds[0] + 1]})
+    """Train missing runs and align all pairs; a single seed is compared with the first steps of the next one."""
     runs = trained_runs(options)
+    if len(options.seeds) == 1:
+        early = [(loss, "early") for loss in LOSS_SETTINGS]
+        runs += trained_runs(argparse.Namespace(**vars(options) | {"seeds": [options.seeds[0] + 1]}), early)
+        options = argparse.Namespace(**vars(options) | {"seeds": [options.seeds[0], options.seeds[0] + 1]})
     rows = [row for run in runs for modes in MODES for row in _alignments(run, runs, modes)]
     figure = alignments_figure(
         [_matrix(rows, modes) for modes in MODES],

@@ -49,6 +49,7 @@ LOSS_SETTINGS = {
 INITIALIZATIONS = ("small", "ordinary")
 VARIANT_TITLES = {
     "small": "small initialisation",
+    "early": "first 450 steps",
     "ordinary": "ordinary initialisation",
     "wrong_pairs": "wrong pairs",
     "noise_images": "images of noise",
@@ -65,6 +66,7 @@ VARIANT_TITLES = {
 # Differences from the shipped configuration: additional configuration files, and command-line settings.
 VARIANTS: dict[str, tuple[list[str], dict[str, Any]]] = {
     "small": ([], {}),
+    "early": ([], {}),  # the number of steps: CPU_STEPS
     "ordinary": (["ordinary.yaml"], {}),
     "alpha0.01": ([], {"model.init_args.encoder.init_args.alpha": 0.01}),
     "alpha0.1": ([], {"model.init_args.encoder.init_args.alpha": 0.1}),
@@ -88,5 +90,6 @@ VARIANTS: dict[str, tuple[list[str], dict[str, Any]]] = {
 # ordinary initialisation have risen, and every small initialisation has three steps, the latest at step 395. Runs of
 # 400 and 600 steps gave the same verdicts (docs/evidence.md).
 CPU_STEPS = dict.fromkeys(
-    ("ordinary", "wrong_pairs", "noise_images", "no_off_diagonal", "no_covariance", "published_loss", "fast"), 450
+    ("early", "ordinary", "wrong_pairs", "noise_images", "no_off_diagonal", "no_covariance", "published_loss", "fast"),
+    450,
 )
