@@ -8,9 +8,10 @@ from pathlib import Path
 
 from reproduce.confirm import confirm
 from reproduce.figure import run_figure
-from reproduce.figures import FIGURES, LONG
+from reproduce.figures import FIGURES, LONG, train_networks
 from reproduce.networks.training import PROFILES
-from reproduce.options import check_writable, new_parser, report_error
+from reproduce.options import check_writable, exit_interrupted, new_parser, report_error
+from reproduce.processes import prepare_process
 from reproduce.report import verdict_table, write_report
 from stepwise_lightning.commands.reporting import prepare_output
 
@@ -57,8 +58,16 @@ def _run_several(names: list[str], arguments: list[str]) -> int:
     out = new_parser("reproduce all", "Run several figures.", PROFILES).parse_args(arguments).out
     try:
         check_writable(Path(out))
+        missing = [name for name in names if not (Path(out) / name / "claims.json").exists()]
     except Exception as error:
         return report_error(error)
+    prepare_process()
+    try:
+        train_networks(missing, arguments)
+    except Exception:  # each figure reports it
+        pass
+    except KeyboardInterrupt:
+        exit_interrupted()
     status = 0
     for number, name in enumerate(names, 1):
         print(f"\n=== {number}/{len(names)}  {name}", flush=True)

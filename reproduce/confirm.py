@@ -22,7 +22,7 @@ import reproduce.protocol as protocols
 from reproduce.claims import Claim
 from reproduce.evidence import confirmed_table
 from reproduce.figure import settings_of
-from reproduce.figures import FIGURES
+from reproduce.figures import FIGURES, train_networks
 from reproduce.networks.training import PROFILES, RunFailedError
 from reproduce.options import check_writable, exit_interrupted, new_parser, parse, report_error
 from reproduce.processes import prepare_process
@@ -42,10 +42,9 @@ def confirm(arguments: list[str] | None = None) -> int:
         protocol = Protocol.read()
         name, work, folder = _places(protocol, options)
         prepare_process()
-        for number, seed in enumerate(protocol.seeds, 1):
+        for seed in protocol.seeds:
             with _locked(work / f"seed_{seed}.lock") as free:
                 if free:
-                    print(f"\n=== {name}, seed {seed}, {number} of {len(protocol.seeds)}", flush=True)
                     _compute(protocol, seed, options, work, folder / f"seed_{seed}.json")
         records = read_records(folder, protocol, warn=True)
         if not is_complete(protocol, records):
@@ -101,12 +100,16 @@ def _compute(protocol: Protocol, seed: int, options: argparse.Namespace, work: P
         "figures": {},
     }  # fmt: skip
     out = work / f"seed_{seed}"
-    for name in protocol.figures(seed):
-        if name in record["figures"]:
-            continue
-        print(f"{name}", flush=True)
+    places = ["--out", str(out), "--root", options.root, "--launcher", options.launcher, "--data", options.data]
+    arguments = ["--profile", options.profile, "--seeds", str(seed), "--resume", *places]
+    missing = [name for name in protocol.figures(seed) if name not in record["figures"]]
+    if missing:
+        number, count = protocol.seeds.index(seed) + 1, len(protocol.seeds)
+        print(f"\n=== {record['data_set']}, seed {seed}, {number} of {count}: {', '.join(missing)}", flush=True)
+    train_networks(missing, arguments)
+    for name in missing:
         started = time.perf_counter()
-        record["figures"][name] = _figure(protocol, name, seed, options, out)
+        record["figures"][name] = _figure(protocol, name, arguments)
         record["figures"][name]["seconds"] = round(time.perf_counter() - started, 1)
         text = json.dumps(record | provenance(), indent=1, ensure_ascii=False)
         atomic_write_text(path, text + "\n")
@@ -114,7 +117,7 @@ def _compute(protocol: Protocol, seed: int, options: argparse.Namespace, work: P
         shutil.rmtree(out, ignore_errors=True)
 
 
-def _figure(protocol: Protocol, name: str, seed: int, options: argparse.Namespace, out: Path) -> dict[str, Any]:
+def _figure(protocol: Protocol, name: str, arguments: list[str]) -> dict[str, Any]:
     """Return all claims of a figure for one seed, measured number and control, or the error of its experiment.
 
     Raises:
@@ -123,23 +126,23 @@ def _figure(protocol: Protocol, name: str, seed: int, options: argparse.Namespac
         RunFailedError: training failed.
 
     """
-    places = ["--out", str(out), "--root", options.root, "--launcher", options.launcher, "--data", options.data]
-    figure_options = FIGURES[name].options(["--profile", options.profile, "--seeds", str(seed), "--resume", *places])
-    (out / name).mkdir(parents=True, exist_ok=True)
+    options = FIGURES[name].options(arguments)
+    directory = Path(options.out) / name
+    directory.mkdir(parents=True, exist_ok=True)
     try:
-        claims = FIGURES[name].produce(figure_options, out / name).claims
+        claims = FIGURES[name].produce(options, directory).claims
     except (OSError, RunFailedError):
         raise
     except UserError as error:
-        print(f"warning: {name}, seed {seed}: {reason(error)}", file=sys.stderr)
-        return {"error": reason(error), "options": settings_of(figure_options)}
+        print(f"warning: {name}, seed {options.seeds[0]}: {reason(error)}", file=sys.stderr)
+        return {"error": reason(error), "options": settings_of(options)}
     if options.profile == protocol.profile:
         _check_claims(protocol, name, claims)
     numbers = {
         claim.name: [float(claim.measured), float("nan" if claim.control_value is None else claim.control_value)]
         for claim in claims
     }
-    return {"claims": numbers, "options": settings_of(figure_options)}
+    return {"claims": numbers, "options": settings_of(options)}
 
 
 def _check_claims(protocol: Protocol, name: str, claims: list[Claim]) -> None:

@@ -8,7 +8,7 @@ import hashlib
 import json
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -53,6 +53,7 @@ class PaperFigure:
         produce: function of options and output folder that returns the outcome. Bad input raises an exception with a
             one-line message (:func:`stepwise_lightning.errors.one_line`).
         add_options: function that adds further options to the parser.
+        networks: loss and variant of the networks that it trains for every seed, for :func:`figures.train_networks`.
 
     """
 
@@ -62,6 +63,7 @@ class PaperFigure:
     profiles: dict[str, dict[str, Any]]
     produce: Callable[[argparse.Namespace, Path], Outcome]
     add_options: Callable[[argparse.ArgumentParser], None] = lambda _: None
+    networks: Sequence[tuple[str, str]] = ()
 
     @property
     def title(self) -> str:

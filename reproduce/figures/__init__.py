@@ -3,6 +3,8 @@
 ``LONG`` figures take much longer than the others and are run only by name.
 """
 
+from collections.abc import Iterable
+
 from reproduce.figure import PaperFigure
 from reproduce.figures import (
     any_loss,
@@ -26,6 +28,7 @@ from reproduce.figures import (
     start_scale,
     three_losses,
 )
+from reproduce.networks.runs import trained_runs
 
 FIGURES: dict[str, PaperFigure] = {
     module.FIGURE.name: module.FIGURE
@@ -53,3 +56,14 @@ FIGURES: dict[str, PaperFigure] = {
     )
 }
 LONG = ("conditions", "middle_scale", "forecast", "stable_rates")
+
+
+def train_networks(names: Iterable[str], arguments: list[str]) -> None:
+    """Train the missing networks of several figures at once: no core waits for the last run of each figure.
+
+    Raises the exceptions of :func:`reproduce.networks.runs.trained_runs`.
+    """
+    figures = [FIGURES[name] for name in names if FIGURES[name].networks]
+    kinds = dict.fromkeys(kind for figure in figures for kind in figure.networks)
+    if kinds:
+        trained_runs(figures[0].options([*arguments, "--resume"]), kinds)

@@ -31,6 +31,7 @@ from stepwise_lightning.spectrum import Steps, detect_steps
 PAPER = "Not in the paper: controls for its Fig. 1 C-D."
 WITHOUT_STEPS = ("wrong_pairs", "noise_images", "no_off_diagonal", "ordinary")
 CONTROLS = (*WITHOUT_STEPS, "published_loss")
+NETWORKS = [("barlow_twins", variant) for variant in ("small", *CONTROLS)]
 STEPWISE = "small initialisation"
 MAX_STEPS = 2
 MAX_WAIT = 0.03  # time until the first mode is learned, as a fraction of the training steps
@@ -38,7 +39,7 @@ MAX_WAIT = 0.03  # time until the first mode is learned, as a fraction of the tr
 
 def produce(options: argparse.Namespace, directory: Path) -> Outcome:
     """Train the stepwise run and its controls for every seed, and count steps."""
-    runs = trained_runs(options, [("barlow_twins", variant) for variant in ("small", *CONTROLS)])
+    runs = trained_runs(options, NETWORKS)
     steps = min(int(run.record.steps[-1]) for run in runs)
     panels = [_panel(run, steps) for run in runs if run.seed == options.seeds[0]]
     figure = eigenvalues_figure(
@@ -91,4 +92,4 @@ def _claims(runs: list[Run], steps: int, options: argparse.Namespace) -> list[Cl
     return claims
 
 
-FIGURE = PaperFigure("negative_controls", __doc__, PAPER, PROFILES, produce)
+FIGURE = PaperFigure("negative_controls", __doc__, PAPER, PROFILES, produce, networks=NETWORKS)

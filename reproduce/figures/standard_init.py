@@ -45,12 +45,12 @@ CLAIMS = (
     ("vicreg", "ordinary", "no_covariance"),
     ("simclr", "small", "ordinary"),
 )
+NETWORKS = [(loss, start) for start in INITIALIZATIONS for loss in LOSS_SETTINGS] + [("vicreg", "no_covariance")]
 
 
 def produce(options: argparse.Namespace, directory: Path) -> Outcome:
     """Train from both initialisations for every loss and seed, and measure the separation of modes."""
-    kinds = [(loss, start) for start in INITIALIZATIONS for loss in LOSS_SETTINGS] + [("vicreg", "no_covariance")]
-    runs = trained_runs(options, kinds)
+    runs = trained_runs(options, NETWORKS)
     shown = [[r for r in runs if r.seed == options.seeds[0] and r.variant == start] for start in INITIALIZATIONS]
     figure = eigenvalues_figure(
         [[_panel(run) for run in row] for row in shown],
@@ -89,4 +89,4 @@ def _claims(runs: list[Run], options: argparse.Namespace) -> list[Claim]:
     return claims
 
 
-FIGURE = PaperFigure("standard_init", __doc__, PAPER, PROFILES, produce)
+FIGURE = PaperFigure("standard_init", __doc__, PAPER, PROFILES, produce, networks=NETWORKS)

@@ -30,12 +30,12 @@ PAPER = (
     "Main experiment: loss and embedding eigenvalues for the three losses, ResNet-50 on STL-10; every loss learns in "
     "steps, and at each step one eigenvalue rises."
 )
+NETWORKS = [(loss, variant) for loss, settings in LOSS_SETTINGS.items() for variant in ("small", settings.control)]
 
 
 def produce(options: argparse.Namespace, directory: Path) -> Outcome:
     """Train each loss and its control for every seed, and count steps."""
-    kinds = [(loss, variant) for loss, settings in LOSS_SETTINGS.items() for variant in ("small", settings.control)]
-    runs = trained_runs(options, kinds)
+    runs = trained_runs(options, NETWORKS)
     figure = trajectories_figure(
         [run.panel(with_forecast=True) for run in runs if run.seed == options.seeds[0] and run.variant == "small"],
         title="Three losses learn their embeddings one dimension at a time",
@@ -58,4 +58,4 @@ def produce(options: argparse.Namespace, directory: Path) -> Outcome:
     )
 
 
-FIGURE = PaperFigure("three_losses", __doc__, PAPER, PROFILES, produce)
+FIGURE = PaperFigure("three_losses", __doc__, PAPER, PROFILES, produce, networks=NETWORKS)
