@@ -170,7 +170,8 @@ def confirmed_intervals(figure: str, data: str, settings: dict[str, Any]) -> dic
 
     Empty if the records of this data set are not complete, or if the figure was computed with other settings. The level
     is 95 % for all primary claims together (Bonferroni). Student's t is used because the range of ten runs, the
-    distribution-free interval, would miss two new runs in eleven.
+    distribution-free interval, would miss two new runs in eleven. Intervals that contain the number of a control are
+    omitted: they are too wide to judge a single run.
     """
     protocol = Protocol.read()
     records = read_records(RESULTS / data_set_name(data), protocol)
@@ -180,8 +181,10 @@ def confirmed_intervals(figure: str, data: str, settings: dict[str, Any]) -> dic
     for verdict in verdicts(protocol, records):
         claim = verdict.primary
         computed = [records[seed]["figures"][claim.figure] for seed in protocol.seeds[: claim.seeds]]
+        same = all(entry["options"] == settings for entry in computed)
         interval = prediction_interval(verdict.values, 1 - SIGNIFICANCE / len(protocol.claims))
-        same = all(entry.get("options") == settings for entry in computed)
-        if claim.figure == figure and verdict.confirmed and same and interval:
-            intervals[claim.claim] = list(interval)
+        if claim.figure == figure and same and verdict.confirmed and interval:
+            low, high = interval
+            if not any(low <= value <= high for value in verdict.control_values):
+                intervals[claim.claim] = [low, high]
     return intervals

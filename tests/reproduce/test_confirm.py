@@ -18,7 +18,7 @@ from reproduce.__main__ import main
 from reproduce.claims import worst
 from reproduce.figure import Outcome, PaperFigure, run_figure
 from reproduce.figures import FIGURES, LONG
-from reproduce.protocol import Protocol, is_complete, read_records, verdicts
+from reproduce.protocol import Protocol, confirmed_intervals, is_complete, read_records, verdicts
 from reproduce.reference import EXPECTED
 from stepwise_lightning.errors import UserError
 
@@ -36,7 +36,7 @@ class Tiny:
     """A figure whose numbers follow from the index of the seed."""
 
     def __init__(self):
-        self.seeds, self.failure = [], None
+        self.seeds, self.failure, self.control = [], None, None
         profiles = {"cpu": {"size": 1}, "smoke": {"size": 2}, "full": {}}
         self.figure = PaperFigure("tiny", "A figure.", "None.", profiles, self.produce)
 
@@ -47,9 +47,9 @@ class Tiny:
             raise failure
         self.seeds.append(seed)
         position = Protocol.read().seeds.index(seed) if seed in Protocol.read().seeds else 3
-        value = 0.6 + 0.05 * position
+        value = 0.8 + 0.02 * position
         claims = [
-            worst(name, "text", [value], "<=", bound, options.seeds, "twice", [2 * value])
+            worst(name, "text", [value], "<=", bound, options.seeds, "twice", [self.control or 2 * value])
             for name, bound in (("small", 1), ("tight", 0.5))
         ]
         return Outcome(Figure(), ["x"], [[1]], claims, [{"run": 1}])
@@ -96,7 +96,7 @@ def test_interrupted_confirmation_computes_each_seed_once_and_reports_failing_cl
     assert tiny.seeds == Protocol.read().seeds
     rows = [row.split(" | ") for row in capsys.readouterr().out.splitlines() if row.startswith("| `tiny`")]
     assert [(row[2], row[-1]) for row in rows] == [("8 of 8", "confirmed |"), ("0 of 6", "**fails** |")]
-    assert rows[0][3] == "0.688" and rows[0][6].startswith("-0.775 [") and rows[0][7] == "0.0078"  # 2/256
+    assert rows[0][3] == "0.688" and rows[0][6].startswith("-0.87 [") and rows[0][7] == "0.0078"  # 2/256
     assert confirm(tmp_path) == 1 and len(tiny.seeds) == 8
     record = next((tmp_path / "records" / "photos").glob("*.json")).read_text(encoding="utf-8")
     assert str(tmp_path) not in record and {"commit", "versions", "machine"} <= json.loads(record).keys()
@@ -142,11 +142,18 @@ def test_confirmed_claims_of_a_new_run_are_judged_by_their_interval(tiny, tmp_pa
     arguments = ["--out", str(tmp_path / "figures")]
     assert run_figure(tiny.figure, arguments) == 1
     small, tight = json.loads((tmp_path / "figures" / "tiny" / "claims.json").read_text(encoding="utf-8"))["claims"]
-    assert small["holds"] and small["interval"] == pytest.approx([0.4059, 1.1441], abs=1e-4)
+    assert small["holds"] and small["interval"] == pytest.approx([0.7224, 1.0176], abs=1e-4)
     assert not tight["holds"] and tight["interval"] == []  # not confirmed: the bound decides
-    assert "(in 0.4059 to 1.144; twice: 1.5)" in capsys.readouterr().out
+    assert "(in 0.7224 to 1.018; twice: 1.72)" in capsys.readouterr().out
     run_figure(tiny.figure, [*arguments, "--profile", "smoke"])  # other settings
-    assert "(<= 1; twice: 1.5)" in capsys.readouterr().out
+    assert "(<= 1; twice: 1.72)" in capsys.readouterr().out
+
+
+def test_interval_that_contains_the_control_is_not_used(tiny, tmp_path):
+    tiny.control = 1.01
+    confirm(tmp_path)
+    (verdict, _) = verdicts(Protocol.read(), read_records(tmp_path / "records" / "photos", Protocol.read()))
+    assert verdict.confirmed and confirmed_intervals("tiny", "photos", {"profile": "cpu", "size": 1}) == {}
 
 
 def test_page_contains_the_tables_of_the_stored_records():
