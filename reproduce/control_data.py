@@ -1,35 +1,61 @@
-"""Data modules for negative controls: wrong pairs, and images of noise."""
+"""Data modules and learning rates of controls."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
+import lightning as L
 import torch
 from torch import Tensor
 
 from stepwise_lightning import TwoViewDataModule
 from stepwise_lightning.data.image_sets import ImageSet
 from stepwise_lightning.data.sampling import ResumableLoader
+from stepwise_lightning.forecasts.simulate import forecast, unseen_batches
 from stepwise_lightning.seeding import hashed_seed
 
 
-class WrongPairs(TwoViewDataModule):
-    """Pair the first view of each image with the second view of another; the probe pairs stay correct."""
+class _ChangedPairs(TwoViewDataModule):
+    """Change the second views of training batches; the probe pairs stay correct."""
+
+    @staticmethod
+    def second_views(x1: Tensor, x2: Tensor) -> Tensor:
+        """Return the second views to train on."""
+        raise NotImplementedError
 
     def train_dataloader(self) -> ResumableLoader:
-        """Return batches (x1, x2, label) with x2 rolled by one sample."""
+        """Return batches (x1, x2, label) with changed second views."""
         loader = super().train_dataloader()
-        loader.finish = _RollSecondViews(loader.finish)
+        loader.finish = _ChangeSecondViews(loader.finish, self.second_views)
         return loader
 
 
-class _RollSecondViews:
-    def __init__(self, finish: Any) -> None:
-        self.finish = finish
+class _ChangeSecondViews:
+    def __init__(self, finish: Any, second_views: Callable[[Tensor, Tensor], Tensor]) -> None:
+        self.finish, self.second_views = finish, second_views
 
     def __call__(self, batch: Any) -> tuple[Tensor, Tensor, Tensor]:
         x1, x2, labels = self.finish(batch)
-        return x1, x2.roll(1, 0), labels
+        return x1, self.second_views(x1, x2), labels
+
+
+class WrongPairs(_ChangedPairs):
+    """Pair the first view of each image with the second view of another."""
+
+    @staticmethod
+    def second_views(x1: Tensor, x2: Tensor) -> Tensor:
+        """Return the second views of the preceding samples of the batch."""
+        return x2.roll(1, 0)
+
+
+class IdenticalViews(_ChangedPairs):
+    """Pair the first view of each image with itself."""
+
+    @staticmethod
+    def second_views(x1: Tensor, x2: Tensor) -> Tensor:
+        """Return the first views."""
+        return x1
 
 
 class NoiseImages(TwoViewDataModule):
@@ -44,3 +70,16 @@ class NoiseImages(TwoViewDataModule):
             noise = torch.randint(0, 256, images.images.shape, dtype=torch.uint8, generator=generator)
             self._sets[split] = ImageSet(noise, images.labels, images.class_names)
         return self._sets[split]
+
+
+class SafeRate(L.Callback):
+    """Set the learning rate to ``share`` times the safe rate of the forecast from the untrained network."""
+
+    def __init__(self, share: float = 1.0) -> None:
+        self.share = share
+
+    def setup(self, trainer: L.Trainer, pl_module: Any, stage: str) -> None:
+        """Set the rate before the optimiser is created."""
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        rates = forecast(pl_module, unseen_batches(data), max_steps=2).rates
+        pl_module.hparams["learning_rate"] = self.share * rates.safe

@@ -1,10 +1,12 @@
-"""Losses of other papers, as functions of both views' embeddings (n, d), for figures and tests."""
+"""Losses of other papers, and wrong variants of SimCLR and VICReg, as functions of both views' embeddings (n, d)."""
 
 from __future__ import annotations
 
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
+
+from stepwise_lightning.losses import VARIANCE_WEIGHT, vicreg_loss
 
 
 def dcl_loss(z1: Tensor, z2: Tensor, temperature: float = 0.5) -> Tensor:
@@ -78,6 +80,21 @@ def isoloss(z1: Tensor, z2: Tensor) -> Tensor:
     moment = (z1.T @ z1 + z2.T @ z2).detach() / (2 * len(z1))
     errors = [z - (z + other - z @ moment).detach() for z, other in ((z1, z2), (z2, z1))]
     return torch.cat(errors).square().sum() / len(z1)
+
+
+def self_similarity_loss(z1: Tensor, z2: Tensor, temperature: float = 0.5) -> Tensor:
+    """Return SimCLR's loss with the similarity of each view with itself in the denominator, a frequent error."""
+    z = torch.cat([z1, z2])
+    similarities = _cosines(z, z) / temperature
+    return similarities.logsumexp(1).mean() - similarities.diagonal(len(z1)).mean()
+
+
+def squared_hinge_loss(z1: Tensor, z2: Tensor, eps: float = 1e-4) -> Tensor:
+    """Return VICReg's loss with squared hinges in the variance term."""
+    loss, hinges = vicreg_loss(z1, z2, variance_weight=0.0, eps=eps), z1.new_zeros(())
+    for z in (z1, z2):
+        hinges = hinges + F.relu(1 - (z.var(0) + eps).sqrt()).square().mean()
+    return loss + VARIANCE_WEIGHT * hinges / 2
 
 
 def _cosines(z1: Tensor, z2: Tensor) -> Tensor:

@@ -10,7 +10,14 @@ import lightning as L
 import torch
 from torch import Tensor, nn
 
-from reproduce.losses import dcl_loss, lejepa_loss, siglip_loss, whitening_loss
+from reproduce.losses import (
+    dcl_loss,
+    lejepa_loss,
+    self_similarity_loss,
+    siglip_loss,
+    squared_hinge_loss,
+    whitening_loss,
+)
 from stepwise_lightning import (
     FixedCropPairs,
     JointEmbedding,
@@ -20,7 +27,7 @@ from stepwise_lightning import (
     vicreg_loss,
 )
 from stepwise_lightning.forecasts.sgd import last_layer
-from stepwise_lightning.theory import growth_modes, loss_signature
+from stepwise_lightning.theory import growth_matrix, growth_modes, loss_signature
 from stepwise_lightning.theory.loss_derivatives import PairLoss
 
 NUM_MODES = 5
@@ -29,22 +36,32 @@ GROWTH = 30.0  # of the first mode in the whole run
 
 
 class AnyLoss(NamedTuple):
-    """A loss of two views and the norm of the initial bias, None for a loss without cosine similarity."""
+    """A loss of two views, with keyword arguments bound by ``partial``."""
 
     function: PairLoss
     bias_norm: float | None = None
+    """Norm of the initial bias; None for a loss without cosine similarity."""
+    closed_form: str | None = None
+    """Name of the loss in ``growth_matrix``; None without a closed form."""
 
 
 # At a temperature of 0.5, SimCLR and DCL have nearly the growth rates of Barlow Twins: the rivals would be too close.
 LOSSES = {
-    "Barlow Twins": AnyLoss(partial(barlow_twins_loss, off_diagonal_weight=1.0, normalize=False, center=True)),
-    "VICReg": AnyLoss(partial(vicreg_loss, eps=0.01)),
-    "SimCLR": AnyLoss(partial(simclr_loss, temperature=0.2), 1.0),
-    "spectral contrastive": AnyLoss(spectral_contrastive_loss),
+    "Barlow Twins": AnyLoss(
+        partial(barlow_twins_loss, off_diagonal_weight=1.0, normalize=False, center=True), None, "barlow_twins"
+    ),
+    "VICReg": AnyLoss(partial(vicreg_loss, eps=0.01), None, "vicreg"),
+    "SimCLR": AnyLoss(partial(simclr_loss, temperature=0.2), 1.0, "simclr"),
+    "spectral contrastive": AnyLoss(partial(spectral_contrastive_loss), None, "spectral_contrastive"),
     "DCL": AnyLoss(partial(dcl_loss, temperature=0.1), 1.0),
     "SigLIP": AnyLoss(siglip_loss, 1.0),
     "LeJEPA": AnyLoss(lejepa_loss),
     "W-MSE": AnyLoss(whitening_loss),
+}
+# Wrong variants, as rivals of the closed forms.
+VARIANTS = {
+    "SimCLR": AnyLoss(partial(self_similarity_loss, temperature=0.2), 1.0),
+    "VICReg": AnyLoss(partial(squared_hinge_loss, eps=0.01)),
 }
 
 
@@ -64,6 +81,14 @@ class Modes(NamedTuple):
         if loss_signature(loss.function, dim, len(h1), used).isotropic:  # directions are u vᵀ
             directions = torch.linalg.svd(directions, full_matrices=False).Vh[:, 0]
         return cls(rates, directions)
+
+    @classmethod
+    def of_closed_form(cls, loss: AnyLoss, h1: Tensor, h2: Tensor, dim: int) -> Modes:
+        """Return the fastest modes of the named loss, from its growth matrix."""
+        settings = getattr(loss.function, "keywords", {})
+        matrix = growth_matrix(str(loss.closed_form), h1, h2, dim, loss.bias_norm, **settings)
+        rates, vectors = torch.linalg.eigh(matrix)
+        return cls(rates.flip(0)[:NUM_MODES], vectors.T.flip(0)[:NUM_MODES])
 
     def amplitudes(self, weights: Tensor) -> Tensor:
         """Return ‖W v‖ or |⟨W, D⟩| for weights (T, d, m), (T, k)."""

@@ -21,7 +21,7 @@ from zipfile import ZipFile
 import torch
 import yaml
 
-from reproduce.networks.variants import CPU_STEPS, LOSS_SETTINGS, VARIANTS
+from reproduce.networks.variants import CPU_STEPS, LOSS_SETTINGS, RATE_FACTORS, VARIANTS
 from reproduce.processes import ForkedProcess
 from stepwise_lightning import TwoViewDataModule
 from stepwise_lightning.errors import EX_TEMPFAIL, UserError
@@ -85,9 +85,6 @@ class TrainingRun:
                 "trainer.callbacks.save_top_k": -1,
                 "trainer.callbacks.save_weights_only": "true",
             }
-        if self.variant == "fast":
-            model = yaml.safe_load(self.configs[0].read_text(encoding="utf-8"))["model"]
-            settings["model.init_args.learning_rate"] = 4 * model["init_args"]["learning_rate"]
         if self.options.profile == "cpu" and self.variant in CPU_STEPS:
             settings["trainer.max_steps"] = CPU_STEPS[self.variant]
         if self.options.profile == "smoke":
@@ -99,6 +96,12 @@ class TrainingRun:
                 "data.init_args.num_probe_pairs": 64,
                 "trainer.max_steps": 300,
             }
+            if self.variant == "noise_safe_rate":  # small batches fluctuate more
+                settings["trainer.callbacks.share"] = 0.5
+        if self.variant in RATE_FACTORS:
+            model = yaml.safe_load(self.configs[0].read_text(encoding="utf-8"))["model"]
+            rate = settings.get("model.init_args.learning_rate", model["init_args"]["learning_rate"])
+            settings["model.init_args.learning_rate"] = RATE_FACTORS[self.variant] * rate
         return settings
 
     def num_images(self) -> tuple[int, int]:

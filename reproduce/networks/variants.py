@@ -52,10 +52,12 @@ VARIANT_TITLES = {
     "early": "first 450 steps",
     "ordinary": "ordinary initialisation",
     "wrong_pairs": "wrong pairs",
+    "identical_views": "identical views",
     "noise_images": "images of noise",
+    "noise_safe_rate": "images of noise, higher rate",
     "no_off_diagonal": "no off-diagonal term",
     "no_covariance": "no covariance term",
-    "published_loss": "published loss",
+    "published_loss": "published loss, lower rate",
     "alpha0.01": "initialisation × 10",
     "alpha0.1": "initialisation × 100",
     "standard_augmentation": "standard augmentation",
@@ -63,6 +65,7 @@ VARIANT_TITLES = {
     "schedule": "warm-up and cosine",
     "fast": "learning rate × 4",
 }
+PUBLISHED_EPS = 0.01
 # Differences from the shipped configuration: additional configuration files, and command-line settings.
 VARIANTS: dict[str, tuple[list[str], dict[str, Any]]] = {
     "small": ([], {}),
@@ -75,21 +78,28 @@ VARIANTS: dict[str, tuple[list[str], dict[str, Any]]] = {
     "schedule": ([], {
         "model.init_args.warmup_steps": 100, "model.init_args.cosine": "true", "trainer.max_steps": 800,
     }),
-    "fast": ([], {}),  # the learning rate depends on the loss: TrainingRun.settings
+    "fast": ([], {}),  # RATE_FACTORS
     "wrong_pairs": ([], {"data.class_path": "reproduce.control_data.WrongPairs"}),
+    "identical_views": ([], {"data.class_path": "reproduce.control_data.IdenticalViews"}),
     "noise_images": ([], {"data.class_path": "reproduce.control_data.NoiseImages"}),
+    "noise_safe_rate": ([], {
+        "data.class_path": "reproduce.control_data.NoiseImages",
+        "trainer.callbacks+": "reproduce.control_data.SafeRate",
+    }),
     "no_off_diagonal": ([], {"model.init_args.off_diagonal_weight": 0.0}),
     "no_covariance": ([], {"model.init_args.covariance_weight": 0.0}),
     # As published except for a larger ε: from a small initialisation the gradient grows with its inverse root.
     "published_loss": ([], {
         "model.init_args.normalize": "true", "model.init_args.off_diagonal_weight": OFF_DIAGONAL_WEIGHT,
-        "model.init_args.eps": 0.01,
+        "model.init_args.eps": PUBLISHED_EPS,
     }),
 }  # fmt: skip
+# Factors of the learning rate of the configuration. The growth rates of the published loss are 4Γ/ε instead of 4Γ.
+RATE_FACTORS = {"fast": 4, "published_loss": PUBLISHED_EPS}
 # Variants that train for fewer steps on CPUs than the 1200 of the configuration. After 450 steps all modes from
 # ordinary initialisation have risen, and every small initialisation has three steps, the latest at step 395. Runs of
 # 400 and 600 steps gave the same verdicts (docs/evidence.md).
 CPU_STEPS = dict.fromkeys(
-    ("early", "ordinary", "wrong_pairs", "noise_images", "no_off_diagonal", "no_covariance", "published_loss", "fast"),
-    450,
-)
+    ("early", "ordinary", "wrong_pairs", "identical_views", "noise_images", "no_off_diagonal", "no_covariance",
+     "published_loss", "fast"), 450,
+)  # fmt: skip

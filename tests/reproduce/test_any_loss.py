@@ -31,14 +31,22 @@ def test_claims_hold_and_fail_with_one_common_rate(results):
     by_run = dict.fromkeys([(model, 0) for model in any_loss.MAX_ERROR], results)
     claims = any_loss._claims(by_run, [0])
     assert [claim.name for claim in claims] == [
-        f"{model}_{quantity}" for model in ("linear", "wide", "resnet") for quantity in ("rates", "median", "order")
+        *("linear_rates", "linear_median", "linear_order", "linear_closed_form"),
+        *("wide_rates", "wide_median", "wide_order", "wide_closed_form"),
+        *("resnet_rates", "resnet_median", "resnet_order"),
     ]
     assert all(claim.holds for claim in claims)
     for result in results:
         result.errors["own signature"] = result.errors["one common rate"]
     assert {claim.name for claim in any_loss._claims(by_run, [0]) if claim.holds} == {
-        "linear_order", "wide_order", "resnet_order",
+        "linear_order", "linear_closed_form", "wide_order", "wide_closed_form", "resnet_order",
     }  # fmt: skip
+
+
+def test_closed_forms_reject_a_wrong_loss(results):
+    closed_forms = [result.largest_error(any_loss.CLOSED_FORM) for result in results[:2]]
+    assert max(closed_forms) < 1e-3 < 0.01 < results[1].largest_error(any_loss.VARIANT)
+    assert any_loss.CLOSED_FORM not in results[2].errors  # LeJEPA
 
 
 def test_measured_rates_include_finite_steps():

@@ -153,6 +153,21 @@ def signature_of_vicreg(patch):
     patch.setattr(mode_rates, "growth_modes", lambda loss, *arguments: modes(vicreg, *arguments))
 
 
+def _trained_with_variant(patch, name):
+    loss = mode_rates.LOSSES[name]
+    patch.setitem(mode_rates.LOSSES, name, loss._replace(function=mode_rates.VARIANTS[name].function))
+
+
+def self_similarity(patch):
+    """Train SimCLR with the similarity of each view with itself in the denominator."""
+    _trained_with_variant(patch, "SimCLR")
+
+
+def squared_hinge(patch):
+    """Train VICReg with squared hinges."""
+    _trained_with_variant(patch, "VICReg")
+
+
 def without_finite_steps(patch):
     """Omit the learning rate in the theory."""
     for figure in (linear_model, kernel_pca, start_scale):
@@ -255,6 +270,8 @@ MUTATIONS = [
     ("any_loss", signature_of_vicreg, "linear_order"),
     ("any_loss", wrong_pairs, "linear_median"),
     ("any_loss", rates_of_gradient_flow, "linear_rates"),
+    ("any_loss", self_similarity, "linear_closed_form"),
+    ("any_loss", squared_hinge, "wide_closed_form"),
 ]
 MODULES = {module.FIGURE.name: module for module in (linear_model, start_scale, kernel_pca, kernel_mlp, any_loss)}
 SMALLER = {"linear_model": ["--dim", "2"]}
