@@ -10,17 +10,17 @@ import sys
 from pathlib import Path
 
 from reproduce.networks.runs import trained_runs
-from reproduce.networks.training import MIDDLE_PROFILE, PROFILES
-from reproduce.networks.variants import LOSS_SETTINGS, VARIANTS
+from reproduce.networks.training import MIDDLE_PROFILES, PROFILES
+from reproduce.networks.variants import ALL_LOSS_SETTINGS, VARIANTS
 from reproduce.options import check_writable, exit_interrupted, new_parser, parse, report_error
 from stepwise_lightning.commands.reporting import prepare_output
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Train the requested runs; return 0, or 2 for bad input or a failed run."""
-    profiles = PROFILES | MIDDLE_PROFILE
+    profiles = PROFILES | MIDDLE_PROFILES
     parser = new_parser("reproduce.train", __doc__, profiles)
-    parser.add_argument("loss", choices=LOSS_SETTINGS)
+    parser.add_argument("loss", choices=ALL_LOSS_SETTINGS)
     parser.add_argument("variant", choices=VARIANTS, help="difference from the configuration file; small: none")
     options = parse(parser, profiles, arguments)
     try:

@@ -97,26 +97,35 @@ class ResNet(nn.Module):
             ``resnet18``, ``resnet34`` or ``resnet50``; with 64, 512, 512 or 2048 features.
         small_images: use a 3×3 stem without stride or pooling, for images up to 64 pixels.
         seed: seed of the initial weights; None for the global seed (``seed_everything``).
+        width: channels of the first stage of ``resnet_small``, doubled in each later stage; None for 8.
+
+    Raises:
+        ValueError: an unknown name; a width below 1, or of another network than ``resnet_small``.
 
     """
 
     NAMES = ("resnet_small", "resnet18", "resnet34", "resnet50")
 
-    def __init__(self, name: str = "resnet_small", small_images: bool = True, seed: int | None = None) -> None:
+    def __init__(
+        self, name: str = "resnet_small", small_images: bool = True, seed: int | None = None, width: int | None = None
+    ) -> None:
         from torchvision import models
 
         super().__init__()
         if name not in self.NAMES:
             raise UserError(f"unknown ResNet {name!r}; choose from: {', '.join(self.NAMES)}")
+        is_small = name == "resnet_small"
+        if width is not None and (width < 1 or not is_small):
+            raise UserError(f"width must be at least 1, and None unless the network is resnet_small, got {width}")
         with seeded_on_cpu(seed):
-            network: Any = _small_resnet() if name == "resnet_small" else getattr(models, name)(weights=None)
+            network: Any = _small_resnet(width or 8) if is_small else getattr(models, name)(weights=None)
             if small_images:
                 channels = network.conv1.out_channels
                 network.conv1 = nn.Conv2d(3, channels, 3, padding=1, bias=False)
                 nn.init.kaiming_normal_(network.conv1.weight, mode="fan_out", nonlinearity="relu")
                 network.maxpool = nn.Identity()
         self.out_features: int = network.fc.in_features
-        self.name, self.small_images = name, small_images
+        self.name, self.small_images, self.width = name, small_images, width
         network.fc = nn.Identity()
         # Saves a quarter of a step of the small network on a CPU, a tenth of a step of ResNet-50.
         self.network = network.to(torch.get_default_device(), memory_format=torch.channels_last)
@@ -126,18 +135,18 @@ class ResNet(nn.Module):
         return self.network(x)
 
 
-def _small_resnet() -> nn.Module:
+def _small_resnet(width: int) -> nn.Module:
     from torchvision.models import resnet
 
     network: Any = resnet.ResNet(resnet.BasicBlock, [1, 1, 1, 1])
-    # torchvision fixes the width of the first stage at 64: rebuild the stages from 8 channels.
-    network.inplanes = 8
-    network.conv1 = nn.Conv2d(3, 8, 7, stride=2, padding=3, bias=False)
-    network.bn1 = nn.BatchNorm2d(8)
-    for index, width in enumerate((8, 16, 32, 64)):
-        stage = network._make_layer(resnet.BasicBlock, width, 1, stride=1 if index == 0 else 2)
+    # torchvision fixes the width of the first stage at 64: rebuild the stages.
+    network.inplanes = width
+    network.conv1 = nn.Conv2d(3, width, 7, stride=2, padding=3, bias=False)
+    network.bn1 = nn.BatchNorm2d(width)
+    for index in range(4):
+        stage = network._make_layer(resnet.BasicBlock, width * 2**index, 1, stride=1 if index == 0 else 2)
         setattr(network, f"layer{index + 1}", stage)
-    network.fc = nn.Linear(64, 1)
+    network.fc = nn.Linear(8 * width, 1)
     for layer in network.modules():
         if isinstance(layer, nn.Conv2d):
             nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
@@ -203,7 +212,7 @@ class Encoder(nn.Module):
 
     Args:
         out_features: d, the embedding dimension.
-        backbone: ``name`` of the :class:`ResNet`, whose other argument is ``small_images``.
+        backbone: ``name`` of the :class:`ResNet`, whose other arguments are ``small_images`` and ``width``.
         projector_depth: ``depth`` of the :class:`Projector`, whose other arguments are ``hidden_features``, ``norm``.
         alpha: scale of the last layer, see :func:`scale_last_layer`; 1 is ordinary initialisation.
         bias_norm: norm of the initial bias of the last layer, in a random direction; None scales the bias by ``alpha``.
@@ -225,10 +234,11 @@ class Encoder(nn.Module):
         alpha: float = 1.0,
         bias_norm: float | None = None,
         seed: int | None = None,
+        width: int | None = None,
     ) -> None:
         super().__init__()
         seed = checked_seed(seed)
-        self.backbone = ResNet(backbone, small_images, seed)
+        self.backbone = ResNet(backbone, small_images, seed, width)
         # Other seeds, because equal seeds would draw equal rows for layers of equal shape.
         self.projector = Projector(
             self.backbone.out_features, out_features, projector_depth, hidden_features, norm, seed + 1_000_003

@@ -30,6 +30,13 @@ def test_resnet_sizes(name, width, parameters):
     assert network(images()).shape == (4, width)
 
 
+def test_encoder_sets_the_width_of_the_small_resnet():
+    wide = Encoder(3, width=16, seed=0)
+    channels = [stage[0].conv1.out_channels for stage in [*wide.backbone.network.children()][4:8]]
+    assert channels == [16, 32, 64, 128] and wide(images()).shape == (4, 3)
+    assert equal(Encoder(3, width=8, seed=0), Encoder(3, seed=0))
+
+
 def test_small_image_stem_preserves_the_resolution():
     sizes = {}
     for small in (True, False):
@@ -103,6 +110,7 @@ def test_bias_norm_sets_the_norm_of_the_bias():
     ("call", "message"),
     [
         (lambda: ResNet("resnet19"), "choose from: resnet_small, resnet18"),
+        (lambda: ResNet("resnet18", width=16), "None unless the network is resnet_small, got 16"),
         (lambda: Encoder(0), "out_features=0"),
         (lambda: Encoder(3, projector_depth=0), "depth=0"),
         (lambda: Projector(3, 3, norm="layer"), "'batch' or 'none'"),

@@ -25,7 +25,7 @@ from stepwise_lightning.spectrum import cross_correlation_eigenvalues
 CONFIGS = Path(__file__).parent.parent / "configs"
 LOSSES, DATA_SETS = ("barlow_twins", "vicreg", "simclr"), ("photos", "cifar10", "cifar10_cpu", "stl10", "imagenet")
 NETWORKS = [f"{loss}_{data}" for loss in LOSSES for data in DATA_SETS]
-COMPLETE = [*NETWORKS, "spectral_contrastive_photos", "linear_photos"]
+COMPLETE = [*NETWORKS, "spectral_contrastive_photos", "spectral_contrastive_cifar10_cpu", "linear_photos"]
 # Every loss, data set and encoder once; the slow suite tests all.
 USUAL = {"barlow_twins_photos", "simclr_cifar10_cpu", "vicreg_stl10", "barlow_twins_imagenet", "linear_photos"}
 # The linear model has no last layer whose initialization could be ordinary.

@@ -9,9 +9,11 @@ From small initialisation, ``detect_steps`` counts the learned modes, and the hi
 weights, at most 40 steps later. From ordinary initialisation, ``detect_rises`` counts a mode at half of its range, and
 the hidden representation uses the final weights.
 
-One or two modes are no better than the baselines and worse than pixels; all learned modes are better. The hidden
-representation gains less because its untrained components are better. With Barlow Twins the gain is small (photographs,
-seeds 0, 1, 2: 0.03, 0.08, 0.04), and there is no claim.
+One or two modes are no better than the baselines and worse than pixels; all learned modes are better. The untrained
+hidden representation is the strongest baseline: as many of its components are up to 0.18 more accurate than pixels. The
+claims therefore compare with the better one of the two untrained representations, and their control is the gain of as
+many components of the pixels. The hidden representation of Barlow Twins gains little (photographs, seeds 0, 1, 2: 0.03,
+0.08, 0.04), and there is no claim.
 
 The classes of the photographs are the eight pictures; 41 % of the tiles are from one picture. Held-out tiles overlap,
 which favours k-NN, also on pixels. On CIFAR-10 the modes of these small networks contain little information about the
@@ -25,7 +27,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from reproduce.claims import Claim, worst
@@ -40,24 +41,23 @@ from stepwise_lightning import mode_worth
 from stepwise_lightning.features import capture
 
 PAPER = "Not in the paper, which leaves downstream accuracy of the learned modes open."
-EMBEDDING, HIDDEN, UNTRAINED, UNTRAINED_HIDDEN, PIXELS, PERMUTED = (
-    "embedding", "hidden representation", "untrained embedding", "untrained hidden representation", "pixels",
-    "embedding, labels permuted",
+EMBEDDING, HIDDEN, UNTRAINED, UNTRAINED_HIDDEN, PIXELS = (
+    "embedding", "hidden representation", "untrained embedding", "untrained hidden representation", "pixels"
 )  # fmt: skip
 SHOWN = (EMBEDDING, HIDDEN, UNTRAINED, UNTRAINED_HIDDEN, PIXELS)
 CLASSIFIERS = ("ridge", "knn")
 COLUMNS = ["loss", "start", "seed", "classifier", "representation", "modes", "step", "accuracy"]
 # Minimum accuracy gain of all learned modes over the same number of baseline components, for every seed.
-MIN_GAIN = {"barlow_twins": 0.1, "vicreg": 0.1, "simclr": 0.05}
+MIN_GAIN = {"barlow_twins": 0.03, "vicreg": 0.05, "simclr": 0.05}
 MIN_HIDDEN_GAIN = 0.05
 HIDDEN_GAINS = ("vicreg", "simclr")
-MIN_GAIN_SMOKE = 0.05
-OVER_PIXELS = ("barlow_twins", "vicreg")  # five or six modes of SimCLR are about as accurate as pixels
+SMOKE_LOSSES = ("barlow_twins", "vicreg")
+NETWORKS = [(loss, start) for start in INITIALIZATIONS for loss in LOSS_SETTINGS]
 
 
 def produce(options: argparse.Namespace, directory: Path) -> Outcome:
     """Train missing runs, and measure classification accuracies."""
-    runs = trained_runs(options, [(loss, start) for start in INITIALIZATIONS for loss in LOSS_SETTINGS])
+    runs = trained_runs(options, NETWORKS)
     rows = [row for rows in map_parallel(classify_run, [(run,) for run in runs], "mode_worth") for row in rows]
     panels = [
         [_panel(rows, loss, start, classifier, options.seeds) for loss in LOSS_SETTINGS]
@@ -78,11 +78,10 @@ def produce(options: argparse.Namespace, directory: Path) -> Outcome:
 def classify_run(run: Run) -> list[list[Any]]:
     """Return the rows of one run."""
     labels, pairs = run.data.probe_labels(), run.data.probe_pairs()
-    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
-    moments, steps, matrix = _moments(run), run.record.steps.tolist(), run.loss_settings.matrix
+    learned, steps, matrix = learned_at(run), run.record.steps.tolist(), run.loss_settings.matrix
     dim = run.record.embeddings(0).shape[-1]
     saved = run.saved_steps()
-    hidden = {step: _hidden(run, step) for step in {_next(saved, steps[index]) for index in moments.values()}}
+    hidden = {step: _hidden(run, step) for step in {next_saved(saved, steps[index]) for index in learned.values()}}
     fixed = {
         UNTRAINED: ([*run.record.embeddings(0)], matrix),
         UNTRAINED_HIDDEN: (capture(run.encoder().train(), pairs, ["backbone"])["backbone"], "covariance"),
@@ -98,20 +97,19 @@ def classify_run(run: Run) -> list[list[Any]]:
         for name, (views, kind) in fixed.items():
             for modes, accuracy in enumerate(mode_worth(views, labels, kind, dim, classifier)):  # type: ignore[arg-type]
                 add(classifier, name, modes, 0, accuracy)
-        for modes, index in moments.items():
-            later = _next(saved, steps[index])
+        for modes, index in learned.items():
+            later = next_saved(saved, steps[index])
             sources = [
-                (EMBEDDING, [*run.record.embeddings(index)], matrix, labels, steps[index]),
-                (PERMUTED, [*run.record.embeddings(index)], matrix, labels[order], steps[index]),
-                (HIDDEN, hidden[later], "covariance", labels, later or steps[-1]),
+                (EMBEDDING, [*run.record.embeddings(index)], matrix, steps[index]),
+                (HIDDEN, hidden[later], "covariance", later or steps[-1]),
             ]
-            for name, views, kind, names, step in sources:
-                worth = mode_worth(views, names, kind, modes, classifier)  # type: ignore[arg-type]
+            for name, views, kind, step in sources:
+                worth = mode_worth(views, labels, kind, modes, classifier)  # type: ignore[arg-type]
                 add(classifier, name, modes, step, worth[-1])
     return rows
 
 
-def _moments(run: Run) -> dict[int, int]:
+def learned_at(run: Run) -> dict[int, int]:
     """Return the indices of the measurements at which 0, 1, 2, … modes have just been learned."""
     if run.variant == "small":
         most = int(run.steps.num_learned.max())
@@ -122,7 +120,7 @@ def _moments(run: Run) -> dict[int, int]:
     }  # fmt: skip
 
 
-def _next(saved: list[int], step: int) -> int | None:
+def next_saved(saved: list[int], step: int) -> int | None:
     """Return the first saved step that is not before ``step``, or None for the final weights."""
     return next((later for later in saved if later >= step), None)
 
@@ -151,8 +149,7 @@ def _panel(rows: list[list[Any]], loss: str, start: str, classifier: str, seeds:
 def _last(rows: list[list[Any]], run: tuple[Any, ...], classifier: str = "ridge") -> dict[str, Any]:
     """Return the number of learned modes, and the accuracy of that many components of each representation."""
     modes = max(_values(rows, *run, classifier, EMBEDDING))
-    names = (EMBEDDING, HIDDEN, UNTRAINED, UNTRAINED_HIDDEN, PIXELS, PERMUTED)
-    accuracies = {name: _values(rows, *run, classifier, name) for name in names}
+    accuracies = {name: _values(rows, *run, classifier, name) for name in SHOWN}
     # The tangent covariance has one mode fewer than dimensions.
     return {"modes": modes} | {name: values[min(modes, max(values))] for name, values in accuracies.items()}
 
@@ -168,24 +165,23 @@ def _summary(run: Run, rows: list[list[Any]]) -> dict[str, Any]:
 
 def _claims(rows: list[list[Any]], options: argparse.Namespace) -> list[Claim]:
     claims, smoke = [], options.profile == "smoke"
-    for loss, settings in LOSS_SETTINGS.items():
-        if smoke and loss not in OVER_PIXELS:
-            continue
+    for loss in SMOKE_LOSSES if smoke else LOSS_SETTINGS:
         last = [_last(rows, (loss, "small", seed)) for seed in options.seeds]
-        comparisons = [("untrained", EMBEDDING, UNTRAINED, MIN_GAIN_SMOKE if smoke else MIN_GAIN[loss])]
-        if not smoke:
-            comparisons += [("hidden", HIDDEN, UNTRAINED_HIDDEN, MIN_HIDDEN_GAIN)] * (loss in HIDDEN_GAINS)
-            comparisons += [("pixels", EMBEDDING, PIXELS, MIN_GAIN[loss])] * (loss in OVER_PIXELS)
-        for name, trained, other, least in comparisons:
-            sentence = f"{settings.title}, small initialisation: accuracy of all learned modes, {trained} minus {other}"
-            gains = [values[trained] - values[other] for values in last]
-            permuted = [values[PERMUTED] - values[other] for values in last]
+        comparisons: list[tuple[str, str, tuple[str, ...], float]] = [
+            ("untrained", EMBEDDING, (UNTRAINED, UNTRAINED_HIDDEN), MIN_GAIN[loss])
+        ]
+        if loss in HIDDEN_GAINS and not smoke:
+            comparisons.append(("hidden", HIDDEN, (UNTRAINED_HIDDEN,), MIN_HIDDEN_GAIN))
+        for name, trained, others, least in comparisons:
+            title = f"{LOSS_SETTINGS[loss].title}, small initialisation"
+            sentence = f"{title}: accuracy of all learned modes, {trained} minus {' or '.join(others)}"
+            gains, pixels = (
+                [values[each] - max(values[other] for other in others) for values in last] for each in (trained, PIXELS)
+            )
             claims.append(
-                worst(
-                    f"{loss}_{name}", sentence, gains, ">=", least, options.seeds, "permuted labels", permuted,
-                )
-            )  # fmt: skip
+                worst(f"{loss}_{name}", sentence, gains, ">=", least, options.seeds, "components of pixels", pixels)
+            )
     return claims
 
 
-FIGURE = PaperFigure("mode_worth", __doc__, PAPER, PROFILES, produce)
+FIGURE = PaperFigure("mode_worth", __doc__, PAPER, PROFILES, produce, networks=NETWORKS)

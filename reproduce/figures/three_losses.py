@@ -5,8 +5,9 @@ Twins, which drives them from 0 to 1, of the covariance for VICReg, and of the t
 depends on normalised embeddings only; in their plain covariance the first mode has two eigenvalues, because it is an
 arc on the sphere. ``standard_init`` shows ordinary initialisation.
 
-Controls: Barlow Twins and VICReg without the decorrelation term, where all dimensions learn the first mode; SimCLR,
-which has no such term, from ordinary initialisation.
+Controls, trained for as many steps: Barlow Twins and VICReg without the decorrelation term, where all dimensions learn
+the first mode; SimCLR, which has no such term, on wrong pairs. From ordinary initialisation SimCLR's modes start too
+large to have a step by definition.
 
 The paper trains ResNet-50 on STL-10 with standard augmentations (``--profile full``) and does not state learning rates
 and initial scales. For the values used here, and the small ResNet of the default profile, see

@@ -17,6 +17,7 @@ from dataclasses import replace
 from functools import cached_property
 from itertools import product
 from pathlib import Path
+from pkgutil import resolve_name
 from threading import Event
 from typing import Any
 
@@ -24,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from reproduce.networks.training import CONFIGS, TrainingRun
-from reproduce.networks.variants import CPU_STEPS, LOSS_SETTINGS, LossSettings
+from reproduce.networks.variants import ALL_LOSS_SETTINGS, CPU_STEPS, LOSS_SETTINGS, LossSettings
 from reproduce.options import require_images
 from reproduce.processes import Progress, start_forkserver
 from reproduce.records import data_rows
@@ -46,7 +47,7 @@ class Run(TrainingRun):
     @property
     def loss_settings(self) -> LossSettings:
         """Per-loss settings of the figures."""
-        return LOSS_SETTINGS[self.loss]
+        return ALL_LOSS_SETTINGS[self.loss]
 
     @cached_property
     def record(self) -> SpectrumRecord:
@@ -124,7 +125,8 @@ class Run(TrainingRun):
         """Data module of the run."""
         settings = self._config["data"]
         with self._readable("config.yaml"):
-            data = TwoViewDataModule(**settings | {"seed": self.seed})
+            cls = resolve_name(self._variant.get("data.class_path", "stepwise_lightning.TwoViewDataModule"))
+            data = cls(**settings | {"seed": self.seed})
             data.setup("fit")
         return data
 
@@ -239,7 +241,8 @@ def trained_runs(options: argparse.Namespace, kinds: Iterable[tuple[str, str]] =
     load_image_set(options.data, "val", options.root, options.download)
     require_images(options, *map(max, zip(*(run.num_images() for run in runs), strict=True)))
     missing = [run for run in runs if not (options.resume and run.is_finished())]
-    missing.sort(key=lambda run: run.variant in CPU_STEPS)  # long runs first: a long last run would leave cores idle
+    if options.profile == "cpu":  # long runs first: a long last run would leave cores idle
+        missing.sort(key=lambda run: run.variant in CPU_STEPS)
     with Progress("networks", len(runs), completed=len(runs) - len(missing)) as progress:
         _train(missing, options.resume, progress)
     return runs

@@ -31,9 +31,19 @@ from stepwise_lightning.runs.folders import checkpoints_in
 CONFIGS = Path(__file__).parents[2] / "configs"
 # cpu: the shipped configuration; smoke: a size for tests; full: the paper's size.
 PROFILES: dict[str, dict[str, Any]] = {"smoke": {}, "cpu": {}, "full": {"data": "stl10"}}
-# Between cpu and full: hours on a CPU, used by one figure only.
-MIDDLE_PROFILE: dict[str, dict[str, Any]] = {"middle": {"data": "cifar10"}}
-_CONFIGURATION = {"smoke": "photos", "cpu": "photos", "middle": "cifar10_cpu", "full": "stl10"}
+# Between cpu and full: 32 hours of one CPU core for three seeds, used by one figure only; and its size for tests.
+MIDDLE_PROFILES: dict[str, dict[str, Any]] = {
+    "middle": {"data": "cifar10", "labelled": 5000, "held_out": 1000}, "tiny": {"labelled": 60, "held_out": 30},
+}  # fmt: skip
+_CONFIGURATION = {
+    "smoke": "photos", "cpu": "photos", "middle": "cifar10_cpu", "tiny": "cifar10_cpu", "full": "stl10"
+}  # fmt: skip
+_TINY = {
+    "model.init_args.encoder.init_args.out_features": 4, "model.init_args.encoder.init_args.hidden_features": 16,
+    "model.init_args.encoder.init_args.width": 4, "model.init_args.learning_rate": 0.01,
+    "data.init_args.image_size": 8, "data.init_args.global_batch_size": 16, "data.init_args.num_probe_pairs": 16,
+    "trainer.max_steps": 60,
+}  # fmt: skip
 _MODULE = "stepwise_lightning"
 _PLACES = (
     "data.init_args.root", "trainer.logger.init_args.save_dir", "trainer.default_root_dir", "trainer.callbacks.dirpath"
@@ -71,7 +81,8 @@ class TrainingRun:
             "trainer.default_root_dir": str(self.logs / self.name),
             "trainer.enable_progress_bar": "false",
         } | self._variant
-        if self.variant == "small" and self.options.profile == "full":  # a file has 110 MB
+        profile = self.options.profile  # a file of the full profile has 110 MB
+        if profile in MIDDLE_PROFILES or (self.variant == "small" and profile == "full"):
             settings |= {
                 "trainer.callbacks+": "reproduce.networks.weights.LogSpacedWeights",
                 "trainer.callbacks.dirpath": str(self.weights),
@@ -87,6 +98,7 @@ class TrainingRun:
             }
         if self.options.profile == "cpu" and self.variant in CPU_STEPS:
             settings["trainer.max_steps"] = CPU_STEPS[self.variant]
+        settings |= _TINY if self.options.profile == "tiny" else {}
         if self.options.profile == "smoke":
             settings |= {
                 "model.init_args.encoder.init_args.out_features": 4,

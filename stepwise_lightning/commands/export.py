@@ -49,7 +49,7 @@ def _loading(encoder: Any, path: Path) -> list[str]:
     lines = ["import torch, torchvision", f"network = torchvision.models.{resnet.name}(weights=None)"]
     if resnet.name == "resnet_small":  # not in torchvision
         lines = ["import torch", "from stepwise_lightning import ResNet"]
-        lines += [f'network = ResNet("resnet_small", small_images={resnet.small_images}).network']
+        lines += [f'network = ResNet("resnet_small", {resnet.small_images}, width={resnet.width}).network']
     elif resnet.small_images:
         lines += ["network.conv1 = torch.nn.Conv2d(3, 64, 3, padding=1, bias=False)  # the stem for small images"]
         lines += ["network.maxpool = torch.nn.Identity()"]

@@ -1,15 +1,39 @@
-"""Data modules of the negative controls."""
+"""Data modules and learning rates of the controls."""
 
+import lightning as L
+import pytest
 import torch
 
-from reproduce.control_data import NoiseImages, WrongPairs
-from stepwise_lightning import TwoViewDataModule
+from reproduce.control_data import IdenticalViews, NoiseImages, SafeRate, WrongPairs
+from stepwise_lightning import BarlowTwins, Encoder, TwoViewDataModule
 
 
 def prepared(cls, **settings):
     data = cls("photos", "weak", image_size=16, global_batch_size=32, num_probe_pairs=8, **settings)
     data.setup("fit")
     return data
+
+
+def test_identical_views_are_the_first_views():
+    two, one = (next(iter(prepared(cls).train_dataloader())) for cls in (TwoViewDataModule, IdenticalViews))
+    assert torch.equal(two[0], one[0]) and torch.equal(one[0], one[1]) and not torch.equal(two[0], two[1])
+    assert torch.equal(prepared(IdenticalViews).probe_pairs()[1], prepared(TwoViewDataModule).probe_pairs()[1])
+
+
+@pytest.mark.slow
+def test_safe_rate_of_noise_is_the_rate_of_the_optimiser():
+    rates = []
+    for share in (1.0, 0.5):
+        module = BarlowTwins(
+            Encoder(4, alpha=1e-3, seed=0), 0.004, off_diagonal_weight=1.0, normalize=False, center=True
+        )
+        trainer = L.Trainer(
+            max_steps=1, accelerator="cpu", logger=False, enable_checkpointing=False, callbacks=[SafeRate(share)],
+            enable_progress_bar=False, enable_model_summary=False, limit_val_batches=0,
+        )  # fmt: skip
+        trainer.fit(module, datamodule=prepared(NoiseImages, seed=0))
+        rates.append(trainer.optimizers[0].param_groups[0]["lr"])
+    assert rates[0] == pytest.approx(2 * rates[1]) and rates[0] > 0.006
 
 
 def test_wrong_pairs_roll_the_second_views_within_the_batch():

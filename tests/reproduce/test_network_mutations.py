@@ -28,10 +28,13 @@ def as_if_small(variant):
     return mutate
 
 
-ordinary, wrong_pairs, noise_images = map(as_if_small, ("ordinary", "wrong_pairs", "noise_images"))
+ordinary, wrong_pairs, noise_images, identical_views = map(
+    as_if_small, ("ordinary", "wrong_pairs", "noise_images", "identical_views")
+)
 ordinary.__doc__ = "Use ordinary instead of small initialisation."
 wrong_pairs.__doc__ = "Train on wrong pairs."
-noise_images.__doc__ = "Train on images of noise."
+noise_images.__doc__ = "Train on images of noise, at the rate of the photographs."
+identical_views.__doc__ = "Train on two identical views."
 
 
 def staircase_as_control(patch):
@@ -71,14 +74,21 @@ def kernel_of_the_start(patch):
     patch.setattr(kernel_over_time, "closed_form", initial_closed_form)
 
 
-def _halved(training):
-    return replace(training, rates=training.rates / 2)
+def scaled_forecast(factor, text):
+    def mutate(patch):
+        def scaled(*arguments):
+            settings = of(*arguments)
+            return replace(settings, rates=factor * settings.rates)
+
+        of = SGDSettings.of
+        patch.setattr(SGDSettings, "of", scaled)
+
+    mutate.__name__, mutate.__doc__ = f"rates_times_{factor}", text
+    return mutate
 
 
-def other_growth(patch):
-    """Use a growth rate of 4γ instead of 8γ in the forecast."""
-    of = SGDSettings.of
-    patch.setattr(SGDSettings, "of", lambda *arguments: _halved(of(*arguments)))
+other_growth = scaled_forecast(0.5, "Use a growth rate of 4γ instead of 8γ in the forecast.")
+two_thirds, four_fifths = (scaled_forecast(f, f"Multiply the rates of the forecast by {f}.") for f in (0.67, 0.8))
 
 
 def without_momentum(patch):
@@ -117,7 +127,10 @@ MUTATIONS = [
     ("three_losses", ordinary, "barlow_twins_steps"),
     ("three_losses", wrong_pairs, "barlow_twins_steps"),
     ("resnet_barlow_twins", noise_images, "steps"),
+    ("resnet_barlow_twins", identical_views, "views"),
     ("resnet_barlow_twins", other_growth, "not_early"),
+    ("resnet_barlow_twins", two_thirds, "first_not_early"),
+    ("resnet_barlow_twins", four_fifths, "first_not_early"),
     ("resnet_barlow_twins", without_momentum, "not_early"),
     ("standard_init", ordinary, "simclr_small"),
     ("negative_controls", staircase_as_control, "wrong_pairs"),
