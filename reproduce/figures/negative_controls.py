@@ -6,11 +6,11 @@ and so the same Γ of correct pairs, the same learning rate and number of steps:
 first mode are equal. The growth rates of the published loss are 4Γ/ε; its learning rate is ε times the others. All must
 show fewer distinct steps than any stepwise run.
 
-Images of noise have a Γ of their own, with a first eigenvalue about 40 times smaller, from overlapping crops. At the
-learning rate of the photographs they show no step within this time. This is no property of noise: at the safe rate of
-``stepwise forecast`` for their features they have a staircase, within fewer e-folds of the first mode than the stepwise
-run (``e_folds`` in the table). At the rate with equal 4ηΓ_1 training diverges, because the views of noise share a small
-part of their variance, and batches fluctuate.
+Γ of images of noise has a first eigenvalue about 40 times smaller, from overlapping crops. At the learning rate of the
+photographs they show no step within this time, but at the safe rate of ``stepwise forecast`` for their features they
+have a staircase, within fewer e-folds of the first mode than the stepwise run (``e_folds`` in the table). At the rate
+with equal 4ηΓ_1 training diverges, because the views of noise share a small part of their variance, and batches
+fluctuate.
 
 The paper has no such figure. With wrong pairs Γ vanishes, and no mode grows. Without the off-diagonal term, or with the
 small weight that it has in the published loss, every dimension learns the first mode.
