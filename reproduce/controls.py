@@ -1,4 +1,4 @@
-"""Baselines for alignments: a theory without pairs, and permuted images."""
+"""Comparison of embeddings: a theory without pairs, permuted images, and values up to a rotation."""
 
 from __future__ import annotations
 
@@ -41,3 +41,9 @@ def permuted_alignment(f: Tensor, g: Tensor, draws: int = 20) -> float:
         order = torch.randperm(n, generator=generator)
         total += float(subspace_alignment(f, g[torch.cat([order, n + order])]))
     return total / draws
+
+
+def procrustes_error(f: Tensor, g: Tensor) -> float:
+    """Return min_Q ‖f − g Q‖ / ‖f‖ over orthogonal Q, for two embeddings (n, d): their values, up to one rotation."""
+    overlap = torch.linalg.svdvals(g.T @ f).sum()
+    return float((f.square().sum() + g.square().sum() - 2 * overlap).clamp(min=0).sqrt() / f.norm())

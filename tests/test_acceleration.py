@@ -8,8 +8,18 @@ import pytest
 import torch
 from lightning.pytorch.loggers import CSVLogger
 
-from stepwise_lightning import MLP, AcceleratedBarlowTwins, BarlowTwins, Encoder, LinearEncoder, barlow_twins_loss
-from stepwise_lightning.modules.acceleration import gate, lyapunov, record_last_inputs, with_gradient
+from reproduce.figures.acceleration.grids import RESNET
+from reproduce.figures.faster_modes import PROFILES
+from stepwise_lightning import (
+    MLP,
+    AcceleratedBarlowTwins,
+    BarlowTwins,
+    Encoder,
+    LinearEncoder,
+    TwoViewDataModule,
+    barlow_twins_loss,
+)
+from stepwise_lightning.modules.acceleration import gate, gate_limit, lyapunov, record_last_inputs, with_gradient
 
 ANALYTICAL = {"off_diagonal_weight": 1.0, "normalize": False}
 
@@ -91,6 +101,58 @@ def descend(module, rate, steps, x1, x2):
         optimizer.step()
         path.append(eigenvalues_of_c(module, x1, x2))
     return torch.stack(path)
+
+
+def views_with_negative_eigenvalue():
+    """Return two views whose Γ is diag(1, ½, ¼, 0.1, −0.6)."""
+    gamma = torch.tensor([1.0, 0.5, 0.25, 0.1, -0.6], dtype=torch.float64)
+    x = torch.diag((5 * gamma.abs()).sqrt())
+    return x, x * gamma.sign()
+
+
+def test_gate_diverges_above_the_limit_of_the_smallest_eigenvalue_and_trains_below():
+    x1, x2 = views_with_negative_eigenvalue()
+    limit = gate_limit(x1, x2)
+    assert limit == pytest.approx(0.01 / (2 * 0.6)) and gate_limit(x1, x1) == pytest.approx(1 / 4)
+    for rate, diverges in ((0.9 * limit, False), (2 * limit, True), (0.1 / 4, True)):  # a tenth of 1/(4γ_1)
+        module = AcceleratedBarlowTwins(LinearEncoder(5, 4, 1e-6, seed=0).double(), rate, "gate")
+        if diverges:
+            with pytest.raises(torch.linalg.LinAlgError):  # infinite weights
+                descend(module, rate, 40, x1, x2)
+        else:
+            path = descend(module, rate, 200, x1, x2)
+            assert path.max() < 1.5 and path[-1].min() > 0.5
+            aligned = torch.linalg.qr(module.encoder.weight.detach().T).Q[:4]
+            torch.testing.assert_close(aligned.square().sum(), torch.tensor(4.0).double(), rtol=1e-3, atol=0)
+
+
+def test_trainer_warns_of_a_rate_above_the_limit_of_the_first_batch(recwarn):
+    batch = [x.float() for x in views_with_negative_eigenvalue()]
+    loader = torch.utils.data.DataLoader([batch] * 3, batch_size=None)
+    for rate, count in ((0.008, 0), (0.009, 1)):
+        module = AcceleratedBarlowTwins(LinearEncoder(5, 4, 1e-6), rate, "gate")
+        trainer = L.Trainer(
+            max_steps=3, accelerator="cpu", logger=False, enable_checkpointing=False, enable_model_summary=False,
+            enable_progress_bar=False,
+        )  # fmt: skip
+        trainer.fit(module, loader)
+        texts = [str(warning.message) for warning in recwarn if "of the gate" in str(warning.message)]
+        assert len(texts) == count and not module.encoder._forward_hooks
+    assert (
+        texts[0].startswith("learning_rate 0.009 is not below 0.0083, the limit of the gate") and "\n" not in texts[0]
+    )
+
+
+@pytest.mark.slow
+def test_rate_of_the_resnet_of_faster_modes_is_below_its_limit():
+    for profile in ("smoke", "cpu"):
+        settings = PROFILES[profile]
+        data = TwoViewDataModule("photos", "weak", settings["image_size"], settings["resnet_batch"], seed=0)
+        data.setup("fit")
+        encoder = Encoder(4, "resnet_small", projector_depth=2, hidden_features=128, alpha=1e-3, seed=0)
+        inputs = record_last_inputs(encoder)
+        [encoder(view) for view in next(iter(data.train_dataloader()))[:2]]
+        assert gate_limit(*inputs, center=True) > RESNET["gate"].rate
 
 
 @pytest.mark.parametrize("center", [False, True])

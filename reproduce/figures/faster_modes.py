@@ -71,7 +71,7 @@ CPU: dict[str, Any] = dict(
 PROFILES: dict[str, dict[str, Any]] = {
     "smoke": dict(
         num_pairs=256, crop_size=8, dimensions=(4, 8), kernel_pairs=40, wide_pairs=20, width=128, wide_dim=3,
-        image_size=12, resnet_batch=64, resnet_steps=20, resnet_dim=3, resnet_seeds=1,
+        image_size=12, resnet_batch=256, resnet_steps=20, resnet_dim=3, resnet_seeds=1,
     ),
     "cpu": CPU,
     "full": CPU | dict(data="cifar10", resnet_steps=400, resnet_seeds=3),

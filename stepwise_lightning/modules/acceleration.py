@@ -11,12 +11,17 @@ Legend
 
 The gradient of ‖C − I‖²_F with respect to F is −(1/2n) s F P with P = 4 (I − C). Modes of small γ are learned late,
 because each grows in proportion to its γ. Another P needs only products of d × d matrices. It mixes dimensions of the
-embedding, not features, so the modes of the largest γ are still the ones learned. Preconditioning features or weights
-(natural gradients, Adam) instead leads to another subspace.
+embedding, not features, so with small steps the modes of the largest γ are still the ones learned. Preconditioning
+features or weights (natural gradients, Adam) instead leads to another subspace.
 
 *Gate*: P = 4 Q diag((1 − λ) / (max(λ, 0) + ε)) Qᵀ. Until a mode is learned, it grows up to 1/ε times as fast as with
 gradient descent, and then moves as with gradient descent. The learning rate must stay below the limit of gradient
-descent, 1/(4γ_1); near it, the first mode may overshoot tenfold.
+descent, 1/(4γ_1); near it, the first mode may overshoot tenfold. If Γ has a negative eigenvalue γ_min, a step
+multiplies its part of the weights by 1 − 4η\|γ_min\|/ε while a dimension of the embedding is unlearned. Together:
+η < min(1/(4γ_1), ε/(2\|γ_min\|)), or 100 · 4ηγ_1 · \|γ_min\|/γ_1 < 2 (:func:`gate_limit`). With a Trainer, a rate above
+the limit of the first batch gives a warning; for batches of new pairs, whose eigenvalues differ, it is approximate.
+Large steps also mix modes: from weights of scale α a share α^{1−r} of mode j+1 remains in mode j, where
+r = log(1 + 4ηγ_{j+1}/ε) / log(1 + 4ηγ_j/ε) is nearer 1 than the γ_{j+1}/γ_j of small steps.
 
 *Lyapunov*: P S + S P = 2 Q diag((1 − λ) max(\|λ\|, φ‖C‖)) Qᵀ. A step ΔW = ηPG of the last layer changes C by
 η (P S + S P) to first order. With frozen features, every λ therefore follows dλ/dk = 2η (1 − λ) λ over steps k,
@@ -31,12 +36,14 @@ There is no equation for momentum or Adam on top.
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Sequence
 from functools import partial
 from typing import Any, Literal, get_args
 
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from stepwise_lightning.distributed import all_gather_with_grad
@@ -59,7 +66,8 @@ class AcceleratedBarlowTwins(BarlowTwins):
 
     Args:
         encoder: module from a view (n, …) to embeddings (n, d); for ``lyapunov`` it must end in a linear layer.
-        learning_rate: for ``gate`` the learning rate of gradient descent; for ``lyapunov`` 0.1 to 0.3.
+        learning_rate: for ``gate`` the learning rate of gradient descent, below :func:`gate_limit`; for
+            ``lyapunov`` 0.1 to 0.3.
         acceleration: ``gate`` or ``lyapunov``.
         off_diagonal_weight: must be 1, as in the analytical loss.
         normalize: must be False, as in the analytical loss.
@@ -91,11 +99,36 @@ class AcceleratedBarlowTwins(BarlowTwins):
             )
         super().__init__(encoder, learning_rate, off_diagonal_weight, normalize, center, **optimization)
         self._inputs = record_last_inputs(encoder) if acceleration == "lyapunov" else ()
+        self._gate_is_unchecked = acceleration == "gate" and not self._compile
 
     @property
     def trains_with_sgd(self) -> bool:
         """Return False, because the weights do not follow the gradient of the loss."""
         return False
+
+    def training_step(self, batch: Sequence[Tensor], batch_idx: int) -> Tensor:
+        """Return the loss of a batch; on the first, warn if the learning rate of the gate is not below its limit."""
+        layer = last_linear(self.encoder) if self._gate_is_unchecked else None
+        self._gate_is_unchecked = False
+        if layer is None:
+            return super().training_step(batch, batch_idx)
+        inputs: deque[Tensor] = deque(maxlen=2)
+        hook = layer.register_forward_hook(partial(_record, inputs, deque(maxlen=1)))
+        try:
+            loss = super().training_step(batch, batch_idx)
+        finally:
+            hook.remove()
+        if len(inputs) == 2 and loss.isfinite():
+            self._check_gate(*(all_gather_with_grad(h) for h in inputs))
+        return loss
+
+    def _check_gate(self, h1: Tensor, h2: Tensor) -> None:
+        rate, limit = self.hparams["learning_rate"], gate_limit(h1, h2, self.hparams["center"])
+        if rate >= limit:
+            rank_zero_warn(
+                f"learning_rate {rate:g} is not below {limit:.2g}, the limit of the gate for the first batch, and "
+                f"training can diverge: choose a learning_rate below {limit:.2g}, larger batches, or 'lyapunov'"
+            )
 
     def loss_terms(self, z1: Tensor, z2: Tensor) -> dict[str, Tensor]:
         """Return ``on_diagonal`` and ``off_diagonal``; the gradient of their sum is −(1/2n) s F P."""
@@ -114,6 +147,26 @@ def gate(c: Tensor, floor: float = _GATE_FLOOR) -> Tensor:
     """
     eigenvalues, q = torch.linalg.eigh(as_float64(c, "C"))
     return 4 * (q * ((1 - eigenvalues) / (eigenvalues.clamp(min=0) + floor))) @ q.T
+
+
+def gate_limit(h1: Tensor, h2: Tensor, center: bool = False, floor: float = _GATE_FLOOR) -> float:
+    """Return min(1/(4γ_1), ε/(2|γ_min|)), the limit of the learning rate of the gate, for features (n, m).
+
+    ``center`` subtracts the mean of each view; ε = ``floor``.
+
+    Example:
+        >>> import torch
+        >>> h1, h2 = torch.tensor([[2.0**0.5, 0.0], [0.0, 1.0]]), torch.tensor([[2.0**0.5, 0.0], [0.0, -1.0]])
+        >>> round(gate_limit(h1, h2), 4)  # Γ = diag(1, −½)
+        0.01
+
+    """
+    h1, h2 = (as_float64(h, "features") for h in (h1, h2))
+    if center:
+        h1, h2 = h1 - h1.mean(0), h2 - h2.mean(0)
+    gamma = torch.linalg.eigvalsh((h1.T @ h2 + h2.T @ h1) / (2 * len(h1)))
+    drive = max(4 * float(gamma[-1]), -2 * float(gamma[0]) / floor)
+    return 1 / drive if drive > 0 else math.inf
 
 
 def lyapunov(c: Tensor, s: Tensor, floor: float = _LYAPUNOV_FLOOR) -> Tensor:

@@ -8,7 +8,7 @@ from stepwise_lightning.theory.last_layer import LastLayer
 from stepwise_lightning.theory.linear import LinearBarlowTwins
 from stepwise_lightning.theory.linear_flow import GrowthModes, growth_modes, two_tower_features
 from stepwise_lightning.theory.loss_signature import LossSignature, loss_signature, saddle_value
-from stepwise_lightning.theory.moments import FeatureMoments, feature_cross_correlation
+from stepwise_lightning.theory.moments import FeatureMoments, feature_cross_correlation, minimum_norm
 from stepwise_lightning.theory.ntk.empirical_ntk import EmpiricalNTK
 from stepwise_lightning.theory.plateaus import Plateau, find_plateau, plateaus
 from stepwise_lightning.theory.stability import stability_limits
@@ -32,6 +32,7 @@ __all__ = [
     "linear_kernel",
     "rbf_kernel",
     "loss_signature",
+    "minimum_norm",
     "plateaus",
     "relu_ntk",
     "saddle_value",

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from stepwise_lightning.errors import UserError
-from stepwise_lightning.precision import TensorLike, check_finite, float64_pair
+from stepwise_lightning.precision import TensorLike, as_float64, check_finite, float64_pair
 
 
 def feature_cross_correlation(x1: TensorLike, x2: TensorLike) -> Tensor:
@@ -47,6 +47,27 @@ def feature_cross_correlation(x1: TensorLike, x2: TensorLike) -> Tensor:
     product = x1.flatten(1).T @ x2.flatten(1) / len(x1)
     check_finite(product, "the views, or their products,", "clean or rescale them")
     return (product + product.T) / 2
+
+
+def minimum_norm(eigenvalues: TensorLike) -> Tensor:
+    """Return (Σ_j 1/γ_j)^{1/2} over the positive of γ_1 … γ_d, the smallest norm of a global minimum of ‖C − I_d‖²_F.
+
+    The norm is ‖W‖_F for a linear model, and that of the kernel's Hilbert space for a kernel model. Among all global
+    minima the modes of largest γ attain it, and training learns them from a small start. Source: Simon et al., ICML
+    2023, arXiv 2303.15438.
+
+    Args:
+        eigenvalues: γ_1 … γ_d, the d largest eigenvalues of Γ, (d,).
+
+    Example:
+        >>> import torch
+        >>> from stepwise_lightning.theory import minimum_norm
+        >>> float(minimum_norm(torch.tensor([1.0, 0.25, -0.1])))  # W = [[1, 0, 0], [0, 2, 0], [0, 0, 0]]
+        2.23606797749979
+
+    """
+    gamma = as_float64(eigenvalues, "eigenvalues")
+    return (1 / gamma[gamma > 0]).sum().sqrt()
 
 
 def check_view_shapes(x1: Tensor, x2: Tensor) -> None:

@@ -22,6 +22,7 @@ def test_linear_model_claims_hold_and_are_documented(outputs):
     document = json.loads((outputs / "claims.json").read_text(encoding="utf-8"))
     assert document["all_hold"]
     names = {"distinct", "crossed", "detected", "deviation", "log_deviation", "objective", "loss"}
+    names |= {"aligned", "recursion", "norm"}
     assert {claim["name"] for claim in document["claims"]} == names
     assert all(claim["control"] and claim["control_value"] is not None for claim in document["claims"])
     assert {"settings", "seeds", "options", "versions", "commit", "data_set", "machine", "runs"} <= set(document)

@@ -13,14 +13,20 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from reproduce import mode_rates
+from reproduce import kernel_machines, mode_rates
 from reproduce.__main__ import main
 from reproduce.figures import any_loss, kernel_mlp, kernel_pca, linear_model, start_scale
 from stepwise_lightning import BarlowTwins, FixedCropPairs, losses
 from stepwise_lightning.callbacks.clock import Clock
 from stepwise_lightning.encoders import LinearEncoder
 from stepwise_lightning.spectrum import measures, record, steps
-from stepwise_lightning.theory import ContrastiveKernelPCA, LinearBarlowTwins, feature_cross_correlation
+from stepwise_lightning.theory import (
+    ContrastiveKernelPCA,
+    LinearBarlowTwins,
+    feature_cross_correlation,
+    linear,
+    moments,
+)
 
 
 def change_source(patch, module, name, old, new):
@@ -104,12 +110,12 @@ def noise_images(patch):
 
 def machine_without_pairs(patch):
     """Train a kernel machine with P = I."""
-    change_source(patch, kernel_pca, "_train", "f.roll(n, 1)", "f")
+    change_source(patch, kernel_machines, "next_step", "f.roll(n, 1)", "f")
 
 
 def machine_of_wrong_pairs(patch):
     """Train a kernel machine on wrong pairs."""
-    change_source(patch, kernel_pca, "_train", "f.roll(n, 1)", "f.roll(n + 1, 1)")
+    change_source(patch, kernel_machines, "next_step", "f.roll(n, 1)", "f.roll(n + 1, 1)")
 
 
 # ---- theory ----
@@ -119,6 +125,45 @@ def half_rate(patch):
     """Use a growth rate of 4γ instead of 8γ in the theory."""
     growth = LinearBarlowTwins._log_growth
     patch.setattr(LinearBarlowTwins, "_log_growth", lambda *arguments: growth(*arguments) / 2)
+
+
+def doubled_exponent(patch):
+    """Double the exponent of s_j(t)."""
+    flow = LinearBarlowTwins._flow_singular_values
+    patch.setattr(LinearBarlowTwins, "_flow_singular_values", lambda theory, times: flow(theory, 2 * times))
+
+
+def wrong_recursion(patch):
+    """Use s ← s + 4ηγ s (1 − γ²s⁴) as the recursion of finite steps."""
+    change_source(patch, linear, "_recursion", "s += rate * s * (1 - x)", "s += rate * s * (1 - x * x)")
+
+
+def transform_with_gamma(patch):
+    """Scale the final embedding of contrastive kernel PCA by γ instead of γ^−½."""
+    patch.setattr(ContrastiveKernelPCA, "transform", lambda pca, x: pca._eigenfunctions(x) * pca.eigenvalues_)
+
+
+def squared_course(patch):
+    """Square the embedding of contrastive kernel PCA during training."""
+    course = ContrastiveKernelPCA.transform_at
+    patch.setattr(ContrastiveKernelPCA, "transform_at", lambda *arguments: course(*arguments) ** 2)
+
+
+def contrastive_kernel_of_one_view(patch):
+    """Compute the contrastive kernel of points with the first views only."""
+
+    def contrastive_kernel(pca, x, y):
+        left, right = (pca.kernel(points, pca._views)[:, : len(pca._views) // 2] for points in (x, y))
+        return left @ right.T / left.shape[1]
+
+    patch.setattr(ContrastiveKernelPCA, "contrastive_kernel", contrastive_kernel)
+
+
+def norm_without_root(patch):
+    """Omit the root in the smallest norm of a global minimum."""
+    minimum_norm = moments.minimum_norm
+    for module in (linear_model, kernel_machines):
+        patch.setattr(module, "minimum_norm", lambda gamma: minimum_norm(gamma) ** 2)
 
 
 def one_view(patch):
@@ -246,18 +291,27 @@ MUTATIONS = [
     ("linear_model", noise_images, "distinct"),
     ("linear_model", half_rate, "crossed"),
     ("linear_model", one_view, "crossed"),
+    ("linear_model", doubled_exponent, "aligned"),
+    ("linear_model", wrong_recursion, "recursion"),
+    ("linear_model", ordinary_as_small, "norm"),
+    ("linear_model", norm_without_root, "norm"),
     ("linear_model", without_finite_steps, "deviation"),
     ("linear_model", time_without_rate, "crossed"),
     ("linear_model", float32_spectra, "log_deviation"),
     ("linear_model", lower_threshold, "detected"),
-    ("start_scale", ordinary_as_small, "linear_distinct"),
+    ("start_scale", ordinary_as_small, "linear_plateaus"),
     ("start_scale", half_rate, "linear_deviation"),
     ("start_scale", without_finite_steps, "linear_deviation"),
-    ("kernel_pca", machine_without_pairs, "relu_training"),
-    ("kernel_pca", machine_of_wrong_pairs, "rbf_training"),
+    ("kernel_pca", machine_without_pairs, "relu_held_out"),
+    ("kernel_pca", machine_of_wrong_pairs, "rbf_held_out"),
     ("kernel_pca", theory_without_pairs, "relu_held_out"),
     ("kernel_pca", kernel_of_one_view, "relu_held_out"),
-    ("kernel_pca", centred_kernel, "rbf_training"),
+    ("kernel_pca", centred_kernel, "rbf_held_out"),
+    ("kernel_pca", doubled_exponent, "rbf_values"),
+    ("kernel_pca", transform_with_gamma, "relu_values"),
+    ("kernel_pca", squared_course, "rbf_values"),
+    ("kernel_pca", contrastive_kernel_of_one_view, "relu_eigenfunctions"),
+    ("kernel_pca", norm_without_root, "rbf_norm"),
     ("kernel_pca", half_rate, "rbf_step_times"),
     ("kernel_pca", without_finite_steps, "relu_step_times"),
     ("kernel_mlp", wrong_pairs, "final"),

@@ -110,6 +110,19 @@ def test_uniform_form_is_accurate_for_close_neighbours():
     assert theory.neighbour_overlap[0] > 0.5
 
 
+@pytest.mark.parametrize(("scale", "smallest", "largest"), [(1e-3, 0.0015, 0.02), (1e-5, 0.001, 0.006)])
+def test_uniform_error_of_the_documentation_for_neighbours_with_a_ratio_of_four_fifths(scale, smallest, largest):
+    gamma = torch.diag(0.8 ** torch.arange(8, dtype=torch.float64))
+    errors = []
+    for seed in range(3):
+        weights0 = scale * torch.randn(4, 8, generator=torch.Generator().manual_seed(seed)).double()
+        theory = LinearBarlowTwins(gamma, weights0)
+        times = torch.linspace(0, float(theory.crossing_times(0.99).max()), 100).double()
+        measured = integrate(gamma, weights0, times.numpy())
+        errors.append(float((theory.embedding_eigenvalues(times) - measured).abs().max()))
+    assert smallest < min(errors) and max(errors) < largest
+
+
 def test_uniform_error_vanishes_with_the_start():
     gamma, _ = spectrum_to_gamma([3.0, 1.5, 1.0, 0.6, 0.2, -0.3])
     times = torch.linspace(0, 8, 60)
