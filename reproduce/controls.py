@@ -1,11 +1,27 @@
-"""Comparison of embeddings: a theory without pairs, permuted images, and values up to a rotation."""
+"""Closed forms of kernel matrices, and comparison of embeddings: no pairs, permuted images, up to a rotation."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from stepwise_lightning.theory import subspace_alignment
+from stepwise_lightning.theory import ContrastiveKernelPCA, subspace_alignment
+
+
+def kernel_matrix_pca(k: Tensor, modes: int, shift: int = 0) -> tuple[ContrastiveKernelPCA, Tensor]:
+    """Fit contrastive kernel PCA of a kernel matrix; return it with its embeddings of all views, (2n, modes).
+
+    Args:
+        k: K(Z, Z), (2n, 2n), first views before second views.
+        modes: number of modes.
+        shift: pair each first view with the second view of the pair ``shift`` places before; 0 for right pairs.
+
+    """
+    indices = torch.arange(len(k), dtype=torch.float64)[:, None]  # the kernel is a function of row indices
+    machine = ContrastiveKernelPCA(lambda a, b: k[a[:, 0].long()][:, b[:, 0].long()], modes, progress=False)
+    x1, x2 = indices.chunk(2)
+    machine.fit(x1, x2.roll(shift, 0))
+    return machine, machine.transform(indices)
 
 
 def ordinary_kernel_pca(k: Tensor, rows: Tensor, dim: int) -> Tensor:

@@ -13,7 +13,6 @@ from matplotlib.ticker import LogFormatterMathtext, LogLocator
 
 from stepwise_lightning.plots.panels import (
     CLASS_COLOURS,
-    TIME,
     Array,
     Figure,
     Panel,
@@ -138,34 +137,6 @@ def _draw_alignments(axis: Any, alignments: Mapping[str, Array]) -> None:
     axis.set_title("linear model, all modes", fontsize="medium")
     axis.grid(axis="y", color="0.9")
     axis.spines[["top", "right"]].set_visible(False)
-
-
-def alignment_figure(
-    panels: list[Panel],
-    alignments: list[dict[str, Array]],
-    title: str,
-    note: str = "",
-    steps_label: str = "predicted step",
-) -> Figure:
-    """Draw eigenvalues above alignments, in [0, 1], against log time, one column per run.
-
-    alignments: for each panel, alignments (T,) by name, NaN where undefined; the baseline is third, chance fourth.
-    """
-    figure = Figure(figsize=(6.2 * len(panels), 6.5), layout="constrained")
-    axes = figure.subplots(2, len(panels), sharex="col", sharey="row", squeeze=False)
-    for column, (panel, values) in enumerate(zip(panels, alignments, strict=True)):
-        upper, lower = axes[:, column]
-        draw_panel(panel, None, upper)
-        upper.set(title=panel.title, xlabel="")
-        for (name, alignment), colour in zip(values.items(), (*CLASS_COLOURS[:2], "0.6", "0.8"), strict=False):
-            lower.plot(panel.times, alignment, color=colour, linewidth=2.2, label=name)
-        lower.set(ylim=(0, 1.03), xlabel=TIME)
-        lower.spines[["top", "right"]].set_visible(False)
-    axes[0, 0].set_ylabel(panels[0].label)
-    axes[1, 0].set_ylabel("alignment with the closed form")
-    axes[1, 0].legend(loc="lower left", ncols=2, fontsize="small")
-    describe(figure, title, note, legend_lines(panels, steps_label))
-    return figure
 
 
 def alignments_figure(

@@ -33,11 +33,11 @@ from torch import Tensor, nn
 
 from reproduce.claims import Claim, worst
 from reproduce.figure import Outcome, PaperFigure
-from reproduce.figures.kernel_mlp import project_to_span
 from reproduce.mode_rates import GROWTH, LOSSES, RELATIVE_RATE, VARIANTS, Modes, correlation, measured_rates, train
 from reproduce.options import data_name, fixed_pairs, limit_pairs
 from reproduce.processes import map_parallel
 from reproduce.rate_plots import RatePanel, rates_figure
+from reproduce.wide_networks import project_to_span
 from stepwise_lightning import MLP, Encoder, scale_last_layer
 from stepwise_lightning.forecasts.sgd import last_features, last_layer
 

@@ -54,10 +54,10 @@ from reproduce.figures.acceleration.grids import (
     WIDE_GRIDS,
 )  # fmt: skip
 from reproduce.figures.acceleration.networks import last_layer_inputs, train_resnet, train_wide_network
-from reproduce.figures.kernel_mlp import project_to_span
 from reproduce.options import data_name, fixed_pairs, require_images
 from reproduce.plots import Response, rules_figure
 from reproduce.processes import map_parallel
+from reproduce.wide_networks import project_to_span
 from stepwise_lightning import MLP, TwoViewDataModule, scale_last_layer
 from stepwise_lightning.plots import Panel
 from stepwise_lightning.spectrum.schedule import log_spaced_steps

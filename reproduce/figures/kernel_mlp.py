@@ -1,283 +1,297 @@
-"""A wide network learns the embedding that its tangent kernel predicts (kernel section and appendix of the paper).
+"""A wide network follows its tangent kernel, not its last layer's kernel (kernel section and appendix of the paper).
 
 A one-hidden-layer ReLU network is trained on pairs of random crops by full-batch gradient descent on the analytical
-Barlow Twins loss. Before training, contrastive kernel PCA with the tangent kernel at initialisation predicts the final
-embedding and the time at which each mode crosses ½. After training, the tangent kernel of the trained network gives a
-second prediction. Both are compared with the embedding as subspaces, restricted to the modes that have crossed.
+Barlow Twins loss. Its tangent kernel at initialisation predicts step times (closed form) and embeddings (the kernel
+machine: gradient descent under the fixed kernel from the same start). Its rival is the kernel of the last layer alone,
+which a network of random features would follow.
 
-Published settings: width 2048, 50 images, one random crop per view, 7000 epochs, 10 dimensions, small initialisation.
-Not stated in the paper, chosen here: 20×20 crops, the learning rate (from 4 × rate × γ_1), and the scaled weights.
-*Lazy*: only the last layer × 1e-4; features hardly change. *Rich*: all weights × 0.2; features change.
+*Lazy*: weights ∝ width^(−1/4), the scale of the NTK parametrisation. The hidden layer's part of the tangent kernel is
+as large as the last layer's, and the kernel changes less in wider networks. *Last layer only*: the same network with a
+frozen hidden layer, for which the rival must be right. *Rich*: weights ∝ width^(−1/2), the mean-field scale. The kernel
+changes at every width, and embeddings follow the final features.
+
+Initial weights are symmetric: each hidden unit is repeated 2d times, and output o depends on two copies with opposite
+signs. The output is exactly 0, and all outputs have the same tangent kernel with none between them, as the theory
+assumes; with independent weights, kernels between outputs ∝ width^(−1/2) would start later modes early. Small random
+weights of the last layer then add initial embeddings with root mean square 0.01.
+
+Published settings: width 2048, 50 images, one random crop per view, 10 dimensions, small initialisation. Not stated in
+the paper, chosen here: 20×20 crops, initial weights, the learning rate (from 4 × rate × γ_1) and the number of steps.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-import lightning as L
 import numpy as np
 import torch
 from lightning.pytorch.loggers import TensorBoardLogger
-from torch import Tensor, nn
+from torch import Tensor
 
 from reproduce.claims import Claim, average, worst
-from reproduce.controls import ordinary_kernel_pca, permuted_alignment
+from reproduce.controls import kernel_matrix_pca
 from reproduce.figure import Outcome, PaperFigure
+from reproduce.kernel_plots import tangent_kernels_figure
 from reproduce.options import data_name, fixed_pairs, limit_pairs
-from reproduce.plots import alignment_figure
-from reproduce.processes import map_parallel, step_progress
-from reproduce.records import data_rows
-from stepwise_lightning import MLP, BarlowTwins, FixedCropPairs, SpectrumLogger, SpectrumRecord, scale_last_layer
+from reproduce.processes import map_parallel
+from reproduce.records import data_rows, theory_record
+from reproduce.wide_networks import (
+    KERNELS,
+    VARIANTS,
+    add_small_start,
+    kernel_machine,
+    project_to_span,
+    symmetric_mlp,
+    tangent_kernels,
+    train,
+)
+from stepwise_lightning import SpectrumRecord, scale_last_layer
 from stepwise_lightning.plots import Panel
-from stepwise_lightning.spectrum import crossing_times, num_crossed
-from stepwise_lightning.theory import ContrastiveKernelPCA, EmpiricalNTK, subspace_alignment
+from stepwise_lightning.spectrum import cross_correlation_eigenvalues, crossing_times, num_crossed
+from stepwise_lightning.theory import (
+    ContrastiveKernelPCA,
+    LinearBarlowTwins,
+    relu_ntk,
+    subspace_alignment,
+)
 
 PAPER = (
     "Kernel section and appendix: subspace alignment of a trained wide network's embeddings with the closed form from "
     "its tangent kernel, at initialisation and after training, rises to nearly 1."
 )
-# least_initial depends on the profile: with few modes, ordinary kernel PCA is close to the closed form too.
-# least_moved applies to the mean over seeds: rich networks have 0.028 to 0.063 for three seeds (0.011 or more for one),
-# lazy networks 0.003 to 0.011.
+# units: distinct hidden units; the width is 2 · dim · units.
 PUBLISHED: dict[str, Any] = dict(
-    num_pairs=50, crop_size=20, dim=10, width=2048, steps=7000, least_initial=0.95, least_moved=0.02
+    num_pairs=50, crop_size=20, dim=10, units=(16, 32, 64, 128), time_error=0.05, least_moved=0.02
 )
 PROFILES: dict[str, dict[str, Any]] = {
-    "smoke": dict(num_pairs=20, crop_size=6, dim=3, width=512, steps=1500, least_initial=0.995, least_moved=0.001),
+    "smoke": dict(num_pairs=30, crop_size=12, dim=5, units=(16, 128), time_error=0.05, least_moved=0.001),
     "cpu": PUBLISHED,
     "full": PUBLISHED | dict(data="cifar10"),
 }
-# 4 × learning rate × γ_1 at initialisation. In the rich variant γ_1 grows during training, by a factor of about 15.
-RELATIVE_RATES = {"lazy": 0.25, "rich": 0.05}
-LAST_LAYER, ALL_WEIGHTS = 1e-4, 0.2
-ALIGNMENTS = (
-    "tangent kernel at initialisation", "tangent kernel after training", "untrained network, with the latter",
-    "images permuted (chance)",
-)  # fmt: skip
+START = 0.01  # root mean square of the initial embeddings
+SMALL_LAST_LAYER = 1e-4  # scale of the last layer in a control, whose tangent kernel is the kernel of its last layer
 
 
 @dataclass
 class Result:
-    """One trained network and the predictions of its tangent kernels."""
+    """One trained network, and the predictions of its tangent kernels."""
 
     variant: str
+    width: int
     seed: int
-    learning_rate: float
     record: SpectrumRecord
-    step_times: Tensor
-    """Predicted, (d,)."""
+    eigenvalues: dict[str, Tensor]
+    """Eigenvalues of C of the kernel machines, (T, d), by kernel at initialisation."""
+    step_times: dict[str, Tensor]
+    """Predicted step times, (d,), by kernel at initialisation."""
     alignments: dict[str, np.ndarray[Any, Any]]
-    """(T,) by name, in the order of ``ALIGNMENTS``; NaN before the first mode has crossed."""
-    others: dict[str, float]
-    """Final alignments with control theories."""
+    """With the closed forms, (T,), by kernel before and after training; NaN before the first mode has crossed."""
+    numbers: dict[str, float]
 
-    @property
-    def modes_crossed(self) -> int:
-        """Number of modes that have crossed at the end."""
-        return int(num_crossed(self.record.eigenvalues()[-1]))
+    def step_ratios(self, kernel: str) -> Tensor:
+        """Return predicted over measured step times, (d,); NaN for modes that have not crossed."""
+        return self.step_times[kernel] / crossing_times(self.record.times, self.record.eigenvalues())
 
     def summary(self) -> dict[str, Any]:
         """Return the row of the table."""
-        crossed = crossing_times(self.record.times, self.record.eigenvalues())
-        errors = ((self.step_times - crossed) / crossed)[: self.modes_crossed].abs()
-        initial, final, untrained, permuted = (float(values[-1]) for values in self.alignments.values())
-        return {
-            "variant": self.variant,
-            "seed": self.seed,
-            "learning_rate": self.learning_rate,
-            "modes_crossed": self.modes_crossed,
-            "initial": initial,
-            "final": final,
-            "untrained": untrained,
-            "permuted": permuted,
-            **self.others,
-            "largest_step_time_error": float(errors.max()) if self.modes_crossed else float("nan"),
+        errors = {
+            f"{kernel}_time_error": float(torch.nan_to_num(self.step_ratios(kernel) - 1, nan=np.inf).abs().mean())
+            for kernel in KERNELS
         }
+        final = {name: float(values[-1]) for name, values in self.alignments.items()}
+        crossed = int(num_crossed(self.record.eigenvalues()[-1]))
+        identity = {"variant": self.variant, "width": self.width, "seed": self.seed, "modes_crossed": crossed}
+        return identity | self.numbers | errors | final
 
     def panel(self) -> Panel:
-        """Return the panel; the record contains the prediction."""
-        title = f"{self.variant}: {self.modes_crossed} modes crossed"
-        return Panel(self.record, title=title, step_times=self.step_times)
+        """Return the panel; the kernel machine of the trained parameters is dashed."""
+        theory = theory_record(self.record, self.eigenvalues[VARIANTS[self.variant].trained])
+        return Panel(self.record, title=self.variant, theory=theory, step_times=())
 
     def rows(self) -> list[list[Any]]:
         """Return rows of ``data.csv``."""
         others = {f"alignment: {name}": torch.from_numpy(values) for name, values in self.alignments.items()}
-        assert self.record.predicted is not None
-        others["predicted_eigenvalue"] = self.record.predicted
-        return data_rows([self.variant, self.seed], self.record, others=others)
+        others |= {f"eigenvalue: {name}": values for name, values in self.eigenvalues.items()}
+        return data_rows([self.variant, self.width, self.seed], self.record, others=others)
 
 
 def produce(options: argparse.Namespace, directory: Path) -> Outcome:
-    """Train both variants for every seed, and compare."""
+    """Train all variants for every seed, and compare."""
     limits = limit_pairs(options)
-    runs = [(variant, seed, options, directory) for seed in options.seeds for variant in RELATIVE_RATES]
+    wide, narrow = max(options.units), min(options.units)
+    kinds = [("rich", wide), ("last layer only", wide), *(("lazy", units) for units in options.units), ("rich", narrow)]
+    runs = [(*kind, seed, options, directory) for seed in options.seeds for kind in kinds]
     fixed_pairs(options, options.seeds[0])  # raises for invalid data before any process starts
     results = map_parallel(experiment, runs, "kernel_mlp")
-    first = [result for result in results if result.seed == options.seeds[0]]
-    figure = alignment_figure(
-        [result.panel() for result in first],
-        [result.alignments for result in first],
-        title="A wide network learns the embedding that its tangent kernel predicts",
-        note=f"{options.num_pairs} pairs of {options.crop_size}×{options.crop_size} crops, {data_name(options.data)}; "
-        f"width {options.width}; seed {options.seeds[0]}; alignments are restricted to the modes crossed so far",
-    )
     summaries = [result.summary() for result in results]
-    return Outcome(
-        figure, ["variant", "seed", "step", "time", "quantity", "mode", "value"],
-        (row for result in results for row in result.rows()), _claims(summaries, options), summaries,
-        {"relative_rates": RELATIVE_RATES, "last_layer": LAST_LAYER, "all_weights": ALL_WEIGHTS} | limits,
-    )  # fmt: skip
-
-
-def experiment(variant: str, seed: int, options: argparse.Namespace, directory: Path) -> Result:
-    """Predict, train, and compare the embeddings with both predictions."""
-    pairs = fixed_pairs(options, seed, options.steps)
-    encoder = MLP(3 * options.crop_size**2, [options.width], options.dim, seed=seed)
-    if variant == "lazy":
-        scale_last_layer(encoder, LAST_LAYER)
-    else:
-        with torch.no_grad():
-            for parameter in encoder.parameters():
-                parameter.mul_(ALL_WEIGHTS)
-    pairs.x1, pairs.x2 = project_to_span(encoder, pairs.x1, pairs.x2)
-    # A copy keeps the kernel at initialisation; the control's kernel changes during training.
-    before, following = (
-        ContrastiveKernelPCA(EmpiricalNTK(network), options.dim).fit(pairs.x1, pairs.x2)
-        for network in (copy.deepcopy(encoder), encoder)
+    widest = [result for result in results if result.width == 2 * options.dim * max(options.units)]
+    first = {result.variant: result for result in widest if result.seed == options.seeds[0]}
+    figure = tangent_kernels_figure(
+        [first[variant].panel() for variant in VARIANTS],
+        [first[variant].alignments for variant in VARIANTS],
+        {variant: _by_width(summaries, variant, "kernel_drift") for variant in ("lazy", "rich")},
+        {name: np.stack([r.step_ratios(name).numpy() for r in widest if r.variant == "lazy"]) for name in KERNELS},
+        title="A wide network follows its tangent kernel, not the kernel of its last layer",
+        note=f"{options.num_pairs} pairs of {options.crop_size}×{options.crop_size} crops, {data_name(options.data)}; "
+        f"width {widest[0].width}, seed {options.seeds[0]}; alignments are restricted to the modes crossed so far",
     )
-    rate = RELATIVE_RATES[variant] / (4 * float(before.eigenvalues_[0]))
-    module = BarlowTwins(encoder, rate, off_diagonal_weight=1.0, normalize=False)
-    with torch.no_grad():
-        start = before.initial_singular_values(encoder(pairs.x1), encoder(pairs.x2))
-    log = SpectrumLogger(
-        matrices=["cross_correlation"], num_points=150, keep_embeddings=True,
-        prediction=partial(before.embedding_eigenvalues, initial_singular_values=start),
+    return Outcome(
+        figure, ["variant", "width", "seed", "step", "time", "quantity", "mode", "value"],
+        (row for result in results for row in result.rows()), _claims(summaries, options), summaries,
+        {"variants": {name: vars(variant) for name, variant in VARIANTS.items()}, "start": START} | limits,
     )  # fmt: skip
-    _train(module, pairs, log, TensorBoardLogger(directory / "tensorboard", f"{variant}_seed{seed}"), options.steps)
-    after = ContrastiveKernelPCA(EmpiricalNTK(encoder), options.dim).fit(pairs.x1, pairs.x2)
-    alignments = _alignments(log.record, pairs, before, after)
-    others = _others(log.record, pairs, before, after, following)
-    return Result(variant, seed, rate, log.record, before.step_times(start), alignments, others)
 
 
-@torch.no_grad()
-def project_to_span(encoder: MLP, x1: Tensor, x2: Tensor) -> tuple[Tensor, Tensor]:
-    """Express the views, (n, …) each, and the first layer's weights in an orthonormal basis of the views' span.
+def experiment(variant: str, units: int, seed: int, options: argparse.Namespace, directory: Path) -> Result:
+    """Predict, train, and compare the embeddings with the predictions of both kernels."""
+    settings, pairs, dim = VARIANTS[variant], fixed_pairs(options, seed, 10**6), options.dim
+    width = 2 * dim * units
+    scale = settings.factor * width**-settings.exponent
+    encoder = symmetric_mlp(3 * options.crop_size**2, units, dim, scale, seed)
+    pairs.x1, pairs.x2 = project_to_span(encoder, pairs.x1, pairs.x2)
+    length = torch.cat([pairs.x1, pairs.x2]).square().sum(1).mean().sqrt()
+    pairs.x1, pairs.x2 = pairs.x1 / length, pairs.x2 / length
+    z = torch.cat([pairs.x1, pairs.x2])
+    add_small_start(encoder, z, START, seed)
+    f0 = encoder(z).detach().double()
+    before = tangent_kernels(encoder, z)
+    small = tangent_kernels(scale_last_layer(copy.deepcopy(encoder), SMALL_LAST_LAYER), z)
+    forms = {name: kernel_matrix_pca(kernel, dim) for name, kernel in before.items()}
+    rate = settings.relative_rate / (4 * float(forms[settings.trained][0].eigenvalues_[0]))
+    step_times = {name: _step_times(machine, f0, rate) for name, (machine, _) in forms.items()}
+    steps = int(settings.duration * float(step_times[settings.trained].max()) / rate)
+    encoder[1].requires_grad_(settings.trained == "full")
+    name = f"{variant.replace(' ', '_')}_{width}_seed{seed}"
+    record = train(encoder, rate, pairs, steps, TensorBoardLogger(directory / "tensorboard", name))
+    after = tangent_kernels(encoder, z)
+    machines = {name: kernel_machine(kernel, f0, rate, record.steps.tolist()) for name, kernel in before.items()}
+    embeddings = {f"{name}, initial": embedding for name, (_, embedding) in forms.items()}
+    embeddings |= {f"{name}, final": kernel_matrix_pca(kernel, dim)[1] for name, kernel in after.items()}
+    infinite = scale**2 * width / 2 * relu_ntk(z, z)
+    numbers = {
+        "hidden_share": _distance(before["last"], before["full"]),
+        "hidden_share_small": _distance(small["last"], small["full"]),
+        **{f"{name}_to_infinite": _distance(kernel, infinite) for name, kernel in before.items()},
+        "kernel_drift": _distance(after["full"], before["full"]),
+        "feature_drift": _distance(after["last"], before["last"]),
+    }
+    numbers |= _comparison(record.embeddings(-1).flatten(0, 1).double(), machines, after["full"])
+    eigenvalues = {
+        name: torch.stack([cross_correlation_eigenvalues(*f.chunk(2)) for f in machine])
+        for name, machine in machines.items()
+    }
+    return Result(variant, width, seed, record, eigenvalues, step_times, _alignments(record, embeddings), numbers)
 
-    Gradient descent changes these weights only within the span. Outputs, tangent kernel and training are unchanged, at
-    a fraction of the cost: 2n instead of 1200 inputs.
 
-    Returns:
-        Coordinates of both views, (n, r), where r is the smaller of 2n and the input dimension.
-
-    """
-    views = torch.cat([x1, x2]).flatten(1).double()
-    basis = torch.linalg.qr(views.T).Q
-    first = next(layer for layer in encoder if isinstance(layer, nn.Linear))
-    first.weight = nn.Parameter((first.weight.double() @ basis).float())
-    first.in_features = basis.shape[1]
-    z1, z2 = (views @ basis).float().chunk(2)
-    return z1, z2
+def _step_times(machine: ContrastiveKernelPCA, f0: Tensor, rate: float) -> Tensor:
+    start = machine.initial_singular_values(*f0.chunk(2))
+    return LinearBarlowTwins(torch.diag(machine.eigenvalues_), torch.diag(start), learning_rate=rate).step_times
 
 
-def _train(module: BarlowTwins, pairs: FixedCropPairs, log: SpectrumLogger, logger: Any, steps: int) -> None:
-    trainer = L.Trainer(
-        max_steps=steps, accelerator="cpu", logger=logger, callbacks=[log, *step_progress("kernel_mlp", steps)],
-        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, limit_val_batches=0,
-        log_every_n_steps=50,
-    )  # fmt: skip
-    trainer.fit(module, datamodule=pairs)
+def _distance(a: Tensor, b: Tensor) -> float:
+    """Return ‖a − b‖ / ‖b‖."""
+    return float((a - b).norm() / b.norm())
 
 
-def _alignments(
-    record: SpectrumRecord, pairs: FixedCropPairs, before: ContrastiveKernelPCA, after: ContrastiveKernelPCA
-) -> dict[str, np.ndarray[Any, Any]]:
-    """Align the embeddings at each logged step with both predictions, and two controls with the second one."""
-    crossed = num_crossed(record.eigenvalues()).tolist()
-    embeddings = [record.embeddings(index).flatten(0, 1) for index in range(len(record))]
-    initial, final = (torch.cat([kernel.transform(x) for x in (pairs.x1, pairs.x2)]) for kernel in (before, after))
-    cases: list[tuple[list[Tensor], Tensor, Callable[..., Any]]] = [
-        (embeddings, initial, subspace_alignment),
-        (embeddings, final, subspace_alignment),
-        ([embeddings[0]] * len(crossed), final, subspace_alignment),
-        (embeddings, final, permuted_alignment),
-    ]
+def _comparison(f: Tensor, machines: dict[str, Tensor], final: Tensor) -> dict[str, float]:
+    """Compare the final embeddings with the kernel machines, and with the closed form of wrong pairs."""
+    wrong = kernel_matrix_pca(final, f.shape[1], shift=1)[1]
     return {
-        name: np.array([_alignment(f, g, k, measure) for f, k in zip(fs, crossed, strict=True)])
-        for name, (fs, g, measure) in zip(ALIGNMENTS, cases, strict=True)
+        **{f"{name}_machine": float(subspace_alignment(f, g[-1])) for name, g in machines.items()},
+        **{f"{name}_embedding_error": _distance(g[-1], f) for name, g in machines.items()},
+        "wrong_pairs_final": float(subspace_alignment(f, wrong)),
     }
 
 
-def _others(
-    record: SpectrumRecord,
-    pairs: FixedCropPairs,
-    before: ContrastiveKernelPCA,
-    after: ContrastiveKernelPCA,
-    following: ContrastiveKernelPCA,
-) -> dict[str, float]:
-    """Align the final embeddings with ordinary kernel PCA, wrong pairs, and a kernel that changed during training."""
-    f, crossed = record.embeddings(-1).flatten(0, 1), int(num_crossed(record.eigenvalues()[-1]))
-    z, dim = torch.cat([pairs.x1, pairs.x2]), before.n_components
-    k = before.kernel(z, z)
-    wrong = ContrastiveKernelPCA(after.kernel, dim).fit(pairs.x1, pairs.x2.roll(1, 0))
-    forms = {
-        "ordinary_initial": ordinary_kernel_pca(k, k, dim).flip(1),
-        "wrong_pairs_final": wrong.transform(z),
-        "following": following.transform(z),
-    }
-    return {name: _alignment(f, g, crossed) for name, g in forms.items()}
+def _alignments(record: SpectrumRecord, forms: dict[str, Tensor]) -> dict[str, np.ndarray[Any, Any]]:
+    """Align the first principal directions of the embeddings at each logged step with the modes that have crossed."""
+    aligned = np.full((len(forms), len(record)), np.nan)
+    for index, modes in enumerate(num_crossed(record.eigenvalues()).tolist()):
+        if modes:
+            f = record.embeddings(index).flatten(0, 1).double()
+            directions = torch.linalg.svd(f, full_matrices=False).U[:, :modes]
+            aligned[:, index] = [float(subspace_alignment(directions, g[:, :modes])) for g in forms.values()]
+    return dict(zip(forms, aligned, strict=True))
 
 
-def _alignment(f: Tensor, g: Tensor, modes: int, measure: Callable[..., Any] = subspace_alignment) -> float:
-    """Return the alignment of the first principal directions of f with the first modes of g; NaN for zero modes."""
-    if not modes:
-        return float("nan")
-    directions = torch.linalg.svd(f.double(), full_matrices=False).U[:, :modes]
-    return float(measure(directions, g[:, :modes]))
+def _by_width(summaries: list[dict[str, Any]], variant: str, key: str) -> dict[int, list[float]]:
+    """Return the numbers of all seeds by width, narrow networks first."""
+    chosen = sorted((s for s in summaries if s["variant"] == variant), key=lambda s: (s["width"], s["seed"]))
+    numbers: dict[int, list[float]] = {}
+    for summary in chosen:
+        numbers.setdefault(summary["width"], []).append(summary[key])
+    return numbers
+
+
+def _exponents(summaries: list[dict[str, Any]], variant: str) -> list[float]:
+    """Return the exponent p of kernel drift ∝ width^p for each seed, by least squares."""
+    drifts = _by_width(summaries, variant, "kernel_drift")
+    return [
+        float(np.polyfit(np.log(list(drifts)), np.log(of_seed), 1)[0]) for of_seed in zip(*drifts.values(), strict=True)
+    ]
 
 
 def _claims(summaries: list[dict[str, Any]], options: argparse.Namespace) -> list[Claim]:
-    summaries = [
-        summary
-        | {
-            # Over all modes; modes that have not crossed count 0.
-            "initial_of_all": summary["initial"] * summary["modes_crossed"] / options.dim,
-            "final_of_all": summary["final"] * summary["modes_crossed"] / options.dim,
-            # Zero if the kernel at initialisation changed during training.
-            "moved": summary["following"] - summary["initial"],
-        }
-        for summary in summaries
-    ]
-    lazy, rich = ([s for s in summaries if s["variant"] == variant] for variant in RELATIVE_RATES)
-    seeds, time_error = options.seeds, "largest_step_time_error"
+    widest, seeds = 2 * options.dim * max(options.units), options.seeds
 
-    def values(chosen: list[dict[str, Any]], key: str) -> list[float]:
-        return [summary[key] for summary in chosen]
+    def values(variant: str, key: str, minus: str = "") -> list[float]:
+        chosen = [s for s in summaries if (s["variant"], s["width"]) == (variant, widest)]
+        return [s[key] - (s[minus] if minus else 0.0) for s in chosen]
 
+    full, last = "the tangent kernel", "the last layer's kernel"
     return [
         worst(
-            "lazy_initial", "lazy: alignment with the closed form of the kernel at initialisation",
-            values(lazy, "initial_of_all"), ">=", options.least_initial, seeds, "ordinary kernel PCA",
-            values(lazy, "ordinary_initial"),
+            "hidden_share", f"lazy: distance of {last} from {full}, relative", values("lazy", "hidden_share"), ">=",
+            0.3, seeds, f"last layer × {SMALL_LAST_LAYER:g}", values("lazy", "hidden_share_small"),
         ),
         worst(
-            "final", "lazy and rich: alignment with the closed form of the kernel after training",
-            values(summaries, "final_of_all"), ">=", 0.98, seeds, "closed form of wrong pairs",
-            values(summaries, "wrong_pairs_final"),
+            "infinite_width", f"lazy: distance of {full} from the kernel of infinite width, relative",
+            values("lazy", "full_to_infinite"), "<=", 0.25, seeds, last, values("lazy", "last_to_infinite"),
+        ),
+        worst(
+            "drift", f"lazy: relative change of {full} during training", values("lazy", "kernel_drift"), "<=", 0.03,
+            seeds, "rich network", values("rich", "kernel_drift"),
         ),
         average(
-            "moved", "rich: alignment gain of the kernel after training over the kernel at initialisation",
-            values(rich, "moved"), ">=", options.least_moved, seeds, "lazy network", values(lazy, "moved"),
+            "drift_exponent", f"lazy: exponent of the change of {full} with the width", _exponents(summaries, "lazy"),
+            "<=", -0.3, seeds, "rich network", _exponents(summaries, "rich"),
         ),
         worst(
-            "step_times", "lazy: largest relative error of a predicted step time", values(lazy, time_error), "<=", 0.2,
-            seeds, "rich network", values(rich, time_error),
+            "step_times", f"lazy: mean relative error of the step times predicted from {full}",
+            values("lazy", "full_time_error"), "<=", options.time_error, seeds, last, values("lazy", "last_time_error"),
+        ),
+        worst(
+            "embedding", f"lazy: alignment of the final embeddings with the kernel machine of {full}",
+            values("lazy", "full_machine"), ">=", 0.99, seeds, f"kernel machine of {last}",
+            values("lazy", "last_machine"),
+        ),
+        worst(
+            "scale", f"lazy: relative error of the final embeddings of the kernel machine of {full}",
+            values("lazy", "full_embedding_error"), "<=", 0.15, seeds, f"kernel machine of {last}",
+            values("lazy", "last_embedding_error"),
+        ),
+        worst(
+            "full_over_last", f"lazy: alignment with the kernel machine of {full} minus {last}",
+            values("lazy", "full_machine", "last_machine"), ">=", 0.01, seeds, "network whose last layer alone trains",
+            values("last layer only", "full_machine", "last_machine"),
+        ),
+        worst(
+            "final", f"rich: alignment with the closed form of {full} after training", values("rich", "full, final"),
+            ">=", 0.98, seeds, "closed form of wrong pairs", values("rich", "wrong_pairs_final"),
+        ),
+        average(
+            "moved", "rich: gain in alignment of the closed form after training over the one at initialisation",
+            values("rich", "full, final", "full, initial"), ">=", options.least_moved, seeds, "lazy network",
+            values("lazy", "full, final", "full, initial"),
+        ),
+        worst(
+            "rich_features", f"rich: alignment with the closed form of {last} minus {full}, after training",
+            values("rich", "last, final", "full, final"), ">=", 0.0, seeds, "lazy network",
+            values("lazy", "last, final", "full, final"),
         ),
     ]  # fmt: skip
 

@@ -4,16 +4,15 @@ The figures run with the smoke profile, with which all claims hold. A mutation i
 and a line in ``MUTATIONS``.
 """
 
-import copy
 import inspect
 import json
+from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 
-from reproduce import kernel_machines, mode_rates
+from reproduce import kernel_machines, mode_rates, wide_networks
 from reproduce.__main__ import main
 from reproduce.figures import any_loss, kernel_mlp, kernel_pca, linear_model, start_scale
 from stepwise_lightning import BarlowTwins, FixedCropPairs, losses
@@ -24,6 +23,7 @@ from stepwise_lightning.theory import (
     ContrastiveKernelPCA,
     LinearBarlowTwins,
     feature_cross_correlation,
+    kernels,
     linear,
     moments,
 )
@@ -237,19 +237,48 @@ def centred_kernel(patch):
     patch.setattr(ContrastiveKernelPCA, "fit", fit_centred)
 
 
-def kernel_that_follows(patch):
-    """Let the tangent kernel at initialisation change during training."""
-    patch.setattr(kernel_mlp, "copy", SimpleNamespace(deepcopy=lambda network: network))
-
-
 def kernel_after_as_before(patch):
     """Use the tangent kernel at initialisation as the kernel after training."""
-    initial, kernel = {}, kernel_mlp.EmpiricalNTK
+    initial, tangent_kernels = {}, kernel_mlp.tangent_kernels
+
+    def scaled_initial_kernels(network, z):  # a relative change of 0 has no place on the figure's logarithmic axis
+        if network not in initial:
+            initial[network] = tangent_kernels(network, z)
+            return initial[network]
+        return {name: 1.001 * k for name, k in initial[network].items()}
+
+    patch.setattr(kernel_mlp, "tangent_kernels", scaled_initial_kernels)
+
+
+def last_layer_kernel(patch):
+    """Use the kernel of the last layer as the tangent kernel."""
+    patch.setitem(wide_networks.KERNELS, "full", "last")
+
+
+def frozen_hidden_layer(patch):
+    """Train the last layer only."""
+    patch.setitem(kernel_mlp.VARIANTS, "lazy", replace(kernel_mlp.VARIANTS["lazy"], trained="last"))
+
+
+def nngp_kernel(patch):
+    """Use the kernel of the last layer (NNGP) as the tangent kernel of infinite width."""
+    change_source(patch, kernels, "relu_ntk", "1 - complement + tangent * kappa0", "1 - complement")
+    patch.setattr(kernel_mlp, "relu_ntk", kernels.relu_ntk)
+
+
+def column_norms(patch):
+    """Use column norms instead of the QR decomposition of the start."""
     patch.setattr(
-        kernel_mlp,
-        "EmpiricalNTK",
-        lambda network: kernel(initial.setdefault(network, copy.deepcopy(network))),
+        ContrastiveKernelPCA,
+        "initial_singular_values",
+        lambda self, f1, f2: (torch.cat([f1, f2]).T @ self.coefficients_).norm(dim=0),
     )
+
+
+def half_target(patch):
+    """Let the kernel machine converge to C = I/2."""
+    change_source(patch, wide_networks, "kernel_machine", "torch.eye(f.shape[1])", "0.5 * torch.eye(f.shape[1])")
+    patch.setattr(kernel_mlp, "kernel_machine", wide_networks.kernel_machine)
 
 
 # ---- measurement ----
@@ -314,13 +343,17 @@ MUTATIONS = [
     ("kernel_pca", norm_without_root, "rbf_norm"),
     ("kernel_pca", half_rate, "rbf_step_times"),
     ("kernel_pca", without_finite_steps, "relu_step_times"),
-    ("kernel_mlp", wrong_pairs, "final"),
-    ("kernel_mlp", theory_without_pairs, "lazy_initial"),
-    ("kernel_mlp", kernel_of_one_view, "lazy_initial"),
-    ("kernel_mlp", kernel_that_follows, "moved"),
-    ("kernel_mlp", kernel_after_as_before, "moved"),
+    ("kernel_mlp", wrong_pairs, "embedding"),
+    ("kernel_mlp", frozen_hidden_layer, "embedding"),
+    ("kernel_mlp", last_layer_kernel, "embedding"),
+    ("kernel_mlp", half_target, "scale"),
+    ("kernel_mlp", theory_without_pairs, "final"),
+    ("kernel_mlp", kernel_of_one_view, "step_times"),
+    ("kernel_mlp", column_norms, "step_times"),
     ("kernel_mlp", half_rate, "step_times"),
     ("kernel_mlp", time_without_rate, "step_times"),
+    ("kernel_mlp", nngp_kernel, "infinite_width"),
+    ("kernel_mlp", kernel_after_as_before, "moved"),
     ("any_loss", signature_of_vicreg, "linear_order"),
     ("any_loss", wrong_pairs, "linear_median"),
     ("any_loss", rates_of_gradient_flow, "linear_rates"),

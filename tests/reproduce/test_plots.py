@@ -5,10 +5,10 @@ import pytest
 import torch
 
 from reproduce.growth_plots import principal_components
+from reproduce.kernel_plots import tangent_kernels_figure
 from reproduce.plots import (
     Response,
     WorthPanel,
-    alignment_figure,
     conditions_figure,
     eigenfunctions_figure,
     worth_figure,
@@ -40,13 +40,18 @@ def test_principal_components_use_the_last_embeddings(dimensions):
 
 def test_alignments_share_the_time_axis_of_the_eigenvalues():
     runs = [growth([8.0, 4, 2]), growth([9.0, 5, 1])]
-    values = {"first": runs[0].times / 10, "second": runs[0].times / 20, "baseline": 0 * runs[0].times}
-    values["chance"] = values["baseline"] + 0.1
-    figure = alignment_figure(runs, [values, values], title="alignments")
-    lines = figure.axes[2].lines
-    assert [line.get_label() for line in lines] == list(values)
-    np.testing.assert_array_equal(lines[1].get_ydata(), values["second"])
-    assert figure.axes[2].get_ylim()[0] == 0 and figure.axes[0].get_shared_x_axes().joined(*figure.axes[::2])
+    names = ("full, initial", "last, initial", "full, final", "last, final")
+    values = {name: runs[0].times / (10 * place) for place, name in enumerate(names, 1)}
+    drifts = {"lazy": {8: [0.5, 0.3], 16: [0.1, 0.3]}, "rich": {8: [1.0], 16: [2.0]}}
+    ratios = {"full": np.ones((2, 3)), "last": np.full((2, 3), 2.0)}
+    figure = tangent_kernels_figure(runs, [values, values], drifts, ratios, title="kernels")
+    upper, lower, drift, steps = (figure.axes[place] for place in (0, 3, 2, 5))
+    assert [line.get_label() for line in lower.lines] == list(values) and lower.get_xlim() == upper.get_xlim()
+    np.testing.assert_array_equal(lower.lines[1].get_ydata(), values["last, initial"])
+    np.testing.assert_allclose(drift.lines[0].get_xydata(), [[8, 0.4], [16, 0.2]])
+    assert [text.get_text() for text in steps.get_legend().get_texts()] == [
+        f"{name} kernel, initial" for name in ratios
+    ]
 
 
 def test_eigenfunction_images_are_ordered_from_lowest_to_highest():
