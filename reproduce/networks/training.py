@@ -21,7 +21,7 @@ from zipfile import ZipFile
 import torch
 import yaml
 
-from reproduce.networks.variants import CPU_STEPS, LOSS_SETTINGS, RATE_FACTORS, VARIANTS
+from reproduce.networks.variants import ALL_LOSS_SETTINGS, CPU_STEPS, RATE_FACTORS, VARIANTS
 from reproduce.processes import ForkedProcess
 from stepwise_lightning import TwoViewDataModule
 from stepwise_lightning.errors import EX_TEMPFAIL, UserError
@@ -96,13 +96,14 @@ class TrainingRun:
                 "trainer.callbacks.save_top_k": -1,
                 "trainer.callbacks.save_weights_only": "true",
             }
-        if self.options.profile == "cpu" and self.variant in CPU_STEPS:
+        is_control = self.variant == ALL_LOSS_SETTINGS[self.loss].control
+        if profile == "cpu" and self.variant in CPU_STEPS and not is_control:
             settings["trainer.max_steps"] = CPU_STEPS[self.variant]
         settings |= _TINY if self.options.profile == "tiny" else {}
         if self.options.profile == "smoke":
             settings |= {
                 "model.init_args.encoder.init_args.out_features": 4,
-                "model.init_args.learning_rate": LOSS_SETTINGS[self.loss].smoke_learning_rate,
+                "model.init_args.learning_rate": ALL_LOSS_SETTINGS[self.loss].smoke_learning_rate,
                 "model.init_args.momentum": 0.9,
                 "data.init_args.global_batch_size": 32,
                 "data.init_args.num_probe_pairs": 64,
