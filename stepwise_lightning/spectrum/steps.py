@@ -29,13 +29,13 @@ class Steps(NamedTuple):
     step_times: Tensor
     rise_widths: Tensor  #: time from a tenth of the threshold to the threshold, (d,); NaN where the step time is NaN
     num_learned: Tensor  #: number of modes above the threshold at each time, (T,), int64
-    num_distinct: (
-        int  #: number of steps more than one rise width after the previous one, among modes learned at the end
-    )
+    #: Number of steps more than one rise width after the previous one, among the modes that are learned at the end
+    num_distinct: int
     #: Median over neighbouring steps of min(separation / rise width, 10); 0 with fewer than two steps
     stepwiseness: float
     threshold: float  #: threshold θ, in the unit of the eigenvalues
-    num_plateaus: int  #: as ``num_distinct``, with three rise widths: the loss has a plateau before each of these steps
+    #: As ``num_distinct``, with three rise widths: the loss has a plateau before each of these steps
+    num_plateaus: int
 
 
 def detect_steps(times: Tensor, eigenvalues: Tensor, threshold: float | None = None) -> Steps:
