@@ -108,6 +108,7 @@ def _compute(protocol: Protocol, seed: int, options: argparse.Namespace, work: P
         print(f"\n=== {record['data_set']}, seed {seed}, {number} of {count}: {', '.join(missing)}", flush=True)
     train_networks(missing, arguments)
     for name in missing:
+        print(name, flush=True)
         started = time.perf_counter()
         record["figures"][name] = _figure(protocol, name, arguments)
         record["figures"][name]["seconds"] = round(time.perf_counter() - started, 1)
