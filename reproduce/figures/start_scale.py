@@ -76,7 +76,7 @@ class Result:
 
     def panel(self) -> Panel:
         """Return the panel."""
-        title = f"{'std ' * (self.scale is not None)}{self.scale_name}: {self.summary()['distinct']} distinct"
+        title = f"{'std ' * (self.scale is not None)}{self.scale_name}: {self.summary()['plateaus']} after plateaus"
         return Panel(self.record, title=title, theory=self.theory, step_times=())
 
 
