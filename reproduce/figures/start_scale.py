@@ -21,6 +21,7 @@ import torch
 
 from reproduce.claims import Claim, worst
 from reproduce.figure import Outcome, PaperFigure
+from reproduce.linear_models import descend
 from reproduce.options import data_name, fixed_pairs, limit_pairs
 from reproduce.plots import Response, conditions_figure
 from reproduce.processes import map_parallel
@@ -28,7 +29,6 @@ from reproduce.records import data_rows, theory_record
 from stepwise_lightning import LinearEncoder, SpectrumRecord
 from stepwise_lightning.plots import Panel
 from stepwise_lightning.spectrum import detect_rises
-from stepwise_lightning.spectrum.schedule import log_spaced_steps
 from stepwise_lightning.theory import LinearBarlowTwins, feature_cross_correlation
 
 PAPER = "The theory assumes small initialisation; the paper does not show the required scale."
@@ -127,26 +127,6 @@ def experiment(scale: float | None, seed: int, options: argparse.Namespace) -> R
     reached = theory.crossing_times(0.93)
     record, _ = descend(gamma, weights, rate, int(2 * reached[reached.isfinite()].max() / rate) + 1)
     return Result(seed, scale, record, theory_record(record, theory.embedding_eigenvalues(record.times)))
-
-
-def descend(gamma: torch.Tensor, weights: torch.Tensor, rate: float, steps: int) -> tuple[SpectrumRecord, torch.Tensor]:
-    """Iterate W ← W − 4η (W Γ Wᵀ − I) W Γ in the eigenbasis of Γ, from W(0), (d, m), float64.
-
-    Returns:
-        Record of up to 300 measurements, and W at these, (T, d, m).
-
-    """
-    measured_steps, measured = set(log_spaced_steps(steps, 300)), {}
-    identity = torch.eye(len(weights)).double()
-    for step in range(steps + 1):
-        correlated = weights * gamma
-        c = correlated @ weights.T
-        if step in measured_steps:
-            measured[step] = torch.linalg.eigvalsh(c).flip(0), weights
-        weights = weights - 4 * rate * (c - identity) @ correlated
-    values, path = (torch.stack(parts) for parts in zip(*measured.values(), strict=True))
-    done = torch.tensor(list(measured))
-    return SpectrumRecord.of(rate * done.double(), values, (1 - values).square().sum(1), steps=done), path
 
 
 def _gamma(seed: int, options: argparse.Namespace) -> torch.Tensor:

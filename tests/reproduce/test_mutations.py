@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from reproduce import kernel_machines, mode_rates, wide_networks
+from reproduce import kernel_machines, linear_models, mode_rates, wide_networks
 from reproduce.__main__ import main
 from reproduce.figures import any_loss, kernel_mlp, kernel_pca, linear_model, start_scale
 from stepwise_lightning import BarlowTwins, FixedCropPairs, losses
@@ -162,7 +162,7 @@ def contrastive_kernel_of_one_view(patch):
 def norm_without_root(patch):
     """Omit the root in the smallest norm of a global minimum."""
     minimum_norm = moments.minimum_norm
-    for module in (linear_model, kernel_machines):
+    for module in (linear_models, kernel_machines):
         patch.setattr(module, "minimum_norm", lambda gamma: minimum_norm(gamma) ** 2)
 
 
