@@ -56,6 +56,11 @@ def seeded_on_cpu(seed: int | None) -> Iterator[None]:
         yield
 
 
+def default_device() -> torch.device:
+    """Return torch's default device; ``torch.get_default_device`` of torch 2.6 ignores ``with torch.device(…)``."""
+    return torch.empty(0).device
+
+
 def uniform(
     seed: int, epochs: Sequence[int] | Tensor, indices: Sequence[int] | Tensor, view: int, count: int
 ) -> Tensor:

@@ -79,5 +79,7 @@ def processes() -> ProcessServer:
 
 @pytest.fixture(autouse=True)
 def _lightning_messages() -> None:
-    """Undo the change of Lightning's log level by the figures: other tests read the messages."""
-    logging.getLogger("lightning.pytorch").setLevel(logging.INFO)
+    """Undo the change of Lightning's log level by the figures, and let pytest read the messages."""
+    logger = logging.getLogger("lightning.pytorch")
+    logger.setLevel(logging.INFO)
+    logger.propagate = True  # if Lightning is imported before pytest 8 has its handlers, it switches this off

@@ -111,8 +111,8 @@ def test_bias_norm_sets_the_norm_of_the_bias():
     [
         (lambda: ResNet("resnet19"), "choose from: resnet_small, resnet18"),
         (lambda: ResNet("resnet18", width=16), "None unless the network is resnet_small, got 16"),
-        (lambda: Encoder(0), "out_features=0"),
-        (lambda: Encoder(3, projector_depth=0), "depth=0"),
+        (lambda: Encoder(0), r"must be at least 1, got \(64, 0,"),
+        (lambda: Encoder(3, projector_depth=0), r"depth .* must be at least 1, got \(64, 3, 0,"),
         (lambda: Projector(3, 3, norm="layer"), "'batch' or 'none'"),
         (lambda: MLP(3, [0], 3), "width of at least 1"),
         (lambda: scale_last_layer(nn.ReLU(), 0.1), "no linear layer"),

@@ -79,7 +79,8 @@ def _check(config: Namespace) -> None:
 def _with_suggestion(message: str) -> str:
     """Condense a message of the parser, and suggest the option or class that was probably meant."""
     text = condensed(message)
-    if re.search(r"arguments are required: model$", text):
+    # The second wording is that of jsonargparse below 4.46.
+    if re.search(r"arguments are required: model$|[Oo]ption 'model' is required", text):
         return f"no model: give --config, a file or one of {', '.join(names())}; or --model, {EXAMPLES['model']}"
     if option := re.search(r"[Oo]ption '([\w.]+)'|[Uu]nrecognized arguments: --([\w.]+)", text):
         return text + _suggestion(option[1] or option[2])
