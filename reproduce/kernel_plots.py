@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from textwrap import fill
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ from stepwise_lightning.plots.panels import (
 _KERNEL_STYLES: tuple[dict[str, Any], ...] = tuple(
     {"color": CLASS_COLOURS[colour], "linewidth": 2.2, "linestyle": line} for line in ("-", ":") for colour in (0, 5)
 )
+_MOMENT_COLOURS = (CLASS_COLOURS[4], CLASS_COLOURS[0])
 
 
 def tangent_kernels_figure(
@@ -71,4 +73,45 @@ def tangent_kernels_figure(
         axis.legend(frameon=False, fontsize="small")
         axis.spines[["top", "right"]].set_visible(False)
     describe(figure, title, note, legend_lines(panels, ""))
+    return figure
+
+
+def rivals_figure(
+    alignments: dict[str, dict[str, dict[str, list[float]]]],
+    correlations: dict[str, dict[str, list[float]]],
+    moments: dict[str, str],
+    title: str,
+    note: str = "",
+) -> Figure:
+    """Draw the alignment with each rival, one row per rival and one panel per loss, and the correlation of views.
+
+    Args:
+        alignments: one value per seed, by loss, rival and moment; the first rivals are the best ones.
+        correlations: one value per seed, by loss and moment.
+        moments: labels of the moments of ``alignments``.
+        title: title of the figure.
+        note: text below the figure.
+
+    """
+    figure = Figure(figsize=(3.6 * len(alignments) + 4.6, 4.6), layout="constrained")
+    *axes, last = figure.subplots(1, len(alignments) + 1, width_ratios=[1.0] * len(alignments) + [0.8])
+    for axis, (loss, rivals) in zip(axes, alignments.items(), strict=True):
+        for (moment, label), colour, shift in zip(moments.items(), _MOMENT_COLOURS, (-0.17, 0.17), strict=True):
+            for place, values in enumerate(rivals[name][moment] for name in rivals):
+                axis.barh(place + shift, np.mean(values) if values else 0, 0.32, color=colour, alpha=0.35)
+                axis.plot(values, [place + shift] * len(values), "o", color=colour, markersize=3.5)
+            axis.barh(0, 0, color=colour, alpha=0.6, label=label)
+        axis.set_yticks(range(len(rivals)), rivals if axis is axes[0] else [""] * len(rivals))
+        axis.set(xlim=(0, 1), ylim=(len(rivals) - 0.5, -0.5), title=loss, xlabel="alignment of the embeddings")
+        axis.spines[["top", "right"]].set_visible(False)
+    for (loss, by_moment), colour in zip(correlations.items(), CLASS_COLOURS, strict=False):
+        places = [index for index, values in enumerate(by_moment.values()) if values]
+        last.plot(places, [np.mean(values) for values in by_moment.values() if values], color=colour, label=loss)
+        for place, values in enumerate(by_moment.values()):
+            last.plot([place] * len(values), values, "o", color=colour, markersize=4)
+    last.set_xticks(range(1 + len(moments)), ["start", *(fill(label, 12) for label in moments.values())])
+    last.set(ylim=(0, 1), title="correlation of the features\nof two views")
+    last.legend(frameon=False, fontsize="small")
+    last.spines[["top", "right"]].set_visible(False)
+    describe(figure, title, note, axes[0].get_legend_handles_labels()[0])
     return figure

@@ -14,6 +14,7 @@ from tiny_sets import fill
 from reproduce.__main__ import main
 from reproduce.controls import ordinary_kernel_pca, permuted_alignment, procrustes_error
 from reproduce.figures import kernel_pca
+from reproduce.figures.kernel_over_time import correlation_of_views
 from reproduce.options import limit_pairs, require_images
 from reproduce.reference import differences
 from reproduce.wide_networks import (
@@ -143,6 +144,13 @@ def test_kernel_machine_matches_a_network_whose_last_layer_trains():
     torch.testing.assert_close(start, f)
     torch.testing.assert_close(end, encoder(x).detach(), rtol=1e-6, atol=1e-9)
     assert end.norm() > 1.5 * start.norm()
+
+
+def test_correlation_of_views_is_one_for_equal_features_and_zero_for_others():
+    x, y = torch.randn(2, 400, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    for second, correlation in ((x, 1.0), (x + y, 2 / 3), (y, 0.0)):
+        z = torch.cat([x, second]) - torch.cat([x, second]).mean(0)
+        assert correlation_of_views(z @ z.T) == pytest.approx(correlation, abs=0.05)
 
 
 def test_training_in_the_span_of_the_inputs_gives_the_same_outputs():

@@ -15,6 +15,7 @@ from reproduce.__main__ import main
 from reproduce.figures import frozen_features, kernel_over_time
 from reproduce.networks.runs import Run, SGDSettings
 from reproduce.networks.variants import VARIANTS
+from reproduce.wide_networks import KERNELS
 from stepwise_lightning import BarlowTwins
 from stepwise_lightning.callbacks.clock import Clock
 from stepwise_lightning.theory import LinearBarlowTwins, feature_cross_correlation
@@ -64,14 +65,23 @@ def permuted_images(patch):
 
 
 def kernel_of_the_start(patch):
-    """Use the tangent kernel at initialisation as the current kernel."""
-    closed_form, first = kernel_over_time.closed_form, {}
+    """Use the kernels at initialisation as the current kernels."""
+    kernels, first = kernel_over_time.kernels, {}
+    # The first call is for the initial network.
+    patch.setattr(
+        kernel_over_time, "kernels", lambda encoder, pairs: first.setdefault(id(pairs), kernels(encoder, pairs))
+    )
 
-    def initial_closed_form(encoder, pairs, modes):
-        # The first call is for the initial network.
-        return closed_form(first.setdefault(id(pairs), encoder), pairs, modes)
 
-    patch.setattr(kernel_over_time, "closed_form", initial_closed_form)
+def kernel_of_all_layers(patch):
+    """Use the tangent kernel of all layers as the last layer's kernel."""
+    patch.setitem(KERNELS, "last", "all")
+
+
+def closed_form_of_wrong_pairs(patch):
+    """Use wrong pairs in the closed forms."""
+    fit = kernel_over_time.kernel_matrix_pca
+    patch.setattr(kernel_over_time, "kernel_matrix_pca", lambda k, modes, shift=0: fit(k, modes, shift + 1))
 
 
 def scaled_forecast(factor, text):
@@ -137,6 +147,8 @@ MUTATIONS = [
     ("cross_loss_alignment", one_run, "differ"),
     ("cross_loss_alignment", permuted_images, "aligned"),
     ("kernel_over_time", kernel_of_the_start, "barlow_twins_moved"),
+    ("kernel_over_time", kernel_of_all_layers, "barlow_twins_over_full"),
+    ("kernel_over_time", closed_form_of_wrong_pairs, "barlow_twins_pairs"),
     ("frozen_features", half_rate, "times"),
     ("frozen_features", one_view, "deviation"),
     ("frozen_features", momentum, "times"),

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from reproduce.growth_plots import principal_components
-from reproduce.kernel_plots import tangent_kernels_figure
+from reproduce.kernel_plots import rivals_figure, tangent_kernels_figure
 from reproduce.plots import (
     Response,
     WorthPanel,
@@ -52,6 +52,18 @@ def test_alignments_share_the_time_axis_of_the_eigenvalues():
     assert [text.get_text() for text in steps.get_legend().get_texts()] == [
         f"{name} kernel, initial" for name in ratios
     ]
+
+
+def test_rivals_show_means_and_seeds_of_both_moments():
+    alignments = {"a": {"first": {"early": [0.9, 0.7], "end": [0.5, 0.7]}, "second": {"early": [], "end": [0.2]}}}
+    figure = rivals_figure(
+        alignments, {"a": {"start": [0.1], "early": [], "end": [0.9]}}, {"early": "x", "end": "y"}, ""
+    )
+    bars, last = figure.axes
+    widths = [patch.get_width() for patch in bars.patches]
+    assert widths == pytest.approx([0.8, 0, 0, 0.6, 0.2, 0])
+    assert [label.get_text() for label in bars.get_yticklabels()] == ["first", "second"] and bars.yaxis_inverted()
+    np.testing.assert_allclose(last.lines[0].get_xydata(), [[0, 0.1], [2, 0.9]])
 
 
 def test_eigenfunction_images_are_ordered_from_lowest_to_highest():
