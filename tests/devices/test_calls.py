@@ -156,6 +156,7 @@ FURTHER_CALLS = {
         lambda a, b: [v for v in vars(theory.FeatureMoments.of(a, b)).values() if isinstance(v, Tensor)],
         *pairs(),
     ),
+    "minimum_norm": (theory.minimum_norm, TIMES + 1),
     "heavy_ball_growth": (lambda x: list(theory.heavy_ball_growth(x, 0.9)), TIMES),
     "diverging_fraction": (lambda x: diverging_fraction(x, 0.5), TIMES / 4),
     "LastLayer": (losses(simulation), *FEATURES, WEIGHT, BIAS),
