@@ -79,7 +79,11 @@ class SafeRate(L.Callback):
         self.share = share
 
     def setup(self, trainer: L.Trainer, pl_module: Any, stage: str) -> None:
-        """Set the rate before the optimiser is created."""
+        """Compute the rate, before the weights of a checkpoint are loaded."""
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
-        rates = forecast(pl_module, unseen_batches(data), max_steps=2).rates
-        pl_module.hparams["learning_rate"] = self.share * rates.safe
+        self.rate = self.share * forecast(pl_module, unseen_batches(data), max_steps=2).rates.safe
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+        """Set the rate of the optimiser; the setting of the module remains, because resuming compares it."""
+        for group in trainer.optimizers[0].param_groups:
+            group["lr"] = self.rate

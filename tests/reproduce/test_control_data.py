@@ -20,20 +20,23 @@ def test_identical_views_are_the_first_views():
     assert torch.equal(prepared(IdenticalViews).probe_pairs()[1], prepared(TwoViewDataModule).probe_pairs()[1])
 
 
+def fit_noise(share, steps, checkpoint=None):
+    module = BarlowTwins(Encoder(4, alpha=1e-3, seed=0), 0.004, off_diagonal_weight=1.0, normalize=False, center=True)
+    trainer = L.Trainer(
+        max_steps=steps, accelerator="cpu", logger=False, enable_checkpointing=False, callbacks=[SafeRate(share)],
+        enable_progress_bar=False, enable_model_summary=False, limit_val_batches=0,
+    )  # fmt: skip
+    trainer.fit(module, datamodule=prepared(NoiseImages, seed=0), ckpt_path=checkpoint)
+    return trainer
+
+
 @pytest.mark.slow
-def test_safe_rate_of_noise_is_the_rate_of_the_optimiser():
-    rates = []
-    for share in (1.0, 0.5):
-        module = BarlowTwins(
-            Encoder(4, alpha=1e-3, seed=0), 0.004, off_diagonal_weight=1.0, normalize=False, center=True
-        )
-        trainer = L.Trainer(
-            max_steps=1, accelerator="cpu", logger=False, enable_checkpointing=False, callbacks=[SafeRate(share)],
-            enable_progress_bar=False, enable_model_summary=False, limit_val_batches=0,
-        )  # fmt: skip
-        trainer.fit(module, datamodule=prepared(NoiseImages, seed=0))
-        rates.append(trainer.optimizers[0].param_groups[0]["lr"])
-    assert rates[0] == pytest.approx(2 * rates[1]) and rates[0] > 0.006
+def test_safe_rate_of_noise_is_the_rate_of_the_optimiser_also_after_a_resume(tmp_path):
+    trainers = [fit_noise(share, 1) for share in (1.0, 0.5)]
+    trainers[1].save_checkpoint(tmp_path / "last.ckpt")
+    trainers.append(fit_noise(0.5, 2, tmp_path / "last.ckpt"))
+    rates = [trainer.optimizers[0].param_groups[0]["lr"] for trainer in trainers]
+    assert rates == [rates[0], rates[0] / 2, rates[0] / 2] and rates[0] > 0.006
 
 
 def test_wrong_pairs_roll_the_second_views_within_the_batch():
