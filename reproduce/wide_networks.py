@@ -87,7 +87,7 @@ def project_to_span(encoder: MLP, x1: Tensor, x2: Tensor) -> tuple[Tensor, Tenso
     basis = torch.linalg.qr(views.T).Q
     first = linear_layers(encoder)[0]
     first.weight = nn.Parameter((first.weight.double() @ basis).float())
-    first.in_features = basis.shape[1]
+    encoder.in_features = first.in_features = basis.shape[1]
     z1, z2 = (views @ basis).float().chunk(2)
     return z1, z2
 
