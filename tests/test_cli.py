@@ -28,7 +28,7 @@ MISTAKES = {
     "unknown loss": (["--model=MoCo"], "unknown model 'MoCo'; choose from: BarlowTwins, SimCLR, SpectralContr"),
     "unknown encoder": (["--model.init_args.encoder=ViT"], "unknown encoder 'ViT'; choose from: stepwise_light"),
     "unknown backbone": (["--model.init_args.encoder.init_args.backbone=vgg"], "unknown ResNet 'vgg'; choose from"),
-    "no dimensions": (["--model.init_args.encoder.init_args.out_features=0"], "at least 1, got in_features=64, out"),
+    "no dimensions": (["--model.init_args.encoder.init_args.out_features=0"], "must be at least 1, got (64, 0, "),
     "no number": (["--model.init_args.learning_rate=fast"], 'key "learning_rate": Expected a <class \'float\'>. Got'),
     "batch of one": (["--data.init_args.global_batch_size=1"], "global_batch_size must be at least 2, because the"),
     "batch too large": (["--data.init_args.global_batch_size=9999"], "global_batch_size 9999 is larger than the"),
@@ -284,7 +284,7 @@ def test_option_in_the_wrong_section_gets_a_suggestion(options, message, monkeyp
 
 def test_help_is_short_and_documents_options_with_defaults(monkeypatch, capsys):
     text = printed(monkeypatch, capsys, "--help")
-    assert len(text.splitlines()) < 180 and text.index("--model.learning_rate") < text.index("--trainer.max_steps")
+    assert len(text.splitlines()) < 185 and text.index("--model.learning_rate") < text.index("--trainer.max_steps")
     entries = {
         match[1]: " ".join(match[2].split()) for match in re.finditer(r"^  --([\w.]+) (.*(?:\n {8,}.*)*)", text, re.M)
     }

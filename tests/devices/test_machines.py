@@ -30,7 +30,8 @@ def visible_gpu():
     cuda |= dict(get_rng_state=fail, get_device_name=fail)
     # Lightning's sanity check and torch's Adam use a visible GPU themselves, on every accelerator.
     sanity_check = mock.patch.object(torch.cuda, "get_rng_state_all", lambda: [])
-    adam = mock.patch.object(torch.optim.Optimizer, "_accelerator_graph_capture_health_check", lambda optimizer: None)
+    check = "_accelerator_graph_capture_health_check"  # which torch 2.6 does not have
+    adam = mock.patch.object(torch.optim.Optimizer, check, lambda optimizer: None, create=True)
     with sanity_check, adam, mock.patch.multiple(torch.cuda, **cuda):
         yield
 
