@@ -6,6 +6,7 @@ from textwrap import fill
 from typing import Any
 
 import numpy as np
+from matplotlib.lines import Line2D
 
 from stepwise_lightning.plots.panels import (
     CLASS_COLOURS,
@@ -22,11 +23,16 @@ from stepwise_lightning.plots.panels import (
 _KERNEL_STYLES: tuple[dict[str, Any], ...] = tuple(
     {"color": CLASS_COLOURS[colour], "linewidth": 2.2, "linestyle": line} for line in ("-", ":") for colour in (0, 5)
 )
+_MACHINE_STYLES: tuple[dict[str, Any], ...] = (
+    {"color": "black", "linewidth": 1.1, "linestyle": "--"},
+    {"color": CLASS_COLOURS[5], "linewidth": 1.3, "linestyle": ":"},
+)
 _MOMENT_COLOURS = (CLASS_COLOURS[4], CLASS_COLOURS[0])
 
 
 def tangent_kernels_figure(
     panels: list[Panel],
+    machines: list[dict[str, Array]],
     alignments: list[dict[str, Array]],
     drifts: dict[str, dict[int, list[float]]],
     ratios: dict[str, Array],
@@ -37,8 +43,9 @@ def tangent_kernels_figure(
 
     Args:
         panels: one per network.
+        machines: eigenvalues of C (T, d) of kernel machines, by kernel, for each panel.
         alignments: alignments (T,), NaN where undefined, by kernel, for each panel.
-        drifts: relative changes of the kernel, one per seed, by width, by name of the network.
+        drifts: relative changes, one per seed, by width, by network and kernel.
         ratios: predicted over measured step times, (s, d), by kernel.
         title: title of the figure.
         note: text below the figure.
@@ -46,9 +53,11 @@ def tangent_kernels_figure(
     """
     figure = Figure(figsize=(4.2 * len(panels) + 4, 6.8), layout="constrained")
     axes = figure.subplots(2, len(panels) + 1, squeeze=False)
-    for column, (panel, values) in enumerate(zip(panels, alignments, strict=True)):
+    for column, (panel, predicted, values) in enumerate(zip(panels, machines, alignments, strict=True)):
         upper, lower = axes[:, column]
         draw_panel(panel, None, upper)
+        for eigenvalues, style in zip(predicted.values(), _MACHINE_STYLES, strict=True):
+            upper.plot(panel.times, eigenvalues, **style)
         upper.set(title=panel.title, xlabel="", ylabel="" if column else panel.label)
         for (name, alignment), style in zip(values.items(), _KERNEL_STYLES, strict=True):
             lower.plot(panel.times, alignment, label=name, **style)
@@ -57,12 +66,13 @@ def tangent_kernels_figure(
     axes[1, 0].set_ylabel("alignment with the closed form")
     axes[1, 0].legend(loc="lower right", fontsize="small", title="kernel", frameon=False)
     drift, steps = axes[:, -1]
-    for (name, by_width), colour in zip(drifts.items(), (CLASS_COLOURS[0], CLASS_COLOURS[5]), strict=True):
-        drift.loglog(list(by_width), [np.mean(values) for values in by_width.values()], color=colour, label=name)
-        for width, drifts_of_seeds in by_width.items():
-            drift.plot([width] * len(drifts_of_seeds), drifts_of_seeds, "o", color=colour, markersize=4, alpha=0.6)
-    drift.set(xlabel="width", title="relative change of the kernel in training")
-    drift.set_xticks(list(by_width), [str(width) for width in by_width], minor=False)
+    for (name, by_width), style in zip(drifts.items(), _KERNEL_STYLES, strict=True):
+        drift.loglog(list(by_width), [np.mean(values) for values in by_width.values()], label=name, **style)
+        for width, of_seeds in by_width.items():
+            drift.plot([width] * len(of_seeds), of_seeds, "o", color=style["color"], markersize=4, alpha=0.6)
+    drift.set(xlabel="width", title="relative change of a kernel in training")
+    widths = next(iter(drifts.values()))
+    drift.set_xticks(list(widths), [str(width) for width in widths])
     drift.minorticks_off()
     for (name, of_modes), style in zip(ratios.items(), _KERNEL_STYLES, strict=False):
         steps.plot(range(1, of_modes.shape[1] + 1), of_modes.T, "o", color=style["color"], markersize=4)
@@ -72,7 +82,11 @@ def tangent_kernels_figure(
     for axis in (drift, steps):
         axis.legend(frameon=False, fontsize="small")
         axis.spines[["top", "right"]].set_visible(False)
-    describe(figure, title, note, legend_lines(panels, ""))
+    lines = [
+        Line2D([], [], label=f"kernel machine, {name} kernel", **style)
+        for name, style in zip(machines[0], _MACHINE_STYLES, strict=True)
+    ]
+    describe(figure, title, note, legend_lines(panels, "") + lines)
     return figure
 
 

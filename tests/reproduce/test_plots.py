@@ -42,12 +42,14 @@ def test_alignments_share_the_time_axis_of_the_eigenvalues():
     runs = [growth([8.0, 4, 2]), growth([9.0, 5, 1])]
     names = ("full, initial", "last, initial", "full, final", "last, final")
     values = {name: runs[0].times / (10 * place) for place, name in enumerate(names, 1)}
-    drifts = {"lazy": {8: [0.5, 0.3], 16: [0.1, 0.3]}, "rich": {8: [1.0], 16: [2.0]}}
+    drifts = dict.fromkeys(names, {8: [0.5, 0.3], 16: [0.1, 0.3]})
     ratios = {"full": np.ones((2, 3)), "last": np.full((2, 3), 2.0)}
-    figure = tangent_kernels_figure(runs, [values, values], drifts, ratios, title="kernels")
+    machines = [{"full": run.eigenvalues / 2, "last": run.eigenvalues / 3} for run in runs]
+    figure = tangent_kernels_figure(runs, machines, [values, values], drifts, ratios, title="kernels")
     upper, lower, drift, steps = (figure.axes[place] for place in (0, 3, 2, 5))
     assert [line.get_label() for line in lower.lines] == list(values) and lower.get_xlim() == upper.get_xlim()
     np.testing.assert_array_equal(lower.lines[1].get_ydata(), values["last, initial"])
+    np.testing.assert_array_equal(upper.lines[-1].get_ydata(), machines[0]["last"][:, -1])
     np.testing.assert_allclose(drift.lines[0].get_xydata(), [[8, 0.4], [16, 0.2]])
     assert [text.get_text() for text in steps.get_legend().get_texts()] == [
         f"{name} kernel, initial" for name in ratios
