@@ -6,9 +6,9 @@ of ``stepwise forecast``: training of the last layer on the initial features, wi
 order and approximate times of the steps, but does not include the change of the features during training. The step of
 the first mode, before features change, is predicted within a tenth.
 
-The Γ of two views predicts the steps of later modes better than the covariance of one view, which is larger. For a
-network that is trained on identical views the covariance of one view is better. The two networks start from the same
-weights.
+With two views modes are learned later than by a network that starts from the same weights and is trained on identical
+views, for which Γ is the covariance of one view. The forecast with Γ of one view is too early for both: the distance
+from a forecast does not distinguish the two.
 
 The paper trains ResNet-50 on STL-10 with standard augmentations (``--profile full``) and does not state the learning
 rate and the initial scale. For the values used here, and the small ResNet of the default profile, see
@@ -49,9 +49,8 @@ MIN_TIME_FACTOR = {"smoke": 0.9, "cpu": 0.8, "full": 0.8}
 FIRST_MODE_FACTOR = {"smoke": (0.93, 1.1), "cpu": (0.9, 1.1), "full": (0.9, 1.1)}
 # Factors of the growth rates; half is 4γ instead of 8γ.
 FORECAST_CONTROLS = {"half": 0.5, "slower": 0.8, "faster": 1.25}
-# Distance of the forecast of two views minus distance of one view, in logarithms of step times. Photographs: −0.37 and
-# −0.31, and 0.13 for identical views.
-MAX_VIEW_DISTANCE = {"smoke": -0.08, "cpu": -0.15, "full": -0.15}
+# Step times with two views over step times with identical views, mean over seeds. Photographs, seeds 0, 1: 1.25, 1.18.
+MIN_VIEW_FACTOR = 1.1
 NETWORKS = [("barlow_twins", variant) for variant in ("small", "no_off_diagonal", "identical_views")]
 
 
@@ -103,15 +102,15 @@ def _forecast_claims(factors: list[dict[str, float]], options: argparse.Namespac
     # The few modes and pairs of the smoke profile do not distinguish one view from two.
     one_view = "" if profile == "smoke" else "Γ of one view"
     low, high = FIRST_MODE_FACTOR[profile]
-    views, identical = ([factor[name] for factor in factors] for name in ("views", "identical views"))
+    views = [factor["views"] for factor in factors]
     return [
         claim("not_late", "theory", "<=", MAX_TIME_FACTOR[profile], one_view, "one view"),
         claim("not_early", "theory", ">=", MIN_TIME_FACTOR[profile], "theory with growth 4γ", "half"),
         claim("first_not_late", "first theory", "<=", high, "growth rates × 1.25", "first faster"),
         claim("first_not_early", "first theory", ">=", low, "growth rates × 0.8", "first slower"),
         average(
-            "views", "distance of log step times from the forecast of two views, minus distance from one view", views,
-            "<=", MAX_VIEW_DISTANCE[profile], seeds, "training on identical views", identical,
+            "views", "step time with two views over step time with identical views, geometric mean from the second "
+            "mode on", views, ">=", MIN_VIEW_FACTOR, seeds, mean=geometric_mean,
         ),
     ]  # fmt: skip
 
@@ -130,7 +129,7 @@ def _plateau_error(run: Run) -> float:
 def _step_time_factors(run: Run, identical: Run) -> dict[str, float]:
     """Return measured over predicted step times for the forecast and its controls; "first …" for the first mode.
 
-    "views" compares the forecasts of two views and of one; "identical views" does the same for the run ``identical``.
+    "views" is the ratio of the step times of ``run`` and of the run on identical views.
     """
     h1, h2 = run.features
     rates = SGDSettings.of(run.module, 0, int(run.record.steps[-1])).rates
@@ -141,10 +140,7 @@ def _step_time_factors(run: Run, identical: Run) -> dict[str, float]:
     }
     factors = {name: _later_modes(values) for name, values in ratios.items()}
     factors |= {f"first {name}": float(values[0]) or math.nan for name, values in ratios.items()}
-    for name, trained in (("views", run), ("identical views", identical)):
-        times = trained.steps.step_times / run.optimization()[0]
-        two, one = (_later_modes(times / forecasts[key].step_times) for key in ("theory", "one view"))
-        factors[name] = abs(math.log(two)) - abs(math.log(one))
+    factors["views"] = _later_modes(run.steps.step_times / identical.steps.step_times)
     return factors
 
 
