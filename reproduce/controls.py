@@ -13,14 +13,18 @@ def kernel_matrix_pca(k: Tensor, modes: int, shift: int = 0) -> tuple[Contrastiv
 
     Args:
         k: K(Z, Z), (2n, 2n), first views before second views.
-        modes: number of modes.
+        modes: number of modes; the number of positive modes if there are fewer.
         shift: pair each first view with the second view of the pair ``shift`` places before; 0 for right pairs.
 
     """
     indices = torch.arange(len(k), dtype=torch.float64)[:, None]  # the kernel is a function of row indices
-    machine = ContrastiveKernelPCA(lambda a, b: k[a[:, 0].long()][:, b[:, 0].long()], modes, progress=False)
     x1, x2 = indices.chunk(2)
-    machine.fit(x1, x2.roll(shift, 0))
+    x2 = x2.roll(shift, 0)
+    pairs = [torch.cat(views)[:, 0].long() for views in ((x1, x2), (x2, x1))]
+    gamma = torch.linalg.eigvals(k[pairs[1]][:, pairs[0]]).real
+    modes = min(modes, int((gamma > 1e-8 * gamma.max()).sum()))
+    machine = ContrastiveKernelPCA(lambda a, b: k[a[:, 0].long()][:, b[:, 0].long()], modes, progress=False)
+    machine.fit(x1, x2)
     return machine, machine.transform(indices)
 
 

@@ -187,8 +187,10 @@ def experiment(variant: str, units: int, seed: int, options: argparse.Namespace,
 
 
 def _step_times(machine: ContrastiveKernelPCA, f0: Tensor, rate: float) -> Tensor:
+    """Return predicted step times, (d,); infinite for modes that the kernel does not have."""
     start = machine.initial_singular_values(*f0.chunk(2))
-    return LinearBarlowTwins(torch.diag(machine.eigenvalues_), torch.diag(start), learning_rate=rate).step_times
+    theory = LinearBarlowTwins(torch.diag(machine.eigenvalues_), torch.diag(start), learning_rate=rate)
+    return torch.nn.functional.pad(theory.step_times, (0, f0.shape[1] - len(start)), value=np.inf)
 
 
 def _distance(a: Tensor, b: Tensor) -> float:

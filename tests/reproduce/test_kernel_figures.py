@@ -12,7 +12,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tiny_sets import fill
 
 from reproduce.__main__ import main
-from reproduce.controls import ordinary_kernel_pca, permuted_alignment, procrustes_error
+from reproduce.controls import kernel_matrix_pca, ordinary_kernel_pca, permuted_alignment, procrustes_error
 from reproduce.figures import kernel_pca
 from reproduce.figures.kernel_over_time import correlation_of_views
 from reproduce.options import limit_pairs, require_images
@@ -144,6 +144,18 @@ def test_kernel_machine_matches_a_network_whose_last_layer_trains():
     torch.testing.assert_close(start, f)
     torch.testing.assert_close(end, encoder(x).detach(), rtol=1e-6, atol=1e-9)
     assert end.norm() > 1.5 * start.norm()
+
+
+def test_kernel_matrix_with_few_modes_has_the_closed_form_of_these():
+    views = torch.randn(20, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    x1, x2 = views, views + torch.tensor([0.1, 0.2, 0.3])
+    z = torch.cat([x1, x2])
+    machine, embeddings = kernel_matrix_pca(z @ z.T, 5)
+    expected = ContrastiveKernelPCA(linear_kernel, 3).fit(x1, x2)
+    torch.testing.assert_close(machine.eigenvalues_, expected.eigenvalues_)
+    torch.testing.assert_close(subspace_alignment(embeddings, expected.transform(z)).item(), 1.0)
+    wrong = ContrastiveKernelPCA(linear_kernel, 1).fit(x1, x2.roll(1, 0))
+    torch.testing.assert_close(kernel_matrix_pca(z @ z.T, 1, shift=1)[0].eigenvalues_, wrong.eigenvalues_)
 
 
 def test_correlation_of_views_is_one_for_equal_features_and_zero_for_others():
