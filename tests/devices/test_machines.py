@@ -30,8 +30,8 @@ def visible_gpu():
     cuda |= dict(get_rng_state=fail, get_device_name=fail)
     # Lightning's sanity check and torch's Adam use a visible GPU themselves, on every accelerator.
     sanity_check = mock.patch.object(torch.cuda, "get_rng_state_all", lambda: [])
-    check = "_accelerator_graph_capture_health_check"  # which torch 2.6 does not have
-    adam = mock.patch.object(torch.optim.Optimizer, check, lambda optimizer: None, create=True)
+    check = next(name for name in dir(torch.optim.Optimizer) if name.endswith("_graph_capture_health_check"))
+    adam = mock.patch.object(torch.optim.Optimizer, check, lambda optimizer: None)
     with sanity_check, adam, mock.patch.multiple(torch.cuda, **cuda):
         yield
 
