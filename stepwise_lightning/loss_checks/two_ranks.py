@@ -177,8 +177,10 @@ def _run(loss: PairLoss, z: Tensor, rank: int, folder: str) -> None:
     dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=2, timeout=limit)
     results += [_attempt(loss, shards[rank]), _attempt(loss, shards[0])]
     results += [_attempt(loss, shards[rank], all_gather_with_grad)]
-    dist.destroy_process_group()
     torch.save(results, Path(folder, f"{rank}.pt"))
+    while not Path(folder, f"{1 - rank}.pt").exists():  # the other rank may still receive
+        time.sleep(0.01)
+    os._exit(0)  # with torch 2.6, a process may hang when it destroys the group
 
 
 def _attempt(loss: PairLoss, z: Tensor, *prepare: Callable[[Tensor], Tensor]) -> tuple[float, Tensor] | str:
