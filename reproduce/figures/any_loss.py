@@ -31,7 +31,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from reproduce.claims import Claim, worst
+from reproduce.claims import Claim, seeds_text, worst
 from reproduce.figure import Outcome, PaperFigure
 from reproduce.mode_rates import GROWTH, LOSSES, RELATIVE_RATE, VARIANTS, Modes, correlation, measured_rates, train
 from reproduce.options import data_name, fixed_pairs, limit_pairs
@@ -101,7 +101,7 @@ def produce(options: argparse.Namespace, directory: Path) -> Outcome:
         [_panel(model, [by_run[model, seed] for seed in options.seeds]) for model in MAX_ERROR], RIVALS,
         title="Growth rates of modes follow from the second derivatives of the loss",
         note=f"{options.num_pairs} pairs of {options.crop_size}×{options.crop_size} crops, {data_name(options.data)}; "
-        f"seeds {', '.join(map(str, options.seeds))}; five modes per loss",
+        f"{seeds_text(options.seeds)}; five modes per loss",
     )  # fmt: skip
     return Outcome(
         figure, ["model", "seed", "loss", "mode", "step", "growth", "predicted_growth"],

@@ -29,7 +29,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from reproduce.claims import Claim, worst
+from reproduce.claims import Claim, seeds_text, worst
 from reproduce.figure import Outcome, PaperFigure
 from reproduce.networks.runs import Run, trained_runs
 from reproduce.networks.training import PROFILES
@@ -70,7 +70,7 @@ def produce(options: argparse.Namespace, directory: Path) -> Outcome:
         ["small initialisation\nridge: accuracy", "ordinary initialisation\nridge: accuracy",
          "small initialisation\nk-NN: accuracy"],
         title="Classification accuracy of the first k modes when k modes have been learned",
-        note=f"held-out pairs, {data_name(options.data)}, seeds {', '.join(map(str, options.seeds))}",
+        note=f"held-out pairs, {data_name(options.data)}, {seeds_text(options.seeds)}",
     )  # fmt: skip
     return Outcome(figure, COLUMNS, rows, _claims(rows, options), [_summary(run, rows) for run in runs])
 
