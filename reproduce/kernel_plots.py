@@ -6,6 +6,7 @@ from textwrap import fill
 from typing import Any
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 
 from stepwise_lightning.plots.panels import (
@@ -65,7 +66,18 @@ def tangent_kernels_figure(
         lower.spines[["top", "right"]].set_visible(False)
     axes[1, 0].set_ylabel("alignment with the closed form")
     axes[1, 0].legend(loc="lower right", fontsize="small", title="kernel", frameon=False)
-    drift, steps = axes[:, -1]
+    _draw_drifts(axes[0, -1], drifts)
+    _draw_ratios(axes[1, -1], ratios)
+    lines = [
+        Line2D([], [], label=f"kernel machine, {name} kernel", **style)
+        for name, style in zip(machines[0], _MACHINE_STYLES, strict=True)
+    ]
+    describe(figure, title, note, legend_lines(panels, "") + lines)
+    return figure
+
+
+def _draw_drifts(drift: Axes, drifts: dict[str, dict[int, list[float]]]) -> None:
+    """Draw the relative changes of kernels against the width."""
     for (name, by_width), style in zip(drifts.items(), _KERNEL_STYLES, strict=True):
         drift.loglog(list(by_width), [np.mean(values) for values in by_width.values()], label=name, **style)
         for width, of_seeds in by_width.items():
@@ -74,20 +86,22 @@ def tangent_kernels_figure(
     widths = next(iter(drifts.values()))
     drift.set_xticks(list(widths), [str(width) for width in widths])
     drift.minorticks_off()
+    _finish(drift)
+
+
+def _draw_ratios(steps: Axes, ratios: dict[str, Array]) -> None:
+    """Draw predicted over measured step times of the modes."""
     for (name, of_modes), style in zip(ratios.items(), _KERNEL_STYLES, strict=False):
         steps.plot(range(1, of_modes.shape[1] + 1), of_modes.T, "o", color=style["color"], markersize=4)
         steps.plot([], [], "o", color=style["color"], label=f"{name} kernel, initial")
     steps.axhline(1, color="0.6", linewidth=1, zorder=0)
     steps.set(xlabel="mode", yscale="log", title="predicted / measured step time (lazy)")
-    for axis in (drift, steps):
-        axis.legend(frameon=False, fontsize="small")
-        axis.spines[["top", "right"]].set_visible(False)
-    lines = [
-        Line2D([], [], label=f"kernel machine, {name} kernel", **style)
-        for name, style in zip(machines[0], _MACHINE_STYLES, strict=True)
-    ]
-    describe(figure, title, note, legend_lines(panels, "") + lines)
-    return figure
+    _finish(steps)
+
+
+def _finish(axis: Axes) -> None:
+    axis.legend(frameon=False, fontsize="small")
+    axis.spines[["top", "right"]].set_visible(False)
 
 
 def rivals_figure(

@@ -5,13 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import lightning as L
+import numpy as np
 import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor, nn
 
+from reproduce.controls import kernel_matrix_pca
 from reproduce.processes import step_progress
 from stepwise_lightning import MLP, BarlowTwins, FixedCropPairs, SpectrumLogger, SpectrumRecord
-from stepwise_lightning.theory import EmpiricalNTK
+from stepwise_lightning.theory import ContrastiveKernelPCA, EmpiricalNTK, LinearBarlowTwins, subspace_alignment
 
 KERNELS = {"full": "all", "last": "last"}  # parameters of EmpiricalNTK
 
@@ -118,3 +120,25 @@ def kernel_machine(k: Tensor, f: Tensor, rate: float, steps: list[int]) -> Tenso
         swapped = f.roll(n, 0)
         f = f - 4 * rate * k @ swapped @ (f.T @ swapped / (2 * n) - torch.eye(f.shape[1])) / (2 * n)
     return torch.stack([embeddings[step] for step in steps])
+
+
+def predicted_step_times(machine: ContrastiveKernelPCA, f0: Tensor, rate: float) -> Tensor:
+    """Return predicted step times, (d,); infinite for modes that the kernel does not have."""
+    start = machine.initial_singular_values(*f0.chunk(2))
+    theory = LinearBarlowTwins(torch.diag(machine.eigenvalues_), torch.diag(start), learning_rate=rate)
+    return torch.nn.functional.pad(theory.step_times, (0, f0.shape[1] - len(start)), value=np.inf)
+
+
+def distance(a: Tensor, b: Tensor) -> float:
+    """Return ‖a − b‖ / ‖b‖."""
+    return float((a - b).norm() / b.norm())
+
+
+def compare_machines(f: Tensor, machines: dict[str, Tensor], final: Tensor) -> dict[str, float]:
+    """Compare the final embeddings with the kernel machines, and with the closed form of wrong pairs."""
+    wrong = kernel_matrix_pca(final, f.shape[1], shift=1)[1]
+    return {
+        **{f"{name}_machine": float(subspace_alignment(f, g[-1])) for name, g in machines.items()},
+        **{f"{name}_embedding_error": distance(g[-1], f) for name, g in machines.items()},
+        "wrong_pairs_final": float(subspace_alignment(f, wrong)),
+    }

@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,7 +44,10 @@ from reproduce.wide_networks import (
     KERNELS,
     VARIANTS,
     add_small_start,
+    compare_machines,
+    distance,
     kernel_machine,
+    predicted_step_times,
     project_to_span,
     symmetric_mlp,
     tangent_kernels,
@@ -52,12 +56,7 @@ from reproduce.wide_networks import (
 from stepwise_lightning import SpectrumRecord, scale_last_layer
 from stepwise_lightning.plots import Panel
 from stepwise_lightning.spectrum import cross_correlation_eigenvalues, crossing_times, num_crossed
-from stepwise_lightning.theory import (
-    ContrastiveKernelPCA,
-    LinearBarlowTwins,
-    relu_ntk,
-    subspace_alignment,
-)
+from stepwise_lightning.theory import relu_ntk, subspace_alignment
 
 PAPER = (
     "Kernel section and appendix: subspace alignment of a trained wide network's embeddings with the closed form from "
@@ -162,7 +161,7 @@ def experiment(variant: str, units: int, seed: int, options: argparse.Namespace,
     small = tangent_kernels(scale_last_layer(copy.deepcopy(encoder), SMALL_LAST_LAYER), z)
     forms = {name: kernel_matrix_pca(kernel, dim) for name, kernel in before.items()}
     rate = settings.relative_rate / (4 * float(forms[settings.trained][0].eigenvalues_[0]))
-    step_times = {name: _step_times(machine, f0, rate) for name, (machine, _) in forms.items()}
+    step_times = {name: predicted_step_times(machine, f0, rate) for name, (machine, _) in forms.items()}
     steps = int(settings.duration * float(step_times[settings.trained].max()) / rate)
     encoder[1].requires_grad_(settings.trained == "full")
     name = f"{variant.replace(' ', '_')}_{width}_seed{seed}"
@@ -173,39 +172,17 @@ def experiment(variant: str, units: int, seed: int, options: argparse.Namespace,
     embeddings |= {f"{name}, final": kernel_matrix_pca(kernel, dim)[1] for name, kernel in after.items()}
     infinite = scale**2 * width / 2 * relu_ntk(z, z)
     numbers = {
-        "hidden_share": _distance(before["last"], before["full"]),
-        "hidden_share_small": _distance(small["last"], small["full"]),
-        **{f"{name}_to_infinite": _distance(kernel, infinite) for name, kernel in before.items()},
-        **{f"{name}_drift": _distance(after[name], kernel) for name, kernel in before.items()},
+        "hidden_share": distance(before["last"], before["full"]),
+        "hidden_share_small": distance(small["last"], small["full"]),
+        **{f"{name}_to_infinite": distance(kernel, infinite) for name, kernel in before.items()},
+        **{f"{name}_drift": distance(after[name], kernel) for name, kernel in before.items()},
     }
-    numbers |= _comparison(record.embeddings(-1).flatten(0, 1).double(), machines, after["full"])
+    numbers |= compare_machines(record.embeddings(-1).flatten(0, 1).double(), machines, after["full"])
     eigenvalues = {
         name: torch.stack([cross_correlation_eigenvalues(*f.chunk(2)) for f in machine])
         for name, machine in machines.items()
     }
     return Result(variant, width, seed, record, eigenvalues, step_times, _alignments(record, embeddings), numbers)
-
-
-def _step_times(machine: ContrastiveKernelPCA, f0: Tensor, rate: float) -> Tensor:
-    """Return predicted step times, (d,); infinite for modes that the kernel does not have."""
-    start = machine.initial_singular_values(*f0.chunk(2))
-    theory = LinearBarlowTwins(torch.diag(machine.eigenvalues_), torch.diag(start), learning_rate=rate)
-    return torch.nn.functional.pad(theory.step_times, (0, f0.shape[1] - len(start)), value=np.inf)
-
-
-def _distance(a: Tensor, b: Tensor) -> float:
-    """Return ‖a − b‖ / ‖b‖."""
-    return float((a - b).norm() / b.norm())
-
-
-def _comparison(f: Tensor, machines: dict[str, Tensor], final: Tensor) -> dict[str, float]:
-    """Compare the final embeddings with the kernel machines, and with the closed form of wrong pairs."""
-    wrong = kernel_matrix_pca(final, f.shape[1], shift=1)[1]
-    return {
-        **{f"{name}_machine": float(subspace_alignment(f, g[-1])) for name, g in machines.items()},
-        **{f"{name}_embedding_error": _distance(g[-1], f) for name, g in machines.items()},
-        "wrong_pairs_final": float(subspace_alignment(f, wrong)),
-    }
 
 
 def _alignments(record: SpectrumRecord, forms: dict[str, Tensor]) -> dict[str, np.ndarray[Any, Any]]:
@@ -235,14 +212,23 @@ def _exponents(summaries: list[dict[str, Any]], variant: str) -> list[float]:
     return [float(np.polyfit(widths, np.log(of_seed), 1)[0]) for of_seed in zip(*changes.values(), strict=True)]
 
 
+_NAMES = "the tangent kernel", "the last layer's kernel"
+
+
 def _claims(summaries: list[dict[str, Any]], options: argparse.Namespace) -> list[Claim]:
-    widest, seeds = 2 * options.dim * max(options.units), options.seeds
+    widest = 2 * options.dim * max(options.units)
 
     def values(variant: str, key: str, minus: str = "") -> list[float]:
         chosen = [s for s in summaries if (s["variant"], s["width"]) == (variant, widest)]
         return [s[key] - (s[minus] if minus else 0.0) for s in chosen]
 
-    full, last = "the tangent kernel", "the last layer's kernel"
+    exponents = [_exponents(summaries, variant) for variant in ("lazy", "rich")]
+    return [*_kernel_claims(values, exponents, options.seeds), *_network_claims(values, options)]
+
+
+def _kernel_claims(values: Callable[..., list[float]], exponents: list[list[float]], seeds: list[int]) -> list[Claim]:
+    """Return the claims about the tangent kernel itself."""
+    full, last = _NAMES
     return [
         worst(
             "hidden_share", f"lazy: distance of {last} from {full}, relative", values("lazy", "hidden_share"), ">=",
@@ -257,9 +243,16 @@ def _claims(summaries: list[dict[str, Any]], options: argparse.Namespace) -> lis
             seeds, "rich network", values("rich", "full_drift"),
         ),
         worst(
-            "drift_exponent", f"lazy: exponent of the change of {last} with the width", _exponents(summaries, "lazy"),
-            "<=", -0.5, seeds, "rich network", _exponents(summaries, "rich"),
+            "drift_exponent", f"lazy: exponent of the change of {last} with the width", exponents[0], "<=", -0.5, seeds,
+            "rich network", exponents[1],
         ),
+    ]  # fmt: skip
+
+
+def _network_claims(values: Callable[..., list[float]], options: argparse.Namespace) -> list[Claim]:
+    """Return the claims about embeddings and step times."""
+    (full, last), seeds = _NAMES, options.seeds
+    return [
         worst(
             "step_times", f"lazy: mean relative error of the step times predicted from {full}",
             values("lazy", "full_time_error"), "<=", options.time_error, seeds, last, values("lazy", "last_time_error"),

@@ -81,21 +81,8 @@ class TrainingRun:
             "trainer.default_root_dir": str(self.logs / self.name),
             "trainer.enable_progress_bar": "false",
         } | self._variant
-        profile = self.options.profile  # a file of the full profile has 110 MB
-        if profile in MIDDLE_PROFILES or (self.variant == "small" and profile == "full"):
-            settings |= {
-                "trainer.callbacks+": "reproduce.networks.weights.LogSpacedWeights",
-                "trainer.callbacks.dirpath": str(self.weights),
-            }
-        elif self.variant == "small":
-            settings |= {
-                "trainer.callbacks+": "lightning.pytorch.callbacks.ModelCheckpoint",
-                "trainer.callbacks.dirpath": str(self.weights),
-                "trainer.callbacks.filename": "{step}",
-                "trainer.callbacks.every_n_train_steps": WEIGHTS_INTERVAL,
-                "trainer.callbacks.save_top_k": -1,
-                "trainer.callbacks.save_weights_only": "true",
-            }
+        settings |= self._weights_settings()
+        profile = self.options.profile
         is_control = self.variant == ALL_LOSS_SETTINGS[self.loss].control
         if profile == "cpu" and self.variant in CPU_STEPS and not is_control:
             settings["trainer.max_steps"] = CPU_STEPS[self.variant]
@@ -116,6 +103,25 @@ class TrainingRun:
             rate = settings.get("model.init_args.learning_rate", model["init_args"]["learning_rate"])
             settings["model.init_args.learning_rate"] = RATE_FACTORS[self.variant] * rate
         return settings
+
+    def _weights_settings(self) -> dict[str, Any]:
+        """Return the settings of the callback that saves weights during training."""
+        profile = self.options.profile  # a file of the full profile has 110 MB
+        if profile in MIDDLE_PROFILES or (self.variant == "small" and profile == "full"):
+            return {
+                "trainer.callbacks+": "reproduce.networks.weights.LogSpacedWeights",
+                "trainer.callbacks.dirpath": str(self.weights),
+            }
+        if self.variant != "small":
+            return {}
+        return {
+            "trainer.callbacks+": "lightning.pytorch.callbacks.ModelCheckpoint",
+            "trainer.callbacks.dirpath": str(self.weights),
+            "trainer.callbacks.filename": "{step}",
+            "trainer.callbacks.every_n_train_steps": WEIGHTS_INTERVAL,
+            "trainer.callbacks.save_top_k": -1,
+            "trainer.callbacks.save_weights_only": "true",
+        }
 
     def num_images(self) -> tuple[int, int]:
         """Return the numbers of training and held-out images that this run needs: a batch and the probe pairs."""
