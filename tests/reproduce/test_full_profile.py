@@ -13,7 +13,7 @@ from torchvision.datasets import STL10
 
 from reproduce.__main__ import main
 from reproduce.networks.training import CONFIGS, TrainingRun
-from reproduce.networks.variants import LOSS_SETTINGS
+from reproduce.networks.variants import LOSS_SETTINGS, VARIANTS
 
 FIGURES = ["resnet_barlow_twins", "three_losses", "standard_init", "hidden_spectra", "cross_loss_alignment",
            "embedding_growth"]  # fmt: skip
@@ -74,8 +74,8 @@ def test_network_figures_run_with_the_full_profile(tmp_path, monkeypatch, capfd)
         with (out / name / "data.csv").open(newline="") as file:
             assert len(list(csv.reader(file))) > 10
     assert f"id='{FIGURES[-1]}'" in (out / "report.html").read_text(encoding="utf-8")
-    # Three losses from both initialisations, two without decorrelation, and three with another seed.
-    assert len(list((out / "runs").glob("[!.]*"))) == 6 + 2 + 3
+    # Three losses from both initialisations, four controls, and two losses with another seed.
+    assert len(list((out / "runs").glob("[!.]*"))) == 6 + 4 + 2
     for run in (out / "runs").glob("[!.]*"):
         check_configuration(run)
 
@@ -92,6 +92,7 @@ def check_configuration(run):
     expected["seed_everything"] = seed
     if variant in ("no_off_diagonal", "no_covariance"):
         expected["model"]["init_args"][f"{variant.removeprefix('no_')}_weight"] = 0.0
+    expected["data"]["class_path"] = VARIANTS[variant][1].get("data.class_path", expected["data"]["class_path"])
     if variant == "ordinary":
         expected["model"]["init_args"]["encoder"]["init_args"] |= {"alpha": 1.0, "bias_norm": None}
     places = ("root", "save_dir", "name", "learning_rate", "max_steps", "callbacks", "accelerator", "devices",
