@@ -8,8 +8,8 @@ if the time between them exceeds the width of the later one.
 
 From small initialisation the modes of each loss rise apart. From ordinary initialisation the modes of Barlow Twins and
 SimCLR do not. The modes of VICReg first decay, because the invariance term acts before the variance term, and then rise
-apart, less clearly than from small initialisation. The control of VICReg omits the covariance term; only one mode
-remains.
+apart, less clearly than from small initialisation. Barlow Twins from ordinary initialisation is its control there: same
+network, seed and number of training steps, other loss. The control from small initialisation omits the covariance term.
 
 The paper states that steps are hard to see in the loss from ordinary initialisation, without counts.
 """
@@ -36,15 +36,15 @@ PAPER = (
 # smoke profile are farther apart.
 _MIN_SEPARATION = {"barlow_twins": 1.5, "vicreg": 1.0, "simclr": 1.0}
 MIN_SEPARATION = {
-    "smoke": {"barlow_twins": 2.0, "vicreg": 1.0, "simclr": 2.0}, "cpu": _MIN_SEPARATION, "full": _MIN_SEPARATION,
+    "smoke": {"barlow_twins": 2.0, "vicreg": 2.0, "simclr": 2.0}, "cpu": _MIN_SEPARATION, "full": _MIN_SEPARATION,
 }  # fmt: skip
-# Loss, initialisation, and the control whose modes must not rise apart.
-CLAIMS = (
-    ("barlow_twins", "small", "ordinary"),
-    ("vicreg", "small", "no_covariance"),
-    ("vicreg", "ordinary", "no_covariance"),
-    ("simclr", "small", "ordinary"),
-)
+# Networks, and their controls whose modes must not rise apart.
+CLAIMS = {
+    ("barlow_twins", "small"): ("barlow_twins", "ordinary"),
+    ("vicreg", "small"): ("vicreg", "no_covariance"),
+    ("vicreg", "ordinary"): ("barlow_twins", "ordinary"),
+    ("simclr", "small"): ("simclr", "ordinary"),
+}
 NETWORKS = [(loss, start) for start in INITIALIZATIONS for loss in LOSS_SETTINGS] + [("vicreg", "no_covariance")]
 
 
@@ -77,16 +77,21 @@ def _claims(runs: list[Run], options: argparse.Namespace) -> list[Claim]:
         for kind in {(run.loss, run.variant) for run in runs}
     }
     claims = []
-    for loss, start, control in CLAIMS:
+    for (loss, start), control in CLAIMS.items():
         title = f"{LOSS_SETTINGS[loss].title}, {VARIANT_TITLES[start]}"
         sentence = f"{title}: time between modes over rise width, median over modes"
         claims.append(
             average(
                 f"{loss}_{start}", sentence, separations[loss, start], ">=", MIN_SEPARATION[options.profile][loss],
-                options.seeds, VARIANT_TITLES[control], separations[loss, control],
+                options.seeds, _control_title(loss, *control), separations[control],
             )
         )  # fmt: skip
     return claims
+
+
+def _control_title(loss: str, control_loss: str, variant: str) -> str:
+    other = "" if loss == control_loss else f"{LOSS_SETTINGS[control_loss].title}, "
+    return other + VARIANT_TITLES[variant]
 
 
 FIGURE = PaperFigure("standard_init", __doc__, PAPER, PROFILES, produce, networks=NETWORKS)

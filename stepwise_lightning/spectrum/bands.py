@@ -93,23 +93,21 @@ class ReferenceBand:
         if not path.is_file():
             raise NotFoundError(f"no reference band {str(name)!r}: give a file, or one of {', '.join(cls.names())}")
         with np.load(path, allow_pickle=False) as saved:
-            matrix, threshold = str(saved["matrix"]), float(saved["threshold"])
-            steps, times, values = (torch.tensor(saved[name]) for name in ("step", "time", "eigenvalues"))
-        records = [SpectrumRecord.of(times, each, matrix=matrix, steps=steps) for each in values]
+            matrix, threshold, ends = str(saved["matrix"]), float(saved["threshold"]), saved["measurements"].cumsum()
+            runs = [map(torch.tensor, np.split(saved[name], ends[:-1])) for name in ("time", "eigenvalues", "step")]
+        records = [SpectrumRecord.of(*run, matrix=matrix, steps=steps) for *run, steps in zip(*runs, strict=True)]
         return cls(path.stem, matrix, threshold, records)
 
     def save(self, path: Path) -> None:
-        """Write the reference runs to an ``.npz`` file of a few kB: eigenvalues of the matrix in half precision.
-
-        The runs must have the same measured steps.
-        """
-        values = torch.stack([record.eigenvalues(self.matrix) for record in self.records])
+        """Write the reference runs to an ``.npz`` file of a few kB: eigenvalues of the matrix in half precision."""
+        values = torch.cat([record.eigenvalues(self.matrix) for record in self.records])
         values[values < _SMALL * self.threshold] = 0
         arrays: dict[str, Any] = {
             "matrix": self.matrix,
             "threshold": self.threshold,
-            "step": self.records[0].steps.numpy(),
-            "time": self.records[0].times.numpy(),
+            "measurements": [len(record) for record in self.records],
+            "step": torch.cat([record.steps for record in self.records]).numpy(),
+            "time": torch.cat([record.times for record in self.records]).numpy(),
             "eigenvalues": values.numpy().astype(np.float16),
         }
         atomic_write(path, lambda partial: np.savez_compressed(partial, **arrays))

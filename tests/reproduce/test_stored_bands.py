@@ -17,12 +17,18 @@ def test_every_band_has_held_back_runs():
     assert STORED and ReferenceBand.names() == sorted(f"{name}_photos" for name in STORED)
 
 
-@pytest.mark.parametrize("name", STORED)
-def test_band_covers_held_back_seeds_and_excludes_controls(name):
-    band, held_back, controls = map(ReferenceBand.load, paths(name))
-    assert len(band.records) == 10 and paths(name)[0].stat().st_size < 20_000
-    inside = [band.compare(record).inside for record in held_back.records]
+def test_bands_cover_held_back_seeds():
+    inside = []
+    for name in STORED:
+        band, held_back, _ = map(ReferenceBand.load, paths(name))
+        assert len(band.records) == 10 and paths(name)[0].stat().st_size < 20_000
+        inside += [band.compare(record).inside for record in held_back.records]
     assert sum(inside) >= 0.9 * len(inside)
+
+
+@pytest.mark.parametrize("name", STORED)
+def test_controls_are_outside_the_band(name):
+    band, _, controls = map(ReferenceBand.load, paths(name))
     assert not any(band.compare(record).inside for record in controls.records)
 
 

@@ -91,6 +91,14 @@ def test_saved_band_has_the_same_verdicts(band, tmp_path):
         assert loaded.compare(run).description == band.compare(run).description
 
 
+def test_runs_of_different_lengths_keep_their_steps(tmp_path):
+    runs = [staircase(seed, last_step=last_step) for seed, last_step in enumerate((450, 1200, 600))]
+    ReferenceBand("made", "cross_correlation", THRESHOLD, runs).save(tmp_path / "made.npz")
+    for run, loaded in zip(runs, ReferenceBand.load(tmp_path / "made.npz").records, strict=True):
+        assert torch.equal(loaded.steps, run.steps) and torch.equal(loaded.times, run.times)
+        torch.testing.assert_close(loaded.eigenvalues(), run.eigenvalues(), rtol=1e-3, atol=1e-4)
+
+
 def test_invalid_band_is_refused(band):
     with pytest.raises(ValueError, match="at least 3 runs, got 1"):
         ReferenceBand("", "cross_correlation", THRESHOLD, [staircase(0)])
