@@ -94,8 +94,9 @@ class ReferenceBand:
             raise NotFoundError(f"no reference band {str(name)!r}: give a file, or one of {', '.join(cls.names())}")
         with np.load(path, allow_pickle=False) as saved:
             matrix, threshold, ends = str(saved["matrix"]), float(saved["threshold"]), saved["measurements"].cumsum()
-            runs = [map(torch.tensor, np.split(saved[name], ends[:-1])) for name in ("time", "eigenvalues", "step")]
-        records = [SpectrumRecord.of(*run, matrix=matrix, steps=steps) for *run, steps in zip(*runs, strict=True)]
+            parts = (map(torch.tensor, np.split(saved[name], ends[:-1])) for name in ("time", "eigenvalues", "step"))
+            runs = zip(*parts, strict=True)
+        records = [SpectrumRecord.of(times, values, matrix=matrix, steps=steps) for times, values, steps in runs]
         return cls(path.stem, matrix, threshold, records)
 
     def save(self, path: Path) -> None:
