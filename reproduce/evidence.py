@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import reproduce.protocol as protocols
-from reproduce.protocol import Protocol, Verdict, is_complete, read_records, verdicts
+from reproduce.protocol import Protocol, Verdict, computed_results, is_complete, read_records, verdicts
 from stepwise_lightning.files import atomic_write_text
 
 PAGE = Path(__file__).parents[1] / "docs" / "evidence.md"
@@ -42,6 +42,16 @@ def _row(verdict: Verdict) -> str:
     return "| " + " | ".join(cells).replace("|Γ|", "\\|Γ\\|") + " |"
 
 
+def incomplete_table(protocol: Protocol, records: dict[int, dict[str, Any]]) -> str:
+    """Return the results of the seeds computed so far as a Markdown table, without verdicts."""
+    lines = ["| claim | seeds computed | holds |", "|---|---|---|"]
+    for claim in protocol.claims:
+        results = computed_results(protocol, records, claim)
+        holds = sum(result.holds for result in results)
+        lines.append(f"| `{claim.figure}`, `{claim.claim}` | {len(results)} of {claim.seeds} | {holds} |")
+    return "\n".join(lines)
+
+
 def _summary(values: Sequence[float]) -> str:
     return f"{statistics.median(values):.3g} ({min(values):.3g} to {max(values):.3g})"
 
@@ -51,9 +61,12 @@ def confirmed_section() -> str:
     protocol, parts = Protocol.read(), []
     for name in protocol.data_sets:
         records = read_records(protocols.RESULTS / name, protocol)
-        if is_complete(protocol, records):
+        if records:
+            complete = is_complete(protocol, records)
             commits = sorted({str(record["commit"])[:8] for record in records.values()})
-            text = f"Commit {', '.join(commits)}.\n\n{confirmed_table(protocol, records)}"
+            state = "" if complete else " Incomplete: there is no verdict before all seeds are computed."
+            table = (confirmed_table if complete else incomplete_table)(protocol, records)
+            text = f"Commit {', '.join(commits)}.{state}\n\n{table}"
         else:
             text = "Not computed yet."
         parts.append(f"\n### {name}\n\n{text}\n")

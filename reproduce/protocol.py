@@ -111,6 +111,12 @@ def is_complete(protocol: Protocol, records: dict[int, dict[str, Any]]) -> bool:
                for seed in protocol.seeds)  # fmt: skip
 
 
+def computed_results(protocol: Protocol, records: dict[int, dict[str, Any]], claim: PrimaryClaim) -> list[Claim]:
+    """Return a claim for each of its seeds whose figure has been computed."""
+    chosen = [records[seed] for seed in protocol.seeds[: claim.seeds] if seed in records]
+    return [claim.result(record) for record in chosen if claim.figure in record["figures"]]
+
+
 @dataclass(frozen=True)
 class Verdict:
     """Result of a primary claim over its seeds."""
@@ -154,7 +160,7 @@ def verdicts(protocol: Protocol, records: dict[int, dict[str, Any]]) -> list[Ver
     """Return the verdicts on all primary claims from complete records."""
     results, differences = [], []
     for claim in protocol.claims:
-        results.append([claim.result(records[seed]) for seed in protocol.seeds[: claim.seeds]])
+        results.append(computed_results(protocol, records, claim))
         sign = 1 if claim.relation == ">=" else -1
         pairs = ((each.measured, each.control_value) for each in results[-1])
         oriented = paired_difference([sign * (value - control) for value, control in pairs if control is not None])

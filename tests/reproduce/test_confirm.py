@@ -94,7 +94,9 @@ def test_interrupted_confirmation_computes_each_seed_once_and_reports_failing_cl
     with pytest.raises(SystemExit) as stopped:
         confirm(tmp_path)
     assert stopped.value.code == 130 and "call again to continue" in capsys.readouterr().err
-    assert confirm(tmp_path) == 1
+    incomplete = reproduce.evidence.confirmed_section()
+    assert "| `tiny`, `small` | 3 of 8 | 3 |" in incomplete and "no verdict" in incomplete
+    assert confirm(tmp_path) == 1 and "| confirmed |" in reproduce.evidence.confirmed_section()
     assert tiny.seeds == Protocol.read().seeds
     rows = [row.split(" | ") for row in capsys.readouterr().out.splitlines() if row.startswith("| `tiny`")]
     assert [(row[2], row[-1]) for row in rows] == [("8 of 8", "confirmed |"), ("0 of 6", "**fails** |")]
