@@ -6,11 +6,11 @@ including callbacks that write files. These tests run where it is installed, wit
 
 import pytest
 import torch
-from attached import PACKAGES, QUIET, check
+from attached import PACKAGES, QUIET, check, train
 from torch import nn
 from torch.utils.data import DataLoader
 
-from stepwise_lightning import SpectrumLogger
+from stepwise_lightning import PlateauMonitor, SpectrumLogger
 
 pytestmark = [
     *QUIET,
@@ -65,20 +65,31 @@ METHODS = {
 }
 
 
+def two_views(spt, method):
+    return spt.Module(
+        forward=getattr(spt.forward, method), backbone=backbone(), projector=projector(),
+        optim={"optimizer": {"type": "SGD", "lr": 0.05}, "scheduler": {"type": "ConstantLR", "factor": 1.0}},
+        **METHODS[method](spt.losses),
+    )  # fmt: skip
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_method_of_two_views(method, spt, tmp_path):
-    def build():
-        return spt.Module(
-            forward=getattr(spt.forward, method), backbone=backbone(), projector=projector(),
-            optim={"optimizer": {"type": "SGD", "lr": 0.05}, "scheduler": {"type": "ConstantLR", "factor": 1.0}},
-            **METHODS[method](spt.losses),
-        )  # fmt: skip
-
     watched = {"backbone": embed, "project": project}
     logger = SpectrumLogger(watch=["backbone", project], output=False, views=both)
-    check(PACKAGES["lightning"], build, loader(2), tmp_path, [(logger, watched)], 6, both)
+    check(PACKAGES["lightning"], lambda: two_views(spt, method), loader(2), tmp_path, [(logger, watched)], 6, both)
     assert not logger.record.losses[:-1].isnan().any()
     assert float(logger.record.times[-1]) == pytest.approx(0.3, rel=1e-12)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_monitor_does_not_warn_of_a_run_that_learns(method, spt, tmp_path, recwarn):
+    torch.manual_seed(0)
+    logger = SpectrumLogger(watch=[project], output=False, views=both, num_points=40)
+    module = two_views(spt, method)
+    train(PACKAGES["lightning"], module, loader(2)(), tmp_path, logger, PlateauMonitor(), max_epochs=100)
+    assert logger.record.losses[-2] < 0.5 * logger.record.losses[0]
+    assert not [each for each in recwarn if "learned since" in str(each.message)]
 
 
 def test_supervised_module_of_one_view(spt, tmp_path):
