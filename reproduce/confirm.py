@@ -14,7 +14,7 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from reproduce.claims import Claim
 from reproduce.evidence import confirmed_table
 from reproduce.figure import settings_of
 from reproduce.figures import FIGURES, train_networks
-from reproduce.networks.training import PROFILES, RunFailedError
+from reproduce.networks.training import PROFILES, RunDivergedError, RunFailedError
 from reproduce.options import check_writable, exit_interrupted, new_parser, parse, report_error
 from reproduce.processes import prepare_process
 from reproduce.protocol import Protocol, data_set_name, is_complete, read_records, verdicts
@@ -106,7 +106,8 @@ def _compute(protocol: Protocol, seed: int, options: argparse.Namespace, work: P
     if missing:
         number, count = protocol.seeds.index(seed) + 1, len(protocol.seeds)
         print(f"\n=== {record['data_set']}, seed {seed}, {number} of {count}: {', '.join(missing)}", flush=True)
-    train_networks(missing, arguments)
+    with suppress(RunDivergedError):  # the result of its figures, which train the other networks
+        train_networks(missing, arguments)
     for name in missing:
         print(name, flush=True)
         started = time.perf_counter()
@@ -121,10 +122,12 @@ def _compute(protocol: Protocol, seed: int, options: argparse.Namespace, work: P
 def _figure(protocol: Protocol, name: str, arguments: list[str]) -> dict[str, Any]:
     """Return all claims of a figure for one seed, measured number and control, or the error of its experiment.
 
+    A network that diverges is such an error.
+
     Raises:
         UserError: the figure does not have the claims of the protocol.
         OSError: files or data cannot be read or written.
-        RunFailedError: training failed.
+        RunFailedError: training failed, but did not diverge.
 
     """
     options = FIGURES[name].options(arguments)
@@ -132,11 +135,12 @@ def _figure(protocol: Protocol, name: str, arguments: list[str]) -> dict[str, An
     directory.mkdir(parents=True, exist_ok=True)
     try:
         claims = FIGURES[name].produce(options, directory).claims
-    except (OSError, RunFailedError):
-        raise
-    except UserError as error:
-        print(f"warning: {name}, seed {options.seeds[0]}: {reason(error)}", file=sys.stderr)
-        return {"error": reason(error), "options": settings_of(options)}
+    except (OSError, UserError) as error:
+        if isinstance(error, (OSError, RunFailedError)) and not isinstance(error, RunDivergedError):
+            raise
+        text = reason(error).replace(f"{options.out}/", "")
+        print(f"warning: {name}, seed {options.seeds[0]}: {text}", file=sys.stderr)
+        return {"error": text, "options": settings_of(options)}
     if options.profile == protocol.profile:
         _check_claims(protocol, name, claims)
     numbers = {

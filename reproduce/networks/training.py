@@ -55,6 +55,10 @@ class RunFailedError(RuntimeError, UserError):
     """Training failed; the message ends with its last line of output."""
 
 
+class RunDivergedError(RunFailedError):
+    """The loss or a weight was not finite."""
+
+
 class TrainingRun:
     """One training run, identified by loss, variant, seed and options, and executed at most once."""
 
@@ -171,7 +175,7 @@ class TrainingRun:
         The output goes to ``log.txt``. ``started.json`` is renamed to ``settings.json`` when training has finished.
 
         Raises:
-            RunFailedError: training failed.
+            RunFailedError: training failed; RunDivergedError if it diverged.
             CannotWriteError: the settings cannot be written.
             SystemExit: training was stopped by SIGTERM or SIGUSR1.
 
@@ -202,7 +206,8 @@ class TrainingRun:
             lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
             printed = [line for line in lines if line.strip() and not line.startswith(("$", "srun:"))]
             last = printed[-1] if printed else f"exit status {status}"
-            raise RunFailedError(f"{self.name} failed, see {log}: {last}")
+            failure = RunDivergedError if "most likely diverged" in last else RunFailedError
+            raise failure(f"{self.name} failed, see {log}: {last}")
         os.replace(started, folder / "settings.json")
 
     def _begin(self, command: list[str], output: IO[str], lock: int) -> subprocess.Popen[bytes] | ForkedProcess:

@@ -18,6 +18,7 @@ from reproduce.__main__ import main
 from reproduce.claims import worst
 from reproduce.figure import Outcome, PaperFigure, run_figure
 from reproduce.figures import FIGURES, LONG
+from reproduce.networks.training import RunDivergedError, RunFailedError
 from reproduce.protocol import Protocol, confirmed_intervals, is_complete, read_records, verdicts
 from reproduce.reference import EXPECTED
 from stepwise_lightning.errors import UserError
@@ -107,12 +108,20 @@ def test_interrupted_confirmation_computes_each_seed_once_and_reports_failing_cl
     assert not list((tmp_path / "out").rglob("tiny"))
 
 
-def test_error_of_an_experiment_counts_as_a_violated_bound(tiny, tmp_path):
-    tiny.failure = UserError("no plateau")
+@pytest.mark.parametrize("error", [UserError, RunDivergedError])
+def test_error_of_an_experiment_counts_as_a_violated_bound(error, tiny, tmp_path):
+    tiny.failure = error(f"{tmp_path}/out/confirm/photos/seed_{Protocol.read().seeds[3]}/runs/name/log.txt")
     confirm(tmp_path)
+    path = tmp_path / "records" / "photos" / f"seed_{Protocol.read().seeds[3]}.json"
+    assert json.loads(path.read_text(encoding="utf-8"))["figures"]["tiny"]["error"] == "runs/name/log.txt"
     records = read_records(tmp_path / "records" / "photos", Protocol.read())
     verdict = verdicts(Protocol.read(), records)[0]
     assert verdict.successes == 7 and sum(map(math.isnan, verdict.values)) == 1 and not verdict.confirmed
+
+
+def test_training_that_fails_for_another_reason_stops_the_confirmation(tiny, tmp_path, capsys):
+    tiny.failure = RunFailedError("killed")
+    assert confirm(tmp_path) == 2 and capsys.readouterr().err == "error: killed\n" and len(tiny.seeds) == 3
 
 
 def test_two_processes_share_the_seeds(tiny, tmp_path):

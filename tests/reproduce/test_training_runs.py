@@ -11,7 +11,8 @@ from reproduce import train
 from reproduce.__main__ import main
 from reproduce.networks import training
 from reproduce.networks.runs import Run, trained_runs
-from reproduce.networks.training import PROFILES, RunFailedError
+from reproduce.networks.training import PROFILES, RunDivergedError, RunFailedError
+from reproduce.networks.variants import RATE_FACTORS
 from reproduce.options import new_parser
 from stepwise_lightning.errors import UserError
 
@@ -60,8 +61,9 @@ def test_only_an_interrupted_run_with_the_same_settings_resumes(a_run):
     run = a_run(fails=True)
     with pytest.raises(
         RunFailedError, match=r"vicreg_small_seed0 failed, see .*log.txt: stepwise: error: no more time$"
-    ):
+    ) as error:
         run.train(resume=True)
+    assert not isinstance(error.value, RunDivergedError)
     assert not run.is_finished() and "--ckpt_path" not in commands(run)[0]
     run.train(resume=True)
     assert run.is_finished() and len(commands(run)) == 2 and commands(run)[1].endswith("--ckpt_path=last")
@@ -71,6 +73,14 @@ def test_only_an_interrupted_run_with_the_same_settings_resumes(a_run):
     with pytest.raises(RunFailedError):
         a_run("--profile", "smoke", fails=True).train(resume=True)  # other settings
     assert len(commands(run)) == 1
+
+
+def test_divergence_is_distinguished_from_other_failures(tmp_path, monkeypatch):
+    monkeypatch.setitem(RATE_FACTORS, "fast", 1e9)
+    arguments = ["--out", str(tmp_path), "--data", "photos", "--profile", "smoke"]
+    run = Run("barlow_twins", "fast", 0, new_parser("test", "", PROFILES).parse_args(arguments))
+    with pytest.raises(RunDivergedError, match="fast_seed0 failed, see .*most likely diverged"):
+        run.train()
 
 
 @pytest.mark.parametrize("way", ["75", "os.kill(os.getpid(), signal.SIGUSR1)"])
