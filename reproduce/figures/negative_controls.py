@@ -9,8 +9,8 @@ show fewer distinct steps than any stepwise run.
 Γ of images of noise has a first eigenvalue about 40 times smaller, from overlapping crops. At the learning rate of the
 photographs they show no step within this time, but at 0.8 times the safe rate of ``stepwise forecast`` for their
 features they have a staircase, within fewer e-folds of the first mode than the stepwise run (``e_folds`` in the table).
-At the rate with equal 4ηΓ_1 training diverges, because the views of noise share a small part of their variance, and batches
-fluctuate.
+At the rate with equal 4ηΓ_1 training diverges, because the views of noise share a small part of their variance, and
+batches fluctuate.
 
 The paper has no such figure. With wrong pairs Γ vanishes, and no mode grows. Without the off-diagonal term, or with the
 small weight that it has in the published loss, every dimension learns the first mode.
@@ -44,7 +44,7 @@ NOISE = ("noise_images", "noise_safe_rate")
 VARIANTS = ("small", *WITHOUT_STEPS, *NOISE)
 NETWORKS = [("barlow_twins", variant) for variant in VARIANTS]
 MAX_STEPS = 2
-# Steps of noise at the rate of the photographs, and at 0.8 times its safe rate. In the smoke profile there is no time for these.
+# Steps of noise at the rate of the photographs, and at 0.8 times its safe rate; the smoke profile is too short.
 MAX_NOISE_STEPS, MIN_NOISE_STEPS = 1, 3
 
 
