@@ -94,22 +94,23 @@ class ReferenceBand:
             raise NotFoundError(f"no reference band {str(name)!r}: give a file, or one of {', '.join(cls.names())}")
         with np.load(path, allow_pickle=False) as saved:
             matrix, threshold, ends = str(saved["matrix"]), float(saved["threshold"]), saved["measurements"].cumsum()
-            parts = (map(torch.tensor, np.split(saved[name], ends[:-1])) for name in ("time", "eigenvalues", "step"))
+            arrays = saved["time"], threshold * saved["relative_eigenvalues"].astype(float), saved["step"]
+            parts = (map(torch.tensor, np.split(array, ends[:-1])) for array in arrays)
             runs = zip(*parts, strict=True)
         records = [SpectrumRecord.of(times, values, matrix=matrix, steps=steps) for times, values, steps in runs]
         return cls(path.stem, matrix, threshold, records)
 
     def save(self, path: Path) -> None:
-        """Write the reference runs to an ``.npz`` file of a few kB: eigenvalues of the matrix in half precision."""
-        values = torch.cat([record.eigenvalues(self.matrix) for record in self.records])
-        values[values < _SMALL * self.threshold] = 0
+        """Write the reference runs to an ``.npz`` file of a few kB: eigenvalues in units of θ, in half precision."""
+        values = torch.cat([record.eigenvalues(self.matrix) for record in self.records]) / self.threshold
+        values = torch.where(values < _SMALL, 0, values).clamp(max=torch.finfo(torch.float16).max)
         arrays: dict[str, Any] = {
             "matrix": self.matrix,
             "threshold": self.threshold,
             "measurements": [len(record) for record in self.records],
             "step": torch.cat([record.steps for record in self.records]).numpy(),
             "time": torch.cat([record.times for record in self.records]).numpy(),
-            "eigenvalues": values.numpy().astype(np.float16),
+            "relative_eigenvalues": values.numpy().astype(np.float16),
         }
         atomic_write(path, lambda partial: np.savez_compressed(partial, **arrays))
 

@@ -91,6 +91,20 @@ def test_saved_band_has_the_same_verdicts(band, tmp_path):
         assert loaded.compare(run).description == band.compare(run).description
 
 
+@pytest.mark.parametrize("unit", [1e-7, 1e6])
+def test_saved_band_of_eigenvalues_in_any_unit(unit, band, tmp_path):
+    """A covariance may be far outside the range of half precision."""
+
+    def scaled(run):
+        return SpectrumRecord.of(run.times, unit * run.eigenvalues(), steps=run.steps)
+
+    ReferenceBand("", band.matrix, unit * THRESHOLD, list(map(scaled, band.records))).save(tmp_path / "made.npz")
+    loaded = ReferenceBand.load(tmp_path / "made.npz")
+    np.testing.assert_allclose(loaded.limits, band.limits, rtol=1e-3)
+    for run in [band.records[0], *(run for run, _ in LEAVING.values())]:
+        assert loaded.compare(scaled(run)).description == band.compare(run).description
+
+
 def test_runs_of_different_lengths_keep_their_steps(tmp_path):
     runs = [staircase(seed, last_step=last_step) for seed, last_step in enumerate((450, 1200, 600))]
     ReferenceBand("made", "cross_correlation", THRESHOLD, runs).save(tmp_path / "made.npz")
