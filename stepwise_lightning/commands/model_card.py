@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import csv
 import json
+import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +14,13 @@ from stepwise_lightning.errors import NotFoundError
 from stepwise_lightning.runs.saved import checkpoint_of, configuration_of, saved_checkpoint
 from stepwise_lightning.spectrum.record import SpectrumRecord
 
+_ACCURACY = re.compile(r"(val|test)/(knn|probe)_top\d")  # of the callbacks OnlineKNN and OnlineLinearProbe
+
 
 def model_card(run: str | Path, code: list[str]) -> str:
     """Return a model card in Markdown; contents without a file in the folder of the run are left out.
+
+    Spectrum and accuracies are the last ones until the step of the checkpoint.
 
     Args:
         run: the folder of a run, ``runs/<name>/<version>``, or a checkpoint in it.
@@ -27,13 +34,15 @@ def model_card(run: str | Path, code: list[str]) -> str:
     folder = checkpoint.absolute().parent.parent
     configuration = configuration_of(checkpoint)
     rows = {name: _described(configuration.get(part)) for name, part in (("method", "model"), ("data", "data"))}
-    rows["steps"] = f"{saved_checkpoint(checkpoint).get('global_step')}, seed {configuration.get('seed_everything')}"
-    rows["accuracy"] = ", ".join(f"{name} {value:.4g}" for name, value in _accuracies(folder).items())
+    step = saved_checkpoint(checkpoint)["global_step"]
+    rows["steps"] = f"{step}, seed {configuration.get('seed_everything')}"
+    rows["accuracy"] = ", ".join(_accuracies(folder, step)) or "no accuracy of k-NN or a probe in the files of the run"
     rows |= _provenance(folder / "provenance.json")
     lines = [f"| {name} | {value} |" for name, value in rows.items() if value]
     front = ["---", "library_name: stepwise_lightning", "tags: [self-supervised-learning]", "---"]
     title = f"# {'/'.join(folder.parts[-2:])}"
-    parts = [*front, title, "", "| | |", "|---|---|", *lines, *_spectrum(folder), "", "```python", *code, "```", ""]
+    table_lines = ["| | |", "|---|---|", *lines, *_spectrum(folder, step)]
+    parts = [*front, title, "", *table_lines, "", "```python", *code, "```", ""]
     return "\n".join(parts)
 
 
@@ -45,13 +54,28 @@ def _described(part: Any) -> str:
     return f"`{part.get('class_path')}` {settings}"
 
 
-def _accuracies(folder: Path) -> dict[str, float]:
-    """Return the last value of each metric of validation and test in TensorBoard's files."""
+def _accuracies(folder: Path, step: int) -> list[str]:
+    """Return the last value of each accuracy within the first ``step`` steps, and its step."""
+    last: dict[str, tuple[int, float]] = {}
+    for name, logged, value in _scalars(folder):
+        # Validation during training is logged with the index of the step before it, tests with the number of steps.
+        number = logged + name.startswith("val/")
+        if _ACCURACY.fullmatch(name) and last.get(name, (0,))[0] <= number <= step:
+            last[name] = number, float(value)
+    return [f"{name} {value:.4g} (step {number})" for name, (number, value) in last.items()]
+
+
+def _scalars(folder: Path) -> Iterator[tuple[str, int, float | str]]:
+    """Yield name, step and value of the scalars in the files of TensorBoard and of CSVLogger."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
-    tags = [tag for tag in events.Tags()["scalars"] if tag.startswith(("val/", "test/"))]
-    return {tag: events.Scalars(tag)[-1].value for tag in tags}
+    for name in events.Tags()["scalars"]:
+        yield from ((name, event.step, event.value) for event in events.Scalars(name))
+    for path in folder.glob("metrics*.csv"):
+        for row in csv.DictReader(path.read_text(encoding="utf-8").splitlines()):
+            step = int(row.pop("step"))
+            yield from ((name, step, value) for name, value in row.items() if value)
 
 
 def _provenance(path: Path) -> dict[str, str]:
@@ -63,12 +87,13 @@ def _provenance(path: Path) -> dict[str, str]:
     return {"versions": versions, "commit": saved["commit"] or "", "date": saved["date"]}
 
 
-def _spectrum(folder: Path) -> list[str]:
-    """Return a table with the steps of each matrix and its final eigenvalues."""
+def _spectrum(folder: Path, step: int) -> list[str]:
+    """Return a table with the steps of each matrix and its final eigenvalues, from the measurements until ``step``."""
     try:
         record = SpectrumRecord.load(folder)
     except NotFoundError:
         return []
+    record.keep(int((record.steps <= step).sum()))
     heading = [*COLUMNS[1:], "final eigenvalues"]
     lines = ["", f"| {' | '.join(heading)} |", f"|{'---|' * len(heading)}"]
     for _, matrix, *cells in table({"": record}):
