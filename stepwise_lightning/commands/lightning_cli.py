@@ -71,7 +71,7 @@ class _CLI(LightningCLI):
             trainer_class=ForecastingTrainer,
             save_config_callback=SaveRun,
             parser_class=CLIParser,
-            parser_kwargs={"prog": f"stepwise {command}"},
+            parser_kwargs={"prog": f"stepwise {command}", "allow_abbrev": True},  # jsonargparse 5 does not by default
             subclass_mode_model=True,
             subclass_mode_data=True,
             auto_configure_optimizers=False,
