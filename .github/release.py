@@ -3,7 +3,7 @@
 
 release.py prepare DATE   write version and date into CHANGELOG.md and CITATION.cff
 release.py check TAG      exit with status 1 unless tag, version, CHANGELOG.md and CITATION.cff agree
-release.py notes          print the section of CHANGELOG.md
+release.py notes          print the section of CHANGELOG.md with absolute links
 release.py links TAG      make the relative links of README.md absolute, for PyPI
 """
 
@@ -46,17 +46,23 @@ def check(tag: str) -> None:
         raise SystemExit(f"CHANGELOG.md and CITATION.cff lack the date of {VERSION}: run release.py prepare DATE")
 
 
+def absolute(text: str, tag: str) -> str:
+    """Make the relative links of a page in the root absolute; pictures need the raw file."""
+    raw = SOURCE.replace("github.com", "raw.githubusercontent.com")
+    text = re.sub(r"(!\[[^\]]*\]\()(?!https?:)", rf"\g<1>{raw}/{tag}/", text)
+    return re.sub(r"\]\((?!https?:|#)", f"]({SOURCE}/blob/{tag}/", text)
+
+
 def notes() -> None:
     """Print the section of the version, without its heading."""
     _, _, rest = HEADING.split(CHANGELOG.read_text(encoding="utf-8"), maxsplit=1)
-    print(re.split(r"^## ", rest, maxsplit=1, flags=re.MULTILINE)[0].strip())
+    section = re.split(r"^## ", rest, maxsplit=1, flags=re.MULTILINE)[0].strip()
+    print(absolute(section, f"v{VERSION}"))
 
 
 def links(tag: str) -> None:
-    """Make the relative links of README.md absolute; pictures need the raw file."""
-    raw = SOURCE.replace("github.com", "raw.githubusercontent.com")
-    rewrite(README, r"(!\[[^\]]*\]\()(?!https?:)", rf"\g<1>{raw}/{tag}/")
-    rewrite(README, r"\]\((?!https?:|#)", f"]({SOURCE}/blob/{tag}/")
+    """Make the links of README.md absolute."""
+    README.write_text(absolute(README.read_text(encoding="utf-8"), tag), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -34,6 +34,7 @@ def test_release_has_notes_a_dated_citation_and_absolute_links(release, tmp_path
     assert "\ndate-released: 2030-01-31\n" in (tmp_path / "CITATION.cff").read_text(encoding="utf-8")
     notes = release("notes").stdout
     assert "### Added" in notes and "\n## " not in f"\n{notes}"
+    assert f"]({PROJECT['urls']['Source']}/blob/{tag}/docs/deprecation.md)" in notes and "](docs/" not in notes
     assert release("links", tag).returncode == 0
     links = re.findall(r"\]\(([^)]+)\)", (tmp_path / "README.md").read_text(encoding="utf-8"))
     assert all(link.startswith("https://") for link in links)
@@ -75,7 +76,7 @@ def test_downloaded_notebook_works_outside_the_site(monkeypatch):
 def test_deployed_site_has_all_versions(tmp_path):
     (tmp_path / "site").mkdir()
     subprocess.run(["git", "init", "-q", "--bare", tmp_path / "remote"], check=True)
-    for version in ("main", "0.9.0", "0.10.0", "main"):
+    for version in ("main", "0.9.0", "0.10.0", "0.9.1", "0.11.0rc1", "branch", "main"):
         (tmp_path / "site/index.html").write_text(version)
         command = [ROOT / ".github/deploy_docs", tmp_path / "site", version, tmp_path / "remote"]
         subprocess.run(command, check=True)
@@ -85,6 +86,8 @@ def test_deployed_site_has_all_versions(tmp_path):
         return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
     assert show("stable/index.html") == show("0.10.0/index.html") == "0.10.0"
-    assert show("main/index.html") == "main" and show("0.9.0/index.html") == "0.9.0"
+    assert show("main/index.html") == "main" and show("0.9.1/index.html") == "0.9.1"
     assert "url=stable/index.html" in show("index.html")
-    assert re.findall(r'href="(.*?)/', show("versions.html")) == ["stable", "main", "0.10.0", "0.9.0"]
+    assert re.findall(r'href="(.*?)/', show("versions.html")) == [
+        *("stable", "main", "branch", "0.11.0rc1", "0.10.0", "0.9.1", "0.9.0")
+    ]
