@@ -10,9 +10,11 @@ Losses are computed in float64 if a view is float64, else in float32, also for h
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import reduce
+from numbers import Real
 from typing import Any
 
 import torch
@@ -252,7 +254,7 @@ def loss_settings(loss: str, settings: Mapping[str, Any]) -> dict[str, Any]:
     """Return all settings of a loss: its defaults, updated with ``settings``.
 
     Raises:
-        ValueError: an unknown loss, or a setting that the loss does not have.
+        ValueError: an unknown loss, a setting that the loss does not have, or a value out of range.
 
     """
     if loss not in LOSSES:
@@ -261,6 +263,12 @@ def loss_settings(loss: str, settings: Mapping[str, Any]) -> dict[str, Any]:
     defaults = {parameter.name: parameter.default for parameter in parameters}
     if unknown := sorted(settings.keys() - defaults.keys()):
         raise UserError(f"{loss} has no setting {', '.join(unknown)}; it has {', '.join(defaults)}")
+    for name, value in settings.items():
+        if isinstance(defaults[name], bool):
+            if value not in (True, False):
+                raise UserError(f"{name} of {loss} must be true or false, got {value!r}")
+        elif isinstance(value, bool) or not isinstance(value, Real) or not 0 <= value < math.inf:
+            raise UserError(f"{name} of {loss} must be a number, at least 0 and finite, got {value!r}")
     return defaults | dict(settings)
 
 

@@ -96,12 +96,15 @@ def _verdict(loss: str, value: float, known: list[Plateau], found: Plateau | Non
 
 
 def _setting(text: str) -> tuple[str, Any]:
-    import yaml
-
     name, equals, value = text.partition("=")
     if not equals or not name.isidentifier() or name in _OPTIONS:
         raise argparse.ArgumentTypeError(f"must be NAME=VALUE, without {', '.join(_OPTIONS)}, got {text}")
-    return name, yaml.safe_load(value)
+    if value.lower() in ("true", "false"):
+        return name, value.lower() == "true"
+    try:
+        return name, float(value)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be NAME=VALUE with a number, true or false, got {text}") from None
 
 
 def _imported(path: str) -> Any:

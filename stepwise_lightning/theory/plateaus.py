@@ -25,6 +25,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 from decimal import Decimal, InvalidOperation
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -42,9 +43,12 @@ _DEPENDS_ON = {
     "barlow_twins": ["dim"], "vicreg": [], "spectral_contrastive": [], "swav": ["num_prototypes"],
     "dino": ["num_prototypes"], **dict.fromkeys(("simclr", "supcon", "clip", "siglip"), ["num_pairs"]),
 }  # fmt: skip
-_OPTIONS = {"num_pairs": "--batch-size", "dim": "--dim", "num_prototypes": "--prototypes"}
+_OPTIONS = {"num_pairs": "--batch-size", "dim": "--dim", "num_prototypes": "--prototypes",
+            "temperature": "--temperature", "scale": "--scale"}  # fmt: skip
+_LARGEST = 1_000_000  # of n, d and K
 _BASE_TEMPERATURE = 0.07  # of SupContrast
-# Relative. Reported losses of runs on a saddle value deviate by up to 0.03 %: their embeddings are not exactly equal.
+# Relative, and absolute for the saddle value 0. Reported losses of runs on a saddle value deviate by up to 0.03 %,
+# because their embeddings are not exactly equal.
 _DEVIATION = 5e-4
 # Absolute, for the plateaus d − k: the next mode has begun to grow, or the last one is not complete.
 _DEVIATION_BETWEEN_MODES = 0.1
@@ -95,7 +99,7 @@ def plateaus(
 
     """
     sizes = {"num_pairs": num_pairs, "dim": dim, "num_prototypes": num_prototypes}
-    _check_arguments(loss, sizes, temperature, scale)
+    _check_arguments(loss, sizes, {"temperature": temperature, "scale": scale})
     if isinstance(loss, str) and loss in FORMULAS:
         if settings:
             raise UserError(f"{loss} has no setting {', '.join(settings)}: leave it out")
@@ -104,59 +108,68 @@ def plateaus(
     else:
         if temperature is not None:
             settings["temperature"] = temperature
-        found = _of_function(loss, num_pairs or 2, dim or 2, settings)
+        if loss == "barlow_twins":
+            found = _of_barlow_twins(dim or 0, settings)
+        else:
+            found = [_of_function(loss, settings, *((2, 2) if isinstance(loss, str) else (num_pairs or 2, dim or 2)))]
     return [replace(each, value=scale * each.value, deviation=scale * each.deviation) for each in found]
 
 
 def find_plateau(known: list[Plateau], value: float | str) -> Plateau | None:
     """Return the plateau that a reported loss is on, the nearest one, or None.
 
-    The loss may deviate by one unit of its last digit, as from rounding or truncation; also by 0.05 % of a saddle
-    value, or by a tenth of the distance between the plateaus d − k.
+    The loss may deviate by :attr:`Plateau.deviation`: 0.05 % of a saddle value, 0.0005 of the value 0, a tenth of the
+    distance between the plateaus d − k. Text may also deviate by one unit of its last digit, as from rounding or
+    truncation.
 
     Args:
         known: plateaus of the loss.
         value: the reported loss; as text, with the digits that are known: ``"4.80"`` is more precise than ``"4.8"``.
 
     Raises:
-        ValueError: not a finite number, or a unit of the last digit above 5 % of the plateau.
+        ValueError: not a finite number, or text whose unit of the last digit is above 5 % of the plateau, or reaches
+            another plateau.
 
     """
     number = _number(value)
-    unit = float(Decimal(1).scaleb(int(number.as_tuple().exponent)))
-    nearest = min(known, key=lambda plateau: abs(plateau.value - float(number)))
-    if unit > max(_COARSE * abs(nearest.value), nearest.deviation, _COARSE):
-        raise UserError(
-            f"the value {value} has too few digits to compare it with {nearest.value:.4g}: give more digits"
-        )
-    distance = abs(nearest.value - float(number))
-    return nearest if distance <= max(unit, nearest.deviation) * (1 + 1e-9) else None
+    unit = float(Decimal(1).scaleb(int(number.as_tuple().exponent))) if isinstance(value, str) and number else 0.0
+    unit *= 1 + 1e-9
+    nearest, *others = sorted(known, key=lambda plateau: abs(plateau.value - float(number)))
+    if abs(nearest.value - float(number)) > max(unit, nearest.deviation * (1 + 1e-9)):
+        return None
+    others = [each for each in others if each.value != nearest.value and abs(each.value - float(number)) <= unit]
+    if others or unit > max(_COARSE * abs(nearest.value), nearest.deviation, _COARSE):
+        compared = " and ".join(f"{plateau.value:.4g}" for plateau in (nearest, *others[:1]))
+        raise UserError(f"the value {value} has too few digits to compare it with {compared}: give more digits")
+    return nearest
 
 
 def _number(value: float | str) -> Decimal:
     try:
         number = Decimal(str(value))
     except InvalidOperation:
-        number = Decimal("nan")
+        raise UserError(f"the value of the loss must be a number, got {value}") from None
     if not number.is_finite():
-        raise UserError(f"the value of the loss must be a finite number, got {value}")
+        raise UserError(f"the loss is {value}, so training has diverged: lower the learning rate")
     return number
 
 
-def _check_arguments(loss: Any, sizes: dict[str, int | None], temperature: float | None, scale: float) -> None:
+def _check_arguments(loss: Any, sizes: dict[str, int | None], factors: dict[str, float | None]) -> None:
     names = dict.fromkeys((*LOSSES, *FORMULAS))
     if isinstance(loss, str) and loss not in names:
         raise UserError(f"loss must be one of {', '.join(names)}, or the dotted path of a function, got {loss!r}")
     name = loss if isinstance(loss, str) else "a function"
     for size in _DEPENDS_ON.get(name, ["num_pairs", "dim"]):
         if sizes[size] is None:
-            raise UserError(f"the plateaus of {name} depend on {size}: give it ({_OPTIONS[size]})")
+            raise UserError(f"the plateaus of {name} depend on {size}: give {size} (option {_OPTIONS[size]})")
     for size, number in sizes.items():
-        if number is not None and number < 2:
-            raise UserError(f"{size} ({_OPTIONS[size]}) must be at least 2, got {number}")
-    for argument, factor in (("temperature", temperature), ("scale", scale)):
-        if factor is not None and not 0 < factor < math.inf:
-            raise UserError(f"{argument} must be positive and finite, got {factor}")
+        if number is not None and not (isinstance(number, Integral) and 2 <= number <= _LARGEST):
+            valid = f"{size} (option {_OPTIONS[size]}) must be an integer of at least 2 and at most {_LARGEST}"
+            raise UserError(f"{valid}, got {number!r}: give that of the run")
+    for name, factor in factors.items():
+        if factor is not None and not (isinstance(factor, Real) and 0 < factor < math.inf):
+            valid = f"{name} (option {_OPTIONS[name]}) must be positive and finite"
+            raise UserError(f"{valid}, got {factor!r}: give that of the run")
 
 
 def _by_formula(loss: str, size: int, temperature: float) -> list[Plateau]:
@@ -175,22 +188,27 @@ def _by_formula(loss: str, size: int, temperature: float) -> list[Plateau]:
 
 
 def _saddle(value: float, condition: str = "") -> Plateau:
-    return Plateau(value, _DEVIATION * abs(value), 0, f"no mode is learned{condition}")
+    return Plateau(value, _DEVIATION * (abs(value) or 1.0), 0, f"no mode is learned{condition}")
 
 
-def _of_function(loss: str | PairLoss, num_pairs: int, dim: int, settings: dict[str, Any]) -> list[Plateau]:
-    """Return the saddle value of a loss, and further plateaus of the analytical Barlow Twins loss."""
+def _of_barlow_twins(dim: int, settings: dict[str, Any]) -> list[Plateau]:
+    """Return the saddle value d, and the plateaus d − k of the analytical loss."""
+    chosen = loss_settings("barlow_twins", settings)
+    if chosen["off_diagonal_weight"] != 1 or chosen["normalize"]:
+        return [_saddle(float(dim))]
+    texts = ["no mode is learned", *(f"{k} of {dim} modes learned" for k in range(1, dim + 1))]
+    return [Plateau(float(dim - k), _DEVIATION_BETWEEN_MODES, k, text) for k, text in enumerate(texts)]
+
+
+def _of_function(loss: str | PairLoss, settings: dict[str, Any], num_pairs: int, dim: int) -> Plateau:
+    """Return the saddle value of a loss; of a loss given by name it depends neither on n nor on d."""
     function = bound_loss(loss, settings)
-    if loss == "barlow_twins":
-        chosen = loss_settings(loss, settings)
-        if chosen["off_diagonal_weight"] == 1 and not chosen["normalize"]:
-            texts = ["no mode is learned", *(f"{k} of {dim} modes learned" for k in range(1, dim + 1))]
-            return [Plateau(float(dim - k), _DEVIATION_BETWEEN_MODES, k, text) for k, text in enumerate(texts)]
 
     def total(z1: Tensor, z2: Tensor) -> Tensor:
         return sum_terms(named_terms(function(z1, z2)))
 
-    unit = torch.eye(dim, dtype=torch.float64, device="cpu")[0]  # for a loss that is not finite at 0, as of cosines
+    unit = torch.zeros(dim, dtype=torch.float64, device="cpu")  # for a loss that is not finite at 0, as of cosines
+    unit[0] = 1
     try:
         value = saddle_value(total, num_pairs, dim)
         value = value if math.isfinite(value) else saddle_value(total, num_pairs, dim, unit)
@@ -198,7 +216,9 @@ def _of_function(loss: str | PairLoss, num_pairs: int, dim: int, settings: dict[
         raise
     except Exception as error:
         shape = f"float64 embeddings of shape ({num_pairs}, {dim})"
-        raise UserError(f"the loss fails for {shape}, with {reason(error)}: accept them") from error
+        raise UserError(
+            f"the loss fails for {shape}, with {reason(error)}: accept them, or give smaller sizes"
+        ) from error
     if not math.isfinite(value):
         raise UserError(f"the loss is {value} for equal embeddings: it has no known plateau")
-    return [_saddle(value)]
+    return _saddle(value)

@@ -33,7 +33,9 @@ NO_PLATEAUS = {
 
 
 @pytest.mark.parametrize(
-    ("reported", "options", "plateau"), [row[1:] for row in PUBLIC], ids=[row[0] for row in PUBLIC]
+    ("reported", "options", "plateau"),
+    [*(row[1:] for row in PUBLIC), ("4.85", "--loss clip --batch-size 128", "4.852")],
+    ids=[*(row[0] for row in PUBLIC), "open_clip #17 with three digits"],
 )
 def test_public_losses_are_on_the_saddle_value(reported, options, plateau, capsys):
     diagnose.main([*options.split(), "--value", reported])
@@ -92,9 +94,19 @@ def test_analytical_barlow_twins_has_a_plateau_for_each_mode():
 def test_digits_of_the_value_set_the_tolerance():
     known = plateaus("clip", 128)  # 4.852
     assert all(find_plateau(known, value) for value in ("4.8", "4.9", "4.85", 4.852, 4.8541))
-    assert not any(find_plateau(known, value) for value in ("4.80", "4.87", 4.803, 4.856))
+    assert not any(find_plateau(known, value) for value in ("4.80", "4.87", "9", 4.8, 4.803, 4.856))
     assert find_plateau(plateaus("clip", 128, scale=2.0), "9.704").value == pytest.approx(2 * math.log(128))
     assert find_plateau(plateaus("clip", 128, scale=100.0), "485.40")  # 485.20
+    zero = plateaus("spectral_contrastive")
+    assert all(find_plateau(zero, value) for value in ("0", "0.0", "0.00012", "-0.0004", "0.01", 2e-5))
+    assert not any(find_plateau(zero, value) for value in ("-0.5", "0.0020", 0.01))
+
+
+def test_saddle_values_need_no_large_matrices():
+    assert [plateau.value for plateau in plateaus("barlow_twins", dim=1_000_000)] == [1e6]
+    assert plateaus("vicreg", dim=1_000_000) == plateaus("vicreg")
+    (plateau,) = plateaus(lambda z1, z2: -(z1 * z2).sum() / z1.norm() / z2.norm(), 2, dim=1_000_000)  # not finite at 0
+    assert plateau.value == pytest.approx(-1)
 
 
 MY_LOSSES = """
@@ -133,26 +145,32 @@ def test_plateaus_without_a_value_are_printed(capsys):
     diagnose.main(["--loss=barlow_twins", "--dim=128", "--settings", "normalize=false", "off_diagonal_weight=1"])
     first, *_, dots, last = capsys.readouterr().out.splitlines()
     assert first.split(maxsplit=1) == ["128", "no mode is learned"] and dots == "…" and last.startswith("0 ")
-    diagnose.main(["--loss=vicreg"])
+    diagnose.main(["--loss=vicreg", "--settings", "eps=1e-4"])
     zero = torch.zeros(2, 2, dtype=torch.float64)
     assert float(capsys.readouterr().out.split()[0]) == pytest.approx(float(vicreg_loss(zero, zero)))
 
 
 MISTAKES = {
     "name": ("--loss=SimCLR --batch-size=8", "loss must be one of barlow_twins, "),
-    "no batch": ("--loss=simclr --value=6.9", "depend on num_pairs: give it (--batch-size)"),
-    "no prototypes": ("--loss=dino --batch-size=64", "depend on num_prototypes: give it (--prototypes)"),
-    "batch": ("--loss=clip --batch-size=1", "must be at least 2, got 1"),
+    "no batch": ("--loss=simclr --value=6.9", "depend on num_pairs: give num_pairs (option --batch-size)"),
+    "no prototypes": ("--loss=dino --batch-size=64", "num_prototypes: give num_prototypes (option --prototypes)"),
+    "batch": ("--loss=clip --batch-size=1", "at least 2 and at most 1000000, got 1: give that of the run"),
+    "dim": ("--loss=barlow_twins --dim=10000000", "at most 1000000, got 10000000"),
     "digits": ("--loss=clip --batch-size=64 --value=4", "4 has too few digits to compare it with 4.159"),
-    "zero": ("--loss=spectral_contrastive --value=0", "0 has too few digits to compare it with 0"),
-    "value": ("--loss=clip --batch-size=64 --value=nan", "must be a finite number, got nan"),
-    "scale": ("--loss=clip --batch-size=64 --scale=0", "scale must be positive and finite, got 0"),
+    "near plateaus": ("--loss=barlow_twins --dim=128 --scale=0.025 --value=3.2 --settings normalize=false "
+                      "off_diagonal_weight=1", "3.2 has too few digits to compare it with 3.2 and 3.175"),
+    "value": ("--loss=clip --batch-size=64 --value=nan", "nan, so training has diverged: lower the learning rate"),
+    "text": ("--loss=clip --batch-size=64 --value=high", "must be a number, got high"),
+    "scale": ("--loss=clip --batch-size=64 --scale=0", "scale (option --scale) must be positive and finite, got 0"),
+    "not a number": ("--loss=vicreg --settings eps=[1", "with a number, true or false, got eps=[1"),
+    "negative": ("--loss=vicreg --settings eps=-1", "eps of vicreg must be a number, at least 0 and finite, got -1"),
+    "not true or false": ("--loss=barlow_twins --dim=4 --settings normalize=2", "must be true or false, got 2.0"),
     "setting": ("--loss=vicreg --settings weight=2", "vicreg has no setting weight"),
     "not a setting": ("--loss=vicreg --settings scale=2", "must be NAME=VALUE, without loss, "),
     "temperature": ("--loss=vicreg --temperature=0.1", "vicreg has no setting temperature"),
     "path": ("--loss=no_module.loss --batch-size=8 --dim=2", "loss no_module.loss cannot be imported"),
     "function": ("--loss=plateau_losses.failing --batch-size=8 --dim=2", "the loss fails for float64 embeddings"),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(("arguments", "message"), MISTAKES.values(), ids=MISTAKES)
