@@ -15,7 +15,8 @@ from stepwise_lightning.theory.loss_derivatives import PairLoss
 from stepwise_lightning.theory.plateaus import Plateau, find_plateau, plateaus
 
 _BELOW = 0.05  # of the saddle value: a mode was learned
-_FALLING = 0.01  # relative change between the last two quarters of the losses
+_FALLING = 0.01  # relative change between the last two quarters of the losses; with the other sign it rises
+_RISEN = 2  # times the first losses, for a loss that still rises
 _GIVE = "for the cause, give the record of a SpectrumLogger, and the module with its data"
 
 
@@ -30,12 +31,16 @@ def diagnose_losses(
     losses = as_float64(values, "losses").flatten().cpu()
     if len(losses) < 2:
         raise UserError(f"a diagnosis needs at least two losses, got {len(losses)}")
-    known = [] if loss is None else plateaus(loss, num_pairs, **settings)
+    known = [] if loss is None else plateaus(loss, **{"num_pairs": num_pairs} | settings)
     missing = _GIVE if known else "the plateaus of the loss are not known: give loss, a name or a function"
-    last, step = last_loss(losses), len(losses) - 1
-    saddle = known[0].value if known else math.nan
+    step, end, losses = len(losses) - 1, float(losses[-1]), losses[losses.isfinite()]
+    last = last_loss(losses) if math.isfinite(end) else math.nan
+    saddles = [plateau.value for plateau in known if not plateau.num_learned]
+    saddle = min(saddles, key=lambda value: abs(value - last), default=math.nan)
     found = find_plateau(known, last) if known and math.isfinite(last) else None
-    verdict, reading = _verdict(losses, last, saddle, found)
+    verdict, reading = _verdict(losses, last, end, found)
+    if found is not None and found.num_learned and found is known[-1]:
+        verdict = "finished"
     causes = [
         cause
         for cause in CAUSES
@@ -53,14 +58,15 @@ def diagnose_losses(
     )  # fmt: skip
 
 
-def _verdict(losses: Tensor, last: float, saddle: float, found: Plateau | None) -> tuple[str, str]:
-    first = float(losses[0])
-    if not losses.isfinite().all() or last > DIVERGED * max(abs(first), 1e-3):
-        return "diverged", f"the loss went from {first:.4g} to {float(losses[-1]):.4g}"
+def _verdict(losses: Tensor, last: float, end: float, found: Plateau | None) -> tuple[str, str]:
+    """Return the verdict of the finite losses, whose end has the median ``last``, and the numbers that indicate it."""
+    first = last_loss(losses.flip(0))
+    if not math.isfinite(end) or last > DIVERGED * max(abs(first), 1e-3):
+        return "diverged", f"the loss went from {first:.4g} to {end:.4g}"
     if found is not None and not found.num_learned:
         window = max(1, len(losses) // 20)
         lowest = float(losses.unfold(0, window, window).median(1).values.min())
-        if lowest < saddle - _BELOW * abs(saddle):
+        if lowest < found.value - _BELOW * abs(found.value):
             return "fell_back", f"the loss was {lowest:.4g} before"
         return "plateau", "the loss is that of equal embeddings"
     if found is not None:
@@ -69,4 +75,7 @@ def _verdict(losses: Tensor, last: float, saddle: float, found: Plateau | None) 
     before, now = float(losses[-2 * quarter : -quarter].median()), float(losses[-quarter:].median())
     if before - now > _FALLING * abs(before):
         return "learning", f"the loss fell from {before:.4g} to {now:.4g}"
+    if now - before > _FALLING * abs(before):
+        rises = f"the loss rises, from {first:.4g} to {last:.4g}"
+        return ("diverged" if last > _RISEN * max(abs(first), 1e-3) else "plateau"), rises
     return "plateau", "the loss does not fall, but is on no known plateau"

@@ -18,7 +18,6 @@ from stepwise_lightning import (
     scale_last_layer,
 )
 from stepwise_lightning.commands import diagnose as command
-from stepwise_lightning.forecasts.diagnosis import CAUSES
 from stepwise_lightning.spectrum.schedule import log_spaced_steps
 from stepwise_lightning.theory import LastLayer
 
@@ -201,33 +200,6 @@ def test_module_without_known_growth_rates_gets_a_verdict():
     for loss, text in ((None, "Sequential has no known loss"), ("simclr", "learning_rate must be given")):
         result = diagnose(record, foreign, views(), loss=loss, num_pairs=32)
         assert result.verdict == "plateau" and "Growth rates are not known" in str(result) and text in str(result)
-
-
-# --- losses
-
-FLAT, FALLING = torch.full((50,), 6.9304), torch.linspace(6.93, 3, 50)
-CURVES = {
-    "on the saddle value": (FLAT, "plateau", 6),
-    "learning": (FALLING, "learning", 0),
-    "fallen back": (torch.cat([FALLING, FLAT]), "fell_back", 2),
-    "diverged": (torch.cat([FLAT, torch.tensor([1e9] * 9)]), "diverged", 2),
-    "not finite": (torch.cat([FLAT, torch.tensor([math.nan])]), "diverged", 2),
-    "constant below": (torch.full((50,), 4.0), "plateau", 0),
-}
-
-
-@pytest.mark.parametrize(("losses", "verdict", "num_causes"), CURVES.values(), ids=CURVES)
-def test_verdict_of_losses(losses, verdict, num_causes):
-    result = diagnose(losses, loss="simclr", num_pairs=512)
-    assert (result.verdict, len(result.possible_causes)) == (verdict, num_causes)
-    assert set(result.possible_causes) <= set(CAUSES) and "saddle" not in str(result)
-    assert diagnose(losses).verdict in (verdict, "plateau", "learning")  # unknown loss
-
-
-def test_losses_of_the_analytical_loss_name_the_plateau():
-    losses = torch.cat([torch.linspace(5, 3, 30), torch.full((60,), 3.02)])
-    result = diagnose(losses, loss="barlow_twins", settings=ANALYTICAL | {"dim": 5})
-    assert (result.verdict, result.num_learned) == ("plateau", 2) and "on the plateau 3" in str(result)
 
 
 # --- command
