@@ -267,7 +267,7 @@ def loss_settings(loss: str, settings: Mapping[str, Any]) -> dict[str, Any]:
         if isinstance(defaults[name], bool):
             if value not in (True, False):
                 raise UserError(f"{name} of {loss} must be true or false, got {value!r}")
-        elif isinstance(value, bool) or not isinstance(value, Real) or not 0 <= value < math.inf:
+        elif isinstance(value, bool) or not isinstance(value, Real) or not 0 <= float(value) < math.inf:
             raise UserError(f"{name} of {loss} must be a number, at least 0 and finite, got {value!r}")
     return defaults | dict(settings)
 

@@ -45,12 +45,13 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--value", metavar="NUMBER", help="the reported loss, with all digits that are known")
     parser.add_argument("--batch-size", "--batch_size", type=int, metavar="N",
                         help="pairs in the global batch, over all devices")  # fmt: skip
-    parser.add_argument("--dim", type=int, metavar="D", help="dimensions of the embedding, for barlow_twins and a path")
+    parser.add_argument("--dim", type=int, metavar="D", help="dimensions of embeddings, for barlow_twins and functions")
     parser.add_argument("--prototypes", type=int, metavar="K", help="number of prototypes of swav and dino")
-    parser.add_argument("--temperature", type=float, metavar="T", help="temperature (supcon: 0.07)")
+    parser.add_argument("--temperature", type=float, metavar="T", help="temperature of supcon (default 0.07)")
     parser.add_argument("--scale", type=float, default=1.0, metavar="S", help="weight of the loss (%(default)s)")
     parser.add_argument("--settings", nargs="+", type=_setting, default=[], metavar="NAME=VALUE",
-                        help="other arguments of a loss, such as normalize=false off_diagonal_weight=1")  # fmt: skip
+                        help="other arguments of barlow_twins and vicreg: numbers, true or false, such as "
+                             "normalize=false off_diagonal_weight=1")  # fmt: skip
     options = parser.parse_args(arguments)
 
     if options.run is None and options.loss is None:
