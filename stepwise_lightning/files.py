@@ -11,7 +11,7 @@ import uuid
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from stepwise_lightning.errors import UserError, cannot_write
 
@@ -51,6 +51,16 @@ def atomic_write(path: Path, write: Callable[[Path], Any]) -> None:
     with suppress(OSError):  # the file is complete; only a crash of the machine could still undo its renaming
         _sync(path.parent)
     _remove_abandoned(path)
+
+
+def atomic_write_stream(path: str | Path, write: Callable[[BinaryIO], Any]) -> None:
+    """Call ``write`` with a stream, and write a file atomically; ``numpy.savez`` would append ``.npz`` to a name."""
+
+    def write_stream(partial: Path) -> None:
+        with partial.open("wb") as stream:
+            write(stream)
+
+    atomic_write(Path(path), write_stream)
 
 
 def atomic_write_text(path: Path, text: str) -> None:

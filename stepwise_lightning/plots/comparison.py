@@ -43,7 +43,9 @@ class ComparedRun:
     @property
     def label(self) -> str:
         """Name in the legend, and whether the run is inside its band."""
-        return self.name if self.comparison is None else f"{self.name}: {'in' if self.comparison.inside else 'out'}side"
+        if self.comparison is None:
+            return self.name
+        return f"{self.name}: {'inside' if self.comparison.inside else 'outside from the cross'}"
 
     @property
     def verdict(self) -> str:
@@ -81,6 +83,7 @@ def comparison_figure(runs: Sequence[ComparedRun], title: str = "") -> Figure:
         for run, colour in members:
             _draw_run(run, colour, upper, lower)
         upper.set(title=_escaped(name), xlabel="optimiser step", ylabel="learned modes")
+        upper.yaxis.get_major_locator().set_params(integer=True)
         lower.set(xlabel="time / time of mode 1", ylabel=axis_label(matrix))
         for axis in (upper, lower):
             axis.set_xscale("log")
@@ -103,8 +106,9 @@ def _draw_band(band: ReferenceBand | None, upper: Axes, lower: Axes) -> None:
 
 
 def _draw_run(run: ComparedRun, colour: str, upper: Axes, lower: Axes) -> None:
-    steps = run.record.steps.numpy()[1:]
-    counts = (run.record.eigenvalues(run.matrix)[1:] > run.steps.threshold).sum(1).numpy()
+    values = run.record.eigenvalues(run.matrix)
+    known = values.isfinite().any(1) & (run.record.steps > 0)
+    steps, counts = run.record.steps[known].numpy(), (values[known] > run.steps.threshold).sum(1).numpy()
     upper.step(steps, counts, where="post", color=colour, linewidth=2.2)
     if run.comparison and not run.comparison.inside:
         left = run.comparison.left_at

@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from stepwise_lightning.errors import NotFoundError, UserError
-from stepwise_lightning.files import atomic_write
+from stepwise_lightning.errors import NotFoundError, UserError, reason
+from stepwise_lightning.files import atomic_write_stream
 from stepwise_lightning.spectrum.record import SpectrumRecord
 from stepwise_lightning.spectrum.steps import detect_steps
 
@@ -22,6 +22,7 @@ _FOLDER = Path(__file__).parent.parent / "bands"
 _MIN_SCALE = 0.25  # octaves; a smaller σ, estimated from a few runs, is not reliable
 _MAX_DEVIATION = 16.0  # octaves
 _SMALL = 1e-3  # eigenvalues below this share of θ are saved as 0
+_ADVICE = "give a tenth of the eigenvalue of a learned mode, and runs from a small initialisation"
 
 
 class Comparison(NamedTuple):
@@ -61,20 +62,24 @@ class ReferenceBand:
         records: of the reference runs, at least three.
 
     Raises:
-        ValueError: fewer than three runs, or a run without this matrix.
+        ValueError: fewer than three runs, θ is not positive, no mode crosses θ, a run without this matrix or with less
+            than two measurements of it, or runs with different numbers of modes.
 
     """
 
     def __init__(self, name: str, matrix: str, threshold: float, records: Sequence[SpectrumRecord]) -> None:
         if len(records) < 3:
             raise UserError(f"a reference band needs at least 3 runs, got {len(records)}")
+        if not 0 < threshold < math.inf:
+            raise UserError(f"the threshold θ must be positive and finite, got {threshold}: {_ADVICE}")
         self.name, self.matrix, self.threshold, self.records = name, matrix, threshold, list(records)
-        self._last_step = max(int(record.steps[-1]) for record in records)
-
-    @cached_property
-    def _references(self) -> tuple[Array, NDArray[np.bool_]]:
-        octaves, learned = zip(*map(self._modes, self.records), strict=True)
-        return np.stack(octaves), np.stack(learned)
+        self._last_step = max(int(step) for record in records for step in record.steps[-1:])
+        octaves, learned, _ = zip(*map(self._modes, self.records), strict=True)
+        if len(sizes := sorted({len(modes) for modes in octaves})) > 1:
+            raise UserError(f"reference runs need the same number of modes, got {', '.join(map(str, sizes))}")
+        self._references = np.stack(octaves), np.stack(learned)
+        if not (self._references[1] & (self._references[0] > 0)).any():
+            raise UserError(f"no mode of a reference run crosses the threshold θ = {threshold:g}: {_ADVICE}")
 
     @staticmethod
     def names() -> list[str]:
@@ -87,20 +92,29 @@ class ReferenceBand:
 
         Raises:
             FileNotFoundError: there is no such configuration or file.
+            ValueError: the file is damaged or is no reference band. No code in it is executed.
 
         """
         path = _FOLDER / f"{name}.npz" if str(name) in cls.names() else Path(name)
         if not path.is_file():
             raise NotFoundError(f"no reference band {str(name)!r}: give a file, or one of {', '.join(cls.names())}")
-        with np.load(path, allow_pickle=False) as saved:
-            matrix, threshold, ends = str(saved["matrix"]), float(saved["threshold"]), saved["measurements"].cumsum()
-            arrays = saved["time"], threshold * saved["relative_eigenvalues"].astype(float), saved["step"]
+        try:
+            with path.open("rb") as stream, np.load(stream, allow_pickle=False) as saved:
+                matrix, threshold, ends = (
+                    str(saved["matrix"]),
+                    float(saved["threshold"]),
+                    saved["measurements"].cumsum(),
+                )
+                arrays = saved["time"], threshold * saved["relative_eigenvalues"].astype(float), saved["step"]
             parts = (map(torch.tensor, np.split(array, ends[:-1])) for array in arrays)
             runs = zip(*parts, strict=True)
-        records = [SpectrumRecord.of(times, values, matrix=matrix, steps=steps) for times, values, steps in runs]
-        return cls(path.stem, matrix, threshold, records)
+            records = [SpectrumRecord.of(times, values, matrix=matrix, steps=steps) for times, values, steps in runs]
+            return cls(path.stem, matrix, threshold, records)
+        except Exception as error:  # NumPy, zipfile and zlib raise many types
+            text = f"{str(path)!r} cannot be read as a reference band ({reason(error)})"
+            raise UserError(f"{text}: write it with ReferenceBand.save") from error
 
-    def save(self, path: Path) -> None:
+    def save(self, path: str | Path) -> None:
         """Write the reference runs to an ``.npz`` file of a few kB: eigenvalues in units of θ, in half precision."""
         values = torch.cat([record.eigenvalues(self.matrix) for record in self.records]) / self.threshold
         values = torch.where(values < _SMALL, 0, values).clamp(max=torch.finfo(torch.float16).max)
@@ -112,7 +126,7 @@ class ReferenceBand:
             "time": torch.cat([record.times for record in self.records]).numpy(),
             "relative_eigenvalues": values.numpy().astype(np.float16),
         }
-        atomic_write(path, lambda partial: np.savez_compressed(partial, **arrays))
+        atomic_write_stream(path, lambda stream: np.savez_compressed(stream, **arrays))
 
     def compare(self, record: SpectrumRecord) -> Comparison:
         """Return whether a run is inside the band, up to its end or the last step of the reference runs.
@@ -121,14 +135,16 @@ class ReferenceBand:
             ValueError: the matrix of the band was not measured, was measured less than twice, or has another dimension.
 
         """
-        octaves, learned = self._modes(record)
+        octaves, learned, last = self._modes(record)
         if len(octaves) != (num_modes := self._references[0].shape[1]):
-            raise UserError(f"the band {self.name} has {num_modes} modes, the run {len(octaves)}")
+            raise UserError(f"the band {self.name} has {num_modes} modes, the run {len(octaves)}: give another band")
         deviations, limit = self._deviations(octaves, learned)
         score = float(deviations.max())
         if score <= limit:
-            end = min(int(record.steps[-1]), self._last_step)
-            return Comparison(True, score, limit, math.nan, f"inside up to step {end}")
+            text = f"inside up to step {min(int(record.steps[-1]), self._last_step)}"
+            if ((record.steps > last) & (record.steps <= self._last_step)).any():
+                text = f"inside up to step {last}, the last finite measurement"
+            return Comparison(True, score, limit, math.nan, text)
         steps, (low, high) = 2**octaves, self.limits
         is_outside = (steps > high) | (learned & (steps < low))
         if not is_outside.any():  # several modes that deviate together
@@ -174,13 +190,16 @@ class ReferenceBand:
         deviations = np.where(is_known, np.abs(deviations), np.maximum(deviations, 0))
         return deviations[-1], float(deviations[:-1].max())
 
-    def _modes(self, record: SpectrumRecord) -> tuple[Array, NDArray[np.bool_]]:
-        """Return log₂ of the step of each mode, or of the last step, and whether it is learned, (d,) each."""
+    def _modes(self, record: SpectrumRecord) -> tuple[Array, NDArray[np.bool_], int]:
+        """Return log₂ of the step of each mode, else of the last one, whether it is learned, (d,), and the last one."""
         values = record.eigenvalues(self.matrix)
         shown = (record.steps <= self._last_step) & values.isfinite().all(1)
         steps, values = record.steps[shown].double(), values[shown]
+        if len(steps) < 2:
+            text = f"{self.matrix} needs two finite measurements up to step {self._last_step}, got {len(steps)}"
+            raise UserError(f"{text}: train longer, or measure more often")
         detected = detect_steps(steps, values, self.threshold)
         starts_large = values[0] > self.threshold / 10
         found = torch.where(starts_large, 1.0, detected.step_times)
         learned = found.isfinite() & (torch.arange(len(found)) < detected.num_learned[-1])
-        return torch.where(learned, found, steps[-1]).clamp(min=1).log2().numpy(), learned.numpy()
+        return torch.where(learned, found, steps[-1]).clamp(min=1).log2().numpy(), learned.numpy(), int(steps[-1])

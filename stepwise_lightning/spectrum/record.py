@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from stepwise_lightning.errors import NotFoundError, UserError, reason
-from stepwise_lightning.files import atomic_write
+from stepwise_lightning.files import atomic_write_stream
 from stepwise_lightning.spectrum import exchange
 from stepwise_lightning.spectrum.steps import Steps, detect_steps, num_grown
 
@@ -272,10 +272,10 @@ class SpectrumRecord:
 
     to_dataframe, to_xarray = exchange.to_dataframe, exchange.to_xarray
 
-    def save(self, path: Path) -> None:
+    def save(self, path: str | Path) -> None:
         """Write :meth:`arrays` atomically to an ``.npz`` file; OSError if it cannot be written."""
         arrays = {name: values.numpy() for name, values in self.arrays().items()}
-        atomic_write(path, lambda partial: np.savez(partial, **arrays))  # type: ignore[arg-type]
+        atomic_write_stream(path, lambda stream: np.savez(stream, **arrays))  # type: ignore[arg-type]
 
     def _spectra(self, matrix: str) -> list[Spectrum | None]:
         """Return the spectrum of a matrix in each measurement, None if not measured."""
