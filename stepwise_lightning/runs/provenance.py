@@ -37,7 +37,9 @@ def provenance() -> dict[str, Any]:
 
 
 def _commit(folder: Path) -> str | None:
-    commit, changed = _git(folder, "rev-parse", "HEAD"), _git(folder, "status", "--porcelain")
+    commit = _git(folder, "rev-parse", "HEAD")
+    # Stored results are not code; python -m reproduce confirm writes them one after the other.
+    changed = _git(folder, "status", "--porcelain", "--", ":/", ":(top,exclude)reproduce/results")
     if not commit:
         return None
     return commit + (" (with uncommitted changes)" if changed else "")

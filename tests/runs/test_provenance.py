@@ -66,7 +66,11 @@ def test_clone_used_from_another_repository(tmp_path):
     git(tmp_path / "clone", "add", ".")
     git(tmp_path / "clone", "commit", "--quiet", "--message", "ours")
     ours = git(tmp_path / "clone", "rev-parse", "HEAD")
-    (tmp_path / "clone" / ".gitignore").write_text("__pycache__\n")
+    (tmp_path / "clone" / ".git" / "info" / "exclude").write_text("__pycache__\n")
+    (tmp_path / "clone" / "reproduce" / "results").mkdir(parents=True)
+    (tmp_path / "clone" / "reproduce" / "results" / "record.json").touch()
+    assert recorded(tmp_path / "clone", tmp_path / "theirs") == (ours, theirs)
+    (tmp_path / "clone" / "reproduce" / "changed.py").touch()
     assert recorded(tmp_path / "clone", tmp_path / "theirs") == (ours + " (with uncommitted changes)", theirs)
     hook = {"GIT_DIR": str(tmp_path / "theirs/.git"), "GIT_WORK_TREE": str(tmp_path / "theirs")}
     assert recorded(tmp_path / "clone", tmp_path, **hook) == (ours + " (with uncommitted changes)", None)
