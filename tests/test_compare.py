@@ -74,7 +74,7 @@ def test_runs_that_do_not_fit_the_band_have_a_verdict_and_others_are_compared(tm
         "few: not comparable: the band mine has 10 modes, the run 4: give another band",
         "other: not comparable: no matrix 'cross_correlation' in this record; choose from: covariance",
         "once: not comparable: times must be ascending, with at least two samples, got 1 samples",
-        "empty: not comparable: no eigenvalues in this record",
+        "empty: not comparable: no eigenvalues in this record: train again, with a lower learning rate if it diverged",
         f"short: inside up to step {steps[39]} (mine, 10 seeds)",
         "long: inside up to step 25000 (mine, 10 seeds)",
     ]

@@ -74,7 +74,7 @@ def compared(
         except UserError as error:
             verdict, matrix = f"not comparable: {error}", band.matrix if band.matrix in record.matrices else None
     if not (matrix or record.matrices):
-        raise UserError("no eigenvalues in this record")
+        raise UserError("no eigenvalues in this record: train again, with a lower learning rate if it diverged")
     run = ComparedRun(name, record, matrix or record.matrices[0])
     return run, table(run), verdict
 
