@@ -17,7 +17,7 @@ figures: $(VENV)/.installed  ## all figures and results/report.html, for seed 0 
 test: $(VENV)/.installed-test  ## the default test suite
 	$(BIN)/python -m pytest -n 2 --dist worksteal
 
-test-slow: $(VENV)/.installed-test  ## the slow tests
+test-slow: $(VENV)/.installed-test $(VENV)/.installed-docs  ## the slow tests
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m slow
 
 test-peers: $(VENV)/.installed-test $(VENV)/.installed-peers  ## comparisons with other libraries and loggers

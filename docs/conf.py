@@ -1,7 +1,6 @@
 """Sphinx configuration of ``make docs``. The source directory is the root of the repository, as for links on GitHub."""
 
 import importlib
-import importlib.metadata
 import os
 import re
 import sys
@@ -17,7 +16,7 @@ os.environ["PYTHONPATH"] = str(ROOT)  # for the processes that execute the tutor
 project = "stepwise_lightning"
 author = "The stepwise_lightning developers"
 copyright = author
-release = importlib.metadata.version("stepwise_lightning")
+release = os.environ.get("DOCS_VERSION", "main")
 
 root_doc = "docs/index"
 include_patterns = [

@@ -9,6 +9,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+VERSION = os.environ.get("DOCS_VERSION", "main")
 REPOSITORY = "https://github.com/stepwise-lightning/stepwise_lightning"
 COLAB = "https://colab.research.google.com/github/stepwise-lightning/stepwise_lightning/blob/gh-pages"
 LINKS = re.compile(r'<p class="notebook">.*?</p>\n*')
@@ -23,7 +24,7 @@ def _add_links(app: Any, docname: str, source: list[str]) -> None:
     if not source[0].startswith("---\nfile_format: mystnb"):
         return
     name, up = docname.rpartition("/")[2], "../" * docname.count("/")
-    colab = f"{COLAB}/{os.environ.get('DOCS_VERSION', 'main')}/notebooks/{name}.ipynb"
+    colab = f"{COLAB}/{VERSION}/notebooks/{name}.ipynb"
     download = f'<a href="{up}notebooks/{name}.ipynb" download>Download as a notebook</a>'
     links = f'<p class="notebook">{download} · <a href="{colab}">open in Colab</a></p>'
     source[0] = re.sub(r"^(# .*\n)", rf"\1\n{links}\n", source[0], count=1, flags=re.MULTILINE)
@@ -54,7 +55,8 @@ def standalone(notebook: dict[str, Any], folder: Path) -> dict[str, Any]:
 
 
 def _absolute(folder: Path, link: str) -> str:
-    return f"{REPOSITORY}/blob/main/{os.path.normpath(folder / link)}"
+    branch = VERSION if VERSION == "main" else f"v{VERSION}"
+    return f"{REPOSITORY}/blob/{branch}/{os.path.normpath(folder / link)}"
 
 
 def _write(app: Any, exception: Exception | None) -> None:

@@ -70,6 +70,9 @@ def test_downloaded_notebook_works_outside_the_site(monkeypatch):
     assert "%pip install -q stepwise_lightning" in first["source"] and code["source"] == "[d](e)"
     glossary = f"{PROJECT['urls']['Source']}/blob/main/docs/glossary.md#mode"
     assert markdown["source"] == f"# Title\n\n[a]({glossary}) [b](#here) [c](https://arxiv.org)"
+    monkeypatch.setattr(notebooks, "VERSION", "0.3.0")
+    of_release = notebooks.standalone(page, Path("docs/tutorials"))["cells"][1]["source"]
+    assert f"[a]({glossary.replace('blob/main', 'blob/v0.3.0')})" in of_release
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
 """Notebooks in docs/ run without warnings and write their runs to ``runs/``."""
 
+import json
 import re
 from pathlib import Path
 
@@ -27,6 +28,21 @@ def test_notebook(page, tmp_path, monkeypatch):
             exec(compile(code, f"{page.name}, cell {number}", "exec"), names)
         plt.close("all")
     assert [path.name for path in tmp_path.iterdir()] in ([], ["runs"])
+
+
+@pytest.mark.slow
+def test_downloaded_notebook_runs_in_an_empty_folder(tmp_path, monkeypatch):
+    nbclient = pytest.importorskip("nbclient")
+    nbformat, reader = pytest.importorskip("nbformat"), pytest.importorskip("myst_nb.core.read")
+    monkeypatch.syspath_prepend(str(DOCS))
+    from notebooks import standalone
+
+    page = reader.read_myst_markdown_notebook((DOCS / "tutorials/own_loss.md").read_text(encoding="utf-8"))
+    (tmp_path / "own_loss.ipynb").write_text(json.dumps(standalone(page, Path("docs/tutorials"))), encoding="utf-8")
+    notebook = nbformat.read(tmp_path / "own_loss.ipynb", as_version=4)
+    assert notebook.cells[0].cell_type == "code" and not notebook.cells[1].get("outputs")
+    nbclient.execute(notebook, cwd=tmp_path, timeout=300)
+    assert sum(bool(cell.outputs) for cell in notebook.cells if cell.cell_type == "code") > 2
 
 
 def test_code_cells_are_found(tmp_path):
