@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -39,6 +40,7 @@ def main(arguments: list[str]) -> None:
         metavar="N",
         help="pairs of views to compute the features of a run on (%(default)s)",
     )
+    parser.add_argument("--max-steps", type=int, metavar="N", help="steps of training, if RUN does not have them")
     parser.add_argument("--loss", metavar="NAME",
                         help="barlow_twins, vicreg, simclr, spectral_contrastive, supcon, clip, siglip, swav, dino, or "
                              "the dotted path of a function loss(z1, z2)")  # fmt: skip
@@ -48,7 +50,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--dim", type=int, metavar="D", help="dimensions of embeddings, for barlow_twins and functions")
     parser.add_argument("--prototypes", type=int, metavar="K", help="number of prototypes of swav and dino")
     parser.add_argument("--temperature", type=float, metavar="T", help="temperature of supcon (default 0.07)")
-    parser.add_argument("--scale", type=float, default=1.0, metavar="S", help="weight of the loss (%(default)s)")
+    parser.add_argument("--scale", type=float, metavar="S", help="weight of the loss (1.0)")
     parser.add_argument("--settings", nargs="+", type=_setting, default=[], metavar="NAME=VALUE",
                         help="other arguments of barlow_twins and vicreg: numbers, true or false, such as "
                              "normalize=false off_diagonal_weight=1")  # fmt: skip
@@ -66,19 +68,26 @@ def _diagnosis(options: argparse.Namespace, loss: Any) -> Diagnosis:
     from stepwise_lightning.commands.diagnose_run import diagnose_run, read_losses
     from stepwise_lightning.forecasts.diagnose import diagnose
 
-    if not options.run.endswith(".csv"):
-        return diagnose_run(options.run, loss, options.root, options.pairs)
     names = {"dim": "dim", "num_prototypes": "prototypes", "temperature": "temperature", "scale": "scale"}
-    settings = {name: getattr(options, option) for name, option in names.items()}
-    settings = {name: value for name, value in settings.items() if value is not None} | dict(options.settings)
-    return diagnose(read_losses(options.run), loss=loss, num_pairs=options.batch_size, settings=settings)
+    settings = {name: getattr(options, option) for name, option in names.items()} | dict(options.settings)
+    settings = {name: value for name, value in settings.items() if value is not None}
+    known = {"loss": loss, "num_pairs": options.batch_size, "settings": settings}
+    if not options.run.endswith(".csv"):
+        return diagnose_run(
+            options.run, root=options.root, num_feature_pairs=options.pairs, max_steps=options.max_steps, **known
+        )
+    losses, step = read_losses(options.run)
+    has_ended = options.max_steps is not None and step + 1 >= options.max_steps
+    return replace(diagnose(losses, max_steps=len(losses) if has_ended else None, **known), step=step)
 
 
 def _print_plateaus(options: argparse.Namespace, loss: Any) -> None:
     from stepwise_lightning.theory.plateaus import find_plateau, plateaus
 
     sizes = options.batch_size, options.dim, options.prototypes
-    known = plateaus(loss, *sizes, options.temperature, options.scale, **dict(options.settings))
+    known = plateaus(
+        loss, *sizes, options.temperature, 1.0 if options.scale is None else options.scale, **dict(options.settings)
+    )
     found = None if options.value is None else find_plateau(known, options.value)
     lines = [f"{each.value:<10.6g} {each.description}" for each in known]
     shortened = len(lines) > _MAX_LINES

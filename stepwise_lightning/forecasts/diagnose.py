@@ -4,31 +4,41 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import replace
+from numbers import Integral
 from typing import Any
 
 from torch import nn
 
 from stepwise_lightning.errors import UserError, reason
-from stepwise_lightning.features import Views
+from stepwise_lightning.features import Views, views_in
 from stepwise_lightning.forecasts.causes import cause_of_failure, cause_of_plateau
 from stepwise_lightning.forecasts.diagnosis import CAUSES, Diagnosis
 from stepwise_lightning.forecasts.evidence import Evidence, gather_evidence
 from stepwise_lightning.forecasts.loss_curve import diagnose_losses
-from stepwise_lightning.forecasts.run_state import STILL, RunState, find_verdict, is_near_saddle, last_loss, run_state
+from stepwise_lightning.forecasts.run_state import (
+    STILL,
+    RunState,
+    find_verdict,
+    is_near_saddle,
+    known_saddle_value,
+    last_loss,
+    run_state,
+)
 from stepwise_lightning.forecasts.sgd import loss_of
 from stepwise_lightning.forecasts.simulate import NUM_PAIRS
+from stepwise_lightning.losses import LOSSES
 from stepwise_lightning.modules import JointEmbedding
 from stepwise_lightning.precision import TensorLike
 from stepwise_lightning.spectrum.record import SpectrumRecord
 from stepwise_lightning.theory.loss_derivatives import PairLoss
 from stepwise_lightning.theory.loss_signature import checked_settings
-from stepwise_lightning.theory.plateaus import plateaus
 
 _ERROR = 0.5  # of the remaining time, for extrapolations and forecasts without measured errors
 _FIRST_ERROR = 0.2  # of the remaining time of the first mode, from its growth rate
 (_LOW, _HIGH, _DECAY, _CHANCE_PAIRS, _FEATURES, _HALF, _NO_MODE, _FEW, _SPREAD, _NOTHING) = CAUSES
-_GIVE = "for the cause, give the module with its weights and batches of its data"
+GIVE = "for the cause, give the module with its weights and batches of its data"
 _FUNCTION_STEPS = 500  # of the simulation of a function, which takes milliseconds per step
 # Losses whose rates from a small start also describe later modes.
 _DEFLATES = ("barlow_twins",)
@@ -83,19 +93,23 @@ def diagnose(
         ValueError: fewer than two measurements or losses, a matrix that was not measured, invalid arguments.
 
     """
-    loss, settings, matrix = _settings_of(module, loss, settings, matrix)
+    _check_counts(num_pairs=num_pairs, max_steps=max_steps, num_feature_pairs=num_feature_pairs)
+    precision = None if precision is None else str(precision)
+    loss, settings = _loss_and_settings(module, loss, settings)
     if not isinstance(record, SpectrumRecord):
         return diagnose_losses(record, loss, num_pairs, settings, max_steps)
-    if len(record) < 2 or not record.matrices:
+    if len(record) < 2:
         raise UserError(f"a diagnosis needs at least two measurements, got {len(record)}: train longer")
-    state = run_state(record, matrix if matrix in record.matrices else record.matrices[0], loss, settings)
-    evidence, missing = None, _GIVE
+    state = run_state(record, _matrix(record, module, loss, matrix), loss, settings)
+    evidence, missing = None, GIVE
     if module is not None and batches is not None and find_verdict(record, state, math.nan, max_steps)[0] != "finished":
         options: dict[str, Any] = {"loss": loss, "settings": settings, "views": views}
         options |= {"precision": precision or "32-true", "num_pairs": num_feature_pairs}
         evidence, missing = _evidence(module, batches, state, start, max_steps, options)
-    num_pairs = evidence.batch_size if evidence is not None and num_pairs is None else num_pairs
-    saddle, unknown = _saddle_value(loss, num_pairs, {"dim": record.eigenvalues(state.matrix).shape[1]} | settings)
+    if num_pairs is None and batches is not None:
+        num_pairs = _batch_size(batches, views) if evidence is None else evidence.batch_size
+    dim = record.eigenvalues(state.matrix).shape[1]
+    saddle, unknown = known_saddle_value(loss, {"num_pairs": num_pairs, "dim": dim} | settings)
     verdict, reading = find_verdict(record, state, saddle, max_steps)
     result = Diagnosis(
         verdict, state.step, state.num_learned, state.num_modes, last_loss(record.losses[record.losses.isfinite()]),
@@ -105,20 +119,46 @@ def diagnose(
         return _without_unknown_modes(_with_evidence(result, state, evidence, record, max_steps), state)
     decay = getattr(module, "hparams", {}).get("weight_decay") if weight_decay is None else weight_decay
     result = _without_unknown_modes(_from_record(result, state, record, precision, decay, max_steps), state)
-    asks = bool(result.possible_causes) or (module is not None and missing != _GIVE)
+    asks = bool(result.possible_causes) or (module is not None and missing != GIVE)
     return replace(result, missing="; ".join(text for text in (missing if asks else "", unknown) if text))
 
 
-def _settings_of(
-    module: nn.Module | None, loss: str | PairLoss | None, settings: dict[str, Any] | None, matrix: str | None
-) -> tuple[str | PairLoss | None, dict[str, Any], str | None]:
-    """Return loss, settings and matrix; the default is taken from a module of this package."""
+def _check_counts(**counts: int | None) -> None:
+    for name, count in counts.items():
+        if count is not None and not (isinstance(count, Integral) and count > 0):
+            raise UserError(f"{name} must be a positive integer, got {count!r}: leave it out if unknown")
+
+
+def _loss_and_settings(
+    module: nn.Module | None, loss: str | PairLoss | None, settings: dict[str, Any] | None
+) -> tuple[str | PairLoss | None, dict[str, Any]]:
+    """Return the loss, by default that of a module of this package, and its settings, completed from the module."""
+    settings = settings or {}
     if isinstance(module, JointEmbedding):
         loss = loss_of(module) if loss is None else loss
-        matrix = matrix or module.driven_matrix
-        if settings is None:
-            settings = {name: module.hparams[name] for name in checked_settings(loss, {}) if name in module.hparams}
-    return loss, settings or {}, matrix
+        if not isinstance(loss, str) or loss in LOSSES:
+            configured = {name: module.hparams[name] for name in checked_settings(loss, {}) if name in module.hparams}
+            settings = configured | settings
+    if loss is None and settings:
+        raise UserError(f"settings belong to a loss, got {', '.join(settings)}: give loss")
+    return loss, settings
+
+
+def _matrix(record: SpectrumRecord, module: nn.Module | None, loss: Any, matrix: str | None) -> str:
+    """Return the matrix to diagnose: ``matrix``, or a measured one, preferably one that the loss drives."""
+    driven = [getattr(module, "driven_matrix", None)]
+    driven += [LOSSES[loss].driven_matrix] if isinstance(loss, str) and loss in LOSSES else []
+    measured = [each for each in (*driven, *record.matrices) if each in record.matrices]
+    if not (matrix or measured):
+        raise UserError("the record has no finite eigenvalues: measure them with a SpectrumLogger")
+    return matrix or measured[0]
+
+
+def _batch_size(batches: Iterable[Any], views: Views | None) -> int | None:
+    """Return the number of pairs in the first batch, None if unknown."""
+    with suppress(UserError):
+        return next((len(views_in(batch, views)[0]) for batch in batches), None)
+    return None
 
 
 def _counts_modes(result: Diagnosis, state: RunState) -> bool:
@@ -130,9 +170,10 @@ def _without_unknown_modes(result: Diagnosis, state: RunState) -> Diagnosis:
     """Return the diagnosis, without number, growth and step of modes that cannot be counted."""
     if _counts_modes(result, state):
         return result
-    nan, cause = math.nan, "" if result.cause == _NOTHING else result.cause
-    result = replace(result, num_learned=None, growth_per_step=nan, expected_growth=nan, cause=cause)
-    return replace(result, next_step=nan, next_range=(nan, nan))
+    nan = math.nan
+    return replace(
+        result, num_learned=None, growth_per_step=nan, expected_growth=nan, next_step=nan, next_range=(nan, nan)
+    )
 
 
 def _evidence(
@@ -153,16 +194,6 @@ def _evidence(
         if isinstance(options["loss"], str):
             raise
         return None, f"growth rates are not known for this loss ({reason(error)})"
-
-
-def _saddle_value(loss: str | PairLoss | None, num_pairs: int | None, settings: dict[str, Any]) -> tuple[float, str]:
-    """Return the saddle value, NaN if unknown, and the reason."""
-    if loss is None:
-        return math.nan, "the plateaus of the loss are not known: give loss, a name or a function"
-    try:
-        return plateaus(loss, num_pairs, **settings)[0].value, ""
-    except UserError as error:
-        return math.nan, f"the plateaus of the loss are not known ({error})"
 
 
 def _with_next_step(result: Diagnosis, step: float, error: float) -> Diagnosis:
@@ -195,13 +226,17 @@ def _from_record(
         if any(float(record.eigenvalues(name)[-1].nan_to_num(0.0).max()) < 1e-12 for name in hidden):
             return replace(result, cause=_FEATURES, evidence=f"all eigenvalues of {hidden[0]} are 0")
         return replace(result, possible_causes=tuple(cause for cause in CAUSES if cause not in excluded))
-    if result.verdict == "plateau" and math.isfinite(result.next_step):
+    return _with_wait(result, state, max_steps)
+
+
+def _with_wait(result: Diagnosis, state: RunState, max_steps: int | None) -> Diagnosis:
+    """Add the cause "nothing is wrong" on a plateau that ends before training does, else the number of steps."""
+    if result.verdict != "plateau" or not math.isfinite(result.next_step) or not _counts_modes(result, state):
+        return result
+    if max_steps is None or result.next_step <= max_steps:
         return replace(result, cause=_NOTHING)
-    return result
-
-
-def _needs(step: float, max_steps: int | None) -> str:
-    return f"the next mode needs about {step:.0f} steps, and training has {max_steps}"
+    needs = f"the next mode needs about {result.next_step:.0f} steps, and training has {max_steps}"
+    return replace(result, evidence=needs)
 
 
 def _with_evidence(
@@ -226,20 +261,21 @@ def _with_evidence(
     on_saddle = state.num_learned == 0 and (result.verdict == "stuck" or near is not False)
     on_saddle &= _counts_modes(result, state)
     cause, reading = cause_of_plateau(evidence, state, on_saddle)
-    if not cause and on_saddle and max_steps is not None and result.next_step > max_steps:
-        cause, reading = _LOW, _needs(result.next_step, max_steps)
     if cause:
         stops = on_saddle or (cause in (_DECAY, _FEW) and state.growth <= 1 + STILL)
-        if stops and cause != _LOW:
+        if stops:
             result = replace(result, next_step=math.inf, next_range=(math.nan, math.nan))
         return replace(result, verdict="stuck" if stops else result.verdict, cause=cause, evidence=reading)
-    if on_saddle and result.verdict == "stuck":
+    if on_saddle and (result.verdict == "stuck" or result.next_step > (max_steps or math.inf)):
         result = replace(result, verdict="plateau")
-    if result.verdict != "plateau":
-        return replace(result, cause="")
-    if math.isinf(result.next_step):
-        return replace(result, evidence="with the present features the next mode does not grow; features may change")
-    return replace(result, cause=_NOTHING)
+    result = _with_wait(result, state, max_steps)
+    if result.verdict != "plateau" or result.cause:
+        return result
+    reading = result.evidence or "with the present features the next mode does not grow; features may change"
+    if not state.num_learned and evidence.rate(0) > evidence.sgd.weight_decay and _counts_modes(result, state):
+        reading = result.evidence or f"the next mode grows by {max(growth - 1, 0):.1g} per step"
+        return replace(result, verdict="stuck", cause=_LOW, evidence=reading)
+    return replace(result, evidence=reading)
 
 
 def _next_step(state: RunState, evidence: Evidence, record: SpectrumRecord, growth: float) -> tuple[float, float]:

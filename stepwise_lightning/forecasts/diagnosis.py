@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from stepwise_lightning.forecasts.run_state import STILL
+
 # Causes of a loss that does not decrease, with their remedies.
 CAUSES = {
     "the learning rate is too low": "raise the learning rate, or train longer",
@@ -75,8 +77,10 @@ class Diagnosis:
     def _learned(self) -> str:
         if self.num_learned is None:
             return ""
-        total = "" if self.num_modes is None else f" of {self.num_modes}"
-        return f": {self.num_learned or 'none'}{total} modes {'is' if self.num_learned == 1 else 'are'} learned"
+        number = f"{self.num_learned or 'no'} mode{'' if self.num_learned == 1 else 's'}"
+        if self.num_modes is not None:
+            number = f"{self.num_learned or 'none'} of {self.num_modes} modes"
+        return f": {number} {'is' if self.num_learned == 1 else 'are'} learned"
 
     def _loss(self) -> str:
         if math.isnan(self.loss):
@@ -91,9 +95,12 @@ class Diagnosis:
         if self.verdict in ("fell_back", "diverged", "collapsed", "finished") or math.isnan(self.growth_per_step):
             return ""
         change = self.growth_per_step - 1
-        text = f"the next mode {'grows' if change > 0 else 'shrinks'} by {abs(change):.2%} per step"
+        verb = "grows" if change > 0 else "shrinks"
+        text = "the next mode does not grow"
+        if abs(change) > STILL:
+            text = f"the next mode {verb} by {100 * abs(change):.2g} % per step"
         if math.isfinite(self.expected_growth):
-            text += f", expected are {self.expected_growth - 1:.2%}"
+            text += f", expected are {100 * (self.expected_growth - 1):.2g} %"
         return text
 
     def _next(self) -> str:

@@ -14,9 +14,11 @@ from typing import Any
 
 from torch import Tensor
 
+from stepwise_lightning.errors import UserError
 from stepwise_lightning.spectrum.collapses import find_collapse
 from stepwise_lightning.spectrum.record import SpectrumRecord
 from stepwise_lightning.theory.loss_derivatives import PairLoss
+from stepwise_lightning.theory.plateaus import plateaus
 
 # θ of losses whose first eigenvalue has a known size. Otherwise it is a tenth of the eigenvalue, once it has grown
 # a hundredfold.
@@ -62,7 +64,9 @@ class RunState:
 def run_state(record: SpectrumRecord, matrix: str, loss: str | PairLoss | None, settings: dict[str, Any]) -> RunState:
     """Return the state of a run at its last measurement."""
     values = record.eigenvalues(matrix)
-    known = values.isfinite().all(1)
+    known = values.isfinite().all(1) & (values.shape[1] > 0)
+    if not known.any():
+        raise UserError(f"{matrix} has no finite eigenvalues in {len(record)} measurements: record them again")
     values, steps = values[known].clamp(min=0), record.steps[known]
     threshold = _threshold(values, loss, settings)
     counts = (values > threshold).sum(1)
@@ -110,6 +114,18 @@ def _growth(steps: Tensor, values: Tensor) -> float:
 def last_loss(losses: Tensor) -> float:
     """Return the median of the last tenth of the losses; NaN without losses."""
     return float(losses[-max(1, math.ceil(len(losses) / 10)) :].median()) if len(losses) else math.nan
+
+
+def known_saddle_value(loss: str | PairLoss | None, arguments: dict[str, Any]) -> tuple[float, str]:
+    """Return the saddle value for arguments of ``plateaus``, and an empty string; or NaN and the reason."""
+    if loss is None:
+        return math.nan, "the plateaus of the loss are not known: give loss, a name or a function"
+    try:
+        return plateaus(loss, **arguments)[0].value, ""
+    except UserError as error:
+        if isinstance(loss, str):  # only sizes may be unknown
+            plateaus(loss, **arguments | {"num_pairs": arguments["num_pairs"] or 2, "dim": 2, "num_prototypes": 2})
+        return math.nan, f"the plateaus of the loss are not known ({error})"
 
 
 def is_near_saddle(loss: float, saddle_value: float) -> bool | None:

@@ -1,10 +1,12 @@
 """``diagnose``: verdicts of records and losses, causes from a network and its data, and ``stepwise diagnose RUN``."""
 
+import contextlib
 import math
 import re
 
 import pytest
 import torch
+import yaml
 from tiny_runs import changed, stepwise, write_images
 from torch import nn
 
@@ -84,6 +86,42 @@ def test_growth_and_next_step_of_a_record():
     assert result.verdict == "stuck" and "the learning rate is too low" in result.possible_causes
 
 
+@pytest.mark.parametrize(("max_steps", "cause"), [(None, "nothing is wrong"), (10**6, "nothing is wrong"), (1300, "")])
+def test_plateau_that_lasts_longer_than_training_is_not_healthy(max_steps, cause):
+    record = record_of(rising(100), decaying(-2e-4), decaying(0, 1e-9))
+    result = diagnose(record, loss="barlow_twins", settings=ANALYTICAL, max_steps=max_steps)
+    assert (result.verdict, result.cause, result.num_learned) == ("plateau", cause, 1)
+    assert ("and training has 1300" in str(result)) == (not cause)
+
+
+def test_matrix_is_by_default_the_one_that_the_loss_drives():
+    record = record_of(rising(100), rising(100))
+    arrays = record.arrays() | {"covariance": record_of(rising(100), decaying(0)).eigenvalues()}
+    record = SpectrumRecord.from_arrays(arrays)
+    assert diagnose(record, loss="vicreg").num_learned == 1
+    assert diagnose(record, loss="vicreg", matrix="cross_correlation").num_learned == 2
+    with pytest.raises(ValueError, match="no matrix 'nosuch' in this record"):
+        diagnose(record, matrix="nosuch")
+
+
+@pytest.mark.parametrize(
+    ("value", "options", "message"),
+    [
+        (0.1, {"num_pairs": "64"}, "num_pairs must be a positive integer, got '64'"),
+        (0.1, {"max_steps": -1}, "max_steps must be a positive integer, got -1"),
+        (0.1, {"num_feature_pairs": 0}, "num_feature_pairs must be a positive integer"),
+        (0.1, {"loss": "nosuch"}, "loss must be one of barlow_twins, vicreg, .* got 'nosuch'"),
+        (0.1, {"loss": "vicreg", "settings": {"nosuch": 1}}, "vicreg has no setting nosuch"),
+        (0.1, {"settings": {"eps": 1}}, "settings belong to a loss, got eps"),
+        (math.inf, {}, "cross_correlation has no finite eigenvalues in 48 measurements"),
+        (math.nan, {}, "no finite eigenvalues"),
+    ],
+)
+def test_invalid_argument_or_record_is_refused(value, options, message):
+    with pytest.raises(ValueError, match=message):
+        diagnose(record_of(lambda steps: value + 0 * steps), **options)
+
+
 def test_growth_of_a_plateau_with_few_measurements():
     learned = rising(310, 0.5)  # with three later measurements
     result = diagnose(record_of(learned, rising(700, 0.02)), loss="barlow_twins", settings=ANALYTICAL)
@@ -94,7 +132,7 @@ def test_record_excludes_causes_that_settings_rule_out():
     record = record_of(decaying(0.01), decaying(0.01))
     options = {"loss": "barlow_twins", "settings": ANALYTICAL}
     assert len(diagnose(record, **options).possible_causes) == 6
-    known = diagnose(record, **options, weight_decay=0.0, precision="32-true").possible_causes
+    known = diagnose(record, **options, weight_decay=0.0, precision=32).possible_causes
     assert not {"weight decay is not below the growth rate", "half precision loses small differences"} & set(known)
     assert "give the module" in str(diagnose(record, **options))
 
@@ -146,6 +184,15 @@ def test_planted_cause_is_found(module, data, options, cause):
     assert result.cause == cause and result.remedy, str(result)
     assert result.verdict == ("plateau" if cause == "nothing is wrong" else "stuck")
     assert f"Cause: {cause}" in str(result)
+
+
+@pytest.mark.parametrize("learning_rate", [1e-4, 1e-9])
+def test_low_rate_is_found_if_the_loss_is_not_at_its_saddle_value(learning_rate):
+    modes = rising(9000, 1e-3, 0.0), decaying(0, 1e-9), decaying(0, 1e-10)
+    record = record_of(*modes, losses=torch.full((len(STEPS),), 3.0), matrix="tangent_covariance")
+    result = diagnose(record, module_of(SimCLR, learning_rate=learning_rate), views(), max_steps=500)
+    assert (result.verdict, result.cause) == ("stuck", "the learning rate is too low"), str(result)
+    assert "inf" not in str(result)
 
 
 def test_causes_of_a_later_plateau():
@@ -200,6 +247,8 @@ def test_module_without_known_growth_rates_gets_a_verdict():
     for loss, text in ((None, "Sequential has no known loss"), ("simclr", "learning_rate must be given")):
         result = diagnose(record, foreign, views(), loss=loss, num_pairs=32)
         assert result.verdict == "plateau" and "Growth rates are not known" in str(result) and text in str(result)
+    result = diagnose(record, foreign, views(), loss="simclr")  # the size of the batches is the number of pairs
+    assert result.saddle_value == pytest.approx(math.log(63))
 
 
 # --- command
@@ -244,6 +293,35 @@ def test_command_diagnoses_a_run_without_checkpoint_or_data(run, monkeypatch, ca
     assert "Growth rates are not known (" in capsys.readouterr().out
 
 
+def test_command_uses_the_configuration_if_the_data_is_missing(monkeypatch, capsys, tmp_path):
+    config = changed({"model.class_path": "stepwise_lightning.VICReg", "model.init_args.eps": 0.01})
+    config["data"]["init_args"]["data"] = "nowhere"
+    config["trainer"]["max_steps"] = 401
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "last.ckpt").write_bytes(b"damaged")
+    modes = rising(100), decaying(0), decaying(0, 1e-9)
+    losses = torch.full((len(STEPS),), 22.0)
+    record_of(*modes, matrix="covariance", losses=losses).save(tmp_path / "spectrum.npz")
+    command.main([str(tmp_path)])
+    text = capsys.readouterr().out
+    assert "1 of 3 modes is learned" in text and "0.5 below 22.5" in text and "data set 'nowhere'" in text
+    assert "last.ckpt' cannot be read" in text
+    command.main([str(tmp_path), "--settings", "eps=0.0", "--max-steps", "400"])
+    text = capsys.readouterr().out
+    assert text.startswith("Training is finished") and "below 25" in text
+    for loss, message in (("supcon", "below 1.9459, its value"), ("nosuch", "loss must be one of")):
+        with contextlib.nullcontext() if loss == "supcon" else pytest.raises(ValueError, match=message):
+            command.main([str(tmp_path), f"--loss={loss}"])
+            assert "plateaus of the loss" not in capsys.readouterr().out
+    (tmp_path / "log.txt").write_text("hello")
+    with pytest.raises(ValueError, match=r"give a folder of a run, .* or a \.csv"):
+        command.main([str(tmp_path / "log.txt")])
+
+
+STEP_LOSSES = [(0, 4.852), (50, 4.852), (75, ""), (100, 4.852)]
+
+
 def test_command_reads_losses(tmp_path, capsys):
     path = tmp_path / "metrics.csv"
     path.write_text("epoch,step,train/loss\n" + "".join(f"0,{step},4.852\n,{step},\n" for step in range(9)))
@@ -251,12 +329,20 @@ def test_command_reads_losses(tmp_path, capsys):
     assert "The loss is 4.852, 3" in capsys.readouterr().out
     path.write_text("4.9\n4.852\n4.852\n")
     command.main([str(path), "--loss=clip", "--batch-size=128"])
-    assert "on a plateau" in capsys.readouterr().out
+    assert "on a plateau at step 2" in capsys.readouterr().out
+    for header in ("Step,val_loss,train_loss_epoch,lr", "step,wall,Value,lr", "step,loss_scale,Loss,lr"):
+        path.write_text(f"{header}\n" + "".join(f"{step},9,{loss},9\n" for step, loss in STEP_LOSSES))
+        command.main([str(path), "--loss=clip", "--batch-size=128", "--max-steps=101"])
+        assert "stuck at step 100: no modes are learned. The loss is 4.852" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [("a,b\n1,2\n", "has no column 'loss'"), ("loss\nx\n", "must be numbers"), ("loss\n1\n", "at least two losses")],
+    [
+        ("a,b\n1,2\n", "has no column 'loss', but a, b: rename"),
+        ("loss\n1\nx\n", "line 3 of .* has the loss 'x': give a number"),
+        ("loss\n1\n", "at least two losses"),
+    ],
 )
 def test_bad_file_of_losses(content, message, tmp_path):
     path = tmp_path / "losses.csv"
