@@ -202,6 +202,7 @@ def read_bytes(folder):
     return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
+@pytest.mark.filterwarnings("ignore:Exception ignored in:pytest.PytestUnraisableExceptionWarning")  # NumPy 1.26, 2.0
 @pytest.mark.skipif(not ROOT, reason="only root can mount a small disk")
 def test_full_disk_leaves_old_files(tmp_path):
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(tmp_path)], check=True)

@@ -39,6 +39,7 @@ def integrate(gamma, weights0, times):
         wg = w @ g
         return (-4 * (wg @ w.T - np.eye(shape[0])) @ wg).ravel()
 
+    times = times.astype(np.float64)  # NumPy below 2 integrates in the type of the times
     solution = solve_ivp(flow, (0, times[-1]), weights0.numpy().ravel(), "DOP853", t_eval=times, rtol=1e-11, atol=1e-16)
     c = [w.reshape(shape) @ g @ w.reshape(shape).T for w in solution.y.T]
     return torch.tensor(np.array([np.linalg.eigvalsh((a + a.T) / 2)[::-1] for a in c]))
