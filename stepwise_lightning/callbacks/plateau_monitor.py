@@ -16,7 +16,7 @@ from stepwise_lightning.errors import UserError
 from stepwise_lightning.features import views_in
 from stepwise_lightning.forecasts.diagnose import diagnose
 from stepwise_lightning.forecasts.diagnosis import Diagnosis
-from stepwise_lightning.forecasts.run_state import RunState, find_verdict, run_state
+from stepwise_lightning.forecasts.run_state import RunState, find_verdict, known_saddle_value, run_state
 from stepwise_lightning.forecasts.sgd import SGDSettings
 from stepwise_lightning.modules import JointEmbedding
 from stepwise_lightning.spectrum.matrices import phrase
@@ -37,6 +37,10 @@ class PlateauMonitor(L.Callback):
     or not before training ends, after a tenth of training. Then the cause is determined from 1024 training pairs as by
     :func:`stepwise_lightning.diagnose`; in training with several processes the warning gives the command instead.
     Training is bit-identical with and without this callback.
+
+    Without a forecast, a loss given as a function is on its first plateau while it is within 2 % of its saddle value,
+    in training with one process. For other modules the first plateau is not known before an eigenvalue has grown
+    a hundredfold: if none grows, there is no warning.
 
     At each measurement ``plateau/level`` is logged to every logger: 0 while the run learns, 1 on a plateau that is too
     long, 2 once its cause is known. Each plateau is warned of once.
@@ -61,6 +65,7 @@ class PlateauMonitor(L.Callback):
         self._spectrum, self.diagnosis = spectra[0], None
         self._forecasts = [callback for callback in callbacks if isinstance(callback, ForecastLogger)]
         self._num_checked, self._level = 0, 0
+        self._saddle_value: float | None = None  # computed once
         self._warned: set[int] = set()  # numbers of learned modes
         self._batches: list[Any] | None = None  # while they are collected
 
@@ -87,7 +92,7 @@ class PlateauMonitor(L.Callback):
             return
         matrix = PrimaryMatrix.of(pl_module, record.matrices).matrix
         state = run_state(record, matrix, *self._settings(pl_module))
-        reading = self._reading(trainer, state)
+        reading = self._reading(trainer, pl_module, batch, state)
         if not reading:
             self._level, self._batches = 0, None
         elif state.num_learned not in self._warned:
@@ -108,7 +113,17 @@ class PlateauMonitor(L.Callback):
             return module.loss_name, SGDSettings.of(module, 0, 1).settings
         return None, {}
 
-    def _reading(self, trainer: L.Trainer, state: RunState) -> str:
+    def _saddle(self, trainer: L.Trainer, module: L.LightningModule, batch: Any, matrix: str) -> float:
+        """Return the saddle value of a loss given as a function, NaN if unknown."""
+        if self._saddle_value is None:
+            self._saddle_value = math.nan
+            alone = trainer.world_size == 1  # the function may communicate
+            if alone and isinstance(module, JointEmbedding) and module.loss_function and module.trains_with_sgd:
+                sizes = {"num_pairs": len(batch[0]), "dim": self._spectrum.record.eigenvalues(matrix).shape[1]}
+                self._saddle_value = known_saddle_value(module.loss, sizes)[0]
+        return self._saddle_value
+
+    def _reading(self, trainer: L.Trainer, module: L.LightningModule, batch: Any, state: RunState) -> str:
         """Return the numbers that show a plateau to be too long, or an empty string."""
         modes = f"{state.num_learned or 'no'} mode{'s' if state.num_learned > 1 else ''} learned"
         forecasts = self._forecasts[0].forecasts if self._forecasts else []
@@ -125,7 +140,8 @@ class PlateauMonitor(L.Callback):
         max_steps = int(end) if math.isfinite(end) else None
         if max_steps is not None and state.step < _MIN_SHARE * max_steps:
             return ""
-        verdict, _ = find_verdict(self._spectrum.record, state, math.nan, max_steps)
+        saddle = self._saddle(trainer, module, batch, state.matrix)
+        verdict, _ = find_verdict(self._spectrum.record, state, saddle, max_steps)
         return f"{modes} since step {state.since}, and none is expected before training ends" * (verdict == "stuck")
 
     def _diagnose(self, trainer: L.Trainer, module: L.LightningModule) -> None:

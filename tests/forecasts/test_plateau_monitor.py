@@ -10,7 +10,16 @@ from lightning.pytorch.loggers import CSVLogger
 from torch import nn
 from torch.utils.data import DataLoader
 
-from stepwise_lightning import BarlowTwins, ForecastLogger, PlateauMonitor, SpectrumLogger, VICReg, scale_last_layer
+from stepwise_lightning import (
+    BarlowTwins,
+    ForecastLogger,
+    JointEmbedding,
+    PlateauMonitor,
+    SpectrumLogger,
+    VICReg,
+    scale_last_layer,
+    spectral_contrastive_loss,
+)
 
 ANALYTICAL = {"off_diagonal_weight": 1.0, "normalize": False, "center": True}
 
@@ -41,7 +50,7 @@ def fit(tmp_path, module=BarlowTwins, data=None, steps=240, forecast=True, monit
     torch.manual_seed(0)
     settings = (ANALYTICAL if module is BarlowTwins else {}) | {"learning_rate": 0.1} | settings
     trained = module(nn.Sequential(scale_last_layer(nn.Linear(8, 3), 0.01)), **settings)
-    spectra = SpectrumLogger(num_points=40, matrices=[trained.driven_matrix], center=True)
+    spectra = SpectrumLogger(num_points=40, matrices=[trained.driven_matrix or "covariance"], center=True)
     watch = PlateauMonitor()
     callbacks = [spectra, *([ForecastLogger(cost=1.0)] * forecast), *([watch] * monitor)]
     trainer = L.Trainer(
@@ -70,6 +79,17 @@ def test_plateau_and_its_cause_are_reported_once(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("forecast", [True, False])
+def test_plateau_of_a_function_is_reported(forecast, tmp_path):
+    options = {"loss": spectral_contrastive_loss, "learning_rate": 1e-9, "forecast": forecast}
+    watch, lines, levels, weight = fit(tmp_path, JointEmbedding, **options)
+    assert lines[0].endswith("no mode learned since step 0, and none is expected before training ends")
+    assert "the learning rate is too low (" in lines[1] and watch.diagnosis.verdict == "stuck" and levels[-1] == 2
+    assert torch.equal(weight, fit(tmp_path, JointEmbedding, monitor=False, **options)[-1])
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::UserWarning")
 def test_training_with_and_without_the_monitor_is_equal(tmp_path):
     options = {"data": Pairs(0.0), "learning_rate": 0.02}
     _, lines, _, with_monitor = fit(tmp_path, **options)
@@ -81,8 +101,13 @@ def test_training_with_and_without_the_monitor_is_equal(tmp_path):
 @pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.parametrize(
     ("module", "forecast", "settings"),
-    [(BarlowTwins, False, {}), (VICReg, True, {"eps": 0.01})], ids=["Barlow Twins", "VICReg"],
-)  # fmt: skip
+    [
+        (BarlowTwins, False, {}),
+        (VICReg, True, {"eps": 0.01}),
+        (JointEmbedding, False, {"loss": spectral_contrastive_loss}),
+    ],
+    ids=["Barlow Twins", "VICReg", "function"],
+)
 def test_run_that_learns_is_not_warned_of(module, forecast, settings, tmp_path):
     watch, lines, levels, _ = fit(tmp_path, module, forecast=forecast, steps=600, **settings)
     assert not lines and set(levels) == {0} and watch.diagnosis is None
