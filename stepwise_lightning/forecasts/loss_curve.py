@@ -32,7 +32,6 @@ def diagnose_losses(
     if len(losses) < 2:
         raise UserError(f"a diagnosis needs at least two losses, got {len(losses)}")
     known = [] if loss is None else plateaus(loss, **{"num_pairs": num_pairs} | settings)
-    missing = _GIVE if known else "the plateaus of the loss are not known: give loss, a name or a function"
     step, end, losses = len(losses) - 1, float(losses[-1]), losses[losses.isfinite()]
     last = last_loss(losses) if math.isfinite(end) else math.nan
     saddles = [plateau.value for plateau in known if not plateau.num_learned]
@@ -41,6 +40,9 @@ def diagnose_losses(
     verdict, reading = _verdict(losses, last, end, found)
     if found is not None and found.num_learned and found is known[-1]:
         verdict = "finished"
+    missing = "" if verdict in ("learning", "finished") else _GIVE
+    if not known:
+        missing = "the plateaus of the loss are not known: give loss, a name or a function"
     causes = [
         cause
         for cause in CAUSES

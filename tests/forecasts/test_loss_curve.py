@@ -34,6 +34,7 @@ def test_verdict_of_losses(losses, verdict, num_causes):
     result = diagnose(losses, loss="simclr", num_pairs=512)
     assert (result.verdict, len(result.possible_causes)) == (verdict, num_causes)
     assert set(result.possible_causes) <= set(CAUSES) and "saddle" not in str(result)
+    assert ("For the cause, give" in str(result)) == (verdict != "learning")
     assert diagnose(losses).verdict in (verdict, "plateau", "learning")  # unknown loss
 
 
