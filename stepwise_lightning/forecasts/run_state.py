@@ -123,7 +123,7 @@ def known_saddle_value(loss: str | PairLoss | None, arguments: dict[str, Any]) -
     try:
         return plateaus(loss, **arguments)[0].value, ""
     except UserError as error:
-        if isinstance(loss, str):  # only sizes may be unknown
+        if isinstance(loss, str) or not callable(loss):  # only sizes may be unknown
             plateaus(loss, **arguments | {"num_pairs": arguments["num_pairs"] or 2, "dim": 2, "num_prototypes": 2})
         return math.nan, f"the plateaus of the loss are not known ({error})"
 
@@ -140,6 +140,8 @@ def find_verdict(
 ) -> tuple[str, str]:
     """Return the verdict (:class:`Diagnosis`) and the numbers that indicate it, or an empty string."""
     losses = record.losses[~record.losses.isnan()]
+    if len(losses) and record.losses[-2:].isnan().all():  # the last one alone may be unknown
+        return "diverged", f"the loss was {losses[-1]:.3g}, and is NaN"
     if len(losses) and not losses[-1] <= DIVERGED * max(abs(float(losses[0])), 1e-3):
         return "diverged", f"the loss rose from {losses[0]:.3g} to {losses[-1]:.3g}"
     if state.has_vanished and (state.was_learned or state.starts_large):

@@ -72,6 +72,14 @@ def test_run_whose_loss_explodes_has_diverged():
     assert result.verdict == "diverged" and "the learning rate is too high" in result.possible_causes
 
 
+@pytest.mark.parametrize(("num_missing", "verdict"), [(1, "stuck"), (2, "diverged"), (20, "diverged")])
+def test_run_whose_losses_end_in_nan_has_diverged(num_missing, verdict):
+    losses = torch.full((len(STEPS),), 2.0)
+    losses[-num_missing:] = math.nan
+    result = diagnose(record_of(rising(900), decaying(0), losses=losses), loss="barlow_twins", settings=ANALYTICAL)
+    assert result.verdict == verdict
+
+
 def test_record_of_an_unknown_loss_raises_no_alarm():
     result = diagnose(record_of(decaying(0.001, 0.5), decaying(0, 0.4)))
     assert result.verdict == "plateau" and "plateaus of the loss are not known" in str(result)
@@ -110,6 +118,7 @@ def test_matrix_is_by_default_the_one_that_the_loss_drives():
         (0.1, {"num_pairs": "64"}, "num_pairs must be a positive integer, got '64'"),
         (0.1, {"max_steps": -1}, "max_steps must be a positive integer, got -1"),
         (0.1, {"num_feature_pairs": 0}, "num_feature_pairs must be a positive integer"),
+        (0.1, {"loss": 3}, "loss must be a name or a function"),
         (0.1, {"loss": "nosuch"}, "loss must be one of barlow_twins, vicreg, .* got 'nosuch'"),
         (0.1, {"loss": "vicreg", "settings": {"nosuch": 1}}, "vicreg has no setting nosuch"),
         (0.1, {"settings": {"eps": 1}}, "settings belong to a loss, got eps"),
