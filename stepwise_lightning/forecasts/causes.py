@@ -42,7 +42,10 @@ def cause_of_plateau(evidence: Evidence, state: RunState, on_saddle: bool) -> tu
     if evidence.spread < _EQUAL and shrinkage > _SHRUNK:
         return _DECAY, f"it has shrunk all weights by a factor of about e^{shrinkage:.0f}"
     if evidence.spread < _EQUAL:
-        return _FEATURES, f"inputs of the last layer vary by {evidence.spread:.1g} of their size"
+        reading = (
+            f"by {evidence.spread:.1g} of their size" if evidence.spread else "by rounding errors only, or not at all"
+        )
+        return _FEATURES, f"inputs of the last layer vary {reading}"
     if not evidence.shared > _CHANCE * evidence.chance:
         reading = f"the largest shared eigenvalue is {evidence.shared:.2g}, of permuted pairs {evidence.chance:.2g}"
         return _CHANCE_PAIRS, reading

@@ -94,7 +94,8 @@ def gather_evidence(
     layer = last_layer(module)
     collected: list[Any] = []
     h1, h2 = last_features(module, layer, _collecting(batches, collected), num_pairs, views)
-    spread = _spread(h1, h2)
+    pair = on_device(views_in(collected[0], views), module)
+    spread = 0.0 if _is_rounding(module, pair[0]) else _spread(h1, h2)
     forecast = None
     shared = chance = math.nan
     rounding, kept = 0.0, 1.0
@@ -103,7 +104,6 @@ def gather_evidence(
         with restored_state(module):
             forecast = forecast_of_features(sgd, h1, h2, layer.weight, layer.bias, start, with_rates=with_rates)
         if (dtype := _DTYPES.get(precision.partition("-")[0])) is not None:
-            pair = on_device(views_in(collected[0], views), module)
             rounding = _rounding(module, pair[0], dtype, precision.endswith("true"))
             if precision.endswith("true"):
                 kept = _kept(sgd, h1, h2, layer, dtype)
@@ -148,7 +148,7 @@ def _shared_content(h1: Tensor, h2: Tensor) -> tuple[float, float]:
 
 
 def _rounding(module: nn.Module, view: Tensor, dtype: torch.dtype, is_true: bool) -> float:
-    """Return the error of embeddings in half precision, relative to their spread over images."""
+    """Return the change of embeddings in another precision than float32, relative to their spread over images."""
 
     def embed(cast: torch.dtype, autocast: bool) -> Tensor:
         state = {name: x.to(cast) if x.is_floating_point() else x for name, x in module.state_dict().items()}
@@ -163,6 +163,14 @@ def _rounding(module: nn.Module, view: Tensor, dtype: torch.dtype, is_true: bool
     exact = embed(torch.float32, False)
     rounded = embed(dtype if is_true else torch.float32, not is_true)
     return float((rounded - exact).norm() / exact.norm())
+
+
+def _is_rounding(module: nn.Module, view: Tensor) -> bool:
+    """Return True if embeddings differ by rounding errors only, for example after normalisation of single values."""
+    try:
+        return _rounding(module, view, torch.float64, True) > 0.5
+    except Exception:  # no float64 in the module or on the device, or other outputs than one tensor: not known
+        return False
 
 
 def _kept(sgd: SGDSettings, h1: Tensor, h2: Tensor, layer: nn.Linear | LinearEncoder, dtype: torch.dtype) -> float:
