@@ -109,12 +109,12 @@ def diagnose(
     if num_pairs is None and batches is not None:
         num_pairs = _batch_size(batches, views) if evidence is None else evidence.batch_size
     dim = record.eigenvalues(state.matrix).shape[1]
-    saddle, unknown = known_saddle_value(loss, {"num_pairs": num_pairs, "dim": dim} | settings)
+    last = last_loss(record.losses[record.losses.isfinite()])
+    saddle, unknown = known_saddle_value(loss, {"num_pairs": num_pairs, "dim": dim} | settings, last)
     verdict, reading = find_verdict(record, state, saddle, max_steps)
     result = Diagnosis(
-        verdict, state.step, state.num_learned, state.num_modes, last_loss(record.losses[record.losses.isfinite()]),
-        saddle, state.growth, evidence=reading,
-    )  # fmt: skip
+        verdict, state.step, state.num_learned, state.num_modes, last, saddle, state.growth, evidence=reading
+    )
     if evidence is not None:
         return _without_unknown_modes(_with_evidence(result, state, evidence, record, max_steps), state)
     decay = getattr(module, "hparams", {}).get("weight_decay") if weight_decay is None else weight_decay

@@ -116,12 +116,15 @@ def last_loss(losses: Tensor) -> float:
     return float(losses[-max(1, math.ceil(len(losses) / 10)) :].median()) if len(losses) else math.nan
 
 
-def known_saddle_value(loss: str | PairLoss | None, arguments: dict[str, Any]) -> tuple[float, str]:
-    """Return the saddle value for arguments of ``plateaus``, and an empty string; or NaN and the reason."""
+def known_saddle_value(
+    loss: str | PairLoss | None, arguments: dict[str, Any], last: float = math.nan
+) -> tuple[float, str]:
+    """Return the saddle value nearest to the last loss for arguments of ``plateaus``, and ""; or NaN and the reason."""
     if loss is None:
         return math.nan, "the plateaus of the loss are not known: give loss, a name or a function"
     try:
-        return plateaus(loss, **arguments)[0].value, ""
+        saddles = [plateau.value for plateau in plateaus(loss, **arguments) if not plateau.num_learned]
+        return min(saddles, key=lambda value: abs(value - last)), ""
     except UserError as error:
         if isinstance(loss, str) or not callable(loss):  # only sizes may be unknown
             plateaus(loss, **arguments | {"num_pairs": arguments["num_pairs"] or 2, "dim": 2, "num_prototypes": 2})

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from stepwise_lightning import diagnose
+from stepwise_lightning import SpectrumRecord, diagnose
 from stepwise_lightning.forecasts.diagnosis import CAUSES
 
 ANALYTICAL = {"off_diagonal_weight": 1.0, "normalize": False, "dim": 5}
@@ -56,6 +56,8 @@ def test_losses_of_the_analytical_loss_name_the_plateau(end, verdict, num_learne
 def test_both_saddle_values_of_siglip_are_plateaus(value):
     result = diagnose([value] * 40, loss="siglip", settings={"num_pairs": 64})
     assert (result.verdict, result.num_learned) == ("plateau", 0) and abs(result.distance) < 1e-3
+    record = SpectrumRecord.of(torch.arange(40.0), torch.full((40, 3), 1e-8), torch.full((40,), value))
+    assert diagnose(record, loss="siglip", num_pairs=64).saddle_value == pytest.approx(value, rel=1e-4)
     assert diagnose([0.8 * value] * 10 + [value] * 40, loss="siglip", num_pairs=64).verdict == "fell_back"
 
 
