@@ -103,8 +103,6 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     if options.table and not options.out.is_file():
         parser.error(f"there is no {options.out}: train the runs first, without --table")
-    for logger in ("lightning.pytorch.utilities.rank_zero", "lightning.pytorch"):
-        logging.getLogger(logger).setLevel(logging.ERROR)
     for seed in options.seeds if not options.table else ():
         for cause in options.causes:
             for loss in PLANTED[cause][0]:
@@ -274,4 +272,6 @@ def _is_right(row: dict[str, str]) -> bool:
 
 
 if __name__ == "__main__":
+    for logger in ("lightning.pytorch.utilities.rank_zero", "lightning.pytorch"):
+        logging.getLogger(logger).setLevel(logging.ERROR)
     main()
