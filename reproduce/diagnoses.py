@@ -44,7 +44,7 @@ from stepwise_lightning.errors import DivergedError
 from stepwise_lightning.forecasts.simulate import unseen_batches
 
 _PAIRS, _BATCH = 2048, 32
-_HEALTHY = "nothing is wrong"
+_HEALTHY, _FEW = "nothing is wrong", "few modes can grow"
 COLUMNS = ["cause", "loss", "data", "seed", "verdict", "found", "num_learned", "step", "expected", "measured"]
 
 
@@ -87,9 +87,10 @@ PLANTED: dict[str, tuple[list[str], dict[str, Any]]] = {
     "features are equal for all images (constant output)": (_THREE, {}),
     "half precision loses small differences": (["simclr", "dcl"], {}),
     "no mode can grow": (["vicreg", "lejepa"], {"variance_weight": 0.01}),  # LeJEPA has a small weight
+    _FEW: (["vicreg"], {}),  # frozen features; trained ones change, until another mode grows
     _HEALTHY: (_THREE, {}),
 }
-_NUM_STEPS = 60  # of a run with a planted cause
+_NUM_STEPS, _NUM_FEW_STEPS = 60, 400  # of a run with a planted cause, and of one that learns some modes
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -117,7 +118,7 @@ def diagnosed(cause: str, loss: str, data: str, seed: int) -> list[list[Any]]:
     """Train one run, and return a row of ``COLUMNS`` for each diagnosis."""
     module, images, precision = _planted(cause, loss, data, seed)
     initial = copy.deepcopy(module.state_dict())
-    num_steps = SETTINGS[loss].num_steps if cause == _HEALTHY else _NUM_STEPS
+    num_steps = {_HEALTHY: SETTINGS[loss].num_steps, _FEW: _NUM_FEW_STEPS}.get(cause, _NUM_STEPS)
     record, weights = _trained(module, images, num_steps, precision)
     source = [cause, loss, Path(data).name, seed]
     options: dict[str, Any] = {"precision": precision, "num_feature_pairs": _PAIRS}
@@ -126,9 +127,8 @@ def diagnosed(cause: str, loss: str, data: str, seed: int) -> list[list[Any]]:
         return [source + row for row in _half_way(module, images, record, weights, num_steps)]
     failed = diagnose(record, module).verdict in ("fell_back", "diverged")
     module.load_state_dict(initial if failed else list(weights.values())[-1])
-    result = diagnose(
-        record, module.float(), unseen_batches(images), start=0 if failed else None, max_steps=num_steps, **options
-    )
+    options["max_steps"] = num_steps * (2 if cause == _FEW else 1)  # training goes on
+    result = diagnose(record, module.float(), unseen_batches(images), start=0 if failed else None, **options)
     return [source + _row(result, math.nan)]
 
 
@@ -145,6 +145,10 @@ def _planted(cause: str, loss: str, data: str, seed: int) -> tuple[JointEmbeddin
         if cause == "the learning rate is too high":
             changes = {"learning_rate": 1.5 * before.rates.limit}
         module, images = _built(loss, data, seed, kind, changes)
+    if cause == _FEW:
+        weight, rate = _weight_of_one_mode(data, seed)
+        module, images = _built(loss, data, seed, kind, {"variance_weight": weight, "learning_rate": 0.015 / rate})
+        module.encoder.get_submodule("backbone").requires_grad_(False)
     network: Any = module.encoder.get_submodule("backbone.network")
     if cause.endswith("(normalisation)"):
         network.fc = nn.GroupNorm(64, 64)
@@ -155,6 +159,24 @@ def _planted(cause: str, loss: str, data: str, seed: int) -> tuple[JointEmbeddin
             if isinstance(layer, nn.BatchNorm2d) and "layer4" in name:
                 nn.init.constant_(layer.bias, -10.0)
     return module, images, "bf16-true" if cause.startswith("half") else "32-true"
+
+
+def _weight_of_one_mode(data: str, seed: int) -> tuple[float, float]:
+    """Return a weight of VICReg's variance term with which one mode grows, and its growth rate."""
+
+    def rates(weight: float) -> list[float]:
+        module, images = _built("vicreg", data, seed, TwoViewDataModule, {"variance_weight": weight})
+        return forecast(module, unseen_batches(images), _NUM_STEPS, num_pairs=_PAIRS).growth_rates.tolist()
+
+    limits = []
+    for mode in range(2):
+        low, high = 0.01, 25.0
+        for _ in range(8):
+            weight = math.sqrt(low * high)
+            low, high = (low, weight) if rates(weight)[mode] > 1e-6 else (weight, high)  # rates of size 1
+        limits.append(low)
+    weight = math.sqrt(math.prod(limits))
+    return weight, rates(weight)[0]
 
 
 def _built(

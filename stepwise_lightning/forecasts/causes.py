@@ -6,7 +6,7 @@ import math
 
 from stepwise_lightning.forecasts.diagnosis import CAUSES
 from stepwise_lightning.forecasts.evidence import Evidence
-from stepwise_lightning.forecasts.run_state import STILL, RunState
+from stepwise_lightning.forecasts.run_state import RunState
 
 _EQUAL = 1e-4  # relative spread of features
 _SHRUNK = 5.0  # learning rate × weight decay × steps that makes features vanish
@@ -52,10 +52,11 @@ def cause_of_plateau(evidence: Evidence, state: RunState, on_saddle: bool) -> tu
     if on_saddle and (rounding := _cause_of_rounding(evidence))[0]:
         return rounding
     rate, decay = evidence.rate(state.num_learned), evidence.sgd.weight_decay
+    no_mode = _NO_MODE, f"the largest growth rate is {evidence.rate(0):.3g}"
     if on_saddle and rate <= 0:
-        return _NO_MODE, f"the largest growth rate is {rate:.3g}"
+        return no_mode
     if rate <= decay and decay > 0:
         return _DECAY, f"weight decay is {decay:.3g}, the growth rate {rate:.3g}"
-    if not on_saddle and state.growth <= 1 + STILL and evidence.num_growing <= state.num_learned:
-        return _FEW, f"{evidence.num_growing} modes have a positive growth rate"
+    if not on_saddle and state.is_still and evidence.num_growing <= state.num_learned:
+        return (_FEW, f"{evidence.num_growing} modes have a positive growth rate") if evidence.num_growing else no_mode
     return "", ""

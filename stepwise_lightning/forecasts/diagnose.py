@@ -262,7 +262,7 @@ def _with_evidence(
     on_saddle &= _counts_modes(result, state)
     cause, reading = cause_of_plateau(evidence, state, on_saddle)
     if cause:
-        stops = on_saddle or (cause in (_DECAY, _FEW) and state.growth <= 1 + STILL)
+        stops = on_saddle or (cause in (_DECAY, _FEW, _NO_MODE) and state.is_still)
         if stops:
             result = replace(result, next_step=math.inf, next_range=(math.nan, math.nan))
         return replace(result, verdict="stuck" if stops else result.verdict, cause=cause, evidence=reading)

@@ -107,7 +107,7 @@ class Diagnosis:
         if self.verdict in ("fell_back", "diverged", "collapsed", "finished") or math.isnan(self.next_step):
             return ""
         if math.isinf(self.next_step):
-            return "at this rate it will never be learned"
+            return "it is not expected to be learned"
         low, high = self.next_range
         span = f" ({low:.0f} to {high:.0f})" if math.isfinite(low) and math.isfinite(high) else ""
         return f"it is expected to be learned at about step {self.next_step:.0f}{span}"

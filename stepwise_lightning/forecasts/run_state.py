@@ -15,6 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from stepwise_lightning.errors import UserError
+from stepwise_lightning.losses import INVARIANCE_WEIGHT, VARIANCE_WEIGHT
 from stepwise_lightning.spectrum.collapses import find_collapse
 from stepwise_lightning.spectrum.record import SpectrumRecord
 from stepwise_lightning.theory.loss_derivatives import PairLoss
@@ -44,10 +45,16 @@ class RunState:
     threshold: float  #: θ; infinite if unknown
     since: int  #: step since which the number of learned modes is constant
     growth: float  #: r of the next mode; NaN if unknown
+    grows: bool  #: True if r exceeds 1 by more than two standard errors
     next_eigenvalue: float
     was_learned: bool  #: True if a mode has grown above θ
     has_vanished: bool  #: True if all eigenvalues are small compared with the largest one of the run
     starts_large: bool  #: True if an eigenvalue starts above θ
+
+    @property
+    def is_still(self) -> bool:
+        """True if the next mode does not grow significantly; False if its growth is unknown."""
+        return not self.grows and not math.isnan(self.growth)
 
     def extrapolated_step(self, growth: float) -> float:
         """Return the step at which the next mode crosses θ at a growth r; infinite for r ≤ 1, NaN if unknown."""
@@ -77,7 +84,7 @@ def run_state(record: SpectrumRecord, matrix: str, loss: str | PairLoss | None, 
     top = values[:, 0]
     return RunState(
         matrix, int(steps[-1]), num_learned, num_modes, threshold, int(steps[since]),
-        _growth(steps[since:], following), float(following[-1]),
+        *_growth(steps[since:], following), float(following[-1]),
         was_learned=bool(top[0] <= threshold) and bool((top > threshold).any()),
         has_vanished=bool((top[-3:] < _VANISHED * top.max()).all()) and len(top) > 3,
         starts_large=bool(top[0] > threshold),
@@ -85,11 +92,7 @@ def run_state(record: SpectrumRecord, matrix: str, loss: str | PairLoss | None, 
 
 
 def _threshold(values: Tensor, loss: str | PairLoss | None, settings: dict[str, Any]) -> float:
-    if (
-        isinstance(loss, str)
-        and loss in _THRESHOLDS
-        and not (loss == "barlow_twins" and settings.get("normalize", True))
-    ):
+    if isinstance(loss, str) and loss in _THRESHOLDS and _has_known_size(loss, settings):
         return _THRESHOLDS[loss]
     top = values[:, 0]
     if float(top.max()) < _GROWN * float(top[0]):
@@ -98,17 +101,27 @@ def _threshold(values: Tensor, loss: str | PairLoss | None, settings: dict[str, 
     return 0.1 * float(late if late > _VANISHED * top.max() else top.max())
 
 
-def _growth(steps: Tensor, values: Tensor) -> float:
-    """Return the growth factor of √λ per step, fitted to the second half of the steps, at least three samples.
+def _has_known_size(loss: str, settings: dict[str, Any]) -> bool:
+    """Return False if eigenvalues have no scale, or if VICReg has a small variance term and they stay below 1."""
+    if loss == "vicreg":
+        variance = settings.get("variance_weight", VARIANCE_WEIGHT)
+        return bool(variance >= settings.get("invariance_weight", INVARIANCE_WEIGHT))
+    return loss != "barlow_twins" or not settings.get("normalize", True)
 
-    NaN for fewer samples, or eigenvalues that are not positive.
+
+def _growth(steps: Tensor, values: Tensor) -> tuple[float, bool]:
+    """Return the growth factor of √λ per step, fitted to the second half of the steps, and whether it is significant.
+
+    NaN for fewer than three samples, or eigenvalues that are not positive.
     """
     late = min(int((steps < (steps[0] + steps[-1]) / 2).sum()), max(len(steps) - 3, 0))
     steps, values = steps[late:].double(), values[late:]
     if len(values) < 3 or not (values > 0).all():
-        return math.nan
-    steps, logs = steps - steps.mean(), values.log()
-    return math.exp(float(steps @ (logs - logs.mean()) / (steps @ steps)) / 2)
+        return math.nan, False
+    steps, logs = steps - steps.mean(), values.log() - values.log().mean()
+    slope = float(steps @ logs / (steps @ steps))
+    error = math.sqrt(float((logs - slope * steps).square().sum() / (steps @ steps)) / (len(steps) - 2))
+    return math.exp(slope / 2), slope > max(2 * error, 2 * STILL)
 
 
 def last_loss(losses: Tensor) -> float:
@@ -158,7 +171,7 @@ def find_verdict(
         return "finished", ""
     if not state.num_learned and _is_stuck(record, state, saddle_value, max_steps):
         return "stuck", ""
-    is_rising = state.growth > 1 + STILL and state.next_eigenvalue > _RISING * state.threshold
+    is_rising = state.grows and state.next_eigenvalue > _RISING * state.threshold
     just_learned = state.num_learned and state.step - state.since < _RECENT * state.step
     return ("learning" if is_rising or just_learned else "plateau"), ""
 
