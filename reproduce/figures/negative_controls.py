@@ -8,7 +8,7 @@ show fewer distinct steps than any stepwise run.
 
 Γ of images of noise has a first eigenvalue about 40 times smaller, from overlapping crops. At the learning rate of the
 photographs they show no step within this time, but at 0.8 times the safe rate of ``stepwise forecast`` for their
-features they learn 1 to 6 modes, within fewer e-folds of the first mode than the stepwise run (``e_folds`` in the
+features they learn 0 to 6 modes, within fewer e-folds of the first mode than the stepwise run (``e_folds`` in the
 table). At the rate with equal 4ηΓ_1 training diverges, because the views of noise share a small part of their variance,
 and batches fluctuate.
 

@@ -58,5 +58,6 @@ def cause_of_plateau(evidence: Evidence, state: RunState, on_saddle: bool) -> tu
     if rate <= decay and decay > 0:
         return _DECAY, f"weight decay is {decay:.3g}, the growth rate {rate:.3g}"
     if not on_saddle and state.is_still and evidence.num_growing <= state.num_learned:
-        return (_FEW, f"{evidence.num_growing} modes have a positive growth rate") if evidence.num_growing else no_mode
+        modes = "1 mode has" if evidence.num_growing == 1 else f"{evidence.num_growing} modes have"
+        return (_FEW, f"{modes} a positive growth rate") if evidence.num_growing else no_mode
     return "", ""

@@ -210,9 +210,9 @@ def test_causes_of_a_later_plateau():
     content, *noise = torch.randn(3, 16, 32, 8, generator=generator)
     content[..., 1:] *= 0.0
     batches = list(zip(*(content + 0.1 * each for each in noise), strict=True))  # one feature has shared content
-    noise = torch.randn(len(STEPS), generator=generator, dtype=torch.float64).exp()
-    small = lambda steps: 0.1 * rising(50)(steps)  # noqa: E731, below the usual θ because its variance term is weak
-    record = record_of(small, lambda steps: 1e-5 * noise, decaying(0.002), matrix="covariance")
+    fluctuating = 1e-5 * torch.randn(len(STEPS), generator=generator, dtype=torch.float64).exp()
+    first = 0.1 * rising(50)(STEPS.double())  # stays below the θ of the usual weights
+    record = record_of(lambda _: first, lambda _: fluctuating, decaying(0.002), matrix="covariance")
     module = module_of(VICReg, variance_weight=1.0, eps=0.01)
     result = diagnose(record, module, batches, max_steps=2000)
     assert (result.verdict, result.cause, result.num_learned) == ("stuck", "few modes can grow", 1), str(result)
