@@ -208,8 +208,9 @@ def _by_width(summaries: list[dict[str, Any]], variant: str, key: str) -> dict[i
 def _exponents(summaries: list[dict[str, Any]], variant: str) -> list[float]:
     """Return the exponent p of the change of the last layer's kernel ∝ width^p for each seed, by least squares."""
     changes = _by_width(summaries, variant, "last_drift")
-    widths = np.log(list(changes))
-    return [float(np.polyfit(widths, np.log(of_seed), 1)[0]) for of_seed in zip(*changes.values(), strict=True)]
+    widths, floor = np.log(list(changes)), np.finfo(float).eps  # a kernel without change has no exponent: 0
+    drifts = zip(*changes.values(), strict=True)
+    return [float(np.polyfit(widths, np.log(np.maximum(of_seed, floor)), 1)[0]) for of_seed in drifts]
 
 
 _NAMES = "the tangent kernel", "the last layer's kernel"
