@@ -8,6 +8,7 @@ import textwrap
 from pathlib import Path
 
 import pytest
+from test_tutorials import cells
 
 import stepwise_lightning
 
@@ -81,3 +82,9 @@ def test_wheel_trains_exports_and_reloads_in_an_empty_folder(installed, tmp_path
         print(table.step.max())
     """)
     assert run(installed / "python", "-c", code, cwd=tmp_path) == "20\n"
+
+
+def test_code_of_a_tutorial_runs_in_an_empty_folder(installed, tmp_path):
+    code = "\n".join(cells(ROOT / "docs/tutorials/predict_train_overlay.md"))
+    (tmp_path / "tutorial.py").write_text(f"import matplotlib\nmatplotlib.use('agg')\n{code}", encoding="utf-8")
+    run(installed / "python", "-W", "error::FutureWarning", tmp_path / "tutorial.py", cwd=tmp_path)
