@@ -61,7 +61,8 @@ def growth_figure(
 
     """
     figure = Figure(figsize=(13.5, 7.4), layout="constrained")
-    upper, lower = figure.subfigures(2, 1, height_ratios=[1.15, 1], hspace=0.03)  # type: ignore[misc]
+    parts: Any = figure.subfigures(2, 1, height_ratios=[1.15, 1], hspace=0.03)
+    upper, lower = parts
     shown = principal_components(embeddings)
     for index, (points, sample) in enumerate(zip(shown, samples, strict=True)):
         axis: Any = upper.add_subplot(1, len(samples), index + 1, projection="3d")

@@ -122,7 +122,8 @@ def rivals_figure(
 
     """
     figure = Figure(figsize=(3.6 * len(alignments) + 4.6, 4.6), layout="constrained")
-    *axes, last = figure.subplots(1, len(alignments) + 1, width_ratios=[1.0] * len(alignments) + [0.8])
+    panels: Any = figure.subplots(1, len(alignments) + 1, width_ratios=[1.0] * len(alignments) + [0.8])
+    *axes, last = panels
     for axis, (loss, rivals) in zip(axes, alignments.items(), strict=True):
         for (moment, label), colour, shift in zip(moments.items(), _MOMENT_COLOURS, (-0.17, 0.17), strict=True):
             for place, values in enumerate(rivals[name][moment] for name in rivals):

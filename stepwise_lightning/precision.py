@@ -20,17 +20,18 @@ TensorLike = Tensor | ArrayLike
 # Device types without float64; their tensors are moved to the CPU before a cast to float64.
 _WITHOUT_FLOAT64 = ("mps",)
 
+_BACKENDS: Any = torch.backends
 # Settings by which a user may allow TF32 or bfloat16 inside float32 operations, with the value that forbids it.
 _FLOAT32_SETTINGS: list[tuple[Any, str, Any]] = (
     [
-        (torch.backends.cuda.matmul, "fp32_precision", "ieee"),
-        (torch.backends.cudnn.conv, "fp32_precision", "ieee"),
-        (torch.backends.cudnn.rnn, "fp32_precision", "ieee"),
-        (torch.backends.mkldnn.matmul, "fp32_precision", "ieee"),  # type: ignore[attr-defined]
-        (torch.backends.mkldnn.conv, "fp32_precision", "ieee"),  # type: ignore[attr-defined]
+        (_BACKENDS.cuda.matmul, "fp32_precision", "ieee"),
+        (_BACKENDS.cudnn.conv, "fp32_precision", "ieee"),
+        (_BACKENDS.cudnn.rnn, "fp32_precision", "ieee"),
+        (_BACKENDS.mkldnn.matmul, "fp32_precision", "ieee"),
+        (_BACKENDS.mkldnn.conv, "fp32_precision", "ieee"),
     ]
-    if hasattr(torch.backends.cudnn, "conv")  # from torch 2.9
-    else [(torch.backends.cuda.matmul, "allow_tf32", False), (torch.backends.cudnn, "allow_tf32", False)]
+    if hasattr(_BACKENDS.cudnn, "conv")  # from torch 2.9
+    else [(_BACKENDS.cuda.matmul, "allow_tf32", False), (_BACKENDS.cudnn, "allow_tf32", False)]
 )
 
 P = ParamSpec("P")

@@ -101,7 +101,11 @@ def _scheduled(run: Run, measured: float) -> list[list[Any]]:
     rates = SGDSettings.of(run.module, 0, int(run.record.steps[-1])).rates
     constant = run.forecast_of(*run.features, rates=rates.max().expand(len(rates))).step_times[0]
     summed = np.interp(constant * rates.max(), np.cumsum([0.0, *rates]), range(len(rates) + 1))
-    expected = {"schedule": run.forecast.step_times[0], "sum of rates": summed, "constant rate": constant}
+    expected: dict[str, Any] = {
+        "schedule": run.forecast.step_times[0],
+        "sum of rates": summed,
+        "constant rate": constant,
+    }
     return [[run.loss, run.seed, name, 0, 1, measured, float(step)] for name, step in expected.items()]
 
 
@@ -233,7 +237,7 @@ def _summaries(rows: list[list[Any]], runs: list[Run]) -> list[dict[str, Any]]:
 def _figure(rows: list[list[Any]], options: argparse.Namespace) -> Figure:
     """Plot forecast against measured steps, and errors of live forecasts against the remaining time."""
     figure = Figure(figsize=(12, 7.4), layout="constrained")
-    axes = figure.subplots(2, len(LOSS_SETTINGS))
+    axes: Any = figure.subplots(2, len(LOSS_SETTINGS))
     for column, (loss, settings) in enumerate(LOSS_SETTINGS.items()):
         upper, lower = axes[0, column], axes[1, column]
         loss_rows = [row for row in rows if row[0] == loss]

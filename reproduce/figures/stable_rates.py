@@ -147,7 +147,7 @@ def _summaries(rows: list[list[Any]]) -> list[dict[str, Any]]:
 def _figure(rows: list[list[Any]], options: argparse.Namespace) -> Figure:
     """Plot the number of steps before divergence against the learning rate in units of the limit."""
     figure = Figure(figsize=(12, 3.9), layout="constrained")
-    axes = figure.subplots(1, len(KINDS), sharey=True)
+    axes: Any = figure.subplots(1, len(KINDS), sharey=True)
     for ax, (kind, (title, *_)) in zip(axes, KINDS.items(), strict=True):
         for index, seed in enumerate(options.seeds):
             chosen = sorted((row for row in rows if row[:2] == [kind, seed]), key=lambda row: row[5])

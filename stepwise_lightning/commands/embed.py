@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from stepwise_lightning.commands.parser import Parser, add_device_options
 
@@ -31,9 +32,9 @@ def main(arguments: list[str]) -> None:
     from stepwise_lightning.trained import embed_images
 
     bar = partial(tqdm, desc="embedding", unit="batch", leave=False, disable=None)
-    arrays = embed_images(
+    arrays: dict[str, Any] = embed_images(
         options.run, options.data, options.root, options.batch_size, bar, options.accelerator, options.num_workers
     )
-    atomic_write(options.out, lambda partial: np.savez(partial, **arrays))  # type: ignore[arg-type]
+    atomic_write(options.out, lambda partial: np.savez(partial, **arrays))
     shapes = ", ".join(f"{name} {tuple(values.shape)}" for name, values in arrays.items())
     print(f"{options.out}: {shapes}")

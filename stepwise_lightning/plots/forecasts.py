@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from stepwise_lightning.forecasts.forecast import Forecast
@@ -15,7 +17,7 @@ def forecast_figure(forecast: Forecast) -> Figure:
     Modes with a known typical error are solid, with their error shaded; the others are faint.
     """
     figure = Figure(figsize=(8, 4.5), layout="constrained")
-    axis = figure.subplots()
+    axis: Any = figure.subplots()
     colours = mode_colours(forecast.eigenvalues.shape[1])
     steps = forecast.steps.clamp(min=1) if not forecast.start else forecast.steps
     values = forecast.eigenvalues.masked_fill(~forecast.eigenvalues.isfinite(), torch.nan)

@@ -106,7 +106,7 @@ def spectra_figure(record: SpectrumRecord | Panel, chosen: Sequence[float] | Ten
     panel = _panel(record)
     times, eigenvalues = panel.times, panel.eigenvalues
     figure = Figure(figsize=(6.4, 4.6), layout="constrained")
-    axis = figure.subplots()
+    axis: Any = figure.subplots()
     samples = np.abs(times[:, None] - np.asarray(chosen)).argmin(0)
     modes = np.arange(1, eigenvalues.shape[1] + 1)
     for sample, colour in zip(samples, mode_colours(len(samples)), strict=True):

@@ -274,8 +274,8 @@ class SpectrumRecord:
 
     def save(self, path: str | Path) -> None:
         """Write :meth:`arrays` atomically to an ``.npz`` file; OSError if it cannot be written."""
-        arrays = {name: values.numpy() for name, values in self.arrays().items()}
-        atomic_write_stream(path, lambda stream: np.savez(stream, **arrays))  # type: ignore[arg-type]
+        arrays: dict[str, Any] = {name: values.numpy() for name, values in self.arrays().items()}
+        atomic_write_stream(path, lambda stream: np.savez(stream, **arrays))
 
     def _spectra(self, matrix: str) -> list[Spectrum | None]:
         """Return the spectrum of a matrix in each measurement, None if not measured."""
