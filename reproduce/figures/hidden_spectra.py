@@ -7,9 +7,9 @@ eigenvalue rises too; the hidden eigenvalues of other modes do not.
 
 With Barlow Twins and VICReg the k-th hidden eigenvalue grows while the embedding learns its k-th mode, within 25 % of
 the time of the step, and hardly at the steps of other modes. The table gives its growth at evenly spaced times too, and
-``claims.json`` at the steps of the other seeds: rivals that share order and range with the steps. With SimCLR growth at
-the steps is small, and there is no claim. Each hidden eigenvalue also rises closer to its own step than to a common
-time of all steps.
+``claims.json`` at the steps of the other seeds: rivals that share order and range with the steps, and on CIFAR-10 do as
+well. With SimCLR growth at the steps is small, and there is no claim. Each hidden eigenvalue also rises closer to its
+own step than to a common time of all steps.
 """
 
 from __future__ import annotations
