@@ -1,4 +1,4 @@
-"""The hidden representation grows in the same steps as the embedding (appendix of the paper).
+"""Hidden eigenvalues rise in the order in which the embedding learns its modes (appendix of the paper).
 
 The losses depend on the embedding only. The figure compares its eigenvalues with the eigenvalues of the representation
 before the projector, on the same held-out pairs, for the runs of ``three_losses``. The hidden eigenvalues are large at
@@ -58,7 +58,7 @@ def produce(options: argparse.Namespace, directory: Path) -> Outcome:
             [Panel(run.record, HIDDEN, step_times=run.steps.step_times, num_modes=SHOWN) for run in first],
         ],
         ["embedding", "hidden representation"],
-        title="The hidden representation grows in the same steps as the embedding",
+        title="Hidden eigenvalues rise in the order in which the embedding learns its modes",
         note=f"ResNet on {data_name(options.data)}, seed {options.seeds[0]}",
         steps_label="detected step of the embedding",
     )
