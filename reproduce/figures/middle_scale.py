@@ -31,6 +31,7 @@ from torch import Tensor
 from reproduce.claims import Claim, average
 from reproduce.figure import Outcome, PaperFigure
 from reproduce.figures.mode_worth import learned_at, next_saved
+from reproduce.networks.labelled import labelled_images
 from reproduce.networks.runs import Run, trained_runs
 from reproduce.networks.training import MIDDLE_PROFILES
 from reproduce.networks.variants import ALL_LOSS_SETTINGS, INITIALIZATIONS, VARIANT_TITLES
@@ -84,27 +85,21 @@ def accuracies(run: Run) -> list[list[Any]]:
     if path.exists():
         return json.loads(path.read_text(encoding="utf-8"))
     datasets = run.data.labelled_train_dataloader().dataset, run.data.val_dataloader().dataset
-    images = [_evenly_spaced(dataset, size) for dataset, size in zip(datasets, sizes, strict=True)]
+    images = [labelled_images(dataset, size) for dataset, size in zip(datasets, sizes, strict=True)]
     labels, steps, rows = [part[1] for part in images], run.record.steps.tolist(), []
     learned = learned_at(run)
     for modes, index in [*learned.items(), (max(learned), -1)]:
         step = next_saved(run.saved_steps(), steps[index]) if modes else 0
         encoder = run.encoder(trained=step is None, step=step)
+        outputs = [capture(encoder, x.split(_BATCH), [*REPRESENTATIONS.values()]) for x, _ in images]
         for name, layer in REPRESENTATIONS.items():
-            z = [torch.cat(capture(encoder, x.split(_BATCH), [layer])[layer]) for x, _ in images]
+            z = [torch.cat(output[layer]) for output in outputs]
             for classifier in CLASSIFIERS:
                 accuracy = _accuracy(z, labels, classifier)
                 head = [run.loss, run.variant, run.seed, name, classifier]
                 rows.append([*head, modes, steps[-1] if step is None else step, accuracy])
     atomic_write_text(path, json.dumps(rows))
     return rows
-
-
-def _evenly_spaced(dataset: Any, size: int) -> tuple[Tensor, Tensor]:
-    """Return images (size, 3, h, w) and labels (size,) of a data set of (image, label)."""
-    chosen = torch.linspace(0, len(dataset) - 1, min(size, len(dataset))).long().tolist()
-    x, labels = zip(*(dataset[index] for index in chosen), strict=True)
-    return torch.stack(x), torch.tensor([int(label) for label in labels])
 
 
 def _accuracy(z: list[Tensor], labels: list[Tensor], classifier: str) -> float:

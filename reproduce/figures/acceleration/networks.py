@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-from itertools import islice
 from typing import Any, get_args
 
 import lightning as L
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from reproduce.figures.acceleration.descent import LEARNED, ConvergenceMonitor, Descent, Setting
+from reproduce.networks.labelled import labelled_images
 from stepwise_lightning import BarlowTwins, Encoder, TwoViewDataModule
 from stepwise_lightning.callbacks.classifiers import knn_scores
 from stepwise_lightning.errors import DivergedError
@@ -70,7 +70,8 @@ class _ResNetMonitor(L.Callback):
     def __init__(self, data: TwoViewDataModule) -> None:
         data.setup()
         self._pairs = [view[: data.hparams["global_batch_size"]] for view in next(iter(unseen_batches(data)))[:2]]
-        self._labelled = [_labelled(loader) for loader in (data.labelled_train_dataloader(), data.val_dataloader())]
+        loaders = data.labelled_train_dataloader(), data.val_dataloader()
+        self._labelled = [labelled_images(loader.dataset, MAX_LABELLED) for loader in loaders]
         self.path: dict[int, Tensor] = {}
         self.accuracies: dict[int, float] = {}
         self.embeddings, self._last = torch.zeros(0), math.inf
@@ -101,13 +102,6 @@ class _ResNetMonitor(L.Callback):
         train_features = nn.functional.normalize(train_features)
         scores = knn_scores(test_features, train_features, labels, num_classes, NEIGHBOURS, TEMPERATURE)
         return float((scores.argmax(1) == true_labels).double().mean())
-
-
-def _labelled(loader: Any) -> tuple[Tensor, Tensor]:
-    """Return the first labelled images of a loader and their labels, without unlabelled images."""
-    batches = list(islice(loader, max(1, MAX_LABELLED // max(1, loader.batch_size or 1))))
-    images, labels = (torch.cat(parts) for parts in zip(*batches, strict=True))
-    return images[labels >= 0], labels[labels >= 0]
 
 
 def train_resnet(
