@@ -17,7 +17,7 @@ the second moment C_z of the embeddings; a mode counts as learned at half of its
 
 Limits: batches of 64 new pairs do not reach the subspace. In the ResNet each rule has one short run at one rate (chosen
 on photographs, seed 0), for the first seed only except in the full profile. Its hidden representation is compared at
-equal numbers of learned modes; faster learning of the embedding does not improve it.
+equal numbers of learned modes; faster learning of the embedding hardly improves it.
 """
 
 from __future__ import annotations
