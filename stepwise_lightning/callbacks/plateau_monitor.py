@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import lightning as L
 from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
 
 from stepwise_lightning.callbacks.clock import expected_end
-from stepwise_lightning.callbacks.forecast_logger import ForecastLogger
+from stepwise_lightning.callbacks.forecast_logger import ForecastLogger, LiveForecast
 from stepwise_lightning.callbacks.spectrum_logger import SpectrumLogger
 from stepwise_lightning.callbacks.tensorboard import NAME, PrimaryMatrix
 from stepwise_lightning.errors import UserError
@@ -26,6 +28,24 @@ _MIN_STEPS = 100  # of a plateau before a warning
 # Duration of a plateau, relative to the forecast: the first mode is forecast within some percent.
 _FIRST_RATIO, _LATER_RATIO = 1.5, 3.0
 _MIN_SHARE = 0.1  # of training, without a forecast
+
+
+def expected_step(steps: Tensor, forecasts: Sequence[LiveForecast], state: RunState) -> float:
+    """Return the step at which the next mode is expected, NaN without a forecast on this plateau.
+
+    The first forecast counts, because later ones of an overdue mode are later. Forecasts that precede the last
+    measurement with another number of learned modes belong to an earlier plateau, and are ignored: the number
+    fluctuates if eigenvalues fall below the threshold again.
+
+    Args:
+        steps: measured steps, (T,).
+        forecasts: in the order of their steps.
+        state: state at the last measurement.
+
+    """
+    before = max((int(step) for step in steps if step < state.since), default=-1)
+    current = [each for each in forecasts if each.step > before and each.num_learned == state.num_learned]
+    return current[0].expected_step if current else math.nan
 
 
 class PlateauMonitor(L.Callback):
@@ -127,7 +147,7 @@ class PlateauMonitor(L.Callback):
         """Return the numbers that show a plateau to be too long, or an empty string."""
         modes = f"{state.num_learned or 'no'} mode{'s' if state.num_learned > 1 else ''} learned"
         forecasts = self._forecasts[0].forecasts if self._forecasts else []
-        expected = next((each.expected_step for each in forecasts if each.num_learned == state.num_learned), math.nan)
+        expected = expected_step(self._spectrum.record.steps, forecasts, state)
         length = state.step - state.since
         if length < _MIN_STEPS or state.num_learned >= state.num_modes:
             return ""

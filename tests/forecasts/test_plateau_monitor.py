@@ -1,6 +1,7 @@
 """``PlateauMonitor`` warns of plateaus that are too long, with their cause, and of no run that learns."""
 
 import csv
+import math
 import warnings
 
 import lightning as L
@@ -16,10 +17,14 @@ from stepwise_lightning import (
     JointEmbedding,
     PlateauMonitor,
     SpectrumLogger,
+    SpectrumRecord,
     VICReg,
     scale_last_layer,
     spectral_contrastive_loss,
 )
+from stepwise_lightning.callbacks.forecast_logger import LiveForecast
+from stepwise_lightning.callbacks.plateau_monitor import expected_step
+from stepwise_lightning.forecasts.run_state import run_state
 
 ANALYTICAL = {"off_diagonal_weight": 1.0, "normalize": False, "center": True}
 
@@ -111,6 +116,24 @@ def test_training_with_and_without_the_monitor_is_equal(tmp_path):
 def test_run_that_learns_is_not_warned_of(module, forecast, settings, tmp_path):
     watch, lines, levels, _ = fit(tmp_path, module, forecast=forecast, steps=600, **settings)
     assert not lines and set(levels) == {0} and watch.diagnosis is None
+
+
+def test_forecasts_of_an_earlier_plateau_are_ignored():
+    """The second mode of this record is learned at step 20, lost at step 60, and learned again at step 80."""
+    second = torch.tensor([1e-6, 1e-3, 0.9, 0.9, 0.9, 0.9, 1e-3, 1e-3, 0.9, 0.9, 0.9], dtype=torch.float64)
+    eigenvalues = torch.stack([torch.full_like(second, 0.95), second, torch.full_like(second, 1e-6)], 1)
+    steps = torch.arange(0, 110, 10)
+
+    def expected(count, *forecasts):
+        record = SpectrumRecord.of(steps[:count].double(), eigenvalues[:count], steps=steps[:count])
+        state = run_state(record, "cross_correlation", "barlow_twins", {"normalize": False})
+        return state.num_learned, state.since, expected_step(record.steps, forecasts, state)
+
+    first, lost, late = LiveForecast(15, 2, 50.0), LiveForecast(65, 1, 70.0), LiveForecast(75, 2, 140.0)
+    assert expected(6, first) == (2, 20, 50)
+    assert expected(8, first, lost) == (1, 60, 70)
+    assert expected(11, first, lost, late, LiveForecast(95, 2, 170.0)) == (2, 80, 140)
+    assert math.isnan(expected(11, first, lost)[2])
 
 
 def test_monitor_needs_a_spectrum_logger():
