@@ -32,9 +32,10 @@ def find_collapse(record: SpectrumRecord, matrix: str = "cross_correlation") -> 
     - **complete collapse**: all eigenvalues are below 1 % of the largest eigenvalue of the run.
     - **dimensional collapse**: fewer than half of the eigenvalues exceed a tenth of the largest, their number is
       constant, and neither they nor the next one have doubled since the middle of this plateau (in measurements). The
-      plateau must last 200 steps, and three times as long as ``record.expected_times`` expects, or, without a
-      forecast, until ten times the step at which it began. On the plateaus of a staircase the next mode keeps growing.
-      A spectrum without any growth or decay so far, as at the start of a run, is no collapse.
+      plateau must last 200 steps, and three times as long as the last of ``record.expected_times`` expects (others are
+      of modes learned earlier than expected), or, without a forecast, until ten times the step at which it began. On
+      the plateaus of a staircase the next mode keeps growing. A spectrum without any growth or decay so far, as at the
+      start of a run, is no collapse.
     - **a mode has died**: an eigenvalue that had grown (``num_grown``) is below 1 % of its maximum.
 
     Args:
@@ -80,7 +81,7 @@ def _dimensional_collapse(values: Tensor, steps: Tensor, times: Tensor, grown: i
     first = max(int(steps[begin]), 1)
     later = [time for time in expected_times if time > times[begin]]
     min_step = max(1 if later else _STEP_RATIO * first, first + _MIN_STEPS)
-    early = bool(later) and times[-1] <= times[begin] + _TIME_RATIO * (min(later) - times[begin])
+    early = bool(later) and times[-1] <= times[begin] + _TIME_RATIO * (max(later) - times[begin])
     plateau = values[(begin + len(values) - 1) // 2 :, : count + 1]  # second half
     growing = (plateau[-_SUSTAINED:].max(0).values > _GROWTH * plateau[0]).any()
     if growing or early or steps[-1] < min_step:

@@ -178,6 +178,11 @@ def test_expected_times_extend_the_allowed_plateau():
     assert find_collapse(constant).kind == "dimensional collapse"
     constant.expected_times["cross_correlation"] = [4.0]
     assert find_collapse(constant).kind == ""
+    # The mode that was learned at step 20 was expected at step 30.
+    constant.expected_times["cross_correlation"] = [0.3, 4.0]
+    assert find_collapse(constant).kind == ""
+    constant.expected_times["cross_correlation"] = [0.3, 3.0]
+    assert find_collapse(constant).kind == "dimensional collapse"
 
 
 def test_constant_spectrum_at_the_start_is_no_collapse():
