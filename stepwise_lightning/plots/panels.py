@@ -139,9 +139,17 @@ def draw_panel(panel: Panel, loss_axis: Axes | None, eigenvalue_axis: Axes, run_
         eigenvalue_axis.plot(expected, np.ones(len(expected)), transform=above, clip_on=False, **_FORECAST)
     eigenvalue_axis.set_xlabel(TIME)
     if loss_axis is not None:
-        loss_axis.set_ylim(bottom=0)
+        _include_zero(loss_axis)
     for axis in axes:
         _log_time(axis, first_rise(panel), times[-1])
+
+
+def _include_zero(loss_axis: Axes) -> None:
+    """Begin the axis of a loss, and those that share its scale, at 0, unless a loss is negative."""
+    if min(axis.dataLim.y0 for axis in loss_axis.get_shared_y_axes().get_siblings(loss_axis)) < 0:
+        loss_axis.autoscale(axis="y")
+    else:
+        loss_axis.set_ylim(bottom=0)
 
 
 def _draw_theory(panel: Panel, loss_axis: Axes | None, eigenvalue_axis: Axes) -> None:

@@ -30,6 +30,18 @@ def test_trajectories_show_one_line_per_mode_and_one_mark_per_step():
     assert upper.get_shared_y_axes().joined(upper, figure.axes[1])
 
 
+def test_axes_of_negative_losses_show_them():
+    positive = growth([8.0, 4, 2])
+    record = positive.record
+    negative = Panel(SpectrumRecord.of(record.times, record.eigenvalues("cross_correlation"), record.losses - 5))
+    for panels in ([positive], [negative], [positive, negative], [negative, positive]):
+        axes = trajectories_figure(panels).axes[: len(panels)]  # the losses, on one scale
+        lowest = min(float(panel.record.losses.min()) for panel in panels)
+        low, high = axes[-1].get_ylim()
+        assert low == 0 if lowest >= 0 else low < lowest
+        assert high > max(float(panel.record.losses.max()) for panel in panels)
+
+
 def test_equal_eigenvalues_have_a_range_on_a_log_axis():
     record = SpectrumRecord.of(torch.tensor([0.0, 1, 2]), torch.full((3, 1), 0.2, dtype=torch.float64))
     low, high = trajectories_figure([Panel(record)], log_eigenvalues=True).axes[-1].get_ylim()
