@@ -11,6 +11,7 @@ from reproduce.__main__ import main
 from reproduce.claims import read_claim
 from reproduce.figures import FIGURES, LONG, middle_scale
 from reproduce.networks.variants import ALL_LOSS_SETTINGS, LOSS_SETTINGS
+from stepwise_lightning import SpectrumRecord
 from stepwise_lightning.spectrum import detect_steps
 
 pytestmark = pytest.mark.usefixtures("rendered_figures")
@@ -33,6 +34,22 @@ def test_stored_eigenvalues_of_the_resnet18_give_its_counts():
     assert counts == [6, 2, 5]  # the third mode of VICReg falls below the threshold, and counted when this was stored
     assert [claim.measured - count for claim, count in zip(claims, counts, strict=True)] == [0, 1, 0]
     assert {claim.control_value for claim in claims} == {distinct_steps("barlow_twins", "ordinary")}
+
+
+def test_stored_runs_of_the_middle_scale_have_the_documented_steps():
+    folders = sorted(path.parent for path in (STORED.parent / "middle_scale").glob("*/spectrum.npz"))
+    counts = {}
+    for folder in folders:
+        loss, start = folder.name.removesuffix("_seed0").rsplit("_", 1)
+        steps = SpectrumRecord.load(folder).detect_steps(ALL_LOSS_SETTINGS[loss].matrix)
+        counts[loss, start] = int(steps.num_learned.max()), steps.num_distinct, steps.num_plateaus
+        rows = json.loads((folder / "accuracies_5000_1000.json").read_text(encoding="utf-8"))
+        assert [row[5] for row in rows[::4]][:-1] == sorted({row[5] for row in rows})
+        assert rows[-1][5] <= counts[loss, start][0]
+    assert counts[("barlow_twins", "small")] == (32, 25, 6) and counts[("barlow_twins", "ordinary")] == (32, 1, 1)
+    assert counts[("vicreg", "small")] == (8, 7, 2)
+    assert counts[("simclr", "small")] == (17, 9, 1)
+    assert counts[("spectral_contrastive", "small")] == (31, 8, 4)
 
 
 @pytest.mark.slow
