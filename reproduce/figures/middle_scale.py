@@ -10,7 +10,7 @@ from 5000 training images, by the embedding and by the hidden representation. Th
 most 10 % later. ``claims.json`` contains the mean over seeds for each k with its 95 % interval, and the difference of
 the two initialisations at the end of training. There is no claim about accuracies.
 
-A run takes about 80 minutes on one core, all 24 runs 32 hours, and ``all`` does not include this figure. With
+A run takes 30 to 80 minutes on one core, all 24 runs 12 to 32 hours, and ``all`` does not include this figure. With
 ``--resume`` training continues where it stopped, and finished runs are kept. Start with ``--seeds 0``, and add seeds
 later; ``python -m reproduce.train LOSS small --profile middle --resume`` trains single runs.
 """
