@@ -31,7 +31,7 @@ from stepwise_lightning.runs.folders import checkpoints_in
 CONFIGS = Path(__file__).parents[2] / "configs"
 # cpu: the shipped configuration; smoke: a size for tests; full: the paper's size.
 PROFILES: dict[str, dict[str, Any]] = {"smoke": {}, "cpu": {}, "full": {"data": "stl10"}}
-# Between cpu and full: 32 hours of one CPU core for three seeds, used by one figure only; and its size for tests.
+# Between cpu and full: 12 to 32 hours of one CPU core for three seeds, used by one figure only; and its size for tests.
 MIDDLE_PROFILES: dict[str, dict[str, Any]] = {
     "middle": {"data": "cifar10", "labelled": 5000, "held_out": 1000}, "tiny": {"labelled": 60, "held_out": 30},
 }  # fmt: skip

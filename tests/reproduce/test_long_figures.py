@@ -26,7 +26,7 @@ def test_stored_runs_of_the_middle_scale_have_the_documented_steps():
         assert rows[-1][5] <= counts[loss, start][0]
     assert counts[("barlow_twins", "small")] == (32, 25, 6) and counts[("barlow_twins", "ordinary")] == (32, 1, 1)
     assert counts[("vicreg", "small")] == (8, 7, 2)
-    assert counts[("simclr", "small")] == (17, 9, 1)
+    assert counts[("simclr", "small")] == (17, 9, 1) and counts[("simclr", "ordinary")] == (18, 0, 0)
     assert counts[("spectral_contrastive", "small")] == (31, 8, 4)
 
 
