@@ -16,7 +16,7 @@ def labelled_images(dataset: Any, size: int) -> tuple[Tensor, Tensor]:
 
     Args:
         dataset: items are an image (3, h, w) and a label; images with a negative label are omitted.
-        size: number of images before the omission, ≥ 2.
+        size: largest number of images, counted before the omission, ≥ 1.
 
     Returns:
         Images (n, 3, h, w) and labels (n,), int64.

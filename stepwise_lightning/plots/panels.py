@@ -139,12 +139,12 @@ def draw_panel(panel: Panel, loss_axis: Axes | None, eigenvalue_axis: Axes, run_
         eigenvalue_axis.plot(expected, np.ones(len(expected)), transform=above, clip_on=False, **_FORECAST)
     eigenvalue_axis.set_xlabel(TIME)
     if loss_axis is not None:
-        _include_zero(loss_axis)
+        _limit_loss(loss_axis)
     for axis in axes:
         _log_time(axis, first_rise(panel), times[-1])
 
 
-def _include_zero(loss_axis: Axes) -> None:
+def _limit_loss(loss_axis: Axes) -> None:
     """Begin the axis of a loss, and those that share its scale, at 0, unless a loss is negative."""
     if min(axis.dataLim.y0 for axis in loss_axis.get_shared_y_axes().get_siblings(loss_axis)) < 0:
         loss_axis.autoscale(axis="y")
